@@ -1,0 +1,418 @@
+"""What the model is (`ModelConfig`) and how a run computes it (`Runtime`).
+
+Field names are those of the released `config.json`; the values of fields that only matter in training
+(`initializer_range`, `aux_loss_alpha`) are the technical report's, which the released file contradicts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal, Mapping
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be: the message names the field, its value and what would be valid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """YaRN context extension of RoPE (report section 4.3; arXiv 2309.00071).
+
+    `mscale_all_dim` scales the softmax, `mscale / mscale_all_dim` the rotation itself; both are optional,
+    and without them the rotation carries the whole temperature, as in the YaRN paper.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"rope_scaling.{name} is {getattr(self, name)!r}: it must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Defaults are DeepSeek-V3 671B's (report section 4.2)."""
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    intermediate_size: int = 18432
+    moe_intermediate_size: int = 2048
+    num_hidden_layers: int = 61
+    first_k_dense_replace: int = 3
+    num_attention_heads: int = 128
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    routed_scaling_factor: float = 2.5
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
+    norm_topk_prob: bool = True
+    num_nextn_predict_layers: int = 1
+    max_position_embeddings: int = 163840
+    rope_theta: float = 10000.0
+    rope_scaling: Yarn | None = None
+    rope_interleave: bool = True
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006
+    """Standard deviation of every weight matrix at init (report section 4.2)."""
+    aux_loss_alpha: float = 1e-4
+    """Factor of the sequence-wise balance loss (report section 4.2, alpha of eq. 17)."""
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+
+    # Derived sizes -------------------------------------------------------------------------------------
+    @property
+    def num_dense_layers(self) -> int:
+        return self.first_k_dense_replace
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether experts are selected with `e_score_correction_bias` (V3), rather than by affinity alone (V2)."""
+        return self.topk_method == "noaux_tc"
+
+    # Validation ----------------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        positive = (
+            "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
+            "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok n_group "
+            "topk_group routed_scaling_factor max_position_embeddings rope_theta rms_norm_eps initializer_range"
+        )
+        for name in positive.split():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ConfigError(f"{name} is {value!r}: it must be a positive number")
+        for name in ("n_shared_experts", "num_nextn_predict_layers", "aux_loss_alpha"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: it must not be negative")
+        if self.q_lora_rank is not None and self.q_lora_rank <= 0:
+            raise ConfigError(f"q_lora_rank is {self.q_lora_rank!r}: it must be positive, or None for one full projection")
+        if self.scoring_func not in ("sigmoid", "softmax"):
+            raise ConfigError(f"scoring_func is {self.scoring_func!r}: it must be 'sigmoid' or 'softmax'")
+        if self.topk_method not in ("noaux_tc", "group_limited_greedy", "greedy"):
+            raise ConfigError(
+                f"topk_method is {self.topk_method!r}: it must be 'noaux_tc', 'group_limited_greedy' or 'greedy'"
+            )
+        if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
+            raise ConfigError(
+                f"first_k_dense_replace is {self.first_k_dense_replace}: "
+                f"it must be from 0 to num_hidden_layers ({self.num_hidden_layers})"
+            )
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(f"qk_rope_head_dim is {self.qk_rope_head_dim}: RoPE rotates pairs, so it must be even")
+        if self.n_routed_experts % self.n_group:
+            raise ConfigError(
+                f"n_group is {self.n_group}, which doesn't divide n_routed_experts ({self.n_routed_experts})"
+            )
+        if self.topk_method == "greedy" and self.n_group != 1:
+            raise ConfigError(f"n_group is {self.n_group}, but topk_method 'greedy' knows no groups: n_group must be 1")
+        if self.topk_group > self.n_group:
+            raise ConfigError(f"topk_group is {self.topk_group}: it must be at most n_group ({self.n_group})")
+        reachable = self.topk_group * self.n_routed_experts // self.n_group
+        if self.num_experts_per_tok > reachable:
+            raise ConfigError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}, but topk_group {self.topk_group} of n_group "
+                f"{self.n_group} leaves only {reachable} experts to choose from"
+            )
+
+    # Presets -------------------------------------------------------------------------------------------
+    @classmethod
+    def preset(cls, name: str) -> ModelConfig:
+        """A named configuration: `v3-671b`, `v2-236b`, `v2-lite-16b`, `v3-mini` or `tiny`."""
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    # config.json ---------------------------------------------------------------------------------------
+    @classmethod
+    def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
+        """Reads a Hugging Face `config.json`: its path, its directory, or its content.
+
+        Every field must be known and possible here; `initializer_range` and `aux_loss_alpha` of the file are
+        accepted but not taken, since they contradict the report (0.02 and 0.001 against 0.006 and 1e-4).
+
+        Raises:
+          ConfigError: a field is unknown, contradicts another, or asks for what this architecture doesn't have.
+          FileNotFoundError: there is no such file.
+        """
+        return _from_hf(_read_json(source))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a Hugging Face `config.json` for this architecture (`from_hf` reads them back)."""
+        v3 = self.has_router_bias
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in _TRAINING_FIELDS}
+        fields["rope_scaling"] = None if self.rope_scaling is None else _yarn_to_hf(self.rope_scaling)
+        return fields | {
+            "architectures": ["DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v3" if v3 else "deepseek_v2",
+            "num_key_value_heads": self.num_attention_heads,
+            "moe_layer_freq": 1,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+        }
+
+
+# What a config.json may hold besides the fields of ModelConfig -------------------------------------------
+
+_TRAINING_FIELDS = ("initializer_range", "aux_loss_alpha")
+
+_REQUIRED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "moe_layer_freq": 1,
+}
+"""Fields that have one value in this architecture: another value describes another model."""
+
+_METADATA = frozenset(
+    "architectures auto_map dtype torch_dtype transformers_version use_cache pad_token_id output_router_logits "
+    "pretraining_tp ep_size seq_aux quantization_config _name_or_path rope_theta rope_scaling rope_parameters "
+    "initializer_range aux_loss_alpha num_key_value_heads head_dim qk_head_dim model_type".split()
+)
+"""Fields that are read elsewhere, checked below, or say nothing about the architecture."""
+
+_TRANSFORMERS_DEFAULT_KV_HEADS = 128
+"""transformers writes this number for V3 when nobody set it; MLA shares one latent, so the number says nothing."""
+
+_V2_DEFAULTS = dict(
+    scoring_func="softmax",
+    topk_method="greedy",
+    norm_topk_prob=False,
+    n_group=1,
+    topk_group=1,
+    num_nextn_predict_layers=0,
+    routed_scaling_factor=1.0,
+)
+
+
+def _read_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} doesn't exist: give a config.json or a directory that holds one") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds a {type(fields).__name__}: it must hold a JSON object of fields")
+    return fields
+
+
+def _from_hf(fields: dict[str, Any]) -> ModelConfig:
+    model_type = fields.get("model_type", "deepseek_v3")
+    if model_type not in ("deepseek_v3", "deepseek_v2"):
+        raise ConfigError(f"model_type is {model_type!r}: it must be 'deepseek_v3' or 'deepseek_v2'")
+    own = {f.name for f in dataclasses.fields(ModelConfig)}
+    unknown = sorted(set(fields) - own - set(_REQUIRED) - _METADATA)
+    if unknown:
+        raise ConfigError(f"unknown field {', '.join(map(repr, unknown))} in the config: it may describe another model")
+    for name, value in _REQUIRED.items():
+        if fields.get(name, value) not in (value, None):
+            raise ConfigError(f"{name} is {fields[name]!r}: this architecture only has {value!r}")
+
+    values = {k: v for k, v in fields.items() if k in own - set(_TRAINING_FIELDS) and v is not None}
+    if "q_lora_rank" in fields:  # null says "one full projection"; absent says "the default"
+        values["q_lora_rank"] = fields["q_lora_rank"]
+    if model_type == "deepseek_v2":
+        values = _V2_DEFAULTS | values
+    values["rope_theta"], values["rope_scaling"] = _rope_from_hf(fields)
+    if "first_k_dense_replace" in values and "num_hidden_layers" in values:
+        # A shallow model under a larger first_k_dense_replace has only dense layers.
+        values["first_k_dense_replace"] = min(values["first_k_dense_replace"], values["num_hidden_layers"])
+    config = ModelConfig(**values)
+
+    derived = {
+        "num_key_value_heads": (config.num_attention_heads, _TRANSFORMERS_DEFAULT_KV_HEADS),
+        "head_dim": (config.qk_rope_head_dim,),
+        "qk_head_dim": (config.qk_nope_head_dim + config.qk_rope_head_dim,),
+    }
+    for name, valid in derived.items():
+        if fields.get(name) is not None and fields[name] not in valid:
+            raise ConfigError(f"{name} is {fields[name]!r}, which contradicts the other fields: they make it {valid[0]}")
+    return config
+
+
+def _rope_from_hf(fields: dict[str, Any]) -> tuple[float, Yarn | None]:
+    """RoPE's base and its scaling, from `rope_scaling` (released files) or `rope_parameters` (transformers 5)."""
+    both = [dict(fields[k]) for k in ("rope_scaling", "rope_parameters") if fields.get(k)]
+    if len(both) == 2 and _rope_from_hf({"rope_scaling": both[0]})[1] != _rope_from_hf({"rope_scaling": both[1]})[1]:
+        raise ConfigError("rope_scaling and rope_parameters contradict each other: keep one of them")
+    scaling: dict[str, Any] = both[-1] if both else {}
+    theta = scaling.pop("rope_theta", fields.get("rope_theta", ModelConfig.rope_theta))
+    if fields.get("rope_theta", theta) != theta:
+        raise ConfigError(f"rope_theta is {fields['rope_theta']}, but {theta} in rope_parameters: they must agree")
+    kinds = {scaling.pop(k) for k in ("type", "rope_type") if k in scaling} or {"default"}
+    if kinds == {"default"}:
+        if scaling:
+            raise ConfigError(f"unknown field {', '.join(map(repr, sorted(scaling)))} in RoPE of type 'default'")
+        return float(theta), None
+    if kinds != {"yarn"}:
+        raise ConfigError(f"rope_scaling type is {'/'.join(sorted(kinds))}: it must be 'yarn' or 'default'")
+    unknown = sorted(set(scaling) - {f.name for f in dataclasses.fields(Yarn)})
+    if unknown:
+        raise ConfigError(f"unknown field {', '.join(map(repr, unknown))} in rope_scaling")
+    missing = sorted({"factor", "original_max_position_embeddings"} - {k for k, v in scaling.items() if v is not None})
+    if missing:
+        raise ConfigError(f"rope_scaling lacks {', '.join(map(repr, missing))}: YaRN needs it")
+    return float(theta), Yarn(**scaling)
+
+
+def _yarn_to_hf(yarn: Yarn) -> dict[str, Any]:
+    written = {k: v for k, v in dataclasses.asdict(yarn).items() if v is not None}
+    if yarn.truncate:
+        del written["truncate"]  # the default, which released files don't spell out
+    return {"type": "yarn"} | written
+
+
+# Presets -------------------------------------------------------------------------------------------------
+
+_V3 = ModelConfig(
+    rope_scaling=Yarn(factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0)
+)
+_V2 = ModelConfig(
+    vocab_size=102400,
+    hidden_size=5120,
+    intermediate_size=12288,
+    moe_intermediate_size=1536,
+    num_hidden_layers=60,
+    first_k_dense_replace=1,
+    n_routed_experts=160,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    topk_group=3,
+    routed_scaling_factor=16.0,
+    scoring_func="softmax",
+    topk_method="group_limited_greedy",
+    norm_topk_prob=False,
+    num_nextn_predict_layers=0,
+    rope_scaling=_V3.rope_scaling,
+    bos_token_id=100000,
+    eos_token_id=100001,
+)
+_V2_LITE = dataclasses.replace(
+    _V2,
+    hidden_size=2048,
+    intermediate_size=10944,
+    moe_intermediate_size=1408,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    q_lora_rank=None,
+    n_routed_experts=64,
+    n_group=1,
+    topk_group=1,
+    routed_scaling_factor=1.0,
+    topk_method="greedy",
+    rope_scaling=Yarn(factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707),
+)
+_MINI = ModelConfig(  # about 100M parameters: an afternoon on one GPU
+    vocab_size=32768,
+    hidden_size=512,
+    intermediate_size=1536,
+    moe_intermediate_size=192,
+    num_hidden_layers=12,
+    first_k_dense_replace=1,
+    num_attention_heads=8,
+    q_lora_rank=256,
+    kv_lora_rank=128,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
+    max_position_embeddings=4096,
+)
+_TINY = dataclasses.replace(  # a few million parameters over bytes: minutes on a CPU
+    _MINI,
+    vocab_size=264,
+    hidden_size=128,
+    intermediate_size=384,
+    moe_intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    q_lora_rank=64,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    max_position_embeddings=2048,
+    bos_token_id=256,
+    eos_token_id=257,
+)
+PRESETS: dict[str, ModelConfig] = {
+    "v3-671b": _V3,
+    "v2-236b": _V2,
+    "v2-lite-16b": _V2_LITE,
+    "v3-mini": _MINI,
+    "tiny": _TINY,
+}
+
+
+# How to compute it ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """How a run computes the model. None of it changes the parameter tree or, within the dtype, the numbers."""
+
+    dtype: Dtype = "float32"
+    """Of activations and of weights as they are used; router, softmax, norms and losses stay in float32."""
+    param_dtype: Dtype = "float32"
+    """Of the parameters as they are stored and optimised."""
+    attention_form: Literal["expanded", "absorbed"] = "expanded"
+    """`expanded` makes keys and values per head (training, prefill); `absorbed` attends to the latent (decode)."""
+    attention_impl: Literal["reference"] = "reference"
+    experts_impl: Literal["reference", "ragged", "blocked"] = "ragged"
+    """`ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, which is the fast way on a CPU."""
+    remat: Literal["none", "block", "paper"] = "none"
+    """What the backward pass recomputes: nothing, whole blocks, or norms and MLA up-projections (report section 3.2.3)."""
+
+    @classmethod
+    def for_backend(cls, backend: str) -> Runtime:
+        """What to start from on `backend` ("cpu", "gpu" or "tpu"): float32 and `blocked` on a CPU, else bfloat16."""
+        return cls(experts_impl="blocked") if backend == "cpu" else cls(dtype="bfloat16", remat="paper")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            valid = _RUNTIME_CHOICES[field.name]
+            if getattr(self, field.name) not in valid:
+                raise ConfigError(f"runtime.{field.name} is {getattr(self, field.name)!r}: it must be one of {', '.join(valid)}")
+
+
+_RUNTIME_CHOICES = {
+    "dtype": ("float32", "bfloat16", "float64"),
+    "param_dtype": ("float32", "bfloat16", "float64"),
+    "attention_form": ("expanded", "absorbed"),
+    "attention_impl": ("reference",),
+    "experts_impl": ("reference", "ragged", "blocked"),
+    "remat": ("none", "block", "paper"),
+}

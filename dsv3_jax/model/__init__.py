@@ -1,0 +1,1 @@
+"""The architecture, one idea a file."""

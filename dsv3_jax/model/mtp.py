@@ -1,0 +1,40 @@
+"""Multi-token prediction: one more block a depth, predicting one token further (report section 2.2, eq. 21 to 23)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.model.attention import Index, LayerCache
+from dsv3_jax.model.block import Block
+from dsv3_jax.model.linear import linear, weight
+from dsv3_jax.model.norm import norm_scale, rms_norm
+from dsv3_jax.model.router import RouterStats
+
+
+class MTPModule(nn.Module):
+    """Depth k: from the hidden states of depth k-1 and the embeddings of the tokens k ahead, those of depth k.
+
+    Two points follow the released weights rather than eq. 21 as printed: the projection's input is
+    [norm(embedding); norm(hidden)] in this order, and a hidden state is taken after its final norm.
+    """
+
+    config: ModelConfig
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(
+        self, hidden: jax.Array, embedded: jax.Array, index: Index, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None, RouterStats]:
+        """hidden, embedded (B, T, D) -> hidden states (B, T, D) after this depth's norm, the cache, router stats.
+
+        Position i takes h_i of depth k-1 and the embedding of token i+k; the shared head then predicts token i+k+1.
+        """
+        c, r = self.config, self.runtime
+        norm = lambda name, x: rms_norm(x, norm_scale(self, name, c.hidden_size), c.rms_norm_eps)  # noqa: E731
+        both = jnp.concatenate([norm("enorm", embedded), norm("hnorm", hidden)], axis=-1)
+        x = linear(both, weight(self, "eh_proj", 2 * c.hidden_size, c.hidden_size), r.dtype)
+        x, (cache, stats) = Block(c, r, is_moe=True, name="block")(x, index, cache)
+        return norm("norm", x), cache, stats

@@ -1,0 +1,29 @@
+"""What the backward pass recomputes instead of keeping (report section 3.2.3)."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.config import Runtime
+
+_KEPT = "kept"
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """Marks what policy `paper` keeps: results of matmuls other than MLA's up-projections.
+
+    Recomputed are then norms, up-projections, rotations, scores and SwiGLU products.
+    """
+    return checkpoint_name(x, _KEPT)
+
+
+def rematerialise(module: Callable[..., nn.Module], runtime: Runtime) -> Callable[..., nn.Module]:
+    """`module` under the runtime's policy: `none`, `block` (only its input is kept) or `paper` (see `kept`)."""
+    if runtime.remat == "none":
+        return module
+    policy = jax.checkpoint_policies.save_only_these_names(_KEPT) if runtime.remat == "paper" else None
+    return nn.remat(module, policy=policy, prevent_cse=False)

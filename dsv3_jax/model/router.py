@@ -1,0 +1,98 @@
+"""Which experts a token goes to, and with what weight (report section 2.1.2, eq. 13 to 16)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.model.linear import weight
+
+ROUTER = "router"
+"""The Linen collection of `e_score_correction_bias`: beside the parameters, where no optimizer or cast reaches it."""
+
+
+@struct.dataclass
+class RouterStats:
+    """What balancing needs to know of one MoE layer's routing. Float32; B sequences, E experts.
+
+    load: (B, E) tokens of the sequence that were sent to the expert.
+    fraction: (B, E) f_i of eq. 18: E / (K T) times the tokens whose top K affinities include the expert.
+    affinity: (B, E) P_i of eq. 20: the mean over tokens of the normalised affinity.
+    """
+
+    load: jax.Array
+    fraction: jax.Array
+    affinity: jax.Array
+
+
+def affinities(logits: jax.Array, config: ModelConfig) -> jax.Array:
+    """s of eq. 15 (sigmoid), or DeepSeek-V2's softmax: float32 (..., E) -> (..., E)."""
+    return jax.nn.sigmoid(logits) if config.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+
+
+def select_experts(scores: jax.Array, bias: jax.Array | None, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Top-K experts of each token under group-limited routing (eq. 14 and 16).
+
+    The bias takes part in the choice and in nothing else. Groups other than the best `topk_group` are masked with
+    -inf: zero would win over a negative biased score.
+
+    Args:
+      scores: (N, E) affinities, float32.
+      bias: (E,) e_score_correction_bias, float32, or None (V2).
+
+    Returns:
+      ids (N, K) int32 and weights (N, K) float32: affinities, normalised over the K if `norm_topk_prob`,
+      times `routed_scaling_factor`.
+    """
+    c = config
+    choice = scores if bias is None else scores + bias
+    if c.n_group > 1:
+        grouped = choice.reshape(-1, c.n_group, c.n_routed_experts // c.n_group)
+        # V3 ranks a group by its two best, V2 by its best.
+        best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]) if c.has_router_bias else 1)[0].sum(-1)
+        kept = jax.nn.one_hot(jax.lax.top_k(best, c.topk_group)[1], c.n_group, dtype=bool).any(-2)
+        choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
+    ids = jax.lax.top_k(choice, c.num_experts_per_tok)[1]
+    weights = jnp.take_along_axis(scores, ids, axis=-1)
+    if c.norm_topk_prob:
+        weights /= weights.sum(-1, keepdims=True) + 1e-20
+    return ids, weights * c.routed_scaling_factor
+
+
+def _count(ids: jax.Array, experts: int) -> jax.Array:
+    """How often each expert occurs in ids (B, T, K): float32 (B, E)."""
+    return jax.vmap(lambda i: jnp.bincount(i.ravel(), length=experts))(ids).astype(jnp.float32)
+
+
+class Router(nn.Module):
+    """The gate of one MoE layer. In float32 whatever the runtime's dtype: a rounded affinity changes the choice."""
+
+    config: ModelConfig
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, RouterStats]:
+        """x (B, T, D) -> ids (B, T, K) int32, weights (B, T, K) float32, stats."""
+        c = self.config
+        (batch, tokens, width), experts, k = x.shape, c.n_routed_experts, c.num_experts_per_tok
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        centroids = weight(self, "weight", width, experts)  # e_i of eq. 15, as columns
+        logits = jnp.dot(x.astype(wide), centroids.astype(wide), precision=jax.lax.Precision.HIGHEST)
+        scores = affinities(logits, c)
+        bias = None
+        if c.has_router_bias:
+            zeros = lambda: jnp.zeros((experts,), jnp.float32)  # noqa: E731
+            bias = self.variable(ROUTER, "e_score_correction_bias", zeros).value
+        ids, weights = select_experts(scores.reshape(-1, experts), bias, c)
+        ids, weights = ids.reshape(batch, tokens, k), weights.reshape(batch, tokens, k)
+
+        top_k = jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1]
+        stats = RouterStats(
+            load=_count(ids, experts),
+            fraction=_count(top_k, experts) * (experts / (k * tokens)),  # eq. 18, of s without the bias as written
+            affinity=jnp.mean(scores / scores.sum(-1, keepdims=True), axis=1),  # eq. 19 and 20
+        )
+        return ids, weights, stats

@@ -1,0 +1,207 @@
+"""DeepSeek-V3: embedding, dense and sparse blocks, head, and the modules that predict further tokens."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.model.attention import Index, LayerCache
+from dsv3_jax.model.block import Block
+from dsv3_jax.model.linear import linear, weight
+from dsv3_jax.model.mtp import MTPModule
+from dsv3_jax.model.norm import norm_scale, rms_norm
+from dsv3_jax.model.remat import rematerialise
+from dsv3_jax.model.router import RouterStats
+
+
+@struct.dataclass
+class Cache:
+    """The latent cache of a batch: (L, B, S, R + P) numbers, R + P a token and layer (report section 2.1.1).
+
+    dense, moe: entries of the dense and of the sparse layers, (layers, B, S, ...); None where there are none.
+    length: (B,) int32, tokens held of each sequence.
+    """
+
+    dense: LayerCache | None
+    moe: LayerCache | None
+    length: jax.Array
+
+
+@struct.dataclass
+class Outputs:
+    """What training needs of one forward pass.
+
+    logits: (B, T, V) float32. mtp_logits: one (B, T, V) float32 a depth.
+    stats: routing of the sparse layers, leading axis L_moe; None without sparse layers. mtp_stats: one a depth.
+    """
+
+    logits: jax.Array
+    mtp_logits: tuple[jax.Array, ...]
+    stats: RouterStats | None
+    mtp_stats: tuple[RouterStats, ...]
+
+
+class DeepSeekV3(nn.Module):
+    """The model as pure functions.
+
+    ```
+    model = DeepSeekV3(ModelConfig.preset("tiny"))
+    variables = model.init(key, tokens)      # {"params": ..., "router": ...}
+    logits = model.apply(variables, tokens)  # float32 (B, T, V)
+    ```
+    """
+
+    config: ModelConfig
+    runtime: Runtime = Runtime()
+
+    def setup(self) -> None:
+        c, r = self.config, self.runtime
+        self.embed_tokens = weight(self, "embed_tokens", c.vocab_size, c.hidden_size)
+        if c.num_dense_layers:
+            self.dense_layers = _stack(c.num_dense_layers, c, r, is_moe=False)
+        if c.num_moe_layers:
+            self.moe_layers = _stack(c.num_moe_layers, c, r, is_moe=True)
+        self.norm = norm_scale(self, "norm", c.hidden_size)
+        self.lm_head = weight(self, "lm_head", c.hidden_size, c.vocab_size)
+        self.mtp = [rematerialise(MTPModule, r)(c, r, name=f"mtp_{k}") for k in range(c.num_nextn_predict_layers)]
+
+    def __call__(
+        self, tokens: jax.Array, *, positions: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits of the next token.
+
+        Args:
+          tokens: (B, T) int32.
+          positions: (B, T) int32 for RoPE, in tokens; by default 0 to T-1.
+          segments: (B, T) int32: tokens attend within their segment only; by default all are of one.
+
+        Returns:
+          (B, T, V) float32.
+
+        Raises:
+          ValueError: T exceeds `max_position_embeddings`, or `tokens` holds an id outside the vocabulary. Under
+            `jit` ids can't be looked at: there, one outside the vocabulary turns its logits to NaN.
+        """
+        index = self._index(tokens, positions, segments)
+        hidden, _, _ = self._trunk(tokens, index, None)
+        if self.is_initializing():
+            self._predict_further(hidden, (tokens,) * len(self.mtp), index)
+        return self._head(hidden)
+
+    def forward(
+        self,
+        tokens: jax.Array,
+        further_tokens: tuple[jax.Array, ...],
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> Outputs:
+        """Everything that training needs: also the further predictions and the routing.
+
+        Args:
+          tokens, positions, segments: as in `__call__`.
+          further_tokens: for each MTP depth k in use, (B, T) int32: `tokens` shifted k to the left.
+        """
+        index = self._index(tokens, positions, segments)
+        hidden, _, stats = self._trunk(tokens, index, None)
+        further, mtp_stats = self._predict_further(hidden, further_tokens, index)
+        return Outputs(self._head(hidden), tuple(self._head(h) for h in further), stats, mtp_stats)
+
+    def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Continues sequences: the next T tokens of each, T >= 1, after those in the cache.
+
+        Args:
+          tokens: (B, T) int32.
+          cache: from `init_cache`. The caller makes sure that it has room for T more.
+
+        Returns:
+          logits (B, T, V) float32, and the extended cache.
+        """
+        positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        hidden, cache, _ = self._trunk(tokens, Index(positions, start=cache.length), cache)
+        return self._head(hidden), cache
+
+    def _index(self, tokens: jax.Array, positions: jax.Array | None, segments: jax.Array | None) -> Index:
+        limit = self.config.max_position_embeddings
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens have shape {tokens.shape}: they must be (batch, sequence)")
+        if tokens.shape[1] > limit:
+            raise ValueError(f"the sequence has {tokens.shape[1]} tokens, but max_position_embeddings is {limit}")
+        check_token_ids(tokens, self.config.vocab_size)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        return Index(positions, segments)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        return jnp.take(self.embed_tokens, tokens, axis=0, mode="fill").astype(self.runtime.dtype)
+
+    def _trunk(
+        self, tokens: jax.Array, index: Index, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
+        """Hidden states (B, T, D) after the final norm, the extended cache, the routing of the sparse layers."""
+        x, stats = self._embed(tokens), None
+        dense, moe = (cache.dense, cache.moe) if cache is not None else (None, None)
+        if self.config.num_dense_layers:
+            x, (dense, _) = self.dense_layers(x, index, dense)
+        if self.config.num_moe_layers:
+            x, (moe, stats) = self.moe_layers(x, index, moe)
+        if cache is not None:
+            cache = Cache(dense, moe, cache.length + tokens.shape[1])
+        return rms_norm(x, self.norm, self.config.rms_norm_eps), cache, stats
+
+    def _predict_further(
+        self, hidden: jax.Array, further_tokens: tuple[jax.Array, ...], index: Index
+    ) -> tuple[list[jax.Array], tuple[RouterStats, ...]]:
+        """The chain of eq. 21 and 22: each depth's normed hidden states (B, T, D), and its routing."""
+        further, stats = [], []
+        for module, ahead in zip(self.mtp, further_tokens, strict=False):
+            hidden, _, routing = module(hidden, self._embed(ahead), index)
+            further.append(hidden)
+            stats.append(routing)
+        return further, tuple(stats)
+
+    def _head(self, hidden: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(self.runtime.dtype, jnp.float32)
+        return linear(hidden, self.lm_head, self.runtime.dtype).astype(wide)
+
+
+def init_cache(config: ModelConfig, runtime: Runtime, batch: int, length: int) -> Cache:
+    """An empty cache with room for `length` tokens of each of `batch` sequences, in the runtime's dtype.
+
+    Raises ValueError if `length` exceeds the RoPE range, `max_position_embeddings`.
+    """
+    if length > config.max_position_embeddings:
+        raise ValueError(f"a cache of {length} tokens exceeds max_position_embeddings ({config.max_position_embeddings})")
+
+    def layers(count: int) -> LayerCache | None:
+        shape, dtype = (count, batch, length), jnp.dtype(runtime.dtype)
+        latent = jnp.zeros((*shape, config.kv_lora_rank), dtype)
+        return LayerCache(latent, jnp.zeros((*shape, config.qk_rope_head_dim), dtype)) if count else None
+
+    empty = jnp.zeros((batch,), jnp.int32)
+    return Cache(layers(config.num_dense_layers), layers(config.num_moe_layers), empty)
+
+
+def check_token_ids(tokens: jax.Array, vocab_size: int) -> None:
+    """Raises ValueError if a token id is outside the vocabulary. Does nothing while tracing: there are no values yet."""
+    if isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary: ids go from 0 to {vocab_size - 1}")
+
+
+def _stack(layers: int, config: ModelConfig, runtime: Runtime, *, is_moe: bool) -> nn.Module:
+    """`layers` blocks of one kind, scanned: parameters have a leading layer axis and compile time doesn't grow."""
+    scanned = nn.scan(
+        rematerialise(Block, runtime),
+        variable_axes={"params": 0, "router": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, 0),
+        out_axes=0,
+        length=layers,
+    )
+    return scanned(config, runtime, is_moe)

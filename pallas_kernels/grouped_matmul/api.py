@@ -1,0 +1,39 @@
+"""The one entry to grouped matmul: choose an implementation by name."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.grouped_matmul import cpu, reference
+
+IMPLEMENTATIONS = {
+    "reference": reference.grouped_matmul,
+    "ragged": jax.lax.ragged_dot,
+    "blocked": cpu.grouped_matmul,
+}
+
+
+def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, implementation: str) -> jax.Array:
+    """Multiplies consecutive groups of rows, each with its own matrix. Differentiable in `lhs` and `rhs`.
+
+    Args:
+      lhs: (M, K) rows, sorted by group.
+      rhs: (G, K, N), one matrix a group, of `lhs`'s dtype.
+      group_sizes: (G,) int32, rows of each group; they sum to at most M.
+      implementation: "reference" (plain, G times the work), "ragged" (`jax.lax.ragged_dot`) or "blocked" (CPUs).
+
+    Returns:
+      (M, N) of `lhs`'s dtype. Rows past the last group are zero.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or there is no such implementation.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"no grouped matmul {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
+    if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1] or group_sizes.shape != rhs.shape[:1]:
+        raise ValueError(
+            f"grouped matmul needs (M, K), (G, K, N) and (G,), but got {lhs.shape}, {rhs.shape} and {group_sizes.shape}"
+        )
+    if lhs.dtype != rhs.dtype:
+        raise ValueError(f"grouped matmul needs one dtype, but got {lhs.dtype} rows and {rhs.dtype} matrices")
+    return IMPLEMENTATIONS[implementation](lhs, rhs, group_sizes)
