@@ -1,0 +1,1 @@
+"""Pre-training: losses, schedule, optimizer, one pure step, and the loop around it."""

@@ -1,0 +1,109 @@
+"""What training minimises: next token, further tokens, balance (report eq. 17 to 20 and 24 to 25)."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dsv3_jax.model.router import RouterStats
+from dsv3_jax.model.transformer import DeepSeekV3
+
+Batch = Mapping[str, jax.Array]
+"""`tokens` and `targets` (B, T) int32, the latter one token ahead; `segments` and `positions` (B, T) int32 if
+attention stays within documents."""
+
+
+@struct.dataclass
+class Tally:
+    """Sums over the tokens of a batch, so that pieces of a batch add up. float32 scalars, except the loads.
+
+    cross_entropy: of the next token, in nats. mtp_cross_entropy: of the further tokens, a mean over depths.
+    tokens, mtp_tokens: how many were predicted. mtp_correct: of those, predicted right by the argmax.
+    balance: eq. 17 without its factor, summed over sequences and layers. sequences: how many.
+    load: tokens sent to each expert, keyed as the `router` collection is: {"moe_layers": (L, E), "mtp_0": (E,), ...}.
+    """
+
+    cross_entropy: jax.Array
+    tokens: jax.Array
+    mtp_cross_entropy: jax.Array
+    mtp_tokens: jax.Array
+    mtp_correct: jax.Array
+    balance: jax.Array
+    sequences: jax.Array
+    load: dict[str, jax.Array]
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target), in nats: logits (..., V) float, targets (...) int32 -> (...) float32 or wider."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def balance_loss(stats: RouterStats) -> jax.Array:
+    """The sequence-wise balance loss, sum_i f_i P_i (eq. 17 without alpha): stats of (..., B, E) -> (..., B)."""
+    return jnp.sum(stats.fraction * stats.affinity, axis=-1)
+
+
+def shift_left(x: jax.Array, by: int) -> jax.Array:
+    """x[:, i] becomes x[:, i + by]; the last `by` entries repeat the last one and are for the caller to mask."""
+    return jnp.concatenate([x[:, by:], jnp.repeat(x[:, -1:], by, axis=1)], axis=1) if by else x
+
+
+def predictable(batch: Batch, ahead: int) -> jax.Array:
+    """Which positions (B, T) have a target `ahead` tokens on: within the sequence and, with segments, the document."""
+    tokens = batch["tokens"]
+    inside = jnp.arange(tokens.shape[1]) < tokens.shape[1] - (ahead - 1)
+    segments = batch.get("segments")
+    if segments is None:
+        return jnp.broadcast_to(inside, tokens.shape)
+    last_is_open = jnp.arange(tokens.shape[1]) == tokens.shape[1] - ahead  # its target lies just past the row
+    return inside & ((shift_left(segments, ahead) == segments) | last_is_open)
+
+
+def forward_tally(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch) -> Tally:
+    """Runs the model on a batch and sums everything that the objective and the metrics need."""
+    depths = model.config.num_nextn_predict_layers
+    further = tuple(shift_left(batch["targets"], k) for k in range(depths))
+    out = model.apply(
+        variables,
+        batch["tokens"],
+        further,
+        positions=batch.get("positions"),
+        segments=batch.get("segments"),
+        method="forward",
+    )
+    mask = predictable(batch, 1)
+    nll = jnp.sum(cross_entropy(out.logits, batch["targets"]) * mask)
+    zero = jnp.zeros_like(nll)
+    mtp_nll, mtp_count, mtp_correct = zero, zero, zero
+    for k, logits in enumerate(out.mtp_logits, start=1):
+        target, mask_k = shift_left(batch["targets"], k), predictable(batch, k + 1)
+        mtp_nll += jnp.sum(cross_entropy(logits, target) * mask_k) / depths
+        mtp_count += jnp.sum(mask_k)
+        mtp_correct += jnp.sum((logits.argmax(-1) == target) & mask_k)
+
+    stats = {} if out.stats is None else {"moe_layers": out.stats}
+    stats |= {f"mtp_{k}": s for k, s in enumerate(out.mtp_stats)}
+    return Tally(
+        cross_entropy=nll,
+        tokens=jnp.sum(mask).astype(nll.dtype),
+        mtp_cross_entropy=mtp_nll,
+        mtp_tokens=mtp_count,
+        mtp_correct=mtp_correct,
+        balance=sum((jnp.sum(balance_loss(s)) for s in stats.values()), zero),
+        sequences=jnp.asarray(batch["tokens"].shape[0], nll.dtype),
+        load={name: jnp.sum(s.load, axis=-2) for name, s in stats.items()},
+    )
+
+
+def objective(tally: Tally, alpha: float, mtp_weight: jax.Array | float, tokens: jax.Array, sequences: jax.Array):
+    """The training loss: CE + lambda/D sum_k CE_k (eq. 24, 25) + alpha sum over layers of the balance loss (eq. 17).
+
+    Each CE_k is divided by the number of next-token targets, as eq. 24 divides by T; the balance loss is a mean
+    over sequences. `tokens` and `sequences` are those of the whole batch, of which `tally` may be a piece.
+    """
+    return (tally.cross_entropy + mtp_weight * tally.mtp_cross_entropy) / tokens + alpha * tally.balance / sequences

@@ -1,0 +1,64 @@
+"""AdamW as the report has it (section 4.2), with moments in bfloat16 on request (section 3.3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.training.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and clipping. The report doesn't state epsilon; 1e-8 is the customary one."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    moments_dtype: str = "float32"
+    """`bfloat16` halves the optimizer's memory, as in DeepSeek-V3's own training."""
+
+    def __post_init__(self) -> None:
+        if self.moments_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"optimizer.moments_dtype is {self.moments_dtype!r}: it must be 'float32' or 'bfloat16'")
+
+
+def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay of matrices, the schedule's learning rate."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        _scale_by_adam(config),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        optax.scale_by_learning_rate(schedule.learning_rate),
+    )
+
+
+def decays(params: Any) -> Any:
+    """True for every parameter that weight decay applies to: all but the scales of norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith("norm"), params)
+
+
+def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` whose two moments are stored in `moments_dtype` and computed in float32."""
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    if config.moments_dtype == "float32":
+        return adam
+
+    def cast(state: optax.ScaleByAdamState, dtype: Any) -> optax.ScaleByAdamState:
+        return state._replace(mu=optax.tree.cast(state.mu, dtype), nu=optax.tree.cast(state.nu, dtype))
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        return cast(adam.init(params), jnp.bfloat16)
+
+    def update(updates: Any, state: optax.ScaleByAdamState, params: Any = None):
+        updates, state = adam.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, jnp.bfloat16)
+
+    return optax.GradientTransformation(init, update)
