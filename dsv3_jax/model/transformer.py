@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from dsv3_jax.config import ModelConfig, Runtime
@@ -186,10 +187,11 @@ def init_cache(config: ModelConfig, runtime: Runtime, batch: int, length: int) -
 
 
 def check_token_ids(tokens: jax.Array, vocab_size: int) -> None:
-    """Raises ValueError if a token id is outside the vocabulary. Does nothing while tracing: there are no values yet."""
-    if isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
+    """Raises ValueError if a token id is outside the vocabulary. Under `jit` there are no values to check."""
+    if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True) or not tokens.size:
         return
-    low, high = int(tokens.min()), int(tokens.max())
+    values = np.asarray(tokens)  # not jnp, which would trace inside another function's jit
+    low, high = int(values.min()), int(values.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary: ids go from 0 to {vocab_size - 1}")
 

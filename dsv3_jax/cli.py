@@ -1,0 +1,164 @@
+"""The command line: `python -m dsv3_jax {train,generate,info}`. A command's heavy imports happen when it is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import tyro
+
+from dsv3_jax.config import PRESETS, ConfigError
+
+_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command. Exits with 0, with 2 after one clear line about what was wrong, or 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"train": _train, "generate": _generate, "info": _info}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        sys.exit(0 if arguments else 2)
+    if arguments[0] not in commands:
+        _fail(f"unknown command {arguments[0]!r}: the commands are {', '.join(commands)}")
+    try:
+        commands[arguments[0]](arguments[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_ours(error):
+            raise  # a defect: its traceback is what helps
+        _fail(" ".join(str(error).split()))
+
+
+_USAGE = """\
+usage: python -m dsv3_jax COMMAND [OPTIONS]
+
+  train      train a model: a small one on this machine's CPU by default
+  generate   continue a text with a trained or converted model
+  info       parameters and cache of a configuration, counted on the model itself
+
+python -m dsv3_jax COMMAND --help lists a command's options."""
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _is_ours(error: BaseException) -> bool:
+    return type(error).__module__.startswith("dsv3_jax.")
+
+
+def _parse(kind: Any, command: str, arguments: list[str], default: Any = None) -> Any:
+    prog, description = f"python -m dsv3_jax {command}", kind.__doc__
+    if default is None:
+        return tyro.cli(kind, prog=prog, description=description, args=arguments)
+    return tyro.cli(kind, prog=prog, description=description, args=arguments, default=default)
+
+
+# train ---------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: list[str]) -> None:
+    import jax
+
+    from dsv3_jax.training.config import TrainConfig
+    from dsv3_jax.training.trainer import train
+
+    @dataclasses.dataclass(frozen=True)
+    class Train:
+        """Train a model and write everything about the run into a directory.
+
+        Every field of the run can be set: `--schedule.steps 100 --model.hidden-size 256 --data.source my/texts`.
+        Defaults are the preset's. Ctrl-C saves; `--resume` continues to the same numbers.
+        """
+
+        config: tyro.conf.OmitArgPrefixes[TrainConfig]
+        preset: str = "tiny"
+        """Model and recipe to start from: tiny, v3-mini, v2-lite-16b, v2-236b or v3-671b."""
+        run_dir: Path = Path("runs/tiny")
+        """The run's directory; runs/PRESET by default."""
+        resume: bool = False
+        """Continue the run in run_dir from its newest checkpoint."""
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="tiny")
+    preset = first.parse_known_args(arguments)[0].preset
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}")
+    default = Train(TrainConfig.preset(preset, jax.default_backend()), preset=preset, run_dir=Path("runs") / preset)
+    chosen = _parse(Train, "train", arguments, default)
+    result = train(chosen.config, chosen.run_dir, resume=chosen.resume)
+    if result["stopped"]:
+        again = " ".join(["python -m dsv3_jax train", *(a for a in arguments if a != "--resume"), "--resume"])
+        print(f"stopped and saved at step {result['step']}; continue with: {again}")
+        sys.exit(_INTERRUPTED)
+    print(f"done: {chosen.run_dir}/report.md")
+
+
+# generate ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continue a text with a model from a training run, a Hugging Face directory, or a converted checkpoint."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Directory of the run or checkpoint."""
+    prompt: str = ""
+    """What to continue."""
+    max_new_tokens: int = 200
+    """How many tokens to add at most."""
+    temperature: float = 0.7
+    """0 takes the most likely token each time."""
+    top_k: int | None = None
+    """Draw among this many most likely tokens."""
+    top_p: float = 0.95
+    """Draw among the fewest tokens that together have this probability."""
+    seed: int = 0
+    """Of the draws."""
+    tokenizer: Path | None = None
+    """A tokenizer.json; by default the one in the directory, else the run's, else bytes."""
+
+
+def _generate(arguments: list[str]) -> None:
+    chosen = _parse(Generate, "generate", arguments)
+    import jax
+
+    from dsv3_jax.checkpoint import load_pretrained
+    from dsv3_jax.data import load_tokenizer
+    from dsv3_jax.inference.generate import stream
+    from dsv3_jax.inference.sampling import Sampling
+
+    sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
+    model, variables = load_pretrained(chosen.model)
+    beside = chosen.model / "tokenizer.json"
+    tokenizer = load_tokenizer(chosen.tokenizer or (beside if beside.exists() else None))
+    prompt = [tokenizer.bos_id, *map(int, tokenizer.encode(chosen.prompt))]
+    tokens: list[int] = []
+    shown = 0
+    print(chosen.prompt, end="", flush=True)
+    how = dict(sampling=sampling, key=jax.random.key(chosen.seed))
+    for token in stream(model, variables, [prompt], chosen.max_new_tokens, **how):
+        if int(token[0]) == tokenizer.eos_id:
+            break
+        tokens.append(int(token[0]))
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of a character may still come
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    print(tokenizer.decode(tokens)[shown:])
+
+
+# info ----------------------------------------------------------------------------------------------------
+
+
+def _info(arguments: list[str]) -> None:
+    from dsv3_jax.planning.info import InfoArgs, info_command
+
+    info_command(_parse(InfoArgs, "info", arguments))

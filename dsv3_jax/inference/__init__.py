@@ -1,0 +1,1 @@
+"""Text out: sampling and generation with the latent cache."""

@@ -1,0 +1,96 @@
+"""Continuing prompts: one expanded pass over each prompt, then absorbed steps over the latent cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.inference.sampling import Sampling, sample
+from dsv3_jax.model.transformer import Cache, DeepSeekV3, check_token_ids, init_cache
+
+_GREEDY = Sampling(temperature=0)
+
+
+def stream(
+    model: DeepSeekV3,
+    variables: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = _GREEDY,
+    key: jax.Array | None = None,
+    cache_length: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Yields the next token of every prompt, `max_new_tokens` times.
+
+    Args:
+      prompts: B token sequences, each of at least one token; lengths may differ.
+      max_new_tokens: how many to draw.
+      sampling: how; greedy by default.
+      key: a typed key; needed unless greedy.
+      cache_length: tokens that the cache has room for; by default as many as are needed.
+
+    Yields:
+      (B,) int32.
+
+    Raises:
+      ConfigError: an empty prompt, a token outside the vocabulary, or prompt and continuation that exceed the
+        cache or the RoPE range.
+    """
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    if not len(prompts) or lengths.min() < 1:
+        raise ConfigError("a prompt is empty: give it at least one token, for example the tokenizer's bos")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    if key is None:
+        if sampling.temperature != 0:
+            raise ConfigError("sampling at a temperature needs a key: pass key=jax.random.key(seed)")
+        key = jax.random.key(0)
+    needed, limit = int(lengths.max()) + max_new_tokens, model.config.max_position_embeddings
+    room = needed if cache_length is None else cache_length
+    if needed > room:
+        raise ConfigError(f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed the cache's {room} tokens")
+    if room > limit:
+        raise ConfigError(f"{room} tokens exceed max_position_embeddings ({limit}): shorten the prompt or ask for fewer")
+    tokens = np.zeros((len(prompts), int(lengths.max())), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    check_token_ids(tokens, model.config.vocab_size)
+
+    cache = init_cache(model.config, model.runtime, len(prompts), room)
+    key, first = jax.random.split(key)
+    token, cache = _prefill(_in_form(model, "expanded"), sampling, variables, tokens, lengths, cache, first)
+    yield np.asarray(token)
+    for _ in range(max_new_tokens - 1):
+        key, now = jax.random.split(key)
+        token, cache = _decode(_in_form(model, "absorbed"), sampling, variables, token, cache, now)
+        yield np.asarray(token)
+
+
+def generate(model: DeepSeekV3, variables: Mapping[str, Any], prompts: Any, max_new_tokens: int, **how: Any) -> np.ndarray:
+    """What `stream` yields, as one array (B, max_new_tokens) int32. Arguments and errors are those of `stream`."""
+    return np.stack(list(stream(model, variables, prompts, max_new_tokens, **how)), axis=1)
+
+
+def _in_form(model: DeepSeekV3, form: str) -> DeepSeekV3:
+    return model.clone(runtime=dataclasses.replace(model.runtime, attention_form=form))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _prefill(model: DeepSeekV3, sampling: Sampling, variables: Any, tokens: Any, lengths: Any, cache: Cache, key: Any):
+    """Fills the cache with right-padded prompts. What padding leaves behind `length` is overwritten before it is seen."""
+    logits, cache = model.apply(variables, tokens, cache, method="decode")
+    last = jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)[:, 0]
+    return sample(last, sampling, key), cache.replace(length=lengths)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _decode(model: DeepSeekV3, sampling: Sampling, variables: Any, token: Any, cache: Cache, key: Any):
+    logits, cache = model.apply(variables, token[:, None], cache, method="decode")
+    return sample(logits[:, -1], sampling, key), cache

@@ -1,0 +1,84 @@
+"""Checkpoints of a training run: the state and the data's position, written by orbax, whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from dsv3_jax.training.step import TrainState
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint couldn't be written or read: the message says which, why, and what is still there."""
+
+
+class Checkpoints:
+    """The checkpoints under a directory: one a step, the newest few kept."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        self.directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data_state: dict[str, Any]) -> None:
+        """Starts to write the state of step `state.step`; earlier ones are finished first. Raises CheckpointError."""
+        step = int(state.step)
+        if step == self.latest():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(_with_raw_key(state)), data=ocp.args.JsonSave(data_state)
+        )
+        self._guard(lambda: self._manager.save(step, args=items), step)
+
+    def wait(self) -> None:
+        """Waits until everything is on disk. Raises CheckpointError."""
+        self._guard(self._manager.wait_until_finished, None)
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest state, with the shapes, dtypes and shardings of `like` (arrays or their abstract twins)."""
+        step = self.latest()
+        if step is None:
+            raise CheckpointError(f"{self.directory} holds no complete checkpoint: start without --resume")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _with_raw_key(like))
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=items)
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} can't be read: {_first_line(error)}") from error
+        state = restored["state"]
+        return state.replace(rng=jax.random.wrap_key_data(state.rng)), restored["data"]
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _guard(self, write: Any, step: int | None) -> None:
+        try:
+            write()
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+            complete = self._complete_steps()
+            left = f"the newest complete one is of step {complete[-1]}" if complete else "there is no complete one yet"
+            raise CheckpointError(f"{what} couldn't be written to {self.directory}: {_first_line(error)}; {left}") from error
+
+    def _complete_steps(self) -> list[int]:
+        """Complete steps as the directory shows them: the manager counts one from when its writing starts."""
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
+
+
+def _with_raw_key(state: TrainState) -> TrainState:
+    """Typed keys have no on-disk form: their data has."""
+    return state.replace(rng=jax.random.key_data(state.rng))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

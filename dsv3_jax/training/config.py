@@ -1,0 +1,122 @@
+"""Everything that defines a training run, in one dataclass that is written beside its results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Runtime, Yarn
+from dsv3_jax.data import DataConfig
+from dsv3_jax.training.optimizer import OptimizerConfig
+from dsv3_jax.training.schedule import ScheduleConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Two runs of equal config on equal hardware give equal numbers."""
+
+    model: ModelConfig
+    runtime: Runtime
+    data: DataConfig
+    schedule: ScheduleConfig
+    optimizer: OptimizerConfig
+    microbatches: int = 1
+    """Pieces of a batch whose gradients are accumulated one after the other."""
+    seed: int = 0
+    """Of the parameters' init; the data has a seed of its own."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    validate_every: int = 200
+    """Steps between validations, and after the last step."""
+    validation_batches: int = 8
+    """Batches of a validation."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints, and after the last step."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    sample_prompt: str = "def "
+    """What the text sampled at the end begins with."""
+    sample_tokens: int = 400
+    """Its length; 0 for none."""
+
+    def __post_init__(self) -> None:
+        for name in ("microbatches", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.sample_tokens < 0:
+            raise ConfigError(f"sample_tokens is {self.sample_tokens}: it must not be negative")
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"data.sequence_length is {self.data.sequence_length}: it must be at most "
+                f"model.max_position_embeddings ({self.model.max_position_embeddings})"
+            )
+        for name, size in (("batch_size", self.schedule.batch_size), ("initial_batch_size", self.schedule.initial_batch_size)):
+            if size is not None and size % self.microbatches:
+                raise ConfigError(f"microbatches is {self.microbatches}, which doesn't divide schedule.{name} ({size})")
+
+    @classmethod
+    def preset(cls, name: str, backend: str) -> TrainConfig:
+        """A run of the model preset `name` on `backend`: the report's recipe, scaled down for the small models."""
+        if name not in PRESETS:
+            ModelConfig.preset(name)  # raises, naming the presets
+        model, runtime = ModelConfig.preset(name), Runtime.for_backend(backend)
+        if name == "tiny":  # minutes on two CPU cores: short warm-up, and rates and biases that move as far in fewer steps
+            schedule = ScheduleConfig(
+                steps=480,
+                batch_size=16,
+                peak_learning_rate=3e-3,
+                end_learning_rate=3e-4,
+                tail_learning_rate=1e-4,
+                warmup_steps=50,
+                constant_until=0.4,
+                bias_update_speed=0.01,
+            )
+            return cls(model, runtime, DataConfig(sequence_length=256), schedule, OptimizerConfig(), validate_every=120, checkpoint_every=120)
+        if name == "v3-mini":
+            schedule = ScheduleConfig(
+                steps=20000,
+                batch_size=64,
+                peak_learning_rate=1e-3,
+                end_learning_rate=1e-4,
+                tail_learning_rate=3e-5,
+                warmup_steps=500,
+            )
+            return cls(model, runtime, DataConfig(sequence_length=1024), schedule, OptimizerConfig(), checkpoint_every=1000)
+        # The report's pre-training is at 4K, before YaRN extends the context (sections 4.2 and 4.3).
+        model = dataclasses.replace(model, rope_scaling=None, max_position_embeddings=4096)
+        schedule = ScheduleConfig(steps=242_800, initial_batch_size=3072)
+        optimizer = OptimizerConfig(moments_dtype="bfloat16")
+        return cls(model, runtime, DataConfig(sequence_length=4096), schedule, optimizer, checkpoint_every=1000)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, path: Path) -> TrainConfig:
+        """Reads what `to_json` wrote. Raises ConfigError if the file is no such thing."""
+        try:
+            return _build(cls, json.loads(path.read_text()))
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path} is not the config of a training run: {error}") from None
+
+    def differences(self, other: TrainConfig) -> list[str]:
+        """The fields in which two configs differ, as lines `name: mine, there other's`."""
+        mine, others = _flatten(dataclasses.asdict(self)), _flatten(dataclasses.asdict(other))
+        return [f"{k}: {mine.get(k)!r}, there {others.get(k)!r}" for k in sorted(mine | others) if mine.get(k) != others.get(k)]
+
+
+def _build(kind: type, values: dict[str, Any]) -> Any:
+    """A dataclass from nested dictionaries."""
+    hints = typing.get_type_hints(kind)
+    nested = {n: t for n, t in hints.items() if dataclasses.is_dataclass(t)} | ({"rope_scaling": Yarn} if "rope_scaling" in hints else {})
+    return kind(**{k: _build(nested[k], v) if k in nested and v is not None else v for k, v in values.items()})
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

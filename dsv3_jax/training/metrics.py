@@ -1,0 +1,84 @@
+"""What a run records: JSON lines, TensorBoard events, and a figure of loss and expert load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorboardX
+
+
+class MetricsLog:
+    """Appends metrics to `metrics.jsonl` and to TensorBoard's event files under a run's directory."""
+
+    def __init__(self, directory: Path, *, first_step: int) -> None:
+        """A log that continues after `first_step`: later lines, of steps that will be taken again, are dropped."""
+        self.path = directory / "metrics.jsonl"
+        kept = [r for r in read_metrics(self.path) if r["step"] <= first_step] if self.path.exists() else []
+        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        self._lines = self.path.open("a", buffering=1)
+        self._events = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Records numbers and lists of numbers; returns them as plain Python values."""
+        plain = {k: np.asarray(v).tolist() for k, v in metrics.items()}
+        self._lines.write(json.dumps({"step": step, **plain}) + "\n")
+        for name, value in plain.items():
+            for i, scalar in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                self._events.add_scalar(name if i is None else f"{name}/{i}", scalar, step)
+        return plain
+
+    def close(self) -> None:
+        self._lines.close()
+        self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def worst_violation(metrics: dict[str, Any]) -> float | None:
+    """The largest load violation (max / mean - 1) of any MoE layer, or None without such layers."""
+    values = [np.max(v) for k, v in metrics.items() if k.startswith("load_violation/")]
+    return float(max(values)) if values else None
+
+
+def plot_metrics(path: Path, records: list[dict[str, Any]], title: str) -> None:
+    """Draws loss and expert load against the step into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (losses, load) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    for key, label in (
+        ("loss", "training"),
+        ("validation_loss", "validation"),
+        ("mtp_loss", "training, one token further (MTP)"),
+    ):
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            losses.plot(*zip(*points, strict=True), label=label, marker="o" if key == "validation_loss" else None, markersize=3)
+    losses.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    losses.legend()
+    for name in sorted({k for r in records for k in r if k.startswith("load_violation/")}):
+        steps = [r["step"] for r in records if name in r]
+        values = np.array([np.atleast_1d(r[name]) for r in records if name in r])
+        for i, curve in enumerate(values.T):
+            load.plot(steps, curve, label=f"{name.removeprefix('load_violation/')} {i}" if values.shape[1] > 1 else name.removeprefix("load_violation/"))
+    load.set(xlabel="step", ylabel="load violation (max / mean - 1)", title="expert load", yscale="symlog", ylim=(0, None))
+    if load.lines:
+        load.legend()
+    for axes in (losses, load):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,254 @@
+"""The loop around the training step: data, progress, metrics, validation, checkpoints, and a clean stop."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import signal
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.data import load_tokenizer, train_iterator, validation_batches
+from dsv3_jax.inference.generate import generate
+from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.training.checkpoints import Checkpoints
+from dsv3_jax.training.config import TrainConfig
+from dsv3_jax.training.metrics import MetricsLog, plot_metrics, read_metrics, worst_violation
+from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.schedule import Schedule
+from dsv3_jax.training.step import TrainState, evaluate_tally, init_state, make_eval_step, make_train_step
+from dsv3_jax.training.throughput import Throughput
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on: the message says why, and what is saved."""
+
+
+def train(config: TrainConfig, directory: Path, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Trains to the last step of the schedule, or continues a run that was stopped.
+
+    Args:
+      directory: the run's own; `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `metrics.png`,
+        `sample.txt` and `report.md` go there.
+      resume: continue the run in `directory` from its newest checkpoint, to the same numbers.
+
+    Returns:
+      The last metrics. `stopped` among them is true if Ctrl-C or SIGTERM ended the run early; it is saved then.
+
+    Raises:
+      ConfigError: `directory` holds another run, or the data doesn't fit the model.
+      CheckpointError: a checkpoint couldn't be written or read.
+      TrainingError: the loss is no longer finite.
+    """
+    console = console or Console()
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens: "
+            "the model's must be at least as large"
+        )
+    prepare_directory(config, directory, resume=resume)
+    return _Run(config, directory, tokenizer, console).run(resume)
+
+
+def prepare_directory(config: TrainConfig, directory: Path, *, resume: bool) -> None:
+    """Makes the run's directory and writes its config; refuses to mix two runs. Raises ConfigError."""
+    path = directory / "config.json"
+    if path.exists():
+        differences = config.differences(TrainConfig.from_json(path))
+        if differences:
+            raise ConfigError(f"{directory} holds a run of another config ({'; '.join(differences)}): choose another --run-dir")
+        if not resume:
+            raise ConfigError(f"{directory} holds this run already: add --resume to continue it, or choose another --run-dir")
+        return
+    if resume:
+        raise ConfigError(f"{directory} holds no run to resume: start it without --resume")
+    if directory.exists() and any(directory.iterdir()):
+        raise ConfigError(f"{directory} is not empty and holds no run: choose another --run-dir")
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(config.to_json() + "\n")
+
+
+class _Run:
+    """One call of `train`: what its parts share."""
+
+    def __init__(self, config: TrainConfig, directory: Path, tokenizer: Any, console: Console) -> None:
+        self.config, self.directory, self.tokenizer, self.console = config, directory, tokenizer, console
+        self.model = DeepSeekV3(config.model, config.runtime)
+        self.schedule = Schedule(config.schedule)
+        optimizer = make_optimizer(config.optimizer, self.schedule)
+        self.init = jax.jit(lambda key: init_state(self.model, optimizer, key))
+        self.step = jax.jit(
+            make_train_step(self.model, optimizer, self.schedule, microbatches=config.microbatches), donate_argnums=0
+        )
+        self.evaluate = jax.jit(make_eval_step(self.model))
+        self.data = train_iterator(config.data, tokenizer, self.schedule.batch_size(0))
+        self.validation = []
+        if config.data.validation_fraction:
+            count, size = config.validation_batches, config.schedule.batch_size
+            self.validation = validation_batches(config.data, tokenizer, size, count)
+        self.throughput = Throughput(config.model, config.data.sequence_length)
+
+    def run(self, resume: bool) -> dict[str, Any]:
+        checkpoints = Checkpoints(self.directory / "checkpoints", self.config.keep_checkpoints)
+        state = self.init(jax.random.key(self.config.seed))
+        if resume and checkpoints.latest() is not None:
+            state, data_state = checkpoints.restore(state)
+            self.data.set_state(data_state)
+        first = int(state.step)
+        log = MetricsLog(self.directory, first_step=first)
+        last: dict[str, Any] = {}
+        try:
+            with _stop_on_signal() as stopping, self._progress(first) as report:
+                for step in range(first, self.config.schedule.steps):
+                    state, metrics = self.step(state, self._batch(step))
+                    done = step + 1
+                    self.throughput.add(self.schedule.batch_size(step) * self.config.data.sequence_length)
+                    if self._due(done, self.config.log_every):
+                        last = self._record(log, done, metrics | self.throughput.measure(state.step), checkpoints)
+                    if self.validation and self._due(done, self.config.validate_every):
+                        last |= log.write(done, self._validate(state))
+                        self.throughput.restart()
+                    report(done, last)
+                    if self._due(done, self.config.checkpoint_every) or stopping():
+                        checkpoints.save(state, self.data.get_state())
+                    if stopping():
+                        break
+            checkpoints.wait()
+        finally:
+            log.close()
+            checkpoints.close()
+        finished = int(state.step) == self.config.schedule.steps
+        self._finish(state, finished)
+        return last | {"step": int(state.step), "stopped": not finished}
+
+    def _batch(self, step: int) -> dict[str, np.ndarray]:
+        batch = self.data.next_batch(self.schedule.batch_size(step))
+        return _model_inputs(batch, self.config.data.mask_documents)
+
+    def _due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self.config.schedule.steps
+
+    def _record(self, log: MetricsLog, done: int, metrics: dict[str, Any], checkpoints: Checkpoints) -> dict[str, Any]:
+        plain = log.write(done, metrics)
+        if not np.isfinite(plain["loss"]):
+            raise TrainingError(
+                f"the loss is {plain['loss']} at step {done}; the newest checkpoint is of step {checkpoints.latest()}: "
+                "try a lower schedule.peak_learning_rate or a longer warm-up"
+            )
+        return plain
+
+    def _validate(self, state: TrainState) -> dict[str, Any]:
+        mask = self.config.data.mask_documents
+        tallies = [self.evaluate(state, _model_inputs(batch, mask)) for batch in self.validation]
+        total = jax.tree.map(lambda *parts: sum(parts), *tallies)
+        return {f"validation_{k}": v for k, v in evaluate_tally(total).items()}
+
+    @contextlib.contextmanager
+    def _progress(self, first: int) -> Iterator[Any]:
+        """A bar on a terminal, a line every `log_every` steps elsewhere."""
+        steps = self.config.schedule.steps
+        if not self.console.is_terminal:
+            began = time.monotonic()
+
+            def line(done: int, last: dict[str, Any]) -> None:
+                if self._due(done, self.config.log_every):
+                    left = (time.monotonic() - began) / (done - first) * (steps - done)
+                    self.console.print(f"step {done}/{steps}  {_summary(last)}  {datetime.timedelta(seconds=round(left))} left")
+
+            yield line
+            return
+        columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[summary]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        with Progress(*columns, console=self.console) as bar:
+            task = bar.add_task("training", total=steps, completed=first, summary="compiling")
+            yield lambda done, last: bar.update(task, completed=done, summary=_summary(last))
+
+    def _finish(self, state: TrainState, finished: bool) -> None:
+        """Figure, sample and report; of a stopped run only the figure."""
+        records = read_metrics(self.directory / "metrics.jsonl")
+        plot_metrics(self.directory / "metrics.png", records, str(self.directory))
+        if not finished:
+            return
+        sample = self._sample(state) if self.config.sample_tokens else ""
+        (self.directory / "sample.txt").write_text(sample)
+        (self.directory / "report.md").write_text(_report(self.config, records, sample))
+        if sample:
+            self.console.rule("sample")
+            self.console.print(sample, markup=False, highlight=False)
+            self.console.rule()
+
+    def _sample(self, state: TrainState) -> str:
+        prompt = [self.tokenizer.bos_id, *map(int, self.tokenizer.encode(self.config.sample_prompt))]
+        room = self.config.model.max_position_embeddings - len(prompt)
+        new = generate(
+            self.model,
+            state.variables,
+            [prompt],
+            min(self.config.sample_tokens, room),
+            sampling=Sampling(temperature=0.7, top_p=0.95),
+            key=jax.random.key(self.config.seed),
+        )[0]
+        ends = np.flatnonzero(new == self.tokenizer.eos_id)
+        return self.config.sample_prompt + self.tokenizer.decode(new[: ends[0]] if len(ends) else new)
+
+
+def _model_inputs(batch: dict[str, np.ndarray], mask_documents: bool) -> dict[str, np.ndarray]:
+    """What the step takes: without document masks, as in the report (section 4.1), only tokens and targets."""
+    keys = ("tokens", "targets", "segments", "positions") if mask_documents else ("tokens", "targets")
+    return {k: batch[k] for k in keys}
+
+
+def _summary(metrics: dict[str, Any]) -> str:
+    parts = [f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []
+    if "validation_loss" in metrics:
+        parts.append(f"validation {metrics['validation_loss']:.3f}")
+    if "tokens_per_second" in metrics:
+        parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    if (violation := worst_violation(metrics)) is not None:
+        parts.append(f"load violation {violation:.2f}")
+    return "  ".join(parts)
+
+
+def _report(config: TrainConfig, records: list[dict[str, Any]], sample: str) -> str:
+    last: dict[str, Any] = {}
+    for record in records:
+        last |= record
+    rows = [("steps", config.schedule.steps), ("tokens", Schedule(config.schedule).total_sequences * config.data.sequence_length)]
+    rows += [(k, f"{v:.4g}") for k, v in last.items() if isinstance(v, float)]
+    if (violation := worst_violation(last)) is not None:
+        rows.append(("largest load violation of a layer (max / mean - 1)", f"{violation:.3f}"))
+    rows += [("device", jax.devices()[0].device_kind), ("jax", jax.__version__), ("date", f"{datetime.date.today()}")]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    text = f"# Training run\n\n| | at the end |\n|---|---|\n{table}\n\nLosses are in nats a token. The run's config is in `config.json`.\n\n![loss and expert load](metrics.png)\n"
+    return text + (f"\n## Sample\n\n```\n{sample}\n```\n" if sample else "")
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[Any]:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second acts as ever."""
+    asked: list[int] = []
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _frame: Any) -> None:
+        asked.append(number)
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    try:
+        for s in before:
+            signal.signal(s, ask)
+    except ValueError:  # not in the main thread, where Python lets nobody set handlers
+        before = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,27 @@
+"""Tests run on the CPU whatever else the machine has, with eight virtual devices for the parallel ones."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import hypothesis
+import jax
+import pytest
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=30)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def x64():
+    """Double precision, for finite differences."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def exact_matmul():
+    """Full float32 products: what the references compute with."""
+    with jax.default_matmul_precision("highest"):
+        yield

@@ -1,0 +1,93 @@
+"""Routing against a plain loop, and the statistics that balancing uses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3_jax import ModelConfig, Runtime
+from dsv3_jax.model.moe import ExpertWeights, experts, experts_reference
+from dsv3_jax.model.router import Router, select_experts
+
+BASE = dataclasses.replace(ModelConfig.preset("tiny"), n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2)
+
+
+def choose_by_loop(scores, bias, config):
+    """Eq. 14 to 16 and node-limited routing, token by token."""
+    chosen = []
+    for s in scores:
+        biased = s + bias
+        groups = np.split(np.arange(config.n_routed_experts), config.n_group)
+        best = 2 if config.has_router_bias else 1
+        rank = sorted(range(len(groups)), key=lambda g: -np.sum(np.sort(biased[groups[g]])[-best:]))
+        allowed = [e for g in rank[: config.topk_group] for e in groups[g]]
+        chosen.append(sorted(allowed, key=lambda e: -biased[e])[: config.num_experts_per_tok])
+    return np.array(chosen)
+
+
+@given(seed=st.integers(0, 10**6), offset=st.sampled_from([-2.0, 0.0, 2.0]), v3=st.booleans())
+def test_selection_equals_a_plain_loop(seed, offset, v3):
+    config = BASE if v3 else dataclasses.replace(BASE, topk_method="group_limited_greedy", norm_topk_prob=False)
+    rng = np.random.default_rng(seed)
+    scores = rng.uniform(size=(5, 8)).astype(np.float32)
+    # Scores with bias below zero: a mask of zero instead of -inf would choose masked experts.
+    bias = (rng.normal(size=8) + offset).astype(np.float32) if v3 else np.zeros(8, np.float32)
+    ids, weights = select_experts(jnp.asarray(scores), jnp.asarray(bias) if v3 else None, config)
+    expected = choose_by_loop(scores, bias, config)
+    np.testing.assert_array_equal(np.sort(ids), np.sort(expected))
+    gathered = np.take_along_axis(scores, np.asarray(ids), 1)
+    if config.norm_topk_prob:
+        gathered /= gathered.sum(1, keepdims=True)
+    np.testing.assert_allclose(weights, gathered * config.routed_scaling_factor, rtol=1e-6)
+
+
+def test_bias_moves_the_choice_and_not_the_weight():
+    config = dataclasses.replace(BASE, n_group=1, topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.0)
+    scores = jnp.array([[0.9, 0.8, 0.7, 0.1, 0.1, 0.1, 0.1, 0.1]])
+    ids, weights = select_experts(scores, jnp.array([0, 0, 0, 1.0, 0, 0, 0, 0]), config)
+    assert ids.tolist() == [[3, 0]]
+    np.testing.assert_allclose(weights, [[0.1, 0.9]])
+
+
+def test_statistics_are_those_of_the_equations():
+    x = jax.random.normal(jax.random.key(0), (3, 7, BASE.hidden_size))
+    router = Router(BASE, Runtime())
+    variables = router.init(jax.random.key(1), x)
+    variables["router"]["e_score_correction_bias"] = jnp.linspace(-0.02, 0.02, 8)
+    ids, _, stats = router.apply(variables, x)
+    s = np.asarray(jax.nn.sigmoid(x @ variables["params"]["weight"]), np.float64)
+    top = np.argsort(-s, -1)[..., :2]
+    for b in range(3):
+        for e in range(8):
+            assert stats.load[b, e] == np.sum(np.asarray(ids)[b] == e)
+            np.testing.assert_allclose(stats.fraction[b, e], 8 / (2 * 7) * np.sum(top[b] == e), rtol=1e-6)
+    np.testing.assert_allclose(stats.affinity, (s / s.sum(-1, keepdims=True)).mean(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["ragged", "blocked"])
+@pytest.mark.parametrize("routing", ["spread", "one expert", "one token"])
+def test_experts_drop_no_token(impl, routing):
+    tokens, width, hidden, count, k = 1 if routing == "one token" else 150, 16, 24, 8, 2
+    keys = jax.random.split(jax.random.key(3), 5)
+    w = ExpertWeights(
+        jax.random.normal(keys[0], (count, width, hidden)) / 8,
+        jax.random.normal(keys[1], (count, width, hidden)) / 8,
+        jax.random.normal(keys[2], (count, hidden, width)) / 8,
+    )
+    x = jax.random.normal(keys[3], (tokens, width))
+    ids = jnp.argsort(jax.random.uniform(keys[4], (tokens, count)))[:, :k]
+    if routing == "one expert":
+        ids = jnp.broadcast_to(jnp.array([5, 2]), ids.shape)
+    weights = jax.random.uniform(keys[4], ids.shape)
+
+    def value_and_gradients(f):
+        return jax.jit(jax.value_and_grad(lambda x, w, g: jnp.sum(jnp.sin(f(x, ids, g, w))), (0, 1, 2)))(x, w, weights)
+
+    expected = value_and_gradients(experts_reference)
+    got = value_and_gradients(lambda x, i, g, w: experts(x, i, g, w, Runtime(experts_impl=impl)))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()), rtol=1e-5)
