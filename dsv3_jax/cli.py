@@ -56,9 +56,11 @@ def _is_ours(error: BaseException) -> bool:
 
 def _parse(kind: Any, command: str, arguments: list[str], default: Any = None) -> Any:
     prog, description = f"python -m dsv3_jax {command}", kind.__doc__
-    if default is None:
-        return tyro.cli(kind, prog=prog, description=description, args=arguments)
-    return tyro.cli(kind, prog=prog, description=description, args=arguments, default=default)
+    how = {} if default is None else {"default": default}
+    # A field that is a dataclass or None, as rope_scaling, stays one of options and isn't made a subcommand.
+    return tyro.cli(
+        kind, prog=prog, description=description, args=arguments, config=(tyro.conf.AvoidSubcommands,), **how
+    )
 
 
 # train ---------------------------------------------------------------------------------------------------
@@ -67,32 +69,16 @@ def _parse(kind: Any, command: str, arguments: list[str], default: Any = None) -
 def _train(arguments: list[str]) -> None:
     import jax
 
-    from dsv3_jax.training.config import TrainConfig
+    from dsv3_jax.training.config import TrainArgs, TrainConfig
     from dsv3_jax.training.trainer import train
-
-    @dataclasses.dataclass(frozen=True)
-    class Train:
-        """Train a model and write everything about the run into a directory.
-
-        Every field of the run can be set: `--schedule.steps 100 --model.hidden-size 256 --data.source my/texts`.
-        Defaults are the preset's. Ctrl-C saves; `--resume` continues to the same numbers.
-        """
-
-        config: tyro.conf.OmitArgPrefixes[TrainConfig]
-        preset: str = "tiny"
-        """Model and recipe to start from: tiny, v3-mini, v2-lite-16b, v2-236b or v3-671b."""
-        run_dir: Path = Path("runs/tiny")
-        """The run's directory; runs/PRESET by default."""
-        resume: bool = False
-        """Continue the run in run_dir from its newest checkpoint."""
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="tiny")
     preset = first.parse_known_args(arguments)[0].preset
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}")
-    default = Train(TrainConfig.preset(preset, jax.default_backend()), preset=preset, run_dir=Path("runs") / preset)
-    chosen = _parse(Train, "train", arguments, default)
+    default = TrainArgs(TrainConfig.preset(preset, jax.default_backend()), preset=preset, run_dir=Path("runs") / preset)
+    chosen = _parse(TrainArgs, "train", arguments, default)
     result = train(chosen.config, chosen.run_dir, resume=chosen.resume)
     if result["stopped"]:
         again = " ".join(["python -m dsv3_jax train", *(a for a in arguments if a != "--resume"), "--resume"])
@@ -143,8 +129,8 @@ def _generate(arguments: list[str]) -> None:
     tokens: list[int] = []
     shown = 0
     print(chosen.prompt, end="", flush=True)
-    how = dict(sampling=sampling, key=jax.random.key(chosen.seed))
-    for token in stream(model, variables, [prompt], chosen.max_new_tokens, **how):
+    key = jax.random.key(chosen.seed)
+    for token in stream(model, variables, [prompt], chosen.max_new_tokens, sampling=sampling, key=key):
         if int(token[0]) == tokenizer.eos_id:
             break
         tokens.append(int(token[0]))

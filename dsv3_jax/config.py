@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Mapping
+from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -108,7 +109,9 @@ class ModelConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: it must not be negative")
         if self.q_lora_rank is not None and self.q_lora_rank <= 0:
-            raise ConfigError(f"q_lora_rank is {self.q_lora_rank!r}: it must be positive, or None for one full projection")
+            raise ConfigError(
+                f"q_lora_rank is {self.q_lora_rank!r}: it must be positive, or None for one full projection"
+            )
         if self.scoring_func not in ("sigmoid", "softmax"):
             raise ConfigError(f"scoring_func is {self.scoring_func!r}: it must be 'sigmoid' or 'softmax'")
         if self.topk_method not in ("noaux_tc", "group_limited_greedy", "greedy"):
@@ -190,9 +193,30 @@ _REQUIRED = {
 """Fields that have one value in this architecture: another value describes another model."""
 
 _METADATA = frozenset(
-    "architectures auto_map dtype torch_dtype transformers_version use_cache pad_token_id output_router_logits "
-    "pretraining_tp ep_size seq_aux quantization_config _name_or_path rope_theta rope_scaling rope_parameters "
-    "initializer_range aux_loss_alpha num_key_value_heads head_dim qk_head_dim model_type".split()
+    [
+        "architectures",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "pad_token_id",
+        "output_router_logits",
+        "pretraining_tp",
+        "ep_size",
+        "seq_aux",
+        "quantization_config",
+        "_name_or_path",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "initializer_range",
+        "aux_loss_alpha",
+        "num_key_value_heads",
+        "head_dim",
+        "qk_head_dim",
+        "model_type",
+    ]
 )
 """Fields that are read elsewhere, checked below, or say nothing about the architecture."""
 
@@ -256,7 +280,9 @@ def _from_hf(fields: dict[str, Any]) -> ModelConfig:
     }
     for name, valid in derived.items():
         if fields.get(name) is not None and fields[name] not in valid:
-            raise ConfigError(f"{name} is {fields[name]!r}, which contradicts the other fields: they make it {valid[0]}")
+            raise ConfigError(
+                f"{name} is {fields[name]!r}, which contradicts the other fields: they make it {valid[0]}"
+            )
     return config
 
 
@@ -294,9 +320,7 @@ def _yarn_to_hf(yarn: Yarn) -> dict[str, Any]:
 
 # Presets -------------------------------------------------------------------------------------------------
 
-_V3 = ModelConfig(
-    rope_scaling=Yarn(factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0)
-)
+_V3 = ModelConfig(rope_scaling=Yarn(factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0))
 _V2 = ModelConfig(
     vocab_size=102400,
     hidden_size=5120,
@@ -394,7 +418,7 @@ class Runtime:
     experts_impl: Literal["reference", "ragged", "blocked"] = "ragged"
     """`ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, which is the fast way on a CPU."""
     remat: Literal["none", "block", "paper"] = "none"
-    """What the backward pass recomputes: nothing, whole blocks, or norms and MLA up-projections (report section 3.2.3)."""
+    """What the backward pass recomputes: nothing, whole blocks, or norms and up-projections (report section 3.2.3)."""
 
     @classmethod
     def for_backend(cls, backend: str) -> Runtime:
@@ -405,7 +429,9 @@ class Runtime:
         for field in dataclasses.fields(self):
             valid = _RUNTIME_CHOICES[field.name]
             if getattr(self, field.name) not in valid:
-                raise ConfigError(f"runtime.{field.name} is {getattr(self, field.name)!r}: it must be one of {', '.join(valid)}")
+                raise ConfigError(
+                    f"runtime.{field.name} is {getattr(self, field.name)!r}: it must be one of {', '.join(valid)}"
+                )
 
 
 _RUNTIME_CHOICES = {

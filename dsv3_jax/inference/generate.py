@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,10 +56,14 @@ def stream(
     needed, limit = int(lengths.max()) + max_new_tokens, model.config.max_position_embeddings
     room = needed if cache_length is None else cache_length
     if needed > room:
-        raise ConfigError(f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed the cache's {room} tokens")
+        raise ConfigError(
+            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed the cache's {room} tokens"
+        )
     if room > limit:
-        raise ConfigError(f"{room} tokens exceed max_position_embeddings ({limit}): shorten the prompt or ask for fewer")
-    tokens = np.zeros((len(prompts), int(lengths.max())), np.int32)
+        raise ConfigError(
+            f"{room} tokens exceed max_position_embeddings ({limit}): shorten the prompt or ask for fewer"
+        )
+    tokens: Any = np.zeros((len(prompts), int(lengths.max())), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     check_token_ids(tokens, model.config.vocab_size)
@@ -73,24 +78,30 @@ def stream(
         yield np.asarray(token)
 
 
-def generate(model: DeepSeekV3, variables: Mapping[str, Any], prompts: Any, max_new_tokens: int, **how: Any) -> np.ndarray:
+def generate(
+    model: DeepSeekV3, variables: Mapping[str, Any], prompts: Any, max_new_tokens: int, **how: Any
+) -> np.ndarray:
     """What `stream` yields, as one array (B, max_new_tokens) int32. Arguments and errors are those of `stream`."""
     return np.stack(list(stream(model, variables, prompts, max_new_tokens, **how)), axis=1)
 
 
-def _in_form(model: DeepSeekV3, form: str) -> DeepSeekV3:
+def _in_form(model: DeepSeekV3, form: Literal["expanded", "absorbed"]) -> DeepSeekV3:
     return model.clone(runtime=dataclasses.replace(model.runtime, attention_form=form))
+
+
+def _continue(model: DeepSeekV3, variables: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    return cast(tuple[jax.Array, Cache], model.apply(variables, tokens, cache, method="decode"))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
 def _prefill(model: DeepSeekV3, sampling: Sampling, variables: Any, tokens: Any, lengths: Any, cache: Cache, key: Any):
-    """Fills the cache with right-padded prompts. What padding leaves behind `length` is overwritten before it is seen."""
-    logits, cache = model.apply(variables, tokens, cache, method="decode")
+    """Fills the cache with right-padded prompts. What padding leaves past `length` is overwritten before it is seen."""
+    logits, cache = _continue(model, variables, tokens, cache)
     last = jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)[:, 0]
-    return sample(last, sampling, key), cache.replace(length=lengths)
+    return sample(last, sampling, key), dataclasses.replace(cache, length=lengths)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _decode(model: DeepSeekV3, sampling: Sampling, variables: Any, token: Any, cache: Cache, key: Any):
-    logits, cache = model.apply(variables, token[:, None], cache, method="decode")
+    logits, cache = _continue(model, variables, token[:, None], cache)
     return sample(logits[:, -1], sampling, key), cache

@@ -8,6 +8,8 @@ latent itself: the same function, with more arithmetic and far fewer bytes, whic
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -120,22 +122,30 @@ class MultiHeadLatentAttention(nn.Module):
         q_index = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         k_segments = index.segments
         if cache is not None:
-            cache = LayerCache(_extend(cache.latent, latent, index.start), _extend(cache.rope_key, k_rope, index.start))
-            latent, k_rope, k_segments = cache.latent.astype(dtype), cache.rope_key.astype(dtype), None
+            assert index.start is not None, "a cache needs to know where it is filled to"
+            latent, k_rope = _extend(cache.latent, latent, index.start), _extend(cache.rope_key, k_rope, index.start)
+            cache = LayerCache(latent, k_rope)
+            latent, k_rope, k_segments = latent.astype(dtype), k_rope.astype(dtype), None
             q_index += index.start[:, None]
         k_index = jnp.broadcast_to(jnp.arange(latent.shape[1]), latent.shape[:2])
 
         w_uk = weight(self, "k_b_proj", rank, heads, nope)
         w_uv = weight(self, "v_b_proj", rank, heads, c.v_head_dim)
-        where = dict(q_index=q_index, k_index=k_index, q_segments=index.segments, k_segments=k_segments)
-        scale = softmax_scale(c)
+        attend = functools.partial(
+            attention,
+            q_index=q_index,
+            k_index=k_index,
+            q_segments=index.segments,
+            k_segments=k_segments,
+            scale=softmax_scale(c),
+        )
         if self.runtime.attention_form == "expanded":  # eq. 2, 5 and 10
             k_nope, v = linear(latent, w_uk, dtype), linear(latent, w_uv, dtype)
-            out = attention(q_nope, q_rope, k_nope, k_rope, v, **where, scale=scale)
+            out = attend(q_nope, q_rope, k_nope, k_rope, v)
         else:
             shared = latent[:, :, None]
             q_latent = jnp.einsum("bthn,rhn->bthr", q_nope, w_uk.astype(dtype))
-            out = attention(q_latent, q_rope, shared, k_rope, shared, **where, scale=scale)
+            out = attend(q_latent, q_rope, shared, k_rope, shared)
             out = jnp.einsum("bthr,rhv->bthv", out, w_uv.astype(dtype))
 
         w_o = weight(self, "o_proj", heads, c.v_head_dim, c.hidden_size)

@@ -91,7 +91,7 @@ class RoutedExperts(nn.Module):
         w = ExpertWeights(
             weight(self, "gate_proj", e, d, f), weight(self, "up_proj", e, d, f), weight(self, "down_proj", e, f, d)
         )
-        flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
+        flat = lambda a: a.reshape(-1, a.shape[-1])
         return experts(flat(x), flat(ids), flat(weights), w, self.runtime).reshape(x.shape)
 
 

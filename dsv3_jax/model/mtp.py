@@ -33,8 +33,9 @@ class MTPModule(nn.Module):
         Position i takes h_i of depth k-1 and the embedding of token i+k; the shared head then predicts token i+k+1.
         """
         c, r = self.config, self.runtime
-        norm = lambda name, x: rms_norm(x, norm_scale(self, name, c.hidden_size), c.rms_norm_eps)  # noqa: E731
+        norm = lambda name, x: rms_norm(x, norm_scale(self, name, c.hidden_size), c.rms_norm_eps)
         both = jnp.concatenate([norm("enorm", embedded), norm("hnorm", hidden)], axis=-1)
         x = linear(both, weight(self, "eh_proj", 2 * c.hidden_size, c.hidden_size), r.dtype)
         x, (cache, stats) = Block(c, r, is_moe=True, name="block")(x, index, cache)
+        assert stats is not None  # since the block is sparse
         return norm("norm", x), cache, stats

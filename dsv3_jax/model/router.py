@@ -84,7 +84,7 @@ class Router(nn.Module):
         scores = affinities(logits, c)
         bias = None
         if c.has_router_bias:
-            zeros = lambda: jnp.zeros((experts,), jnp.float32)  # noqa: E731
+            zeros = lambda: jnp.zeros((experts,), jnp.float32)
             bias = self.variable(ROUTER, "e_score_correction_bias", zeros).value
         ids, weights = select_experts(scores.reshape(-1, experts), bias, c)
         ids, weights = ids.reshape(batch, tokens, k), weights.reshape(batch, tokens, k)

@@ -122,8 +122,9 @@ class DeepSeekV3(nn.Module):
           logits (B, T, V) float32, and the extended cache.
         """
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        hidden, cache, _ = self._trunk(tokens, Index(positions, start=cache.length), cache)
-        return self._head(hidden), cache
+        hidden, extended, _ = self._trunk(tokens, Index(positions, start=cache.length), cache)
+        assert extended is not None  # since `cache` is
+        return self._head(hidden), extended
 
     def _index(self, tokens: jax.Array, positions: jax.Array | None, segments: jax.Array | None) -> Index:
         limit = self.config.max_position_embeddings
@@ -175,7 +176,9 @@ def init_cache(config: ModelConfig, runtime: Runtime, batch: int, length: int) -
     Raises ValueError if `length` exceeds the RoPE range, `max_position_embeddings`.
     """
     if length > config.max_position_embeddings:
-        raise ValueError(f"a cache of {length} tokens exceeds max_position_embeddings ({config.max_position_embeddings})")
+        raise ValueError(
+            f"a cache of {length} tokens exceeds max_position_embeddings ({config.max_position_embeddings})"
+        )
 
     def layers(count: int) -> LayerCache | None:
         shape, dtype = (count, batch, length), jnp.dtype(runtime.dtype)
@@ -186,14 +189,16 @@ def init_cache(config: ModelConfig, runtime: Runtime, batch: int, length: int) -
     return Cache(layers(config.num_dense_layers), layers(config.num_moe_layers), empty)
 
 
-def check_token_ids(tokens: jax.Array, vocab_size: int) -> None:
+def check_token_ids(tokens: jax.Array | np.ndarray, vocab_size: int) -> None:
     """Raises ValueError if a token id is outside the vocabulary. Under `jit` there are no values to check."""
     if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True) or not tokens.size:
         return
     values = np.asarray(tokens)  # not jnp, which would trace inside another function's jit
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= vocab_size:
-        raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary: ids go from 0 to {vocab_size - 1}")
+        raise ValueError(
+            f"token id {low if low < 0 else high} is outside the vocabulary: ids go from 0 to {vocab_size - 1}"
+        )
 
 
 def _stack(layers: int, config: ModelConfig, runtime: Runtime, *, is_moe: bool) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,11 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # orbax and tensorstore raise many kinds
-            raise CheckpointError(f"checkpoint {self.directory / str(step)} can't be read: {_first_line(error)}") from error
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} can't be read: {_first_line(error)}"
+            ) from error
         state = restored["state"]
-        return state.replace(rng=jax.random.wrap_key_data(state.rng)), restored["data"]
+        return dataclasses.replace(state, rng=jax.random.wrap_key_data(state.rng)), restored["data"]
 
     def close(self) -> None:
         self._manager.close()
@@ -67,7 +70,9 @@ class Checkpoints:
             what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             complete = self._complete_steps()
             left = f"the newest complete one is of step {complete[-1]}" if complete else "there is no complete one yet"
-            raise CheckpointError(f"{what} couldn't be written to {self.directory}: {_first_line(error)}; {left}") from error
+            raise CheckpointError(
+                f"{what} couldn't be written to {self.directory}: {_first_line(error)}; {left}"
+            ) from error
 
     def _complete_steps(self) -> list[int]:
         """Complete steps as the directory shows them: the manager counts one from when its writing starts."""
@@ -76,7 +81,7 @@ class Checkpoints:
 
 def _with_raw_key(state: TrainState) -> TrainState:
     """Typed keys have no on-disk form: their data has."""
-    return state.replace(rng=jax.random.key_data(state.rng))
+    return dataclasses.replace(state, rng=jax.random.key_data(state.rng))
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Runtime, Yarn
 from dsv3_jax.data import DataConfig
@@ -43,7 +45,14 @@ class TrainConfig:
     """Its length; 0 for none."""
 
     def __post_init__(self) -> None:
-        for name in ("microbatches", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints"):
+        for name in (
+            "microbatches",
+            "log_every",
+            "validate_every",
+            "validation_batches",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.sample_tokens < 0:
@@ -53,7 +62,10 @@ class TrainConfig:
                 f"data.sequence_length is {self.data.sequence_length}: it must be at most "
                 f"model.max_position_embeddings ({self.model.max_position_embeddings})"
             )
-        for name, size in (("batch_size", self.schedule.batch_size), ("initial_batch_size", self.schedule.initial_batch_size)):
+        for name, size in (
+            ("batch_size", self.schedule.batch_size),
+            ("initial_batch_size", self.schedule.initial_batch_size),
+        ):
             if size is not None and size % self.microbatches:
                 raise ConfigError(f"microbatches is {self.microbatches}, which doesn't divide schedule.{name} ({size})")
 
@@ -63,7 +75,9 @@ class TrainConfig:
         if name not in PRESETS:
             ModelConfig.preset(name)  # raises, naming the presets
         model, runtime = ModelConfig.preset(name), Runtime.for_backend(backend)
-        if name == "tiny":  # minutes on two CPU cores: short warm-up, and rates and biases that move as far in fewer steps
+        if (
+            name == "tiny"
+        ):  # minutes on two CPU cores: short warm-up, and rates and biases that move as far in fewer steps
             schedule = ScheduleConfig(
                 steps=480,
                 batch_size=16,
@@ -74,7 +88,15 @@ class TrainConfig:
                 constant_until=0.4,
                 bias_update_speed=0.01,
             )
-            return cls(model, runtime, DataConfig(sequence_length=256), schedule, OptimizerConfig(), validate_every=120, checkpoint_every=120)
+            return cls(
+                model,
+                runtime,
+                DataConfig(sequence_length=256),
+                schedule,
+                OptimizerConfig(),
+                validate_every=120,
+                checkpoint_every=120,
+            )
         if name == "v3-mini":
             schedule = ScheduleConfig(
                 steps=20000,
@@ -84,7 +106,9 @@ class TrainConfig:
                 tail_learning_rate=3e-5,
                 warmup_steps=500,
             )
-            return cls(model, runtime, DataConfig(sequence_length=1024), schedule, OptimizerConfig(), checkpoint_every=1000)
+            return cls(
+                model, runtime, DataConfig(sequence_length=1024), schedule, OptimizerConfig(), checkpoint_every=1000
+            )
         # The report's pre-training is at 4K, before YaRN extends the context (sections 4.2 and 4.3).
         model = dataclasses.replace(model, rope_scaling=None, max_position_embeddings=4096)
         schedule = ScheduleConfig(steps=242_800, initial_batch_size=3072)
@@ -105,13 +129,36 @@ class TrainConfig:
     def differences(self, other: TrainConfig) -> list[str]:
         """The fields in which two configs differ, as lines `name: mine, there other's`."""
         mine, others = _flatten(dataclasses.asdict(self)), _flatten(dataclasses.asdict(other))
-        return [f"{k}: {mine.get(k)!r}, there {others.get(k)!r}" for k in sorted(mine | others) if mine.get(k) != others.get(k)]
+        return [
+            f"{k}: {mine.get(k)!r}, there {others.get(k)!r}"
+            for k in sorted(mine | others)
+            if mine.get(k) != others.get(k)
+        ]
 
 
-def _build(kind: type, values: dict[str, Any]) -> Any:
+@dataclasses.dataclass(frozen=True)
+class TrainArgs:
+    """Train a model and write everything about the run into a directory.
+
+    Every field of the run can be set: `--schedule.steps 100 --model.hidden-size 256 --data.source my/texts`.
+    Defaults are the preset's. Ctrl-C saves; `--resume` continues to the same numbers.
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    preset: str = "tiny"
+    """Model and recipe to start from: tiny, v3-mini, v2-lite-16b, v2-236b or v3-671b."""
+    run_dir: Path = Path("runs/tiny")
+    """The run's directory; runs/PRESET by default."""
+    resume: bool = False
+    """Continue the run in run_dir from its newest checkpoint."""
+
+
+def _build(kind: Any, values: dict[str, Any]) -> Any:
     """A dataclass from nested dictionaries."""
     hints = typing.get_type_hints(kind)
-    nested = {n: t for n, t in hints.items() if dataclasses.is_dataclass(t)} | ({"rope_scaling": Yarn} if "rope_scaling" in hints else {})
+    nested = {n: t for n, t in hints.items() if dataclasses.is_dataclass(t)} | (
+        {"rope_scaling": Yarn} if "rope_scaling" in hints else {}
+    )
     return kind(**{k: _build(nested[k], v) if k in nested and v is not None else v for k, v in values.items()})
 
 

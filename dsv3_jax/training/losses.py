@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from dsv3_jax.model.router import RouterStats
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.model.transformer import DeepSeekV3, Outputs
 
 Batch = Mapping[str, jax.Array]
 """`tokens` and `targets` (B, T) int32, the latter one token ahead; `segments` and `positions` (B, T) int32 if
@@ -68,13 +69,16 @@ def forward_tally(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch)
     """Runs the model on a batch and sums everything that the objective and the metrics need."""
     depths = model.config.num_nextn_predict_layers
     further = tuple(shift_left(batch["targets"], k) for k in range(depths))
-    out = model.apply(
-        variables,
-        batch["tokens"],
-        further,
-        positions=batch.get("positions"),
-        segments=batch.get("segments"),
-        method="forward",
+    out = cast(
+        Outputs,
+        model.apply(
+            variables,
+            batch["tokens"],
+            further,
+            positions=batch.get("positions"),
+            segments=batch.get("segments"),
+            method="forward",
+        ),
     )
     mask = predictable(batch, 1)
     nll = jnp.sum(cross_entropy(out.logits, batch["targets"]) * mask)

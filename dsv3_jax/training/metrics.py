@@ -67,15 +67,23 @@ def plot_metrics(path: Path, records: list[dict[str, Any]], title: str) -> None:
     ):
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:
-            losses.plot(*zip(*points, strict=True), label=label, marker="o" if key == "validation_loss" else None, markersize=3)
+            losses.plot(
+                *zip(*points, strict=True), label=label, marker="o" if key == "validation_loss" else None, markersize=3
+            )
     losses.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     losses.legend()
     for name in sorted({k for r in records for k in r if k.startswith("load_violation/")}):
         steps = [r["step"] for r in records if name in r]
         values = np.array([np.atleast_1d(r[name]) for r in records if name in r])
         for i, curve in enumerate(values.T):
-            load.plot(steps, curve, label=f"{name.removeprefix('load_violation/')} {i}" if values.shape[1] > 1 else name.removeprefix("load_violation/"))
-    load.set(xlabel="step", ylabel="load violation (max / mean - 1)", title="expert load", yscale="symlog", ylim=(0, None))
+            load.plot(
+                steps,
+                curve,
+                label=f"{name.removeprefix('load_violation/')} {i}"
+                if values.shape[1] > 1
+                else name.removeprefix("load_violation/"),
+            )
+    load.set(xlabel="step", ylabel="load violation (max / mean - 1)", title="expert load", ylim=(0, 2))
     if load.lines:
         load.legend()
     for axes in (losses, load):

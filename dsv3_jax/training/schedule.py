@@ -54,7 +54,8 @@ class ScheduleConfig:
                 raise ConfigError(f"schedule.{name} is {getattr(self, name)}: it must be at least 1")
         if self.initial_batch_size is not None and not 1 <= self.initial_batch_size <= self.batch_size:
             raise ConfigError(
-                f"schedule.initial_batch_size is {self.initial_batch_size}: it must be from 1 to batch_size ({self.batch_size})"
+                f"schedule.initial_batch_size is {self.initial_batch_size}: "
+                f"it must be from 1 to batch_size ({self.batch_size})"
             )
         if not 0 <= self.constant_until <= self.decay_until <= self.tail_from <= 1:
             raise ConfigError("schedule: constant_until <= decay_until <= tail_from must hold, between 0 and 1")

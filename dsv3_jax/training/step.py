@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,12 +87,12 @@ def _accumulate(grad: Callable, params: Any, batch: Batch, microbatches: int) ->
         return grad(params, batch)
     pieces = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), dict(batch))
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], pieces)))
-    add = lambda total, piece: (jax.tree.map(jnp.add, total, grad(params, piece)), None)  # noqa: E731
+    add = lambda total, piece: (jax.tree.map(jnp.add, total, grad(params, piece)), None)
     return jax.lax.scan(add, zeros, pieces)[0]
 
 
 def update_bias(router: Any, load: dict[str, jax.Array], speed: jax.Array) -> Any:
-    """Auxiliary-loss-free balancing (section 2.1.2): bias up by `speed` where an expert got less than the mean, else down.
+    """Balancing without auxiliary loss (section 2.1.2): up by `speed` where an expert got too little, else down.
 
     Args:
       router: the `router` collection; its leaves are (..., E) float32.

@@ -6,13 +6,22 @@ import contextlib
 import datetime
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import load_tokenizer, train_iterator, validation_batches
@@ -32,7 +41,9 @@ class TrainingError(RuntimeError):
     """Training can't go on: the message says why, and what is saved."""
 
 
-def train(config: TrainConfig, directory: Path, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig, directory: Path, *, resume: bool = False, console: Console | None = None
+) -> dict[str, Any]:
     """Trains to the last step of the schedule, or continues a run that was stopped.
 
     Args:
@@ -55,26 +66,31 @@ def train(config: TrainConfig, directory: Path, *, resume: bool = False, console
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens: "
             "the model's must be at least as large"
         )
-    prepare_directory(config, directory, resume=resume)
-    return _Run(config, directory, tokenizer, console).run(resume)
+    check_directory(config, directory, resume=resume)
+    run = _Run(config, directory, tokenizer, console)  # reads the data: a failure leaves no directory behind
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(config.to_json() + "\n")
+    return run.run(resume)
 
 
-def prepare_directory(config: TrainConfig, directory: Path, *, resume: bool) -> None:
-    """Makes the run's directory and writes its config; refuses to mix two runs. Raises ConfigError."""
+def check_directory(config: TrainConfig, directory: Path, *, resume: bool) -> None:
+    """Raises ConfigError if a run of `config` in `directory` would mix two runs, or there is nothing to resume."""
     path = directory / "config.json"
     if path.exists():
         differences = config.differences(TrainConfig.from_json(path))
         if differences:
-            raise ConfigError(f"{directory} holds a run of another config ({'; '.join(differences)}): choose another --run-dir")
+            raise ConfigError(
+                f"{directory} holds a run of another config ({'; '.join(differences)}): choose another --run-dir"
+            )
         if not resume:
-            raise ConfigError(f"{directory} holds this run already: add --resume to continue it, or choose another --run-dir")
+            raise ConfigError(
+                f"{directory} holds this run already: add --resume to continue it, or choose another --run-dir"
+            )
         return
     if resume:
         raise ConfigError(f"{directory} holds no run to resume: start it without --resume")
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"{directory} is not empty and holds no run: choose another --run-dir")
-    directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(config.to_json() + "\n")
 
 
 class _Run:
@@ -162,11 +178,21 @@ class _Run:
             def line(done: int, last: dict[str, Any]) -> None:
                 if self._due(done, self.config.log_every):
                     left = (time.monotonic() - began) / (done - first) * (steps - done)
-                    self.console.print(f"step {done}/{steps}  {_summary(last)}  {datetime.timedelta(seconds=round(left))} left")
+                    self.console.print(
+                        f"step {done}/{steps}  {_summary(last)}  {datetime.timedelta(seconds=round(left))} left"
+                    )
 
             yield line
             return
-        columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[summary]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (
+            SpinnerColumn(),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[summary]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console) as bar:
             task = bar.add_task("training", total=steps, completed=first, summary="compiling")
             yield lambda done, last: bar.update(task, completed=done, summary=_summary(last))
@@ -221,13 +247,19 @@ def _report(config: TrainConfig, records: list[dict[str, Any]], sample: str) -> 
     last: dict[str, Any] = {}
     for record in records:
         last |= record
-    rows = [("steps", config.schedule.steps), ("tokens", Schedule(config.schedule).total_sequences * config.data.sequence_length)]
+    rows: list[tuple[str, Any]] = [
+        ("steps", config.schedule.steps),
+        ("tokens", Schedule(config.schedule).total_sequences * config.data.sequence_length),
+    ]
     rows += [(k, f"{v:.4g}") for k, v in last.items() if isinstance(v, float)]
     if (violation := worst_violation(last)) is not None:
         rows.append(("largest load violation of a layer (max / mean - 1)", f"{violation:.3f}"))
     rows += [("device", jax.devices()[0].device_kind), ("jax", jax.__version__), ("date", f"{datetime.date.today()}")]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    text = f"# Training run\n\n| | at the end |\n|---|---|\n{table}\n\nLosses are in nats a token. The run's config is in `config.json`.\n\n![loss and expert load](metrics.png)\n"
+    text = (
+        f"# Training run\n\n| | at the end |\n|---|---|\n{table}\n\n"
+        "Losses are in nats a token. The run's config is in `config.json`.\n\n![loss and expert load](metrics.png)\n"
+    )
     return text + (f"\n## Sample\n\n```\n{sample}\n```\n" if sample else "")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 
 from pallas_kernels.grouped_matmul import cpu, reference
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "reference": reference.grouped_matmul,
     "ragged": jax.lax.ragged_dot,
     "blocked": cpu.grouped_matmul,

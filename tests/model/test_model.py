@@ -67,9 +67,7 @@ def test_runtimes_agree_and_share_one_tree(case, runtime):
     model = DeepSeekV3(config, runtime)
     chex.assert_trees_all_equal(init(model, tokens)["params"], variables["params"])
     expected = run(DeepSeekV3(config), variables, tokens)
-    np.testing.assert_allclose(
-        run(model, variables, tokens), expected, atol=2e-5 * float(jnp.abs(expected).max())
-    )
+    np.testing.assert_allclose(run(model, variables, tokens), expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES, ids=str)
@@ -98,9 +96,7 @@ def test_decoding_piece_by_piece_equals_one_pass(case, form):
     for piece in jnp.split(tokens, [7, 8, 9, 12], axis=1):
         logits, cache = run(model, variables, piece, cache, method="decode")
         pieces.append(logits)
-    np.testing.assert_allclose(
-        jnp.concatenate(pieces, 1), expected, atol=2e-5 * float(jnp.abs(expected).max())
-    )
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), expected, atol=2e-5 * float(jnp.abs(expected).max()))
     assert cache.length.tolist() == [20, 20]
 
 

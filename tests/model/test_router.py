@@ -13,7 +13,9 @@ from dsv3_jax import ModelConfig, Runtime
 from dsv3_jax.model.moe import ExpertWeights, experts, experts_reference
 from dsv3_jax.model.router import Router, select_experts
 
-BASE = dataclasses.replace(ModelConfig.preset("tiny"), n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2)
+BASE = dataclasses.replace(
+    ModelConfig.preset("tiny"), n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2
+)
 
 
 def choose_by_loop(scores, bias, config):

@@ -1,0 +1,173 @@
+"""The losses against the report's equations written out, and their gradients against finite differences."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
+from dsv3_jax.model.attention import Index, MultiHeadLatentAttention
+from dsv3_jax.model.router import Router
+from dsv3_jax.training.losses import balance_loss, cross_entropy, forward_tally, objective, shift_left
+
+SMALL = dataclasses.replace(
+    ModelConfig.preset("tiny"),
+    hidden_size=12,
+    intermediate_size=16,
+    moe_intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    q_lora_rank=8,
+    kv_lora_rank=10,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+    vocab_size=17,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    initializer_range=0.5,
+    num_nextn_predict_layers=2,
+)
+
+
+def test_cross_entropy_is_minus_log_probability():
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 5)) * 3
+    targets = jnp.array([[0, 1, 2], [4, 3, 0]])
+    expected = -np.log(np.take_along_axis(np.asarray(jax.nn.softmax(logits)), np.asarray(targets)[..., None], -1))[
+        ..., 0
+    ]
+    np.testing.assert_allclose(cross_entropy(logits, targets), expected, rtol=1e-5)
+
+
+def test_balance_loss_is_eq_17_to_20():
+    """Written out per sequence and token, on the router's own weights."""
+    x = jax.random.normal(jax.random.key(0), (2, 6, SMALL.hidden_size))
+    router = Router(SMALL, Runtime())
+    variables = router.init(jax.random.key(1), x)
+    stats = router.apply(variables, x)[2]
+    experts, k, tokens = SMALL.n_routed_experts, SMALL.num_experts_per_tok, 6
+    for b in range(2):
+        f, p = np.zeros(experts), np.zeros(experts)
+        for t in range(tokens):
+            s = 1 / (
+                1 + np.exp(-np.asarray(x[b, t], np.float64) @ np.asarray(variables["params"]["weight"], np.float64))
+            )
+            f[np.argsort(-s)[:k]] += experts / (k * tokens)
+            p += s / s.sum() / tokens
+        np.testing.assert_allclose(balance_loss(stats)[b], np.sum(f * p), rtol=1e-5)
+
+
+def test_balance_gradient_lowers_the_overloaded_expert():
+    """A step against the gradient must take affinity from the expert that gets too much: the sign of eq. 17."""
+    x = jnp.ones((1, 8, SMALL.hidden_size)) + 0.1 * jax.random.normal(jax.random.key(0), (1, 8, SMALL.hidden_size))
+    router = Router(SMALL, Runtime())
+    variables = router.init(jax.random.key(1), x)
+    weight = jnp.zeros_like(variables["params"]["weight"]).at[:, 0].set(0.1).at[:, 1].set(0.05)
+    loss = lambda w: jnp.sum(balance_loss(router.apply({**variables, "params": {"weight": w}}, x)[2]))
+    stepped = weight - 0.05 * jax.grad(loss)(weight)
+    affinity = lambda w: router.apply({**variables, "params": {"weight": w}}, x)[2].affinity[0]
+    assert loss(stepped) < loss(weight)
+    assert affinity(stepped)[0] < affinity(weight)[0]
+    assert affinity(stepped)[3] > affinity(weight)[3]
+
+
+@pytest.fixture(scope="module")
+def small():
+    tokens = jax.random.randint(jax.random.key(5), (2, 9), 0, SMALL.vocab_size)
+    model = DeepSeekV3(SMALL)
+    return model, jax.jit(model.init)(jax.random.key(0), tokens), tokens
+
+
+def test_mtp_loss_is_eq_24(small):
+    """Depth k at position i sees token i+k's embedding and predicts token i+k+1; sums are divided by T."""
+    model, variables, row = small
+    tokens, targets = row[:, :-1], row[:, 1:]
+    tally = jax.jit(lambda v, b: forward_tally(model, v, b))(variables, {"tokens": tokens, "targets": targets})
+    length = tokens.shape[1]
+    padded = jnp.pad(row, ((0, 0), (0, 2)))  # what lies beyond the sequence must not matter
+    further = (padded[:, 1 : 1 + length], padded[:, 2 : 2 + length])
+    out = jax.jit(lambda v, t, f: model.apply(v, t, f, method="forward"))(variables, tokens, further)
+    expected, correct, count = 0.0, 0, 0
+    for k, logits in enumerate(out.mtp_logits, start=1):
+        log_p = np.asarray(jax.nn.log_softmax(logits))
+        for b in range(2):
+            for i in range(length - k):
+                target = int(row[b, i + k + 1])
+                expected -= log_p[b, i, target] / SMALL.num_nextn_predict_layers
+                correct += int(log_p[b, i].argmax() == target)
+                count += 1
+    np.testing.assert_allclose(tally.mtp_cross_entropy, expected, rtol=1e-5)
+    assert (int(tally.mtp_correct), int(tally.mtp_tokens), int(tally.tokens)) == (correct, count, 2 * length)
+    whole = objective(tally, 1e-2, 0.3, tally.tokens, tally.sequences)
+    parts = tally.cross_entropy / 16 + 0.3 * tally.mtp_cross_entropy / 16 + 1e-2 * tally.balance / 2
+    np.testing.assert_allclose(whole, parts, rtol=1e-6)
+
+
+def test_documents_bound_what_is_predicted(small):
+    """With segments, nothing is predicted across a boundary, at any depth."""
+    model, variables, row = small
+    tokens, targets = row[:, :-1], row[:, 1:]
+    segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 2], [1] * 8])
+    batch = {"tokens": tokens, "targets": targets, "segments": segments}
+    tally = jax.jit(lambda v, b: forward_tally(model, v, b))(variables, batch)
+    assert int(tally.tokens) == 16 - 1  # all but the target across the one boundary
+    assert int(tally.mtp_tokens) == (16 - 2 - 2) + (16 - 4 - 3)
+    changed = {**batch, "targets": targets.at[0, 2].set((targets[0, 2] + 1) % SMALL.vocab_size)}
+    again = jax.jit(lambda v, b: forward_tally(model, v, b))(variables, changed)
+    chex.assert_trees_all_close(tally.cross_entropy, again.cross_entropy)
+
+
+def test_shift_left():
+    assert shift_left(jnp.arange(5)[None], 2).tolist() == [[2, 3, 4, 4, 4]]
+    assert shift_left(jnp.arange(5)[None], 0).tolist() == [[0, 1, 2, 3, 4]]
+
+
+# Finite differences, in float64 ---------------------------------------------------------------------------
+
+DOUBLE = Runtime(dtype="float64", param_dtype="float64", experts_impl="blocked")
+
+
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+def test_attention_gradient(x64, form):
+    runtime = dataclasses.replace(DOUBLE, attention_form=form)
+    module = MultiHeadLatentAttention(SMALL, runtime)
+    x = jax.random.normal(jax.random.key(0), (1, 5, SMALL.hidden_size), jnp.float64)
+    index = Index(jnp.arange(5)[None])
+    variables = jax.jit(module.init)(jax.random.key(1), x, index)
+    f = jax.jit(lambda v, x: jnp.sum(jnp.sin(module.apply(v, x, index)[0])))
+    check_grads(f, (variables, x), order=1, modes=["rev"], eps=1e-5, atol=1e-7, rtol=1e-6)
+
+
+def test_router_gradient(x64):
+    module = Router(SMALL, DOUBLE)
+    x = jax.random.normal(jax.random.key(0), (2, 5, SMALL.hidden_size), jnp.float64)
+    variables = module.init(jax.random.key(1), x)
+
+    @jax.jit
+    def f(params, x):
+        _, weights, stats = module.apply({**variables, "params": params}, x)
+        return jnp.sum(jnp.sin(weights)) + jnp.sum(balance_loss(stats))
+
+    check_grads(f, (variables["params"], x), order=1, modes=["rev"], eps=1e-6, atol=1e-7, rtol=1e-6)
+
+
+def test_training_loss_gradient(x64):
+    """The whole objective with MTP, balance loss and experts, along random directions of all parameters."""
+    model = DeepSeekV3(SMALL, DOUBLE)
+    row = jax.random.randint(jax.random.key(5), (2, 8), 0, SMALL.vocab_size)
+    batch = {"tokens": row[:, :-1], "targets": row[:, 1:]}
+    variables = jax.jit(model.init)(jax.random.key(0), batch["tokens"])
+
+    @jax.jit
+    def f(params):
+        tally = forward_tally(model, {**variables, "params": params}, batch)
+        return objective(tally, 1e-2, 0.3, tally.tokens, tally.sequences)
+
+    assert f(variables["params"]).dtype == jnp.float64
+    check_grads(f, (variables["params"],), order=1, modes=["rev"], eps=1e-6, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,143 @@
+"""The training step: it learns, accumulation changes nothing, the bias moves the right way, moments can be bfloat16."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dsv3_jax import DeepSeekV3, Runtime
+from dsv3_jax.training.optimizer import OptimizerConfig, decays, make_optimizer
+from dsv3_jax.training.schedule import Schedule, ScheduleConfig
+from dsv3_jax.training.step import init_state, make_train_step, update_bias
+from tests.training.test_losses import SMALL
+
+SCHEDULE = Schedule(
+    ScheduleConfig(
+        steps=100, batch_size=8, warmup_steps=1, peak_learning_rate=1e-2, end_learning_rate=1e-3, bias_update_speed=0.01
+    )
+)
+
+
+def batch_of(seed, size=8, length=12):
+    row = np.random.default_rng(seed).integers(0, SMALL.vocab_size, (size, 1))
+    row = (row + np.arange(length + 1)) % SMALL.vocab_size  # counting: easy to learn
+    return {"tokens": row[:, :-1].astype(np.int32), "targets": row[:, 1:].astype(np.int32)}
+
+
+def setup(optimizer_config=OptimizerConfig(), **how):
+    model = DeepSeekV3(SMALL, Runtime(experts_impl="blocked"))
+    optimizer = make_optimizer(optimizer_config, SCHEDULE)
+    state = jax.jit(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
+    return state, jax.jit(make_train_step(model, optimizer, SCHEDULE, **how))
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_it_learns(moments):
+    state, step = setup(OptimizerConfig(moments_dtype=moments))
+    assert {x.dtype.name for x in jax.tree.leaves(state.opt_state) if x.ndim} == {moments}
+    losses = []
+    for i in range(60):
+        state, metrics = step(state, batch_of(i))
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 2.5
+    assert losses[-1] < 0.5
+    assert float(metrics["mtp_accuracy"]) > 0.5
+    assert {x.dtype.name for x in jax.tree.leaves(state.opt_state) if x.ndim} == {moments}
+
+
+def test_accumulated_microbatches_equal_the_whole_batch():
+    batch = batch_of(0)
+    segments = np.where(np.arange(12) < np.arange(8)[:, None], 1, 2).astype(np.int32)  # uneven token counts
+    batch |= {"segments": segments, "positions": np.broadcast_to(np.arange(12, dtype=np.int32), (8, 12))}
+    state, step = setup()
+    pieces = setup(microbatches=4)[1]
+    (a, metrics_a), (b, metrics_b) = step(state, batch), pieces(state, batch)
+    chex.assert_trees_all_close(metrics_a, metrics_b, rtol=2e-5)
+    chex.assert_trees_all_equal(a.router, b.router)
+    # Adam's first step is a sign: compare its moments, which are the gradients.
+    chex.assert_trees_all_close(a.opt_state, b.opt_state, atol=1e-6)
+
+
+def test_bias_rises_for_the_idle_expert_and_falls_for_the_busy_one():
+    router = {"moe_layers": {"mlp": {"gate": {"e_score_correction_bias": jnp.zeros((2, 4))}}}}
+    load = {"moe_layers": jnp.array([[4.0, 0.0, 2.0, 2.0], [2.0, 2.0, 2.0, 2.0]])}
+    moved = jax.tree.leaves(update_bias(router, load, jnp.float32(0.1)))[0]
+    np.testing.assert_allclose(moved, [[-0.1, 0.1, 0, 0], [0, 0, 0, 0]], atol=1e-7)
+
+
+def test_a_step_moves_every_layers_bias_by_the_sign_of_its_load():
+    state, step = setup()
+    after, _ = step(state, batch_of(3))
+    moved = {float(v) for x in jax.tree.leaves(after.router) for v in np.unique(np.round(np.float64(x), 6))}
+    assert moved <= {-0.01, 0.0, 0.01}
+    for name in ("moe_layers", "mtp_0", "mtp_1"):  # the further-token modules balance too
+        assert float(jnp.abs(jax.tree.leaves(after.router[name])[0]).max()) == pytest.approx(0.01)
+
+
+def test_balancing_evens_a_skewed_router():
+    """From a bias that sends all to one group, updates by load alone bring the load back."""
+    state, step = setup()
+    skew = jax.tree.map(lambda b: b + jnp.array([0.3, 0.3, 0.0, 0.0]), state.router)
+    state = state.replace(router=skew)
+    first = last = None
+    for i in range(60):
+        state, metrics = step(state, batch_of(i))
+        last = float(np.max(metrics["load_violation/moe_layers"]))
+        first = last if first is None else first
+    assert first == pytest.approx(1.0)  # two of four experts take everything
+    assert last < 0.8
+
+
+def test_norm_scales_are_not_decayed():
+    state, _ = setup()
+    mask = decays(state.params)
+    flat = {"/".join(p.key for p in path): v for path, v in jax.tree_util.tree_leaves_with_path(mask)}
+    assert {name.split("/")[-1] for name, v in flat.items() if not v} == {
+        "norm", "enorm", "hnorm", "input_layernorm", "post_attention_layernorm", "q_a_layernorm", "kv_a_layernorm"
+    }  # fmt: skip
+
+
+def test_optimizer_is_adamw():
+    """Against optax's own AdamW at a constant rate."""
+    flat = Schedule(
+        ScheduleConfig(
+            steps=10,
+            batch_size=1,
+            warmup_steps=1,
+            peak_learning_rate=1e-2,
+            constant_until=1,
+            decay_until=1,
+            tail_from=1,
+        )
+    )
+    config = OptimizerConfig(clip_norm=0.5)
+    ours = make_optimizer(config, flat)
+    theirs = optax.chain(
+        optax.clip_by_global_norm(0.5), optax.adamw(1e-2, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=decays)
+    )
+    params = {"w": jnp.arange(6.0).reshape(2, 3), "norm": jnp.ones(3)}
+    a, b, sa, sb = params, params, ours.init(params), theirs.init(params)
+    for i in range(5):
+        grads = jax.tree.map(lambda x, i=i: jnp.cos(x * (i + 1)), params)
+        ua, sa = ours.update(grads, sa, a)
+        ub, sb = theirs.update(grads, sb, b)
+        a, b = optax.apply_updates(a, ua), optax.apply_updates(b, ub)
+    chex.assert_trees_all_close(a, b, rtol=1e-6)
+
+
+def test_bad_microbatches_are_named():
+    state, step = setup(microbatches=3)
+    with pytest.raises(ValueError, match="8 sequences can't be cut into 3 microbatches"):
+        step(state, batch_of(0))
+
+
+def test_runtime_doesnt_change_the_state():
+    optimizer = make_optimizer(OptimizerConfig(), SCHEDULE)
+    build = lambda r: jax.jit(lambda k: init_state(DeepSeekV3(SMALL, r), optimizer, k))(jax.random.key(0))
+    chex.assert_trees_all_equal(
+        build(Runtime()).params, build(dataclasses.replace(Runtime(), dtype="bfloat16", remat="paper")).params
+    )

@@ -1,0 +1,177 @@
+"""Whole runs from the command line: what they leave, how they resume, and how they fail."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv3_jax import cli
+from dsv3_jax.checkpoint import load_pretrained
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    *("--model.hidden-size", "16", "--model.intermediate-size", "16", "--model.moe-intermediate-size", "8"),
+    *("--model.num-hidden-layers", "2", "--model.n-routed-experts", "4", "--model.num-experts-per-tok", "2"),
+    *("--model.n-group", "2", "--model.topk-group", "1", "--model.q-lora-rank", "8", "--model.kv-lora-rank", "8"),
+    *("--data.sequence-length", "16", "--schedule.batch-size", "4", "--schedule.steps", "60"),
+    *("--log-every", "10", "--validate-every", "30", "--checkpoint-every", "10", "--sample-tokens", "8"),
+    *("--validation-batches", "1"),
+]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "dsv3_jax", *map(str, arguments)]
+
+
+def run_in_process(*arguments):
+    """The exit code of a command, without the seconds that a new process takes to start."""
+    try:
+        cli.main([*map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def parameters(directory):
+    _, variables = load_pretrained(directory)
+    return {"/".join(map(str, path)): np.asarray(leaf) for path, leaf in _leaves(variables)}
+
+
+def _leaves(tree, path=()):
+    for key, value in tree.items():
+        yield from _leaves(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("straight") / "run"
+    assert run_in_process("train", "--run-dir", directory, *SMALL) == 0
+    return directory
+
+
+def test_a_run_leaves_everything(straight):
+    for name in ("config.json", "metrics.jsonl", "metrics.png", "sample.txt", "report.md"):
+        assert (straight / name).stat().st_size > 0, name
+    assert any((straight / "tensorboard").iterdir())
+    assert sorted(p.name for p in (straight / "checkpoints").iterdir() if p.name.isdigit()) == ["50", "60"]
+    records = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "loss" in r] == [10, 20, 30, 40, 50, 60]
+    assert [r["step"] for r in records if "validation_loss" in r] == [30, 60]
+    assert records[-2]["loss"] < records[0]["loss"]
+    assert {"mtp_loss", "mtp_accuracy", "grad_norm", "load_violation/moe_layers", "tokens_per_second"} <= set(
+        records[-2]
+    )
+
+
+def test_killed_and_resumed_equals_straight(straight, tmp_path):
+    """kill -9 somewhere after the checkpoint of step 30; the resumed run's parameters are the same bits."""
+    directory = tmp_path / "run"
+    arguments = command("train", "--run-dir", directory, *SMALL)
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (directory / "checkpoints" / "30").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (directory / "checkpoints" / "60").exists(), "the run finished before it was killed"
+    assert run_in_process("train", "--run-dir", directory, *SMALL, "--resume") == 0
+    resumed, expected = parameters(directory), parameters(straight)
+    assert resumed.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+    steps = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [10, 20, 30, 30, 40, 50, 60, 60]  # none twice: 30 and 60 have a line of validation each
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    directory = tmp_path / "run"
+    arguments = command("train", "--run-dir", directory, *SMALL, "--schedule.steps", "100000")
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 20/"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 130
+    saved = max(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
+    assert f"saved at step {saved}" in rest
+    assert "--resume" in rest
+
+
+def test_generate_continues_with_a_run(straight, capsys):
+    assert run_in_process("generate", straight, "--prompt", "def f", "--max-new-tokens", "5", "--temperature", "0") == 0
+    assert capsys.readouterr().out.startswith("def f")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("train", "--preset", "huge"), "unknown preset 'huge'"),
+        (("train", "--model.n-group", "3"), "n_group is 3, which doesn't divide n_routed_experts"),
+        (("train", "--data.sequence-length", "4096"), "data.sequence_length is 4096"),
+        (("train", "--data.source", "{tmp}/nowhere"), "nowhere"),
+        (("train", "--data.source", "{tmp}/empty"), "empty"),
+        (("train", "--model.vocab-size", "100"), "model.vocab_size is 100"),
+        (("train", "--run-dir", "{run}", *SMALL), "add --resume"),
+        (("train", "--run-dir", "{run}", *SMALL, "--seed", "1", "--resume"), "seed: 1, there 0"),
+        (("train", "--run-dir", "{tmp}/new", "--resume"), "no run to resume"),
+        (("train", "--run-dir", "{tmp}/occupied"), "not empty"),
+        (("generate", "{tmp}/nowhere"), "nowhere"),
+        (("generate", "{run}", "--max-new-tokens", "5000"), "max_position_embeddings (2048)"),
+        (("generate", "{run}", "--temperature", "-1"), "temperature is -1"),
+        (("fly",), "unknown command 'fly'"),
+    ],
+    ids=lambda a: a if isinstance(a, str) else None,
+)
+def test_bad_input_gets_one_line_and_loses_nothing(arguments, named, straight, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.txt").write_text("precious")
+    before = sorted(p.relative_to(straight) for p in straight.rglob("*"))
+    arguments = [a.format(tmp=tmp_path, run=straight) for a in arguments]
+    if arguments[0] == "train" and "--run-dir" not in arguments:
+        arguments += ["--run-dir", str(tmp_path / "run")]
+    assert run_in_process(*arguments) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    assert named in message
+    assert not (tmp_path / "run").exists()
+    assert sorted(p.relative_to(straight) for p in straight.rglob("*")) == before
+
+
+def test_unknown_field_is_named(capsys):
+    assert run_in_process("train", "--model.hiden-size", "3") == 2
+    assert "hiden-size" in capsys.readouterr().err
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path):
+    """A limit on the size of files stands in for a full disk: the kernel refuses the write in the same place."""
+    directory = tmp_path / "run"
+    arguments = ["--run-dir", directory, *SMALL]
+    assert subprocess.run(command("train", *arguments, "--schedule.steps", "10"), cwd=ROOT).returncode == 0
+    saved = parameters(directory)
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    fresh = ["--run-dir", tmp_path / "full", *SMALL, "--schedule.steps", "10"]
+    failed = subprocess.run(
+        command("train", *fresh), cwd=ROOT, preexec_fn=limited, capture_output=True, text=True,
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+    )  # fmt: skip
+    assert failed.returncode == 2, failed.stderr[-2000:]
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: the checkpoint of step 10 couldn't be written") or "couldn't be written" in last
+    assert "no complete one" in last
+    np.testing.assert_equal(parameters(directory), saved)
