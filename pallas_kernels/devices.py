@@ -1,0 +1,31 @@
+"""Which device a kernel is about to be compiled for."""
+
+from __future__ import annotations
+
+import jax
+
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+TPUS = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e", "TPU7x")
+
+
+def _target() -> tuple[str, str]:
+    """The platform and kind of the abstract mesh's device (ahead-of-time compilation), or of the first one here."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    device = jax.devices()[0] if abstract is None else abstract
+    return device.platform, device.device_kind
+
+
+def require_hopper(kernel: str) -> None:
+    """Raises ValueError unless the target is a Hopper GPU (compute capability 9.0)."""
+    platform, kind = _target()
+    if platform not in ("gpu", "cuda") or not any(name in kind for name in HOPPER):
+        raise ValueError(
+            f"{kernel} for GPUs needs a Hopper GPU ({', '.join(HOPPER)}), but the device is {kind}"
+        )
+
+
+def require_tpu(kernel: str) -> None:
+    """Raises ValueError unless the target is a TPU that the kernels are compiled for in the tests."""
+    platform, kind = _target()
+    if platform != "tpu" or kind not in TPUS:
+        raise ValueError(f"{kernel} for TPUs needs one of {', '.join(TPUS)}, but the device is {kind}")

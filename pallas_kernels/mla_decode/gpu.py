@@ -1,0 +1,345 @@
+"""MLA decoding on Hopper GPUs (Mosaic GPU): wgmma, TMA, three specialised warpgroups, split-KV.
+
+A thread block takes 64 query rows (heads x tokens) through one piece of a sequence, two pages of 64 tokens at a time.
+The float32 output of 64 x 512 fills half the register file, so it lives in two warpgroups, 256 columns each. Both
+share the work on scores: warpgroup w computes those of page w of the pair, and the two exchange row maxima and
+probabilities through shared memory. The third warpgroup fetches pages.
+
+Shared memory holds the queries (72 KiB) and two pages (72 KiB each); nothing is left for the probabilities, so they
+overlay their page's rope columns, which are needed for the scores alone.
+
+Blocks of the same piece (128 heads make two) form a cluster, and each fetches half of every page for both: reading
+every page twice from L2 would take longer than the arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mla_decode.schedule import WHOLE, Plan, plan
+
+RANK, ROPE, PAGE, ROWS = 512, 64, 64, 64
+WIDTH = RANK + ROPE
+HALF = RANK // 2
+MULTIPROCESSORS = 132
+LOG2E = math.log2(math.e)
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+MASKED = -1e30
+"""Where the running maximum starts. Finite, so that rows that see nothing don't compute inf - inf."""
+
+
+def mla_decode(
+    q: jax.Array,
+    cache: jax.Array,
+    block_tables: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    schedule: Plan | None = None,
+    multicast: bool = True,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.mla_decode`. `multicast` shares page fetches in clusters; `interpret` runs it on a CPU, slowly."""
+    batch, tokens, heads, width = q.shape
+    if (width, cache.shape[1]) != (WIDTH, PAGE) or q.dtype != jnp.bfloat16 or cache.dtype != jnp.bfloat16:
+        raise ValueError(
+            f"mla_decode on GPUs takes bfloat16, width {WIDTH} and pages of {PAGE} tokens, but got {q.dtype} queries of "
+            f"width {width} and a {cache.dtype} cache with pages of {cache.shape[1]}"
+        )
+    rows = tokens * heads
+    padded = -(-rows // ROWS) * ROWS
+    blocks = padded // ROWS
+    cluster = 2 if multicast and blocks % 2 == 0 and not interpret else 1  # the interpreter knows no clusters
+    if schedule is None:
+        schedule = plan(lengths, page_size=PAGE, pieces=default_pieces(batch, rows))
+    pieces = schedule.work.shape[0]
+
+    q = jnp.pad(q.reshape(batch, rows, width), ((0, 0), (0, padded - rows), (0, 0)))
+    kernel = plgpu.kernel(
+        functools.partial(
+            _kernel, tokens=tokens, heads=heads, scale=scale, cluster=cluster, hardware=not interpret
+        ),
+        out_type=(
+            jax.ShapeDtypeStruct((batch, padded, RANK), q.dtype),
+            jax.ShapeDtypeStruct((batch, padded), jnp.float32),
+            jax.ShapeDtypeStruct((pieces, padded, RANK), jnp.float32),
+            jax.ShapeDtypeStruct((pieces, padded), jnp.float32),
+        ),
+        scratch_types=_scratch(cluster),
+        grid=(blocks // cluster, pieces),
+        grid_names=("row_block", "piece"),
+        cluster=(cluster,),
+        cluster_names=("cluster",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        interpret=interpret,
+    )
+    out, lse, partial_out, partial_lse = kernel(q, cache, block_tables, lengths, schedule.work)
+    if pieces > batch:
+        out, lse = _merge(out, lse, partial_out, partial_lse, schedule.slots, interpret=interpret)
+    shape = (batch, tokens, heads)
+    return out[:, :rows].reshape(*shape, RANK), lse[:, :rows].reshape(shape)
+
+
+def default_pieces(batch: int, rows: int) -> int:
+    """How many pieces make every multiprocessor busy, with one thread block each for 64 of the rows."""
+    return batch + max(1, MULTIPROCESSORS // -(-rows // ROWS))
+
+
+def _scratch(cluster: int) -> dict:
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return dict(
+        q_smem=plgpu.SMEM((ROWS, WIDTH), jnp.bfloat16, transforms=tiled),
+        halves=plgpu.SMEM((2, 2, PAGE, HALF), jnp.bfloat16, transforms=tiled),
+        ropes=plgpu.SMEM((2, PAGE, ROPE), jnp.bfloat16, transforms=tiled),
+        row_smem=plgpu.SMEM((2, ROWS), jnp.float32),
+        sum_smem=plgpu.SMEM((2, ROWS), jnp.float32),
+        q_ready=plgpu.Barrier(),
+        half_ready=plgpu.Barrier(num_barriers=4),
+        rope_ready=plgpu.Barrier(num_barriers=2),
+        page_free=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        weights_ready=plgpu.Barrier(num_barriers=2),
+        sums_ready=plgpu.Barrier(num_arrivals=2),
+        cluster_free=plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=2)
+        if cluster > 1
+        else None,
+    )
+
+
+def _kernel(
+    q_gmem, cache_gmem, table_gmem, lengths_gmem, work_gmem, out_gmem, lse_gmem, partial_out_gmem, partial_lse_gmem,
+    *, q_smem, halves, ropes, row_smem, sum_smem, q_ready, half_ready, rope_ready, page_free, weights_ready, sums_ready,
+    cluster_free,
+    tokens, heads, scale, cluster, hardware,
+):  # fmt: skip
+    warpgroup = lax.axis_index("warpgroup")
+    piece = lax.axis_index("piece")
+    row = (lax.axis_index("row_block") * cluster + lax.axis_index("cluster")) * ROWS
+    sequence, begin, end, slot = (work_gmem[piece, i] for i in range(4))
+    pairs = (end - begin + 1) // 2  # 0 for an empty sequence, and for no piece
+
+    @pl.when(warpgroup == 2)
+    def _fetch():
+        plgpu.set_max_registers(40, action="decrease")
+        pl.when(pairs > 0)(
+            lambda: plgpu.copy_gmem_to_smem(q_gmem.at[sequence, pl.ds(row, ROWS)], q_smem, q_ready)
+        )
+
+        collective = dict(collective_axes="cluster") if cluster > 1 else {}
+
+        def released(i):
+            plgpu.barrier_wait(page_free.at[i])
+            if (
+                cluster > 1
+            ):  # a page goes to all blocks of the cluster, so all must be done with its predecessor
+                plgpu.barrier_arrive(cluster_free.at[i])
+                plgpu.barrier_wait(cluster_free.at[i])
+
+        @pl.loop(0, pairs)
+        def _pair(pair):
+            for i in range(2):
+                # A piece of odd length has its last page twice; the second is masked out whole.
+                source = cache_gmem.at[table_gmem[sequence, jnp.minimum(begin + 2 * pair + i, end - 1)]]
+                pl.when(pair > 0)(lambda i=i: released(i))
+                fetch = functools.partial(plgpu.copy_gmem_to_smem, **collective)
+                fetch(source.at[:, pl.ds(RANK, ROPE)], ropes.at[i], rope_ready.at[i])
+                for h in range(2):
+                    fetch(source.at[:, pl.ds(h * HALF, HALF)], halves.at[i, h], half_ready.at[2 * i + h])
+
+        @pl.when(pairs > 0)  # a block must not end while its neighbour may still signal it
+        def _drain():
+            for i in range(2):
+                released(i)
+
+    def compute(mine: int):
+        plgpu.set_max_registers(232, action="increase")
+        length = lengths_gmem[sequence]
+        stop = jnp.minimum(length, end * PAGE)
+        other = 1 - mine
+        columns = slice(mine * HALF, (mine + 1) * HALF)
+        weights = ropes  # see above
+        row_layout = plgpu.Layout.WGMMA.reduce(1)
+
+        def score(first, masked):
+            """The scaled scores of my page, which starts at position `first`."""
+
+            def product(ref):
+                plgpu.barrier_wait(rope_ready.at[mine])
+                plgpu.wgmma(ref, q_smem.at[:, pl.ds(RANK, ROPE)], ropes.at[mine].transpose((1, 0)))
+
+                # A loop, and one whose length the compiler can't see: unrolled, its many matrix descriptors would be
+                # hoisted out of the loop over pages, spill, and be reloaded between the wgmmas.
+                @pl.loop(0, jnp.minimum(end - begin + 1, 2))
+                def _(h):
+                    plgpu.barrier_wait(half_ready.at[2 * mine + h])
+                    q_half = q_smem.at[:, pl.ds(pl.multiple_of(h * HALF, HALF), HALF)]
+                    plgpu.wgmma(ref, q_half, halves.at[mine, h].transpose((1, 0)))
+
+                return ref[...]
+
+            scores = pl.run_scoped(product, plgpu.ACC((ROWS, PAGE), jnp.float32)) * (scale * LOG2E)
+            if not masked:
+                return scores
+            position = first + _iota(1)
+            visible = position < stop
+            if tokens > 1:
+                visible &= position < length - tokens + 1 + (row + _iota(0)) // heads
+            return jnp.where(visible, scores, -jnp.inf)
+
+        def weigh(scores, m):
+            """Hands my page's probabilities, relative to the maximum `m`, to both warpgroups; returns their sums."""
+            p = jnp.exp2(scores - lax.broadcast_in_dim(m, scores.shape, [0]))
+            row_smem[mine] = m
+            weights[mine] = p.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(weights_ready.at[mine])
+            return jnp.sum(p, axis=1)
+
+        def receive():
+            """Awaits the other page and its probabilities; returns the maximum that they are relative to."""
+            plgpu.barrier_wait(rope_ready.at[other])
+            for h in range(2):
+                plgpu.barrier_wait(half_ready.at[2 * other + h])
+            plgpu.barrier_wait(weights_ready.at[other])
+            return plgpu.load(row_smem.at[other], layout=row_layout)
+
+        def accumulate(acc, alpha, i, first, masked, meanwhile=lambda: None):
+            """Adds page i's share to my columns, and gives the page back. Calls `meanwhile` while the wgmmas run."""
+            if masked:  # slots past the end may hold anything, and 0 * NaN is NaN
+                for c in range(HALF // 64):
+                    block = halves.at[i, mine, :, pl.ds(c * 64, 64)]
+                    block[...] = jnp.where(first + _iota(0) < stop, block[...], jnp.bfloat16(0))
+                plgpu.commit_smem()
+
+            def product(ref):
+                plgpu.wgmma(ref, weights.at[i], halves.at[i, mine])
+                meanwhile()
+                plgpu.wgmma_wait(0)
+
+            def value(ref):
+                product(ref)
+                return ref[...]
+
+            acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+            if hardware:
+                acc = pl.run_state(product)(plgpu.ACC.init(acc))
+            else:  # the interpreter knows no accumulator with a start value
+                acc += pl.run_scoped(value, plgpu.ACC((ROWS, HALF), jnp.float32))
+            plgpu.barrier_arrive(page_free.at[i])
+            return acc
+
+        def body(pair, carry, masked):
+            acc, m = carry
+            first = (begin + 2 * pair) * PAGE
+            scores = score(first + mine * PAGE, masked)
+            top = jnp.max(scores, axis=1)
+
+            def add(
+                change, new=0.0
+            ):  # in shared memory only because nothing computed in `meanwhile` can leave it
+                sum_smem[mine] = plgpu.load(sum_smem.at[mine], layout=row_layout) * change + new
+
+            if mine == 0:
+                m0 = jnp.maximum(m, top)
+                change = jnp.exp2(m - m0)
+                new = weigh(scores, m0)
+                acc = accumulate(acc, change, 0, first, masked, lambda: add(change, new))
+                m1 = receive()
+                change = jnp.exp2(m0 - m1)
+                acc = accumulate(acc, change, 1, first + PAGE, masked, lambda: add(change))
+            else:
+                m0 = receive()
+                m1 = jnp.maximum(m0, top)
+                acc = accumulate(
+                    acc, jnp.exp2(m - m0), 0, first, masked, lambda: add(jnp.exp2(m - m1), weigh(scores, m1))
+                )
+                acc = accumulate(acc, jnp.exp2(m0 - m1), 1, first + PAGE, masked)
+            return acc, m1
+
+        acc = plgpu.layout_cast(jnp.zeros((ROWS, HALF), jnp.float32), plgpu.Layout.WGMMA)
+        m = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), row_layout)
+        sum_smem[mine] = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
+        pl.when(pairs > 0)(lambda: plgpu.barrier_wait(q_ready))
+        # Almost all pairs of pages lie before all limits, and need no mask.
+        full = jnp.clip(jnp.minimum(stop, length - tokens + 1) // PAGE - begin, 0, end - begin) // 2
+        carry = lax.fori_loop(0, full, functools.partial(body, masked=False), (acc, m))
+        acc, m = lax.fori_loop(full, pairs, functools.partial(body, masked=True), carry)
+
+        plgpu.barrier_arrive(sums_ready)
+        plgpu.barrier_wait(sums_ready)
+        l = plgpu.load(sum_smem.at[mine], layout=row_layout) + plgpu.load(
+            sum_smem.at[other], layout=row_layout
+        )
+        seen = l > 0
+        out = acc * lax.broadcast_in_dim(jnp.where(seen, 1 / jnp.where(seen, l, 1.0), 0.0), acc.shape, [0])
+        lse = jnp.where(seen, m / LOG2E + jnp.log(jnp.where(seen, l, 1.0)), -jnp.inf)
+
+        @pl.when(slot == WHOLE)
+        def _whole():
+            out_gmem[sequence, pl.ds(row, ROWS), columns] = out.astype(jnp.bfloat16)
+            if mine == 0:
+                lse_gmem[sequence, pl.ds(row, ROWS)] = lse
+
+        @pl.when(slot >= 0)
+        def _part():
+            partial_out_gmem[slot, pl.ds(row, ROWS), columns] = out
+            if mine == 0:
+                partial_lse_gmem[slot, pl.ds(row, ROWS)] = lse
+
+    for w in range(2):
+        pl.when(warpgroup == w)(functools.partial(compute, w))
+
+
+def _iota(dimension: int) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), dimension, layout=plgpu.Layout.WGMMA)
+
+
+def _merge(out, lse, partial_out, partial_lse, slots, *, interpret):
+    """Merges the pieces of the sequences that were cut, by their log-sum-exps; leaves the others alone."""
+    batch, rows = lse.shape
+    per_block, unroll = 4, 8  # several pieces are loaded at a time, to hide the latency
+
+    def kernel(partial_out_gmem, partial_lse_gmem, slots_gmem, out_gmem, lse_gmem):
+        sequence = lax.axis_index("sequence")
+        row = lax.axis_index("row_block") * per_block + lax.axis_index("warpgroup")
+        first, count = slots_gmem[sequence, 0], slots_gmem[sequence, 1]
+
+        @pl.when(count > 1)
+        def _():
+            def add(step, carry):
+                top, total, acc = carry
+                index = [step * unroll + i for i in range(unroll)]
+                slot = [first + jnp.minimum(i, count - 1) for i in index]
+                lses = [jnp.where(i < count, partial_lse_gmem[s, row], -jnp.inf) for i, s in zip(index, slot)]
+                values = [partial_out_gmem[s, row] for s in slot]
+                new = functools.reduce(jnp.maximum, lses, top)
+                total, acc = (x * jnp.exp(top - new) for x in (total, acc))
+                for part_lse, value in zip(lses, values):
+                    weight = jnp.exp(part_lse - new)
+                    total, acc = total + weight, acc + weight * value
+                return new, total, acc
+
+            start = jnp.float32(MASKED), jnp.float32(0), jnp.zeros((RANK,), jnp.float32)
+            top, total, acc = lax.fori_loop(0, (count + unroll - 1) // unroll, add, start)
+            seen = total > 0
+            out_gmem[sequence, row] = (acc / jnp.where(seen, total, 1.0)).astype(jnp.bfloat16)
+            lse_gmem[sequence, row] = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
+
+    out, lse = jax.new_ref(out), jax.new_ref(lse)
+    plgpu.kernel(
+        kernel,
+        grid=(batch, rows // per_block),
+        grid_names=("sequence", "row_block"),
+        num_threads=per_block,
+        thread_name="warpgroup",
+        interpret=interpret,
+    )(partial_out, partial_lse, slots, out, lse)
+    return out[...], lse[...]

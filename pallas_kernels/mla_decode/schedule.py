@@ -1,0 +1,83 @@
+"""Cuts ragged sequences into pieces of similar length, so that every multiprocessor gets its share of the work."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+WHOLE, NONE = -1, -2
+"""In place of a slot: the piece is a whole sequence; there is no piece."""
+
+
+class Plan(NamedTuple):
+    """What the thread blocks of one decode step do. Depends on the lengths only: all layers share it.
+
+    work: (pieces, 4) int32: a piece's sequence, first page, end page, and the slot of its partial result, or
+      WHOLE or NONE. Longest first, so that the hardware's first-come scheduling balances well.
+    slots: (B, 2) int32: a sequence's first slot and how many it has.
+    """
+
+    work: jax.Array
+    slots: jax.Array
+
+
+def plan(lengths: jax.Array, *, page_size: int, pieces: int) -> Plan:
+    """Cuts each sequence's pages into equal pieces no longer than a common bound.
+
+    With the bound c = ceil(all pages / (pieces - B)) there are sum(ceil(p / c)) <= all pages / c + B <= `pieces` of
+    them. An empty sequence has one piece of no pages.
+
+    Args:
+      lengths: (B,) int32, in tokens.
+      page_size: tokens a page.
+      pieces: how many pieces to make room for: B, where no sequence is cut, or more.
+    """
+    batch = lengths.shape[0]
+    if pieces < batch:
+        raise ValueError(
+            f"a plan needs at least one piece a sequence, but got {pieces} for {batch} sequences"
+        )
+    pages = (lengths + page_size - 1) // page_size
+    if pieces == batch:
+        count = jnp.ones_like(pages)
+    else:
+        bound = -(-jnp.sum(pages) // (pieces - batch))
+        count = jnp.maximum(1, -(-pages // jnp.maximum(bound, 1)))
+    ends = jnp.cumsum(count)
+    slots = jnp.stack([ends - count, count], axis=1)
+
+    index = jnp.arange(pieces)
+    sequence = jnp.sum(index[:, None] >= ends, axis=1)  # equals B past the last piece
+    real = sequence < batch
+    sequence = jnp.minimum(sequence, batch - 1)
+    share = -(-pages // count)
+    share = (share + 1) // 2 * 2  # pages are worked on in pairs
+    begin = jnp.minimum((index - slots[sequence, 0]) * share[sequence], pages[sequence])
+    end = jnp.minimum(begin + share[sequence], pages[sequence])
+    slot = jnp.where(real, jnp.where(count[sequence] > 1, index, WHOLE), NONE)
+    work = jnp.stack([sequence, begin, end, slot], axis=1)
+    order = jnp.argsort(jnp.where(real, begin - end, 1), stable=True)
+    return Plan(work[order].astype(jnp.int32), slots.astype(jnp.int32))
+
+
+def merge(out: jax.Array, lse: jax.Array, schedule: Plan) -> tuple[jax.Array, jax.Array]:
+    """Merges the pieces' results by their log-sum-exps.
+
+    Args:
+      out: (pieces, rows, R) float32, row by row of `schedule.work`.
+      lse: (pieces, rows) float32.
+
+    Returns:
+      (B, rows, R) and (B, rows) float32; 0 and -inf for rows that saw nothing.
+    """
+    batch = schedule.slots.shape[0]
+    sequence = jnp.where(schedule.work[:, 3] == NONE, batch, schedule.work[:, 0])  # batch: dropped
+    top = jax.ops.segment_max(lse, sequence, batch + 1)
+    weight = jnp.where(jnp.isneginf(lse), 0, jnp.exp(lse - jnp.maximum(top, -1e30)[sequence]))
+    total = jax.ops.segment_sum(weight, sequence, batch + 1)[:batch]
+    merged = jax.ops.segment_sum(weight[..., None] * out, sequence, batch + 1)[:batch]
+    seen = total > 0
+    safe = jnp.where(seen, total, 1)
+    return merged / safe[..., None], jnp.where(seen, top[:batch] + jnp.log(safe), -jnp.inf)

@@ -1,0 +1,208 @@
+"""MLA decoding against its reference in float64, on CPUs: interpreted with race detection, and compiled for real shapes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+
+from pallas_kernels.mla_decode import gpu, mla_decode, pack, plan, tpu, unpack
+from pallas_kernels.mla_decode.problem import random_problem
+from tests.pallas_kernels.targets import VMEM_BYTES, compile_for_tpu, lower_for_hopper, vmem_bytes
+
+SCALE = 576**-0.5
+RACE = "RACE DETECTED"  # what both interpreters print
+REAL_SHAPES = [(128, 1, 128, 4096), (128, 2, 128, 32768), (1, 4, 128, 65536), (128, 1, 16, 8192)]
+
+
+def in_float64(problem):
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(np.asarray(a.astype(jnp.float32)), jnp.float64) for a in problem[:2])
+        out, lse = mla_decode(*wide, *problem[2:], scale=SCALE, implementation="reference")
+        return np.asarray(out), np.asarray(lse)
+
+
+def check(problem, out, lse, error=6e-3):
+    ref, ref_lse = in_float64(problem)
+    out, lse = np.asarray(out.astype(jnp.float32)), np.asarray(lse)
+    assert np.linalg.norm(out - ref) < error * np.linalg.norm(ref)
+    dead = np.isneginf(ref_lse)
+    np.testing.assert_array_equal(np.isneginf(lse), dead)
+    np.testing.assert_allclose(lse[~dead], ref_lse[~dead], atol=1e-4)
+    assert not out[dead].any()
+
+
+def test_reference_is_attention():
+    """Against jax.nn.dot_product_attention, sequence by sequence."""
+    q, cache, table, lengths = random_problem(np.random.default_rng(), [5, 130, 64], tokens=3, heads=4)
+    q, cache = q.astype(jnp.float32), cache.astype(jnp.float32)
+    out, lse = mla_decode(q, cache, table, lengths, scale=SCALE, implementation="reference")
+    for i, n in enumerate(map(int, lengths)):
+        keys = cache[table[i, : -(-n // 64)]].reshape(1, -1, 1, 576)[:, :n]
+        mask = np.tril(np.ones((3, n), bool), n - 3)
+        expected = jax.nn.dot_product_attention(q[i : i + 1], keys, keys, mask=mask[None, None], scale=SCALE)
+        np.testing.assert_allclose(out[i : i + 1], expected[..., :512], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "heads, tokens, lengths, extra",
+    [
+        (1, 1, [0, 1, 63, 64, 65], 0),
+        (16, 4, [2, 200, 0], 0),
+        (64, 2, [385, 129], 4),  # two row blocks, cut sequences
+    ],
+)
+def test_gpu(heads, tokens, lengths, extra, capsys):
+    problem = random_problem(np.random.default_rng(), lengths, tokens, heads)
+    schedule = plan(problem[3], page_size=64, pieces=len(lengths) + extra)
+    out, lse = mla_decode(*problem, scale=SCALE, implementation="gpu_interpret", schedule=schedule)
+    check(problem, out, lse)
+    assert RACE not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "heads, tokens, lengths, extra",
+    [
+        (1, 1, [0, 1, 63, 64, 65], 0),
+        (16, 4, [2, 700, 0, 512], 3),
+        (64, 2, [600, 1100], 4),
+        (128, 1, [577], 2),
+    ],
+)
+def test_tpu(heads, tokens, lengths, extra, capsys):
+    problem = random_problem(np.random.default_rng(), lengths, tokens, heads)
+    schedule = plan(problem[3], page_size=64, pieces=len(lengths) + extra)
+    q, cache, *rest = problem
+    out, lse = mla_decode(q, pack(cache), *rest, scale=SCALE, implementation="tpu_interpret", schedule=schedule)
+    check(problem, out, lse)
+    assert RACE not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["gpu_interpret", "tpu_interpret"])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("heads", [1, 16, 64, 128])
+def test_grid(heads, tokens, implementation):
+    problem = random_problem(np.random.default_rng(), [0, 1, 63, 64, 65, 300], tokens, heads)
+    cache = pack(problem[1]) if implementation.startswith("tpu") else problem[1]
+    out, lse = mla_decode(
+        problem[0], cache, *problem[2:], scale=SCALE, implementation=implementation, schedule=None
+    )
+    check(problem, out, lse)
+
+
+def without(module, line):
+    """The module without one line of its source."""
+    source = inspect.getsource(module)
+    assert line in source
+    broken = types.ModuleType("broken")
+    exec(compile(source.replace(line, line[: len(line) - len(line.lstrip())] + "pass\n"), "broken", "exec"), broken.__dict__)
+    return broken
+
+
+def test_gpu_race_is_caught(capsys):
+    """Without waiting for the other warpgroup's probabilities."""
+    broken = without(gpu, "            plgpu.barrier_wait(weights_ready.at[other])\n")
+    problem = random_problem(np.random.default_rng(), [100], 1, 16)
+    schedule = plan(problem[3], page_size=64, pieces=1)
+    broken.mla_decode(*problem, scale=SCALE, schedule=schedule, interpret=gpu.INTERPRET)[0].block_until_ready()
+    assert RACE in capsys.readouterr().out
+    reset_gpu_interpret_mode_state()
+
+
+def test_tpu_race_is_caught(capsys):
+    """Without waiting for the pages."""
+    broken = without(tpu, "        each_copy(block, slot, lambda copy: copy.wait())\n")
+    q, cache, *rest = random_problem(np.random.default_rng(), [100], 1, 16)
+    interpret = tpu.pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
+    broken.mla_decode(q, pack(cache), *rest, scale=SCALE, interpret=interpret)[0].block_until_ready()
+    assert RACE in capsys.readouterr().out
+
+
+def shapes(batch, tokens, heads, length):
+    pages = batch * length // 64
+    sd = jax.ShapeDtypeStruct
+    return (
+        sd((batch, tokens, heads, 576), jnp.bfloat16),
+        sd((pages, 64, 576), jnp.bfloat16),
+        sd((batch, length // 64), jnp.int32),
+        sd((batch,), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize("shape", REAL_SHAPES)
+def test_gpu_lowers(shape):
+    text = lower_for_hopper(functools.partial(mla_decode, scale=SCALE, implementation="gpu"), *shapes(*shape))
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("generation", VMEM_BYTES)
+def test_tpu_compiles(generation, record_property):
+    for shape in REAL_SHAPES:
+        q, cache, *rest = shapes(*shape)
+        packed = jax.eval_shape(pack, cache)
+        compiled = compile_for_tpu(
+            generation, functools.partial(mla_decode, scale=SCALE, implementation="tpu"), q, packed, *rest
+        )
+        used = vmem_bytes(compiled)
+        record_property(f"VMEM bytes {generation} {shape}", used)
+        assert 0 < used < VMEM_BYTES[generation]
+        # The cache takes no padding: 576 columns, not 640.
+        given = compiled.memory_analysis().argument_size_in_bytes
+        assert given < 1.01 * sum(a.size * a.dtype.itemsize for a in (q, *packed, *rest))
+
+
+def test_pack_and_back():
+    cache = random_problem(np.random.default_rng(), [100], 1, 1)[1]
+    assert np.array_equal(unpack(pack(cache)).view(jnp.uint16), cache.view(jnp.uint16))
+
+
+@pytest.mark.parametrize("pieces", [5, 6, 9, 40])
+def test_plan_covers_every_page_once(pieces):
+    lengths = jnp.asarray(np.random.default_rng().integers(0, 2000, 5), jnp.int32)
+    work, slots = plan(lengths, page_size=64, pieces=pieces)
+    seen = np.zeros((5, 32), int)
+    for sequence, begin, end, slot in np.asarray(work):
+        seen[sequence, begin:end] += slot != -2
+        if slot >= 0:
+            first, count = slots[sequence]
+            assert first <= slot < first + count and count > 1
+    np.testing.assert_array_equal(seen, np.arange(32) < -(-np.asarray(lengths)[:, None] // 64))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(implementation="cuda"), "reference, gpu"),
+        (dict(implementation="gpu"), "Hopper"),
+        (dict(implementation="tpu"), "PackedCache"),
+        (dict(implementation="gpu_interpret", page=32), "pages of 64"),
+        (dict(implementation="gpu_interpret", dtype=jnp.float32), "bfloat16"),
+        (dict(implementation="tpu_interpret", page=48), "pages of 32"),
+        (dict(cache_dtype=jnp.float32), "one dtype"),
+        (dict(width=512), r"\(B, T, H, R \+ P\)"),
+        (dict(lengths=3), "lengths"),
+    ],
+)
+def test_refusals(change, message):
+    c = dict(implementation="reference", page=64, dtype=jnp.bfloat16, cache_dtype=None, width=576, lengths=2) | change
+    cache = jnp.zeros((4, c["page"], 576), c["cache_dtype"] or c["dtype"])
+    q = jnp.zeros((2, 1, 16, c["width"]), c["dtype"])
+    cache = pack(cache) if c["implementation"].endswith("tpu_interpret") else cache
+    with pytest.raises(ValueError, match=message):
+        mla_decode(
+            q, cache, jnp.zeros((2, 2), jnp.int32), jnp.zeros((c["lengths"],), jnp.int32),
+            scale=1.0, implementation=c["implementation"],
+        )  # fmt: skip
+
+
+def test_tpu_refuses_other_devices():
+    q, cache, *rest = random_problem(np.random.default_rng(), [100], 1, 16)
+    with pytest.raises(ValueError, match="TPU v5"):
+        mla_decode(q, pack(cache), *rest, scale=1.0, implementation="tpu")
