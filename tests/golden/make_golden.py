@@ -70,9 +70,7 @@ CASES: dict[str, dict[str, Any]] = {
     "v3_full_q": dict(q_lora_rank=None),
     "v3_one_group": dict(n_group=1, topk_group=1, n_routed_experts=6),
     "v3_yarn": dict(rope_scaling=YARN),
-    "v3_yarn_paper_form": dict(
-        rope_scaling={k: v for k, v in YARN.items() if "mscale" not in k}, q_lora_rank=None
-    ),
+    "v3_yarn_paper_form": dict(rope_scaling={k: v for k, v in YARN.items() if "mscale" not in k}, q_lora_rank=None),
     "v3_two_shared": dict(n_shared_experts=2, routed_scaling_factor=1.0),
     "v3_negative_bias": dict(n_group=4, topk_group=1, num_experts_per_tok=2, bias=(-3.0, 0.5)),
     "v3_all_sparse": dict(first_k_dense_replace=0, num_hidden_layers=2),
@@ -80,9 +78,7 @@ CASES: dict[str, dict[str, Any]] = {
     "v3_unnormalised": dict(norm_topk_prob=False, rope_theta=500.0),
     "v3_sharded": dict(shards="60KB", rms_norm_eps=1e-5, num_attention_heads=3, num_key_value_heads=3),
     # What transformers writes when nobody set these two: a number of heads that MLA ignores, MTP that isn't saved.
-    "v3_class_defaults": dict(
-        num_hidden_layers=2, written=dict(num_key_value_heads=128, num_nextn_predict_layers=1)
-    ),
+    "v3_class_defaults": dict(num_hidden_layers=2, written=dict(num_key_value_heads=128, num_nextn_predict_layers=1)),
     "v2_greedy": dict(family=2, q_lora_rank=None, n_group=None, topk_group=None, topk_method="greedy"),
     "v2_groups": dict(
         family=2,
@@ -91,9 +87,7 @@ CASES: dict[str, dict[str, Any]] = {
         rope_scaling=YARN | dict(mscale=0.707, mscale_all_dim=0.707),
     ),
     "mtp_1": dict(mtp=1, num_nextn_predict_layers=1, num_hidden_layers=2),
-    "mtp_2": dict(
-        mtp=2, num_nextn_predict_layers=2, num_hidden_layers=2, rope_scaling=YARN, n_shared_experts=2
-    ),
+    "mtp_2": dict(mtp=2, num_nextn_predict_layers=2, num_hidden_layers=2, rope_scaling=YARN, n_shared_experts=2),
     "fp8_small_blocks": dict(mtp=1, num_nextn_predict_layers=1, num_hidden_layers=2, block=(8, 16)),
     "fp8_ragged": dict(
         mtp=1,
@@ -156,15 +150,13 @@ def is_quantised(name: str) -> bool:
 
 def quantise(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """FP8 values, their scales, one a block, and the float32 weight that both stand for."""
-    rows, columns = (-(-size // b) for size, b in zip(weight.shape, block))
+    rows, columns = (-(-size // b) for size, b in zip(weight.shape, block, strict=True))
     scales = torch.empty(rows, columns)
     for i in range(rows):
         for j in range(columns):
             part = weight[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
             scales[i, j] = part.abs().max() / FP8_MAX
-    wide = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[
-        : weight.shape[0], : weight.shape[1]
-    ]
+    wide = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: weight.shape[0], : weight.shape[1]]
     values = (weight / wide).to(torch.float8_e4m3fn)
     return values, scales, values.float() * wide
 
@@ -188,7 +180,7 @@ def set_by_name(main: torch.nn.Module, mtp: MtpModel | None, name: str, value: t
 
 
 def save_in_shards(tensors: dict[str, torch.Tensor], folder: Path, limit: int) -> None:
-    """Several files with an index. Sorted so that a weight and its scale come apart, as some do in the released files."""
+    """Several files with an index, scales last: a weight and its scale come apart, as some do in the released files."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     for name in sorted(tensors, key=lambda n: (n.endswith("_scale_inv"), n)):
         if sum(t.nbytes for t in shards[-1].values()) > limit:

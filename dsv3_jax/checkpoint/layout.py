@@ -1,0 +1,102 @@
+"""Moving numbers between a file's matrices (out, in) and the model's arrays (in, out): transpose, decode FP8, cast.
+
+Matrices are walked in bands of rows, so that nothing but the result is as large as the matrix.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import ml_dtypes
+import numpy as np
+
+from dsv3_jax.checkpoint.names import Leaf
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+
+_E4M3 = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
+"""Every e4m3 number, by its byte."""
+
+_BAND_ROWS = 128
+_TILE_COLUMNS = 512
+"""A band's tile fits the cache: a transpose that doesn't is several times slower."""
+
+Region = tuple[slice, ...]
+"""A box of an array: a slice with start and stop for each axis."""
+
+
+def full_region(shape: tuple[int, ...]) -> Region:
+    return tuple(slice(0, n) for n in shape)
+
+
+def region_shape(region: Region) -> tuple[int, ...]:
+    return tuple(s.stop - s.start for s in region)
+
+
+def tensor_box(leaf: Leaf, inner: Region) -> Region:
+    """The box of a tensor seen as (*out, *in) that holds the box `inner` of a leaf without its stack axes."""
+    split = len(inner) - len(leaf.tensor_out)
+    outs, ins = (inner[:-split], inner[-split:]) if leaf.kind.keep_layout and split else (inner[split:], inner[:split])
+    last = slice(outs[-1].start + leaf.start, outs[-1].stop + leaf.start)
+    return (*outs[:-1], last, *ins)
+
+
+def block_rows(leaf: Leaf, box: Region, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which row and which column of the scale grid each row and column of the box has, one after another."""
+    n = len(leaf.tensor_out)
+    rows = np.arange(math.prod(leaf.tensor_out)).reshape(leaf.tensor_out)[box[:n]].ravel()
+    columns = np.arange(math.prod(leaf.tensor_in)).reshape(leaf.tensor_in)[box[n:]].ravel()
+    return rows // block[0], columns // block[1]
+
+
+def copy_matrix(
+    source: np.ndarray,
+    target: np.ndarray,
+    scales: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    *,
+    transpose: bool,
+) -> None:
+    """Writes `source` (M, N) into `target`, (N, M) if `transpose`, decoding FP8 if there are scales, and casting.
+
+    scales: the float32 grid, the grid's row of each row of `source`, and the grid's column of each column.
+    """
+    if scales is None and source.dtype == target.dtype:
+        source, target = _as_bits(source), _as_bits(target)
+    for start, stop in _bands(len(source), scales[1] if scales else None):
+        band = source[start:stop]
+        if scales is not None:
+            grid, rows, columns = scales
+            band = _E4M3[band.view(np.uint8)] * grid[rows[start], columns]
+        if band.dtype != target.dtype:
+            band = band.astype(target.dtype)
+            band, into = _as_bits(band), _as_bits(target)
+        else:
+            into = _as_bits(target) if band.dtype.kind == "V" else target
+        if not transpose:
+            into[start:stop] = band
+            continue
+        for left in range(0, band.shape[1], _TILE_COLUMNS):
+            into[left : left + _TILE_COLUMNS, start:stop] = band[:, left : left + _TILE_COLUMNS].T
+
+
+def decode_scales(scales: np.ndarray) -> np.ndarray:
+    """Scales as float32: those stored as a byte are exponents of two, biased by 127 ("ue8m0"; 255 is NaN)."""
+    if scales.dtype.itemsize > 1:
+        return scales.astype(np.float32)
+    exponents = scales.view(np.uint8).astype(np.int32)
+    return np.where(exponents == 255, np.float32(np.nan), np.ldexp(np.float32(1), exponents - 127))
+
+
+def _bands(rows: int, grid_rows: np.ndarray | None) -> list[tuple[int, int]]:
+    """Bands of at most `_BAND_ROWS` rows, each of which lies in one row of the scale grid, if there is one."""
+    edges = set(range(0, rows, _BAND_ROWS)) | {rows}
+    if grid_rows is not None:
+        edges |= set((np.flatnonzero(np.diff(grid_rows)) + 1).tolist())
+    ordered = sorted(edges)
+    return list(itertools.pairwise(ordered))
+
+
+def _as_bits(x: np.ndarray) -> np.ndarray:
+    """The same bytes as unsigned integers, which NumPy copies faster than types that aren't its own."""
+    return x.view(f"u{x.dtype.itemsize}")

@@ -1,0 +1,83 @@
+"""`load_pretrained`: a checkpoint straight into the model's variables, each device reading only its slice."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsv3_jax.checkpoint.hf import HFCheckpoint
+from dsv3_jax.checkpoint.layout import Region
+from dsv3_jax.checkpoint.names import Leaf
+from dsv3_jax.config import Runtime
+from dsv3_jax.model.transformer import DeepSeekV3
+
+_MESH_AXES = {"E": "expert", "D": "fsdp", "V": "tensor", "H": "tensor", "F": "tensor", "M": "tensor", "S": "tensor"}
+"""Which mesh axis cuts which axis of a leaf (`names.dimensions`), where the mesh has it and it divides the size."""
+
+
+def load_pretrained(
+    path: str | Path, *, dtype: str | None = None, runtime: Runtime | None = None, mesh: Mesh | None = None
+) -> tuple[DeepSeekV3, dict[str, Any]]:
+    """The model of a checkpoint, and its variables `{"params": ..., "router": ...}`.
+
+    Args:
+      path: a directory in Hugging Face's layout (config.json and safetensors files, FP8 blocks included).
+      dtype: of the parameters, "float32" or "bfloat16"; by default the runtime's, else float32, which holds every
+        number that a file can store, FP8 to one rounding. The router's bias is float32 always.
+      runtime: how the model computes; by default in the dtype of its parameters.
+      mesh: shards the parameters over its axes `expert`, `fsdp` and `tensor`; by default all go to one device.
+
+    Raises:
+      FileNotFoundError, CheckpointError, ConfigError: as `HFCheckpoint`.
+    """
+    if runtime is None:
+        runtime = Runtime(dtype=dtype or "float32", param_dtype=dtype or "float32")  # type: ignore[arg-type]
+    elif dtype is not None:
+        runtime = dataclasses.replace(runtime, param_dtype=dtype)  # type: ignore[arg-type]
+    source = HFCheckpoint(Path(path))
+    source.check_copies()
+    variables: dict[str, Any] = {}
+    for leaf in source.leaves.values():
+        target = np.dtype(np.float32 if leaf.kind.float32 else runtime.param_dtype)
+        _put(variables, leaf, _array(source, leaf, target, mesh))
+    return DeepSeekV3(source.config, runtime), variables
+
+
+def partition_spec(leaf: Leaf, mesh: Mesh) -> PartitionSpec:
+    """How a leaf is cut over a mesh: each mesh axis at most once, and only where it divides the leaf's axis."""
+    used: set[str] = set()
+    spec: list[str | None] = []
+    for letter, size in zip(leaf.axes, leaf.shape, strict=True):
+        axis = _MESH_AXES.get(letter)
+        fits = axis in mesh.shape and axis not in used and size % mesh.shape[axis] == 0
+        used |= {axis} if fits and axis else set()
+        spec.append(axis if fits else None)
+    return PartitionSpec(*spec)
+
+
+def _array(source: HFCheckpoint, leaf: Leaf, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
+    if mesh is None:
+        return jax.device_put(source.read(leaf, tuple(slice(0, n) for n in leaf.shape), dtype))
+    read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        region: Region = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True))
+        key = tuple((s.start, s.stop) for s in region)
+        if key not in read:  # devices that hold the same slice share one reading
+            read[key] = source.read(leaf, region, dtype)
+        return read[key]
+
+    return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, partition_spec(leaf, mesh)), piece)
+
+
+def _put(tree: dict[str, Any], leaf: Leaf, value: jax.Array) -> None:
+    *parents, last = leaf.path
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[last] = value
