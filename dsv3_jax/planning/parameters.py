@@ -1,0 +1,151 @@
+"""How many parameters a configuration has, counted on the model's own abstract variables: no array is made.
+
+No number here comes from a formula beside the model: `jax.eval_shape` runs the real `init`, and the rows below only
+sort its leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.model.transformer import DeepSeekV3, init_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of the model. path: its names below the collection, e.g. ("moe_layers", "mlp", "gate", "weight")."""
+
+    collection: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_mtp(self) -> bool:
+        """Whether it belongs to a multi-token prediction module, which inference can drop."""
+        return self.path[0].startswith("mtp_")
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether it holds the routed experts, of which a token meets only its own."""
+        return "experts" in self.path
+
+    @property
+    def is_norm(self) -> bool:
+        return self.path[-1].endswith("norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A row of the table: parameters in all, and those that one token's computation uses."""
+
+    name: str
+    total: int
+    activated: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Counts of one configuration.
+
+    total, activated: the main model, embedding included. mtp_total, mtp_activated: unique to the MTP modules, which
+    share embedding and head with the main model. components, mtp_components: the same, row by row.
+    """
+
+    total: int
+    activated: int
+    mtp_total: int
+    mtp_activated: int
+    components: tuple[Component, ...]
+    mtp_components: tuple[Component, ...]
+
+
+@functools.cache
+def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
+    """Every array of the model, from its abstract initialisation."""
+    # The key is made inside too: outside, it would start the accelerator.
+    tree = jax.eval_shape(lambda: DeepSeekV3(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    paths = ((tuple(str(k.key) for k in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
+    return tuple(Leaf(names[0], names[1:], tuple(leaf.shape)) for names, leaf in paths)
+
+
+def activated(leaf: Leaf, config: ModelConfig) -> int:
+    """Parameters of `leaf` that one token uses: all, or K of the E routed experts. The embedding counts whole."""
+    return leaf.size * config.num_experts_per_tok // config.n_routed_experts if leaf.is_routed else leaf.size
+
+
+@functools.cache
+def count_parameters(config: ModelConfig) -> Parameters:
+    """Counts the parameters of `config`, in all and per token."""
+    main = tuple(leaf for leaf in leaves(config) if not leaf.is_mtp)
+    mtp = tuple(leaf for leaf in leaves(config) if leaf.is_mtp)
+    total = lambda group: sum(leaf.size for leaf in group)
+    used = lambda group: sum(activated(leaf, config) for leaf in group)
+    return Parameters(total(main), used(main), total(mtp), used(mtp), _table(main, config), _table(mtp, config))
+
+
+def cache_bytes_per_token(config: ModelConfig, dtype: str = "bfloat16") -> int:
+    """Bytes by which one more token of one sequence lengthens the latent cache, all layers together."""
+    runtime = Runtime(dtype=dtype)  # type: ignore[arg-type]
+
+    def size(length: int) -> int:
+        cache = jax.eval_shape(lambda: init_cache(config, runtime, 1, length))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+    return size(2) - size(1)
+
+
+def component(leaf: Leaf) -> str:
+    """The row of the table that `leaf` belongs to."""
+    path, last = leaf.path, leaf.path[-1]
+    if last in ("embed_tokens", "lm_head", "eh_proj"):
+        return {"embed_tokens": "embedding", "lm_head": "output head", "eh_proj": "MTP projection"}[last]
+    if "self_attn" in path:
+        if last.startswith("q_"):
+            return "attention: queries"
+        if last.startswith("kv_a"):
+            return "attention: latent"
+        return "attention: output" if last == "o_proj" else "attention: key and value up-projections"
+    if leaf.is_norm:
+        return "norms"
+    if "gate" in path:
+        return "router: gate" if last == "weight" else "router: bias"
+    if leaf.is_routed:
+        return "routed experts"
+    return "shared experts" if "shared_experts" in path else "dense feed-forward"
+
+
+_ORDER = (
+    "embedding",
+    "MTP projection",
+    "attention: queries",
+    "attention: latent",
+    "attention: key and value up-projections",
+    "attention: output",
+    "dense feed-forward",
+    "routed experts",
+    "shared experts",
+    "router: gate",
+    "router: bias",
+    "norms",
+    "output head",
+)
+
+
+def _table(group: tuple[Leaf, ...], config: ModelConfig) -> tuple[Component, ...]:
+    rows = []
+    for name in _ORDER:
+        members = [leaf for leaf in group if component(leaf) == name]
+        if members:
+            used = sum(activated(leaf, config) for leaf in members)
+            rows.append(Component(name, sum(leaf.size for leaf in members), used))
+    return tuple(rows)
