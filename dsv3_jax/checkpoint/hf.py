@@ -106,6 +106,20 @@ class HFCheckpoint:
         copy_matrix(view, target, scales, transpose=transpose)
         self.files.release(name)
 
+    def matrix(self, name: str, rows: slice, dtype: np.dtype) -> np.ndarray:
+        """Rows of a tensor in the file's layout, cast as `read` casts."""
+        whole = self.files.array(name)
+        view = whole[rows].reshape(rows.stop - rows.start, -1)
+        scales = None
+        if view.dtype == FP8 and dtype != FP8:
+            assert self.block is not None
+            columns = np.arange(view.shape[1]) // self.block[1]
+            scales = (self.scales(name), np.arange(rows.start, rows.stop) // self.block[0], columns)
+        out = np.empty(view.shape, dtype)
+        copy_matrix(view, out, scales, transpose=False)
+        self.files.release(name)
+        return out.reshape(len(view), *whole.shape[1:])
+
     def scales(self, name: str) -> np.ndarray:
         """The float32 scale grid of an FP8 tensor. Raises CheckpointError if a scale isn't a finite number."""
         scales = decode_scales(self.files.array(name + SCALE))
@@ -230,3 +244,29 @@ def _numbers(text: str, available: list[int]) -> set[int]:
     if unknown or not found:
         raise CheckpointError(f"layers {text!r} names {unknown}: the checkpoint has layers 0 to {available[-1]}")
     return found
+
+
+def converted_fields(
+    fields: dict[str, Any], config: ModelConfig, dtype: str | None, block: tuple[int, int] | None
+) -> dict[str, Any]:
+    """config.json of a converted checkpoint: as it was, but for what the conversion changed.
+
+    fields: config.json of the source. config: of the layers taken. dtype: "bfloat16" or "float32" of a cast, or None.
+    block: of the FP8 blocks, or None.
+    """
+    written = dict(fields)
+    for name in ("num_hidden_layers", "first_k_dense_replace", "num_nextn_predict_layers"):
+        if written.get(name, getattr(ModelConfig, name)) != getattr(config, name):
+            written[name] = getattr(config, name)
+    if dtype is not None:
+        written["dtype" if "dtype" in written else "torch_dtype"] = dtype
+    if block is None:
+        written.pop("quantization_config", None)
+    elif "quantization_config" not in written:
+        written["quantization_config"] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": list(block),
+        }
+    return written

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from dsv3_jax.checkpoint.names import Leaf
+from dsv3_jax.quantization.fp8 import quantise_blocks
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -78,6 +79,17 @@ def copy_matrix(
             continue
         for left in range(0, band.shape[1], _TILE_COLUMNS):
             into[left : left + _TILE_COLUMNS, start:stop] = band[:, left : left + _TILE_COLUMNS].T
+
+
+def quantise_matrix(matrix: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """`quantise_blocks` of a matrix of any float dtype, a row of blocks at a time: little memory beside the result."""
+    values = np.empty(matrix.shape, FP8)
+    rows = range(0, len(matrix), block[0])
+    scales = np.empty((len(rows), -(-matrix.shape[1] // block[1])), np.float32)
+    for i, start in enumerate(rows):
+        band = slice(start, start + block[0])
+        values[band], scales[i : i + 1] = quantise_blocks(matrix[band].astype(np.float32), block)
+    return values, scales
 
 
 def decode_scales(scales: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.layout import Region
 from dsv3_jax.checkpoint.names import Leaf
+from dsv3_jax.checkpoint.store import MANIFEST, Store
 from dsv3_jax.config import Runtime
 from dsv3_jax.model.transformer import DeepSeekV3
 
@@ -26,26 +27,35 @@ def load_pretrained(
     """The model of a checkpoint, and its variables `{"params": ..., "router": ...}`.
 
     Args:
-      path: a directory in Hugging Face's layout (config.json and safetensors files, FP8 blocks included).
+      path: a directory in Hugging Face's layout (config.json and safetensors files, FP8 blocks included), or a
+        converted one (`dsv3_jax.checkpoint.convert`).
       dtype: of the parameters, "float32" or "bfloat16"; by default the runtime's, else float32, which holds every
         number that a file can store, FP8 to one rounding. The router's bias is float32 always.
       runtime: how the model computes; by default in the dtype of its parameters.
       mesh: shards the parameters over its axes `expert`, `fsdp` and `tensor`; by default all go to one device.
 
     Raises:
-      FileNotFoundError, CheckpointError, ConfigError: as `HFCheckpoint`.
+      FileNotFoundError, CheckpointError, ConfigError: as `HFCheckpoint` and `Store`.
     """
     if runtime is None:
         runtime = Runtime(dtype=dtype or "float32", param_dtype=dtype or "float32")  # type: ignore[arg-type]
     elif dtype is not None:
         runtime = dataclasses.replace(runtime, param_dtype=dtype)  # type: ignore[arg-type]
-    source = HFCheckpoint(Path(path))
-    source.check_copies()
+    source = open_checkpoint(Path(path))
     variables: dict[str, Any] = {}
     for leaf in source.leaves.values():
         target = np.dtype(np.float32 if leaf.kind.float32 else runtime.param_dtype)
         _put(variables, leaf, _array(source, leaf, target, mesh))
     return DeepSeekV3(source.config, runtime), variables
+
+
+def open_checkpoint(path: Path) -> HFCheckpoint | Store:
+    """A checkpoint of either layout."""
+    if (path / MANIFEST).exists():
+        return Store(path)
+    source = HFCheckpoint(path)
+    source.check_copies()
+    return source
 
 
 def partition_spec(leaf: Leaf, mesh: Mesh) -> PartitionSpec:
@@ -60,7 +70,7 @@ def partition_spec(leaf: Leaf, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def _array(source: HFCheckpoint, leaf: Leaf, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
+def _array(source: HFCheckpoint | Store, leaf: Leaf, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return jax.device_put(source.read(leaf, tuple(slice(0, n) for n in leaf.shape), dtype))
     read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}

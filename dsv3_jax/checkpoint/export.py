@@ -1,0 +1,241 @@
+"""orbax -> Hugging Face: safetensors files that transformers and the official code load."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from rich.console import Console
+
+from dsv3_jax.checkpoint import names
+from dsv3_jax.checkpoint.files import DTYPES, INDEX, SINGLE, CheckpointError
+from dsv3_jax.checkpoint.hf import HFCheckpoint, converted_fields
+from dsv3_jax.checkpoint.jobs import JOURNAL, Unit, open_workspace, run_units
+from dsv3_jax.checkpoint.layout import FP8, quantise_matrix
+from dsv3_jax.checkpoint.names import SCALE
+from dsv3_jax.checkpoint.store import MANIFEST, Store
+from dsv3_jax.checkpoint.verify import verify_files
+from dsv3_jax.quantization.fp8 import BLOCK
+
+_FILE_BYTES = 5_000_000_000
+_UNIT_BYTES = 64 << 20
+_CASTS = {"bf16": "BF16", "float32": "F32"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A tensor of the new files: where its bytes begin in which file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str = ""
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def export_hf(
+    store: Store,
+    target: Path,
+    *,
+    dtype: str = "keep",
+    verify: bool = False,
+    workers: int = 4,
+    console: Console | None = None,
+) -> None:
+    """Writes a converted checkpoint to the new directory `target` in Hugging Face's layout.
+
+    Args:
+      dtype: "keep": as the store has it, which gives back the source's bytes if those were kept; "fp8": matrices that
+        the released files have in FP8 blocks are quantised, if they aren't already; "bf16" or "float32": cast.
+      verify: read the files back and compare them before `target` appears.
+
+    Raises:
+      FileExistsError, OSError: the destination exists, or can't be written.
+      CheckpointError: a tensor isn't what the manifest says; the destination holds another interrupted export.
+    """
+    block = (store.block or BLOCK) if dtype == "fp8" else store.block if dtype == "keep" else None
+    files = _files(_entries(store, dtype, block))
+    entries = {e.name: e for file in files.values() for e in file}
+    identity = {"store": str(store.directory.resolve()), "manifest": _digest(store), "dtype": dtype}
+    with open_workspace(target, identity, sum(e.nbytes for e in entries.values())) as workspace:
+        handles = {file: _create(workspace.directory / file, content) for file, content in files.items()}
+
+        def work(unit: Unit) -> None:
+            for name in unit.what:
+                _write_tensor(store, entries, name, block, handles)
+
+        try:
+            title = f"exporting {store.directory.name}"
+            run_units(workspace, _units(entries), work, title=title, workers=workers, console=console)
+            for handle in handles.values():
+                os.fsync(handle)
+        finally:
+            for handle in handles.values():
+                os.close(handle)
+        _describe(store, workspace.directory, entries, dtype, block)
+        if verify:
+            verify_files(store, HFCheckpoint(workspace.directory), workers=workers, console=console)
+        workspace.finish()
+
+
+def _entries(store: Store, dtype: str, block: tuple[int, int] | None) -> list[_Entry]:
+    """Every tensor of the new checkpoint, in the model's order."""
+    entries = []
+    for name, shape in names.tensor_shapes(store.config).items():
+        kind = store.kind(name)
+        written = _written_dtype(store, name, dtype)
+        entries.append(_Entry(name, written, shape))
+        if written == "F8_E4M3":
+            assert block is not None
+            assert kind.fp8 or store.is_fp8(name)
+            kept = store.is_fp8(name) and store.file_dtype(name + SCALE)
+            entries.append(_Entry(name + SCALE, kept or "F32", names.scale_shape((shape[0], shape[1]), block)))
+    return entries
+
+
+def _written_dtype(store: Store, name: str, dtype: str) -> str:
+    if dtype in _CASTS:
+        return "F32" if store.kind(name).float32 else _CASTS[dtype]
+    if store.is_fp8(name) or (dtype == "fp8" and store.kind(name).fp8):
+        return "F8_E4M3"
+    # A store of a cast has its own dtype; one that kept its source's may hold a float32 bias for a narrower one.
+    return _NAMES[store.dtype_of(name)] if store.manifest["dtype"] in _CASTS else store.file_dtype(name)
+
+
+def _files(entries: list[_Entry]) -> dict[str, list[_Entry]]:
+    """Which tensors go to which file, and where in it. A weight and its scales stay together."""
+    groups: list[list[_Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if size + entry.nbytes > _FILE_BYTES and not entry.name.endswith(SCALE):
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += entry.nbytes
+    count = len(groups)
+    return {
+        SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors": _place(
+            group, SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
+        )
+        for i, group in enumerate(groups, 1)
+    }
+
+
+def _place(group: list[_Entry], file: str) -> list[_Entry]:
+    """Offsets after the header. The widest dtypes come first, so that every tensor is aligned to its own."""
+    placed, offset = [], 0
+    for entry in sorted(group, key=lambda e: -DTYPES[e.dtype].itemsize):
+        placed.append(dataclasses.replace(entry, file=file, offset=offset))
+        offset += entry.nbytes
+    start = len(_header(placed))
+    return [dataclasses.replace(e, offset=e.offset + start) for e in placed]
+
+
+def _header(entries: list[_Entry], start: int = 0) -> bytes:
+    """The header's bytes, length included. `start`: what the entries' offsets count from."""
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for e in entries:
+        fields[e.name] = {
+            "dtype": e.dtype,
+            "shape": e.shape,
+            "data_offsets": [e.offset - start, e.offset - start + e.nbytes],
+        }
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _create(path: Path, entries: list[_Entry]) -> int:
+    """Opens a file at its full size, its header written: a disk without room for it says so now."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    start = min(e.offset for e in entries)
+    os.posix_fallocate(handle, 0, max(e.offset + e.nbytes for e in entries))
+    _write(handle, _header(entries, start), 0)
+    return handle
+
+
+def _units(entries: dict[str, _Entry]) -> list[Unit]:
+    """Tensors in groups of about a unit's bytes; a quantised weight takes its scales with it."""
+    units: list[Unit] = []
+    group: list[str] = []
+    size = 0
+    weights = [n for n in entries if not n.endswith(SCALE)]
+    for i, name in enumerate(weights):
+        group.append(name)
+        size += entries[name].nbytes
+        if size >= _UNIT_BYTES or i == len(weights) - 1:
+            units.append(Unit(group[0], size, tuple(group)))
+            group, size = [], 0
+    return units
+
+
+def _write_tensor(
+    store: Store, entries: dict[str, _Entry], name: str, block: tuple[int, int] | None, handles: dict[str, int]
+) -> None:
+    entry = entries[name]
+    dtype = DTYPES[entry.dtype]
+    if dtype == FP8 and not store.is_fp8(name):
+        assert block is not None
+        values, scales = quantise_matrix(store.matrix(name), block)
+        _write(handles[entry.file], values, entry.offset)
+        _write(handles[entries[name + SCALE].file], scales, entries[name + SCALE].offset)
+        return
+    digest, offset = xxhash.xxh3_128(), entry.offset
+    for rows in store.bands(name):
+        data = np.ascontiguousarray(store.matrix(name, rows, dtype)).reshape(-1).view(np.uint8)
+        digest.update(data)
+        _write(handles[entry.file], data, offset)
+        offset += data.nbytes
+    _check_hash(store, name, entry.dtype, digest.hexdigest())
+    if dtype == FP8:
+        grid, scale = np.ascontiguousarray(store.scales(name)), entries[name + SCALE]
+        _write(handles[scale.file], grid, scale.offset)
+        _check_hash(store, scale.name, scale.dtype, xxhash.xxh3_128_hexdigest(grid.reshape(-1).view(np.uint8)))
+
+
+def _check_hash(store: Store, name: str, dtype: str, digest: str) -> None:
+    """What is written in the source's dtype must be what was read there, if the store kept it."""
+    kept, expected = store.manifest["tensors"].get(name, (None, None))
+    if store.manifest["dtype"] == "keep" and kept == dtype and expected != digest:
+        raise CheckpointError(f"{name} in {store.directory} isn't what {MANIFEST} says: the checkpoint is damaged")
+
+
+def _write(handle: int, data: bytes | np.ndarray, offset: int) -> None:
+    view = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+    while view:
+        written = os.pwrite(handle, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _digest(store: Store) -> str:
+    return xxhash.xxh3_128_hexdigest((store.directory / MANIFEST).read_bytes())
+
+
+def _describe(
+    store: Store, directory: Path, entries: dict[str, _Entry], dtype: str, block: tuple[int, int] | None
+) -> None:
+    """config.json, the index if there are several files, and the small files that came with the source."""
+    cast = {"bf16": "bfloat16", "float32": "float32"}.get(dtype)
+    fields = converted_fields(store.fields, store.config, cast, block)
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    where = {e.name: e.file for e in entries.values()}
+    if set(where.values()) != {SINGLE}:
+        index = {"metadata": {"total_size": sum(e.nbytes for e in entries.values())}, "weight_map": where}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    own = {MANIFEST, "config.json", "_METADATA", JOURNAL}
+    for file in sorted(store.directory.iterdir()):
+        if file.is_file() and file.name not in own:
+            shutil.copyfile(file, directory / file.name)

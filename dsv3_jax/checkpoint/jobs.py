@@ -1,0 +1,218 @@
+"""Work that survives interruption: units done in parallel, each noted in a journal, the result renamed into place.
+
+Everything is written under `DST.incomplete`. A finished unit is one line of its `journal.jsonl`; whoever starts the
+same work again skips these. Only a complete result gets the name DST, in one rename.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from dsv3_jax.checkpoint.files import CheckpointError
+
+JOURNAL = "journal.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A piece of work: its name in the journal, the bytes that it reads, and what it is about."""
+
+    key: str
+    nbytes: int
+    what: Any
+
+
+class Workspace:
+    """`DST.incomplete` and its journal. Use `open_workspace`."""
+
+    def __init__(self, target: Path, directory: Path, journal: Any, done: dict[str, Any]) -> None:
+        self.target, self.directory, self.done = target, directory, done
+        self._journal, self._lock = journal, threading.Lock()
+
+    def note(self, key: str, result: Any) -> None:
+        """Records that a unit is done; its `result` is handed back to whoever resumes."""
+        with self._lock:
+            self.done[key] = result
+            self._journal.write(json.dumps([key, result]) + "\n")
+            self._journal.flush()
+
+    def finish(self) -> None:
+        """Makes everything durable, then gives it its name."""
+        self._journal.close()
+        (self.directory / JOURNAL).unlink()
+        os.sync()
+        self.directory.rename(self.target)
+        _sync_directory(self.target.parent)
+
+
+@contextmanager
+def open_workspace(target: Path, identity: Any, nbytes: int) -> Iterator[Workspace]:
+    """The workspace of a conversion to `target`, new or left by an interruption.
+
+    Args:
+      identity: what the work is (JSON): an interrupted one is continued only if its identity is the same.
+      nbytes: about how much will be written in all.
+
+    Raises:
+      FileExistsError: `target` exists, or another process works on it.
+      CheckpointError: what an interruption left is of other work.
+      OSError: there isn't room for `nbytes`, or the disk is full later on; what is written stays for a resumption.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists already: choose another destination, or remove it")
+    directory = target.with_name(target.name + ".incomplete")
+    mark = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    done = _read_journal(directory, mark)
+    present = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()) if directory.exists() else 0
+    _check_room(target, nbytes - present)
+    created = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / JOURNAL).open("a") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FileExistsError(f"another process is writing {directory}: wait for it, or stop it") from None
+        if created or not done:
+            journal.truncate(0)
+            journal.write(json.dumps(mark) + "\n")
+        else:
+            journal.write("\n")  # ends a line that the interruption cut
+        journal.flush()
+        for lock in directory.rglob("*.__lock"):  # of files that tensorstore was writing
+            lock.unlink()
+        try:
+            yield Workspace(target, directory, journal, done)
+        except BaseException as error:
+            if _disk_is_full(error):
+                raise OSError(
+                    errno.ENOSPC,
+                    f"the disk of {target} is full: what is done stays in {directory}; "
+                    "free some space and run the same command to continue",
+                ) from error
+            raise
+
+
+def run_units(
+    workspace: Workspace,
+    units: Iterable[Unit],
+    work: Callable[[Unit], Any],
+    *,
+    title: str,
+    workers: int,
+    console: Console | None = None,
+) -> None:
+    """Does every unit that isn't done, `workers` at a time, showing progress. The first failure ends it."""
+    units = list(units)
+    total, left = sum(u.nbytes for u in units), [u for u in units if u.key not in workspace.done]
+    with show_progress(console) as progress:
+        bar = progress.add_task(title, total=total, completed=total - sum(u.nbytes for u in left))
+
+        def do(unit: Unit) -> None:
+            workspace.note(unit.key, work(unit))
+            progress.advance(bar, unit.nbytes)
+
+        in_parallel(do, left, workers)
+
+
+def in_parallel(do: Callable[[Any], Any], items: Iterable[Any], workers: int) -> None:
+    """`do` of every item, `workers` threads at once, at most twice as many waiting; raises the first failure."""
+    remaining = iter(items)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        running = {pool.submit(do, item) for item in itertools.islice(remaining, 2 * workers)}
+        try:
+            while running:
+                finished, running = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
+                for future in finished:
+                    future.result()
+                running |= {pool.submit(do, item) for item in itertools.islice(remaining, len(finished))}
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def show_progress(console: Console | None) -> Progress:
+    """A bar with bytes, bytes a second, time taken and time left, on standard error by default."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+    )
+
+
+def _read_journal(directory: Path, mark: str) -> dict[str, Any]:
+    """The results of units that are done. A line that was being written when the process ended doesn't count."""
+    path = directory / JOURNAL
+    if not path.exists():
+        if directory.exists() and any(directory.iterdir()):
+            raise CheckpointError(f"{directory} holds something else than an interrupted conversion: remove it")
+        return {}
+    lines = path.read_text().splitlines()
+    if not lines:
+        return {}
+    if lines[0] != json.dumps(mark):
+        raise CheckpointError(
+            f"{directory} holds an interrupted conversion of another source or with other options: "
+            "run that one to its end, or remove the directory"
+        )
+    done = {}
+    for line in lines[1:]:
+        try:
+            key, result = json.loads(line)
+        except ValueError:
+            continue
+        done[key] = result
+    return done
+
+
+def _check_room(target: Path, nbytes: int) -> None:
+    parent = target.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if nbytes > free:
+        raise OSError(
+            errno.ENOSPC, f"{target} needs about {nbytes / 1e9:.1f} GB more, but its disk has {free / 1e9:.1f} GB free"
+        )
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
+        "No space left on device" in str(error)
+    )
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

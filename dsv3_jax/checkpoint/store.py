@@ -1,0 +1,306 @@
+"""The converted checkpoint: the model's own tree as orbax arrays (zarr3 through tensorstore), read slice by slice.
+
+Beside the arrays lie config.json, orbax's `_METADATA`, and `manifest.json` with a hash for each tensor. One file of an
+array (a zarr shard) holds a few tensors or a band of one; inside it chunks of at most a megabyte can be read alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from dsv3_jax.checkpoint import names
+from dsv3_jax.checkpoint.files import CheckpointError, load_json
+from dsv3_jax.checkpoint.layout import (
+    FP8,
+    Region,
+    block_rows,
+    copy_matrix,
+    decode_scales,
+    full_region,
+    region_shape,
+    tensor_box,
+)
+from dsv3_jax.checkpoint.names import Kind, Leaf, TreePath
+from dsv3_jax.config import ModelConfig
+
+MANIFEST = "manifest.json"
+FORMAT = "dsv3_jax checkpoint 1"
+
+_SHARD_BYTES = 64 << 20
+"""At most this much of an array goes to one file, except a matrix that can't be cut evenly: what a worker holds."""
+_CHUNK_BYTES = 1 << 20
+
+_DICT_KEY = 2
+"""orbax's mark of a dictionary's key in `_METADATA`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """An array to be written: `shard` is the box of it that goes to one file, `stack` the number of stack axes."""
+
+    path: TreePath
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    shard: tuple[int, ...]
+    stack: int
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """The box that can be read alone: the shard with its widest axes divided until it is small enough."""
+        chunk = [1] * self.stack + list(self.shard[self.stack :])
+        while math.prod(chunk) * self.dtype.itemsize > _CHUNK_BYTES:
+            for axis in sorted(range(len(chunk)), key=lambda a: -chunk[a]):
+                if (factor := _smallest_factor(chunk[axis])) > 1:
+                    chunk[axis] //= factor
+                    break
+        return tuple(chunk)
+
+    def shards(self, stack: Region) -> Iterator[Region]:
+        """The boxes of the files that hold the entries `stack` of the stack axes, which must be whole shards."""
+        inner = list(zip(self.shape[self.stack :], self.shard[self.stack :], strict=True))
+        for index in np.ndindex(*(-(-size // step) for size, step in inner)):
+            yield (*stack, *(slice(i * b, min(n, (i + 1) * b)) for i, (n, b) in zip(index, inner, strict=True)))
+
+
+def leaf_arrays(leaves: tuple[Leaf, ...], dtype: np.dtype) -> list[ArraySpec]:
+    """How the parts of one kind are stored: their files hold the same tensors, as many as fit, or bands of one."""
+    inner = max(math.prod(leaf.shape[leaf.stack :]) for leaf in leaves) * dtype.itemsize
+    return [
+        ArraySpec(
+            leaf.path, leaf.shape, dtype, (*_group(leaf.shape[: leaf.stack], inner), *_band(leaf, inner)), leaf.stack
+        )
+        for leaf in leaves
+    ]
+
+
+def scale_array(leaf: Leaf, block: tuple[int, int], dtype: np.dtype) -> ArraySpec:
+    """How the scale grids of a leaf's tensors are stored: stacked, each as it is in the files."""
+    rows, columns = leaf.tensor_shape
+    grid, stack = names.scale_shape((rows, columns), block), leaf.shape[: leaf.stack]
+    group = _group(stack, math.prod(grid) * dtype.itemsize)
+    return ArraySpec(leaf.scale_path, (*stack, *grid), dtype, (*group, *grid), leaf.stack)
+
+
+def _group(stack: tuple[int, ...], nbytes: int) -> tuple[int, ...]:
+    """How many entries of each stack axis share a file, if one takes `nbytes`: from the last axis on."""
+    room, group = max(1, _SHARD_BYTES // max(1, nbytes)), []
+    for size in reversed(stack):
+        group.append(min(size, room))
+        room = room // size if group[-1] == size else 1
+        room = max(1, room)
+    return tuple(reversed(group))
+
+
+def _band(leaf: Leaf, nbytes: int) -> tuple[int, ...]:
+    """The box of one entry that goes to one file: all of it, or an even part along the tensor's first output axis."""
+    inner = list(leaf.shape[leaf.stack :])
+    axis = 0 if leaf.kind.keep_layout else len(leaf.tensor_in)
+    parts = next((n for n in range(1, inner[axis] + 1) if inner[axis] % n == 0 and nbytes / n <= _SHARD_BYTES), 1)
+    inner[axis] //= parts
+    return tuple(inner)
+
+
+def _smallest_factor(n: int) -> int:
+    return next((f for f in range(2, math.isqrt(n) + 1) if n % f == 0), n)
+
+
+# Arrays on disk ------------------------------------------------------------------------------------------
+
+
+def array_directory(path: TreePath) -> str:
+    """orbax's name of an array's directory."""
+    return ".".join(path)
+
+
+def create_array(directory: Path, spec: ArraySpec) -> ts.TensorStore:
+    """Creates an array, or opens the one that an interrupted conversion left."""
+    plain = [{"name": "bytes", "configuration": {"endian": "little"}} if spec.dtype.itemsize > 1 else {"name": "bytes"}]
+    index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {"chunk_shape": spec.chunk, "codecs": plain, "index_codecs": index}
+    metadata = {
+        "shape": spec.shape,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": spec.shard}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "data_type": spec.dtype.name,
+        "fill_value": 0,
+    }
+    return _open(directory, spec.path, metadata=metadata, create=True, open=True)
+
+
+def open_array(directory: Path, path: TreePath) -> ts.TensorStore:
+    """Opens an array of a checkpoint. Raises CheckpointError if it can't be read."""
+    try:
+        return _open(directory, path, open=True)
+    except ValueError as error:
+        raise CheckpointError(f"{directory / array_directory(path)} can't be read: {str(error)[:200]}") from None
+
+
+def _open(directory: Path, path: TreePath, metadata: dict[str, Any] | None = None, **options: Any) -> ts.TensorStore:
+    store = {"driver": "file", "path": f"{directory.absolute() / array_directory(path)}/"}
+    spec = {"driver": "zarr3", "kvstore": store} | ({"metadata": metadata} if metadata else {})
+    return ts.open(spec, **options).result()
+
+
+def write_orbax_metadata(directory: Path, specs: Iterable[ArraySpec]) -> None:
+    """The description of the tree with which orbax restores it."""
+    tree = {
+        str(spec.path): {
+            "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in spec.path],
+            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": spec.shape},
+        }
+        for spec in specs
+    }
+    described = {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (directory / "_METADATA").write_text(json.dumps(described))
+
+
+# Reading -------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """A converted checkpoint, seen as the model's arrays and as the tensors that they came from.
+
+    Attributes: `config`, `fields`, `leaves`, `copies` and `block` as `HFCheckpoint` has them; `manifest`.
+
+    Raises, on opening:
+      FileNotFoundError: the directory or a file of it is missing.
+      CheckpointError: it isn't such a checkpoint, or its parts contradict each other.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        for needed in (MANIFEST, "config.json"):
+            if not (directory / needed).exists():
+                raise FileNotFoundError(f"{directory / needed} doesn't exist: {directory} is no converted checkpoint")
+        self.manifest = load_json((directory / MANIFEST).read_bytes(), str(directory / MANIFEST))
+        if self.manifest.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{directory / MANIFEST} has format {self.manifest.get('format')!r}: it must be {FORMAT!r}"
+            )
+        self.fields = load_json((directory / "config.json").read_bytes(), str(directory / "config.json"))
+        self.config = ModelConfig.from_hf(self.fields)
+        self.leaves, self.copies = names.leaves(self.config), names.copies(self.config)
+        self.block: tuple[int, int] | None = tuple(self.manifest["block"]) if self.manifest["block"] else None
+        self._by_name = {
+            name: (leaf, i) for leaf in self.leaves.values() if not leaf.start for i, name in enumerate(leaf.names)
+        }
+        self._arrays = {path: open_array(directory, path) for path in self.leaves}
+        self._scales = {
+            leaf.scale_path: open_array(directory, leaf.scale_path)
+            for leaf in self.leaves.values()
+            if self.dtype(leaf) == FP8
+        }
+        for leaf in self.leaves.values():
+            if tuple(self._arrays[leaf.path].shape) != leaf.shape:
+                found = tuple(self._arrays[leaf.path].shape)
+                raise CheckpointError(
+                    f"{directory / array_directory(leaf.path)} has shape {found}: the config makes it {leaf.shape}"
+                )
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        """Of the leaf's array."""
+        return self._arrays[leaf.path].dtype.numpy_dtype
+
+    def read(self, leaf: Leaf, region: Region, dtype: np.dtype | None = None) -> np.ndarray:
+        """A box of a leaf. `dtype`: cast to it, FP8 decoded first; by default as stored."""
+        stored = self._arrays[leaf.path][region].read().result()
+        dtype = dtype or stored.dtype
+        if stored.dtype == dtype:
+            return stored
+        out = np.empty(stored.shape, dtype)
+        if stored.dtype != FP8:
+            copy_matrix(stored.reshape(len(stored), -1), out.reshape(len(stored), -1), transpose=False)
+            return out
+        assert self.block is not None
+        stack = region[: leaf.stack]
+        box = tensor_box(leaf, region[leaf.stack :])
+        rows, columns = block_rows(leaf, box, self.block)
+        grids = decode_scales(self._scales[leaf.scale_path][stack].read().result())
+        for index in np.ndindex(*region_shape(stack)):
+            # Arrays are (in, out) and grids (out, in): with the grid turned, its rows are the array's.
+            scales = (grids[index], rows, columns) if leaf.kind.keep_layout else (grids[index].T, columns, rows)
+            shape = (len(scales[1]), len(scales[2]))
+            copy_matrix(stored[index].reshape(shape), out[index].reshape(shape), scales, transpose=False)
+        return out
+
+    def file_dtype(self, name: str) -> str:
+        """The dtype that a tensor, or a scale grid, had in the file that it came from."""
+        return self.manifest["tensors"][name][0]
+
+    def kind(self, name: str) -> Kind:
+        """The row of the table that a tensor belongs to; of MTP's copies, the original's."""
+        return self._leaf(name)[0].kind
+
+    def tensor_out(self, name: str) -> tuple[int, ...]:
+        """A tensor's output axes: `matrix` takes rows of the first."""
+        return self._leaf(name)[0].tensor_out
+
+    def dtype_of(self, name: str) -> np.dtype:
+        """What a tensor is stored as."""
+        return self.dtype(self._leaf(name)[0])
+
+    def is_fp8(self, name: str) -> bool:
+        """Whether a tensor is stored in FP8."""
+        return self.dtype_of(name) == FP8
+
+    def _leaf(self, name: str) -> tuple[Leaf, int]:
+        """The first leaf that a tensor is part of, and which of its tensors it is."""
+        return self._by_name[self.copies.get(name, name)]
+
+    def scales(self, name: str) -> np.ndarray:
+        """The scale grid of an FP8 tensor, in the file's orientation and as stored."""
+        leaf, i = self._leaf(name)
+        place = np.unravel_index(i, leaf.shape[: leaf.stack]) if leaf.stack else ()
+        return self._scales[leaf.scale_path][tuple(int(n) for n in place)].read().result()
+
+    def matrix(self, name: str, rows: slice | None = None, dtype: np.dtype | None = None) -> np.ndarray:
+        """A tensor in the file's layout, or some of its rows: entries of its first output axis."""
+        leaf, i = self._leaf(name)
+        place = np.unravel_index(i, leaf.shape[: leaf.stack]) if leaf.stack else ()
+        stack = tuple(slice(int(n), int(n) + 1) for n in place)
+        rows = rows or slice(0, leaf.tensor_out[0])
+        dtype = dtype or self.dtype(leaf)
+        shape = (rows.stop - rows.start, *leaf.tensor_out[1:], *leaf.tensor_in)
+        out = np.empty(shape, dtype)
+        for part in self._parts(leaf):
+            region = list(full_region(part.shape[part.stack :]))
+            region[0 if part.kind.keep_layout else len(part.tensor_in)] = rows
+            read = self.read(part, (*stack, *region), dtype)[(0,) * part.stack]
+            if part.kind.keep_layout or not part.tensor_in:
+                out[...] = read
+                continue
+            ins = math.prod(part.tensor_in)
+            turned = np.empty((read.size // ins, ins), dtype)
+            copy_matrix(read.reshape(ins, -1), turned, transpose=True)
+            width = part.shape[-1]
+            if len(leaf.kind.parts) > 1:
+                out[:, part.start : part.start + width] = turned.reshape(len(out), width, *part.tensor_in)
+            else:
+                out[...] = turned.reshape(shape)
+        return out.reshape(-1, math.prod(leaf.tensor_in)) if leaf.tensor_in else out
+
+    def bands(self, name: str, limit: int = _SHARD_BYTES) -> list[slice]:
+        """`rows` for `matrix`, such that each band takes at most about `limit` bytes as stored."""
+        leaf, _ = self._leaf(name)
+        count, size = leaf.tensor_out[0], math.prod(leaf.tensor_shape) * self.dtype(leaf).itemsize
+        step = max(1, math.ceil(count / max(1, math.ceil(size / limit))))
+        return [slice(i, min(count, i + step)) for i in range(0, count, step)]
+
+    def _parts(self, leaf: Leaf) -> list[Leaf]:
+        if len(leaf.kind.parts) == 1:
+            return [leaf]
+        return [x for x in self.leaves.values() if x.names == leaf.names]
