@@ -1,0 +1,53 @@
+"""What the backward pass of one block keeps, counted on the block's own abstract residuals."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.model.attention import Index
+from dsv3_jax.model.block import Block
+from dsv3_jax.model.remat import rematerialise
+
+_PRIME = 1009
+"""A sequence length that divides no width of a model, so that an array's size tells how it grows with the sequence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Bytes that one block keeps for its backward pass.
+
+    per_token: of a token. per_pair: of a query and key, which only attention written out keeps; a fused kernel has none.
+    """
+
+    per_token: float
+    per_pair: float
+
+
+@functools.cache
+def kept_by_block(config: ModelConfig, runtime: Runtime, is_moe: bool) -> Kept:
+    """Residuals of one block under the runtime's policy: `jax.vjp`'s own, of abstract arrays."""
+    block = rematerialise(Block, runtime)(config, runtime, is_moe)
+    x = jax.ShapeDtypeStruct((1, _PRIME, config.hidden_size), jnp.dtype(runtime.dtype))
+
+    def backward(x: jax.Array):
+        index = Index(jnp.zeros((1, _PRIME), jnp.int32))
+
+        def forward(variables, x):
+            out, (_, stats) = block.apply(variables, x, index, None)
+            return out, (0.0 if stats is None else stats.affinity)
+
+        return jax.vjp(forward, block.init(jax.random.key(0), x, index, None), x)[1]
+
+    per_token = per_pair = 0.0
+    for leaf in jax.tree.leaves(jax.eval_shape(backward, x)):
+        size = leaf.size * leaf.dtype.itemsize
+        if leaf.size % _PRIME**2 == 0:
+            per_pair += size / _PRIME**2
+        elif leaf.size % _PRIME == 0:
+            per_token += size / _PRIME
+    return Kept(per_token, per_pair)

@@ -1,0 +1,112 @@
+"""Bytes that a device receives in a training step, by mesh axis, and how long the links take for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.planning.hardware import Hardware
+from dsv3_jax.planning.memory import Stage, held, stages
+from dsv3_jax.planning.mesh import AXES, Mesh, TrainingPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one axis carries in a step. received: bytes a device. seconds: at printed rates. hidden: behind compute."""
+
+    axis: str
+    what: str
+    received: float
+    seconds: float
+    hidden: bool
+
+
+def ring(size: int) -> float:
+    """Part of an array that a device receives when the array is gathered from, or reduced over, `size` devices."""
+    return (size - 1) / size
+
+
+def rate(sheet: Hardware, mesh: Mesh, axis: str) -> float:
+    """Bytes/s that a device receives in a gather or reduction over an axis.
+
+    Behind switches: the fast links while the axis and those inside it fit into a node, else the network. On a torus:
+    the dimensions that the axis fills, taken as its share of the mesh, at least one.
+    """
+    inner = AXES[AXES.index(axis) :]
+    span = math.prod(getattr(mesh, name) for name in inner)
+    if span > sheet.domain:
+        return sheet.network
+    if not sheet.torus_axes:
+        return sheet.links
+    filled = math.log(getattr(mesh, axis)) / math.log(mesh.devices) if mesh.devices > 1 else 1
+    return sheet.links * max(filled, 1 / sheet.torus_axes)
+
+
+def exchange_seconds(sheet: Hardware, config: ModelConfig, mesh: Mesh, tokens: float, per_copy: float) -> float:
+    """Time to send each of a device's `tokens` to its experts' devices, `per_copy` bytes a copy.
+
+    Behind switches a token crosses to each node once and is forwarded inside it, and routing reaches `topk_group`
+    groups at most (report section 3.2.2). On a torus every copy travels a quarter of each ring it crosses.
+    """
+    group, k = mesh.expert, config.num_experts_per_tok
+    if group == 1:
+        return 0.0
+    if sheet.torus_axes:
+        side = group ** (1 / sheet.torus_axes)
+        hops = max(1.0, sheet.torus_axes * side / 4)
+        return tokens * min(k, group) * ring(group) * per_copy * hops / sheet.links
+    inside = max(1, sheet.domain // (mesh.tensor * mesh.context))
+    nodes = math.ceil(group / inside)
+    within = tokens * k * ring(min(group, inside)) * per_copy / sheet.links
+    if nodes == 1:
+        return within
+    return max(within, tokens * nodes_reached(config, nodes) * ring(nodes) * per_copy / sheet.network)
+
+
+def nodes_reached(config: ModelConfig, nodes: int) -> float:
+    """Nodes that hold some expert of a token: as many as K uniform draws hit, and no more than routing allows."""
+    drawn = nodes * (1 - (1 - 1 / nodes) ** config.num_experts_per_tok)
+    limit = config.topk_group * max(1.0, nodes / config.n_group)
+    return min(drawn, limit)
+
+
+def traffic(plan: TrainingPlan) -> list[Traffic]:
+    """Every axis of the mesh that carries anything, on the stage that carries most of it."""
+    m, c, sheet = plan.mesh, plan.config, plan.hardware
+    busiest = max(stages(plan), key=lambda s: s.dense + s.moe)
+    fullest = max(stages(plan), key=lambda s: sum(held(plan, s)))
+    passes, tokens = plan.microbatches, plan.microbatch_tokens * plan.microbatches
+    width = 2 * c.hidden_size  # bytes of a token's bfloat16 activation
+    layers = busiest.dense + busiest.moe
+    result: list[Traffic] = []
+
+    def add(axis: str, what: str, received: float, seconds: float | None = None, hidden: bool = True) -> None:
+        if getattr(m, axis) > 1:
+            taken = received / rate(sheet, m, axis) if seconds is None else seconds
+            result.append(Traffic(axis, what, received, taken, hidden))
+
+    plain, routed = held(plan, fullest)
+    whole = (plain + routed) * m.fsdp
+    add("fsdp", "weights gathered twice and gradients scattered, every pass", 3 * 2 * whole * ring(m.fsdp) * passes)
+    update = plan.gradient + (plan.weight or plan.stored)
+    add("data", "gradients scattered, new weights gathered", update * (plain + routed) * ring(m.data))
+    again = 0 if plan.remat == "none" else 1
+    # Four sums over tensor: after attention and feed-forward, forward and backward; those recomputed once more.
+    add("tensor", "activations summed", (4 + 2 * again) * 2 * width * ring(m.tensor) * tokens * layers, hidden=False)
+    latent = 2 * (c.kv_lora_rank + c.qk_rope_head_dim) * tokens * (m.context - 1) * layers
+    add("context", "latents gathered, their gradients scattered", (2 + again) * latent)
+    add("stage", "activations and their gradients", 2 * width * tokens)
+    if m.expert > 1:
+        add("expert", "gradients and weights outside the experts", update * plain * ring(m.expert))
+        per_copy = 2 * ((1 if plan.precision == "fp8" else 2) + 2) * c.hidden_size  # dispatch and combine, both ways
+        moe = _moe_layers(plan, busiest)
+        seconds = exchange_seconds(sheet, c, m, tokens * moe, per_copy)
+        received = tokens * moe * min(c.num_experts_per_tok, m.expert) * ring(m.expert) * per_copy
+        add("expert", "tokens to their experts and back", received, seconds, hidden=plan.schedule == "dualpipe")
+    return result
+
+
+def _moe_layers(plan: TrainingPlan, stage: Stage) -> int:
+    """Sparse layers of a stage; MTP's counts on a mesh without stages."""
+    return stage.moe + (plan.config.num_nextn_predict_layers if plan.mtp and plan.mesh.stage == 1 else 0)

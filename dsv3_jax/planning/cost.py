@@ -1,0 +1,41 @@
+"""From device-hours to days, money and energy, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """device_hours: all devices together. days: of the wall clock. dollars, megawatt_hours: None where no price or
+    power is given; energy is the devices' printed power alone, without hosts, network or cooling."""
+
+    device_hours: float
+    days: float
+    dollars: float | None
+    megawatt_hours: float | None
+
+
+def cost(device_hours: float, devices: int, dollars_per_hour: float | None, watts: float | None) -> Cost:
+    """What that many hours on that many devices come to."""
+    return Cost(
+        device_hours,
+        device_hours / devices / 24,
+        None if dollars_per_hour is None else device_hours * dollars_per_hour,
+        None if watts is None else device_hours * watts / 1e6,
+    )
+
+
+def training_hours(tokens: float, flops_per_token: float, peak: float, mfu: float) -> float:
+    """Device-hours to train on `tokens`: tokens x FLOPs a token / (peak x MFU), in hours."""
+    return tokens * flops_per_token / (peak * mfu) / 3600
+
+
+def sustained_flops(tokens: float, flops_per_token: float, device_hours: float) -> float:
+    """FLOP/s that a device sustained if `tokens` took `device_hours`: the same formula, solved for the rate."""
+    return tokens * flops_per_token / (device_hours * 3600)
+
+
+def tokens_for(dollars: float, dollars_per_hour: float, flops_per_token: float, sustained: float) -> float:
+    """Tokens that a sum trains at a price and a sustained rate."""
+    return dollars / dollars_per_hour * 3600 * sustained / flops_per_token

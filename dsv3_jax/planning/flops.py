@@ -1,0 +1,186 @@
+"""FLOPs of matrix products: counted on a traced program, and as closed forms over the model's own parameters.
+
+A multiply and an add are two FLOPs. Only matrix products count: what is left (norms, softmax, SwiGLU) is bound by
+memory, and enters a step's time there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
+
+from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.planning.parameters import Leaf, activated, leaves
+
+# Counting a program ----------------------------------------------------------------------------------------
+
+
+def count_flops(function: Callable[..., Any], *arguments: Any, repeat_loops: bool = True) -> int:
+    """FLOPs of the matrix products in `function(*arguments)`, found by tracing it; nothing is computed.
+
+    Args:
+      arguments: arrays or `jax.ShapeDtypeStruct`s.
+      repeat_loops: count a scan's body as often as it runs. False counts it once, as XLA's cost analysis does.
+
+    Raises:
+      ConfigError: the program has a matrix product in a `while` loop, whose trips a trace doesn't know.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr, repeat_loops)
+
+
+def _count(jaxpr: Any, repeat: bool) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            total += _dot_flops(eqn)
+        elif name in ("ragged_dot", "ragged_dot_general"):
+            total += _ragged_dot_flops(eqn)
+        elif name == "cond":
+            total += max(_count(branch.jaxpr, repeat) for branch in eqn.params["branches"])
+        else:
+            inner = sum(_count(j, repeat) for j in jaxprs_in_params(eqn.params))
+            if name == "while" and inner and repeat:
+                raise ConfigError("can't count a while loop of matrix products: a trace doesn't know its trips")
+            total += inner * (eqn.params["length"] if name == "scan" and repeat else 1)
+    return total
+
+
+def _dot_flops(eqn: Any) -> int:
+    (contract, _), _ = eqn.params["dimension_numbers"]
+    depth = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * depth
+
+
+def _ragged_dot_flops(eqn: Any) -> int:
+    """Each row meets one group's matrix, so that the group axis of the right side costs nothing."""
+    left, right = (v.aval.shape for v in eqn.invars[:2])
+    if len(right) == 3:  # (M, K) x (G, K, N) -> (M, N)
+        return 2 * left[0] * right[1] * right[2]
+    return 2 * left[0] * left[1] * right[1]  # the gradient of the weights: (M, K) x (M, N) -> (G, K, N)
+
+
+def forward_program(config: ModelConfig, runtime: Runtime, batch: int, length: int) -> tuple[Callable, tuple]:
+    """The training forward pass, MTP included, and its abstract arguments."""
+    from dsv3_jax.model.transformer import DeepSeekV3
+
+    model = DeepSeekV3(config, runtime)
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    further = (tokens,) * config.num_nextn_predict_layers
+    return lambda v, t, f: model.apply(v, t, f, method="forward"), (variables, tokens, further)
+
+
+# Closed forms ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFlops:
+    """FLOPs of one token, by what precision applies to: `linear` may be FP8, the rest stays bfloat16.
+
+    linear: projections and feed-forwards. head: output head, and its uses by MTP. router: gates.
+    attention: scores and weighted values.
+    """
+
+    linear: float
+    head: float
+    router: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.head + self.router + self.attention
+
+    def __add__(self, other: TokenFlops) -> TokenFlops:
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return TokenFlops(*(a + b for a, b in zip(mine, others, strict=True)))
+
+    def scaled(self, weights: float, attention: float) -> TokenFlops:
+        """Products with weights times one factor, attention times another."""
+        return TokenFlops(self.linear * weights, self.head * weights, self.router * weights, self.attention * attention)
+
+
+def multiplies(leaf: Leaf) -> bool:
+    """Whether a token is multiplied with `leaf`: not so for the embedding, norms and the router's bias."""
+    return leaf.collection == "params" and not leaf.is_norm and leaf.path[-1] != "embed_tokens"
+
+
+@functools.cache
+def _weights(config: ModelConfig, mtp: bool) -> tuple[int, int, int]:
+    """Weights that multiply one token: in linears, in the head, in gates."""
+    linear = head = router = 0
+    for leaf in leaves(config):
+        if not multiplies(leaf) or (leaf.is_mtp and not mtp):
+            continue
+        used = activated(leaf, config)
+        if leaf.path[-1] == "lm_head":
+            head += used * (1 + (config.num_nextn_predict_layers if mtp else 0))
+        elif "gate" in leaf.path:
+            router += used
+        else:
+            linear += used
+    return linear, head, router
+
+
+def forward_flops(config: ModelConfig, keys: float, *, mtp: bool = False) -> TokenFlops:
+    """One token's forward pass, attending in expanded form to `keys` keys on average (causal: half the sequence).
+
+    Linears cost 2 FLOPs a weight; scores and values 2 H (N + P + V) a key and layer.
+    """
+    c = config
+    linear, head, router = _weights(c, mtp)
+    layers = c.num_hidden_layers + (c.num_nextn_predict_layers if mtp else 0)
+    widths = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
+    return TokenFlops(2.0 * linear, 2.0 * head, 2.0 * router, 2.0 * layers * c.num_attention_heads * widths * keys)
+
+
+def model_flops(config: ModelConfig, length: int, *, mtp: bool = True) -> TokenFlops:
+    """One training token without recomputation: three forward passes' worth, causal attention. What MFU divides by."""
+    return forward_flops(config, length / 2, mtp=mtp).scaled(3, 3)
+
+
+def recomputed_flops(config: ModelConfig, length: int, remat: str, *, mtp: bool = True) -> TokenFlops:
+    """What a backward pass computes again for one token, under a policy of `Runtime.remat`.
+
+    `block` repeats every block but its last products, which no gradient needs: the down-projections of dense and shared
+    feed-forwards (not the routed ones: the router's gradient needs their outputs). `paper` repeats what it doesn't
+    keep: the up-projections of queries, keys and values, the scores, the gate, and the routed down-projections.
+    """
+    c = config
+    everything = forward_flops(c, length / 2, mtp=mtp)
+    if remat == "none":
+        return TokenFlops(0, 0, 0, 0)
+    lasts = [leaf for leaf in leaves(c) if leaf.path[-1] == "down_proj" and (mtp or not leaf.is_mtp)]
+    if remat == "block":
+        last = sum(leaf.size for leaf in lasts if not leaf.is_routed)
+        return dataclasses.replace(everything, linear=everything.linear - 2.0 * last, head=0)
+    repeated = sum(activated(leaf, c) for leaf in lasts if leaf.is_routed)
+    for leaf in leaves(c):
+        if leaf.path[-1] in ("q_b_proj", "k_b_proj", "v_b_proj", "q_proj") and (mtp or not leaf.is_mtp):
+            repeated += leaf.size
+    qk, v = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
+    return TokenFlops(2.0 * repeated, 0, everything.router, everything.attention * qk / (qk + v))
+
+
+def decode_flops(config: ModelConfig, context: int) -> TokenFlops:
+    """One decoded token in absorbed form: queries and outputs pass W^UK and W^UV, and attend to the latent itself.
+
+    Scores cost 2 H (R + P) and values 2 H R a cached token and layer.
+    """
+    c = config
+    linear, head, router = _weights(c, mtp=False)
+    widths = 2 * c.kv_lora_rank + c.qk_rope_head_dim
+    attention = 2.0 * c.num_hidden_layers * c.num_attention_heads * widths * context
+    return TokenFlops(2.0 * linear, 2.0 * head, 2.0 * router, attention)
+
+
+def matmul_seconds(flops: TokenFlops, bf16: float, linear: float) -> float:
+    """Time of one token's products at two peaks, FLOP/s: the linears' and everything else's."""
+    return flops.linear / linear + (flops.head + flops.router + flops.attention) / bf16

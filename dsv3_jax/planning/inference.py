@@ -1,0 +1,262 @@
+"""Serving: how long a decoding step takes and how many sequences fit, from weights, cache, routing and links."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import numpy as np
+
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.planning.communication import nodes_reached, ring
+from dsv3_jax.planning.flops import forward_flops, matmul_seconds
+from dsv3_jax.planning.hardware import Hardware
+from dsv3_jax.planning.parameters import cache_bytes_per_token, leaves
+
+_USABLE = 0.9
+"""Part of a device's memory for weights and cache; the rest is for activations and the compiler."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """A deployment of the main model.
+
+    devices: in all. attention_data: groups of devices that serve different sequences; the devices of a group split the
+    heads of each layer. expert_groups: into how many groups the experts are dealt, by default as many as devices; the
+    devices of a group split each expert's width. exchange: `all_to_all` sends tokens to their experts' devices,
+    `all_reduce` gives every device every token and sums.
+    weight, cache: bytes a parameter and a cached number take. expanded_cache: keys and values per head instead of the
+    latent. whole_latent: the projections to the latents are on every device of a group. redundant: extra copies of
+    experts of each layer, one more slot on that many devices.
+    """
+
+    config: ModelConfig
+    hardware: Hardware
+    devices: int
+    attention_data: int = 1
+    expert_groups: int | None = None
+    exchange: Literal["all_to_all", "all_reduce"] = "all_to_all"
+    weight: float = 1
+    cache: float = 2
+    expanded_cache: bool = False
+    redundant: int = 0
+
+    def __post_init__(self) -> None:
+        if self.devices < 1 or self.attention_data < 1:
+            raise ConfigError(f"devices {self.devices}, attention_data {self.attention_data}: both must be >= 1")
+        if self.devices % self.attention_data:
+            raise ConfigError(f"attention_data={self.attention_data} doesn't divide devices ({self.devices})")
+        if self.config.num_attention_heads % self.tensor:
+            raise ConfigError(
+                f"devices / attention_data = {self.tensor} doesn't divide num_attention_heads "
+                f"({self.config.num_attention_heads}): choose attention_data so that it does"
+            )
+
+    @property
+    def tensor(self) -> int:
+        """Devices that split the heads of one sequence."""
+        return self.devices // self.attention_data
+
+    @property
+    def groups(self) -> int:
+        return min(self.expert_groups or self.devices, self.config.n_routed_experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeStep:
+    """Seconds of one decoding step of all layers, at the hardware's efficiency, and what follows from it.
+
+    attention: weights and cache of attention. experts: routed ones on the busiest device. other: dense and shared
+    feed-forwards, gate, head. links: bytes of exchanges. latency: of their hops, which no efficiency scales.
+    """
+
+    attention: float
+    experts: float
+    other: float
+    links: float
+    latency: float
+    batch: int
+    devices: int
+
+    @property
+    def total(self) -> float:
+        return self.attention + self.experts + self.other + self.links + self.latency
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all sequences together, one token each a step."""
+        return self.batch / self.total
+
+    @property
+    def tokens_per_device_second(self) -> float:
+        return self.tokens_per_second / self.devices
+
+
+@functools.cache
+def busiest_group(experts: int, groups: int, tokens: int, k: int, draws: int = 64) -> tuple[float, float]:
+    """Expected maximum over groups of (distinct experts in use, tokens received), for uniform routing.
+
+    Drawn with a fixed seed: each token picks k of the experts. Beyond 4096 tokens, where the draw tells nothing, all
+    experts are in use and the load is even.
+    """
+    if tokens > 4096:
+        return float(-(-experts // groups)), tokens * k / groups
+    rng = np.random.default_rng(0)
+    distinct = received = 0.0
+    for _ in range(draws):
+        picks = rng.random((tokens, experts)).argpartition(k - 1, axis=1)[:, :k] if tokens else np.zeros((0, k), int)
+        counts = np.bincount(picks.ravel(), minlength=experts)
+        by_group = np.array_split(counts, groups)
+        distinct += max(int(np.count_nonzero(g)) for g in by_group)
+        received += max(int(g.sum()) for g in by_group)
+    return distinct / draws, received / draws
+
+
+def decode_step(serving: Serving, batch: int, context: int, efficiency: float | None = None) -> DecodeStep:
+    """Predicts a step in which `batch` sequences (over all devices) of `context` cached tokens get one token each.
+
+    Each product takes the longer of reading its operands and multiplying; a matrix unit works on at least
+    `matmul_rows` rows.
+    """
+    if batch < 1 or context < 0:
+        raise ConfigError(f"batch {batch}, context {context}: a step needs at least one sequence, and no negative context")
+    c, s, sheet = serving.config, serving, serving.hardware
+    e = sheet.efficiency if efficiency is None else efficiency
+    local = -(-batch // s.attention_data)  # sequences of a device's group
+    operand = sheet.peak("fp8" if s.weight <= 1 else "bf16")
+    rows = lambda n: -(-n // sheet.matmul_rows) * sheet.matmul_rows
+
+    def product(weights: float, n: float) -> float:
+        """Seconds to pass n rows through that many weights, stored on one device."""
+        return max(weights * s.weight / sheet.bandwidth, 2 * weights * rows(n) / operand)
+
+    attention = c.num_hidden_layers * _cache_seconds(serving, local, context)
+    other = 0.0
+    routed_per_expert = 0.0
+    for leaf in leaves(c):
+        last, weights = leaf.path[-1], float(leaf.size)
+        if leaf.is_mtp or leaf.is_norm or leaf.collection != "params" or last == "embed_tokens":
+            continue
+        if leaf.is_routed:
+            routed_per_expert += weights / c.n_routed_experts / c.num_moe_layers
+        elif "self_attn" in leaf.path:
+            attention += product(weights / (1 if "_a_proj" in last else s.tensor), local)
+        elif last == "weight":  # the gate
+            other += product(weights, local if s.exchange == "all_to_all" else batch)
+        elif "shared_experts" in leaf.path and s.exchange == "all_to_all":
+            other += product(weights, -(-batch // s.devices))
+        else:  # dense feed-forwards and head, split over the group; shared experts too under all_reduce
+            other += product(weights / s.tensor, local)
+
+    experts = 0.0
+    if c.num_moe_layers:
+        width_split = s.devices / s.groups
+        active, received = busiest_group(c.n_routed_experts, s.groups, batch, c.num_experts_per_tok)
+        each = routed_per_expert / width_split
+        experts = c.num_moe_layers * active * product(each, received / active)
+    links, latency = _exchange(serving, batch, local)
+    return DecodeStep(attention / e, experts / e, other / e, links / e, latency, batch, s.devices)
+
+
+def _cache_seconds(serving: Serving, local: int, context: int) -> float:
+    """One layer's scores and values: the longer of reading the cache and multiplying it."""
+    c, s, sheet = serving.config, serving, serving.hardware
+    heads = c.num_attention_heads // s.tensor
+    if s.expanded_cache:
+        per_token = heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+        flops = 2 * per_token  # one query a head: a product of a vector, which needs no matrix unit
+    else:  # every device of a group reads the whole latent, which all its heads share
+        per_token = c.kv_lora_rank + c.qk_rope_head_dim
+        rows = -(-heads // sheet.matmul_rows) * sheet.matmul_rows
+        flops = 2 * rows * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+    return local * context * max(per_token * s.cache / sheet.bandwidth, flops / sheet.peak("bf16"))
+
+
+def _exchange(serving: Serving, batch: int, local: int) -> tuple[float, float]:
+    """Seconds that links need for their bytes, and for their hops, over all layers."""
+    c, s, sheet = serving.config, serving, serving.hardware
+    links = latency = 0.0
+    width = 2 * c.hidden_size
+
+    def all_reduce(tokens: float, size: int, layers: int) -> None:
+        nonlocal links, latency
+        if size > 1:
+            rate = sheet.links if size <= sheet.domain else sheet.network
+            links += layers * 2 * tokens * width * ring(size) / rate
+            latency += layers * 2 * hops(sheet, size) * sheet.latency
+
+    all_reduce(local, s.tensor, c.num_hidden_layers + c.num_dense_layers)
+    if s.exchange == "all_reduce":
+        all_reduce(local if s.attention_data == 1 else batch, s.devices, c.num_moe_layers)
+    elif s.devices > 1:
+        mine = batch / s.devices
+        per_copy = 3 * c.hidden_size if sheet.peak("fp8") > sheet.peak("bf16") else 4 * c.hidden_size
+        if sheet.torus_axes:
+            side = s.devices ** (1 / sheet.torus_axes)
+            seconds = mine * c.num_experts_per_tok * per_copy * max(1.0, sheet.torus_axes * side / 4) / sheet.links
+        elif s.devices <= sheet.domain:
+            seconds = mine * c.num_experts_per_tok * per_copy / sheet.links
+        else:
+            nodes = s.devices / sheet.domain
+            seconds = mine * nodes_reached(c, int(nodes)) * per_copy / sheet.network
+        links += c.num_moe_layers * seconds
+        latency += c.num_moe_layers * 2 * hops(sheet, s.devices) * sheet.latency
+    return links, latency
+
+
+def prefill_tokens_per_second(serving: Serving, length: int, efficiency: float | None = None) -> float:
+    """Prompt tokens a second over all devices, in expanded form, of prompts of `length` tokens: bound by matmuls.
+
+    Exchanges are taken to hide behind a second microbatch's compute (report section 3.4.1).
+    """
+    sheet = serving.hardware
+    e = sheet.efficiency if efficiency is None else efficiency
+    linear = sheet.peak("fp8" if serving.weight <= 1 else "bf16")
+    flops = dataclasses.replace(forward_flops(serving.config, length / 2), head=0.0)  # only a prompt's last token has one
+    return serving.devices * e / matmul_seconds(flops, sheet.peak("bf16"), linear)
+
+
+def hops(sheet: Hardware, size: int) -> float:
+    """Hops one after the other in a gather over `size` devices: along each dimension of a torus, one behind a switch."""
+    if not sheet.torus_axes:
+        return 1.0 if size <= sheet.domain else 2.0
+    return sheet.torus_axes * (size ** (1 / sheet.torus_axes) - 1)
+
+
+# Memory ----------------------------------------------------------------------------------------------------
+
+
+def weight_bytes(serving: Serving) -> float:
+    """Bytes of weights on the fullest device: experts over all devices, attention over a group, the rest as it falls."""
+    c, s = serving.config, serving
+    total = 0.0
+    for leaf in leaves(c):
+        if leaf.is_mtp:
+            continue
+        if leaf.is_routed:
+            slots = -(-c.n_routed_experts // s.groups) + (1 if s.redundant else 0)
+            total += leaf.size / c.n_routed_experts * slots / (s.devices / s.groups) * s.weight
+        elif leaf.path[-1] in ("embed_tokens", "lm_head"):
+            total += leaf.size / s.tensor * 2
+        elif "shared_experts" in leaf.path and s.exchange == "all_to_all":
+            total += leaf.size * s.weight
+        else:
+            whole = "_a_proj" in leaf.path[-1] or leaf.is_norm or "gate" in leaf.path
+            total += leaf.size * s.weight / (1 if whole else s.tensor)
+    return total
+
+
+def cache_bytes(serving: Serving) -> float:
+    """Bytes that one cached token takes on a device that holds its sequence."""
+    c, s = serving.config, serving
+    if not s.expanded_cache:
+        return cache_bytes_per_token(c, "bfloat16") / 2 * s.cache
+    widths = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
+    return c.num_hidden_layers * c.num_attention_heads / s.tensor * widths * s.cache
+
+
+def largest_batch(serving: Serving, context: int) -> int:
+    """Sequences of `context` tokens that fit, over all devices; 0 if the weights alone don't."""
+    room = _USABLE * serving.hardware.memory - weight_bytes(serving)
+    return max(0, int(room // (cache_bytes(serving) * max(1, context)))) * serving.attention_data

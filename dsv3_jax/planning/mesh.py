@@ -1,0 +1,144 @@
+"""A training plan: model, hardware, mesh, batch and precision, checked against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.planning.hardware import Hardware
+
+AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
+"""From the outermost to the innermost: tensor neighbours are the closest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Sizes of the axes. Batches are split over data, fsdp and expert together; experts over expert.
+
+    Parameters are split over stage, fsdp and tensor, routed experts over expert too. Activations of one sequence
+    are split over context.
+    """
+
+    stage: int = 1
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def devices(self) -> int:
+        return math.prod(dataclasses.astuple(self))
+
+    @property
+    def replicas(self) -> int:
+        """Parts that a batch is cut into."""
+        return self.data * self.fsdp * self.expert
+
+    @classmethod
+    def parse(cls, text: str) -> Mesh:
+        """Reads `stage=16,data=2,expert=64`. Raises ConfigError for what isn't an axis with a positive size."""
+        sizes = {}
+        for part in filter(None, text.split(",")):
+            name, _, size = part.partition("=")
+            if name.strip() not in AXES or not size.strip().isdigit() or int(size) < 1 or name.strip() in sizes:
+                raise ConfigError(f"mesh {text!r}: {part!r} isn't AXIS=SIZE, each axis once, of {', '.join(AXES)}")
+            sizes[name.strip()] = int(size)
+        return cls(**sizes)
+
+    def __str__(self) -> str:
+        return ",".join(f"{n}={s}" for n, s in dataclasses.asdict(self).items() if s > 1) or "one device"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """What one training step is to be.
+
+    batch: sequences a step, over all devices. microbatch: sequences a device takes at a time.
+    precision: of the linears' operands; everything else computes in bfloat16.
+    stored, gradient, moment: bytes a parameter takes as master copy, as gradient, and as each of Adam's two moments.
+    weight: bytes of the copy that a device computes with, 0 where the master copy is cast on the fly.
+    zero1: the optimizer's state is split over data and expert too. fused_attention: no scores are kept.
+    schedule: of the pipeline. `dualpipe` holds two copies of the weights and fills most of the bubble.
+    """
+
+    config: ModelConfig
+    hardware: Hardware
+    mesh: Mesh
+    batch: int
+    length: int = 4096
+    microbatch: int = 1
+    precision: Literal["bf16", "fp8"] = "bf16"
+    remat: Literal["none", "block", "paper"] = "paper"
+    stored: int = 4
+    gradient: int = 4
+    moment: int = 4
+    weight: int = 2
+    zero1: bool = True
+    fused_attention: bool = True
+    schedule: Literal["1f1b", "dualpipe"] = "1f1b"
+    mtp: bool = True
+
+    @property
+    def runtime(self) -> Runtime:
+        return Runtime(dtype="bfloat16", remat=self.remat)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.batch * self.length
+
+    @property
+    def microbatches(self) -> int:
+        """Passes that a device makes in a step."""
+        return self.batch // (self.mesh.replicas * self.microbatch)
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens on one device in one pass."""
+        return self.microbatch * self.length // self.mesh.context
+
+    def __post_init__(self) -> None:
+        c, m = self.config, self.mesh
+        if self.batch < 1 or self.length < 1 or self.microbatch < 1:
+            raise ConfigError(f"batch {self.batch}, length {self.length}, microbatch {self.microbatch}: all must be >= 1")
+        if self.length > c.max_position_embeddings:
+            raise ConfigError(f"length {self.length} exceeds max_position_embeddings ({c.max_position_embeddings})")
+        if self.batch % (m.replicas * self.microbatch):
+            raise ConfigError(
+                f"a batch of {self.batch} sequences doesn't divide into microbatches of {self.microbatch} on "
+                f"data x fsdp x expert = {m.replicas} parts"
+            )
+        if self.length % m.context:
+            raise ConfigError(f"length {self.length} doesn't divide over context={m.context}")
+        if m.expert > 1 and c.n_routed_experts % m.expert:
+            raise ConfigError(f"expert={m.expert} doesn't divide n_routed_experts ({c.n_routed_experts})")
+        if c.num_attention_heads % m.tensor:
+            raise ConfigError(f"tensor={m.tensor} doesn't divide num_attention_heads ({c.num_attention_heads})")
+        if m.stage > c.num_hidden_layers:
+            raise ConfigError(f"stage={m.stage} exceeds num_hidden_layers ({c.num_hidden_layers})")
+
+
+def meshes(plan: TrainingPlan, devices: int) -> Iterator[TrainingPlan]:
+    """Every way to lay `plan` out on `devices` that its sizes allow: tensor within a node or 8, no context below 16K."""
+    c, sheet = plan.config, plan.hardware
+    divisors = [d for d in range(1, devices + 1) if devices % d == 0]
+    small = lambda limit: [d for d in divisors if d <= limit]
+    for tensor in small(8):
+        for context in small(64) if plan.length >= 16384 else (1,):
+            for expert in [d for d in divisors if c.num_moe_layers and c.n_routed_experts % d == 0]:
+                for stage in small(min(32, c.num_hidden_layers)):
+                    inner = tensor * context * expert * stage
+                    if devices % inner:
+                        continue
+                    for fsdp in [d for d in divisors if (devices // inner) % d == 0]:
+                        mesh = Mesh(stage, devices // inner // fsdp, fsdp, expert, context, tensor)
+                        if sheet.torus_axes == 0 and tensor > sheet.domain:
+                            continue
+                        try:
+                            yield dataclasses.replace(plan, mesh=mesh)
+                        except ConfigError:
+                            continue

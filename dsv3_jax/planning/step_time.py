@@ -1,0 +1,117 @@
+"""How long a training step takes: a roofline for compute and memory, links behind or beside it, pipeline bubble."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dsv3_jax.config import Runtime
+from dsv3_jax.planning.activations import kept_by_block
+from dsv3_jax.planning.communication import Traffic, traffic
+from dsv3_jax.planning.flops import matmul_seconds, model_flops, recomputed_flops
+from dsv3_jax.planning.memory import held, stages
+from dsv3_jax.planning.mesh import TrainingPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on the busiest device, each already at the hardware's efficiency.
+
+    matmuls: products at the peak of their operands. elementwise: what passes through memory between products.
+    optimizer: the update, and gradients accumulated over passes. exchange: links that compute can't hide.
+    bubble: a pipeline's idle time. hidden: what links do meanwhile, not part of the total.
+    model_flops: of the whole step, without recomputation. traffic: by axis.
+    """
+
+    matmuls: float
+    elementwise: float
+    optimizer: float
+    exchange: float
+    bubble: float
+    hidden: float
+    model_flops: float
+    executed_flops: float
+    tokens: int
+    devices: int
+    peak: float
+    traffic: tuple[Traffic, ...]
+
+    @property
+    def total(self) -> float:
+        return self.matmuls + self.elementwise + self.optimizer + self.exchange + self.bubble
+
+    @property
+    def tokens_per_device_second(self) -> float:
+        return self.tokens / self.total / self.devices
+
+    @property
+    def flops_per_device_second(self) -> float:
+        """Model FLOP/s that a device sustains."""
+        return self.model_flops / self.total / self.devices
+
+    @property
+    def mfu(self) -> float:
+        """The share of the bfloat16 peak, whatever the precision."""
+        return self.flops_per_device_second / self.peak
+
+
+def elementwise_bytes(plan: TrainingPlan) -> float:
+    """Bytes that a token moves between products, all blocks together.
+
+    What differentiation without recomputation would keep stands for the tensors between products: each is written and
+    read forward, its gradient written and read backward, and with recomputation the first pair happens once more.
+    """
+    c, runtime = plan.config, Runtime(dtype="bfloat16", remat="none")
+    moe = c.num_moe_layers + (c.num_nextn_predict_layers if plan.mtp else 0)
+    per_token = moe * kept_by_block(c, runtime, True).per_token if moe else 0.0
+    if c.num_dense_layers:
+        per_token += c.num_dense_layers * kept_by_block(c, runtime, False).per_token
+    return per_token * (4 if plan.remat == "none" else 6)
+
+
+def step_time(plan: TrainingPlan, efficiency: float | None = None) -> StepTime:
+    """Predicts a step. `efficiency` replaces the hardware family's."""
+    m, sheet = plan.mesh, plan.hardware
+    e = sheet.efficiency if efficiency is None else efficiency
+    blocks = [s.dense + s.moe + (1 if s.ends and plan.mtp and m.stage > 1 else 0) for s in stages(plan)]
+    imbalance = max(blocks) * m.stage / sum(blocks)
+    tokens = plan.tokens / m.devices * imbalance  # a device's, counted as if it held all layers
+
+    useful = model_flops(plan.config, plan.length, mtp=plan.mtp)
+    executed = useful + recomputed_flops(plan.config, plan.length, plan.remat, mtp=plan.mtp)
+    matmuls = tokens * matmul_seconds(executed, sheet.peak("bf16"), sheet.peak(plan.precision)) / e
+    elementwise = tokens * elementwise_bytes(plan) / sheet.bandwidth / e
+
+    plain, routed = max((held(plan, s) for s in stages(plan)), key=sum)
+    state = plain / (m.data * m.expert) + routed / m.data if plan.zero1 else plain + routed
+    update = 2 * plan.stored + 4 * plan.moment + plan.gradient
+    accumulate = 2 * plan.gradient * (plain + routed) * plan.microbatches
+    optimizer = (state * update + accumulate) / sheet.bandwidth / e
+
+    links = tuple(traffic(plan))
+    compute = matmuls + elementwise
+    hidden = sum(t.seconds for t in links if t.hidden) / e
+    exchange = sum(t.seconds for t in links if not t.hidden) / e + max(0.0, hidden - compute)
+    return StepTime(
+        matmuls=matmuls,
+        elementwise=elementwise,
+        optimizer=optimizer,
+        exchange=exchange,
+        bubble=(compute + exchange) * bubble(plan),
+        hidden=min(hidden, compute),
+        model_flops=useful.total * plan.tokens,
+        executed_flops=executed.total * plan.tokens,
+        tokens=plan.tokens,
+        devices=m.devices,
+        peak=sheet.peak("bf16"),
+        traffic=links,
+    )
+
+
+def bubble(plan: TrainingPlan) -> float:
+    """Idle time of a pipeline over its busy time.
+
+    1F1B idles for stage - 1 passes (forward and backward). DualPipe for stage / 2 - 1 times the passes F&B + B - 3 W
+    of the report's table 2: with F : B : W as 1 : 2 : 1 and F&B as 3, two thirds of a pass.
+    """
+    idle = plan.mesh.stage - 1 if plan.schedule == "1f1b" else max(0.0, plan.mesh.stage / 2 - 1) * 2 / 3
+    return idle / plan.microbatches
