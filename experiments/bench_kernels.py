@@ -8,9 +8,12 @@ L2 cache, the calls rotate among several. The floors use the copy bandwidth and 
 run. Errors are ||out - ref|| / ||ref|| against float64 references over fresh random inputs.
 """
 
+# Functions defined in loops are called before the next turn.
+# ruff: noqa: B023, E402
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import functools
 import json
 import pathlib
@@ -28,11 +31,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul
+from pallas_kernels.grouped_matmul import gpu as grouped_gpu
+from pallas_kernels.grouped_matmul import library as grouped_library
 from pallas_kernels.mla_decode import gpu as mla_decode_gpu
 from pallas_kernels.mla_decode import mla_decode, plan
+from pallas_kernels.mla_decode.problem import random_problem
+from pallas_kernels.mla_prefill import mla_prefill
+from pallas_kernels.mla_prefill.library import causal_mask as prefill_mask
 
 Row = dict[str, object]
-TOLERANCE = {"bfloat16": 6e-3}
 
 
 def relative_error(out, ref) -> float:
@@ -40,7 +48,7 @@ def relative_error(out, ref) -> float:
     return float(np.linalg.norm(out - ref) / max(np.linalg.norm(ref), 1e-30))
 
 
-def seconds_per_call(fn: Callable, varying: list, shared, budget: float = 0.4) -> float:
+def seconds_per_call(fn: Callable, varying: list, shared, budget: float = 0.25) -> float:
     """Median over five runs of a compiled loop that calls `fn(varying[i], shared)` for each i in turn."""
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *varying)
     empty = jax.tree.map(lambda o: jnp.zeros(o.shape, o.dtype), jax.eval_shape(fn, varying[0], shared))
@@ -48,7 +56,7 @@ def seconds_per_call(fn: Callable, varying: list, shared, budget: float = 0.4) -
     @jax.jit
     def loop(n, stacked, shared):
         def body(i, carry):
-            shared, out = lax.optimization_barrier(carry)  # so that calls follow one another, and none is hoisted
+            shared, _ = lax.optimization_barrier(carry)  # calls follow one another, and none is hoisted
             mine = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i % len(varying), keepdims=False), stacked)
             return shared, fn(mine, shared)
 
@@ -79,43 +87,26 @@ def ceilings() -> Iterator[Row]:
                ceiling="flops_per_second", value=2 * 8192**3 / t)  # fmt: skip
 
 
-# --- mla_decode --------------------------------------------------------------------------------------------------
-
-
-def decode_problem(rng: np.random.Generator, lengths, tokens: int, heads: int, spare: int = 3):
-    """Shuffled pages; NaN in every slot that holds no token; table entries past the end far out of range."""
-    lengths = np.asarray(lengths, np.int32)
-    pages = -(-lengths // 64)
-    table = np.full((len(lengths), max(1, pages.max())), 1 << 30, np.int32)
-    table[np.arange(table.shape[1]) < pages[:, None]] = rng.permutation(pages.sum() + spare)[: pages.sum()]
-    used = np.zeros((pages.sum() + spare, 64), bool)
-    for row, length, count in zip(table, lengths, pages):
-        if count:
-            used[row[:count]] = True
-            used[row[count - 1]] = np.arange(64) < length - 64 * (count - 1)
-    key = jax.random.key(int(rng.integers(1 << 31)))
-    cache = jnp.where(used[..., None], jax.random.normal(key, (*used.shape, 576), jnp.bfloat16), jnp.nan)
-    q = jax.random.normal(jax.random.fold_in(key, 1), (len(lengths), tokens, heads, 576), jnp.bfloat16)
-    return q, cache, jnp.asarray(table), jnp.asarray(lengths)
+# --- mla_decode ------------------------------------------------------------------------------------------
 
 
 def decode_float64(q, cache, table, lengths, scale):
-    """The kernel's own reference, in float64 on the host, a sequence at a time."""
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        q, cache = np.asarray(q.astype(jnp.float32)), np.asarray(cache.astype(jnp.float32))
-        table, lengths = np.asarray(table), np.asarray(lengths)
-        outs = []
-        for i, length in enumerate(lengths):
-            pages = table[i : i + 1, : max(1, -(-length // 64))]
-            own = cache[np.minimum(pages[0], len(cache) - 1)].astype(np.float64)
-            args = (
-                q[i : i + 1].astype(np.float64),
-                own,
-                np.arange(len(own), dtype=np.int32)[None],
-                lengths[i : i + 1],
-            )
-            outs.append(mla_decode(*(jnp.asarray(a) for a in args), scale=scale, implementation="reference"))
-        return np.concatenate([o[0] for o in outs]), np.concatenate([o[1] for o in outs])
+    """The kernel's reference once more, in float64 on the host, a sequence at a time."""
+    q, cache = (np.asarray(x.astype(jnp.float32)) for x in (q, cache))
+    table, lengths = np.asarray(table), np.asarray(lengths)
+    tokens = q.shape[1]
+    out, lse = np.zeros((*q.shape[:3], 512)), np.full(q.shape[:3], -np.inf)
+    for b, length in enumerate(lengths):
+        keys = cache[table[b, : -(-length // 64)]].reshape(-1, 576)[:length].astype(np.float64)
+        for t in range(tokens):
+            seen = keys[: max(0, length - tokens + t + 1)]
+            if len(seen):
+                scores = scale * (q[b, t].astype(np.float64) @ seen.T)
+                top = scores.max(axis=1, keepdims=True)
+                p = np.exp(scores - top)
+                out[b, t] = p @ seen[:, :512] / p.sum(axis=1, keepdims=True)
+                lse[b, t] = top[:, 0] + np.log(p.sum(axis=1))
+    return out, lse
 
 
 def decode_xla(q, cache, table, lengths, scale):
@@ -130,34 +121,38 @@ def decode_xla(q, cache, table, lengths, scale):
     return jnp.einsum("bths,bsr->bthr", weights, keys[..., :512]), lse
 
 
+def decode_check(case: tuple, rng: np.random.Generator) -> Row:
+    heads, tokens, lengths = case
+    row = dict(case=f"check H={heads} T={tokens} B={len(lengths)} max={max(lengths)}", implementation="gpu")
+    try:
+        problem = random_problem(rng, lengths, tokens, heads)
+        scale = 576**-0.5
+        out, lse = jax.jit(functools.partial(mla_decode, scale=scale, implementation="gpu"))(*problem)
+        ref, ref_lse = decode_float64(*problem, scale)
+        lse, out = np.asarray(lse), np.asarray(out.astype(jnp.float32))
+        dead = np.isneginf(ref_lse)
+        row["error"] = relative_error(out, ref)
+        row["lse_error"] = float(np.abs(np.where(dead, 0, lse) - np.where(dead, 0, ref_lse)).max())
+        unseen = (out[dead] == 0).all() and (np.isneginf(lse) == dead).all()
+        row["ok"] = bool(row["error"] < 6e-3 and row["lse_error"] < 1e-4 and unseen)
+    except Exception as e:
+        row.update(ok=False, failure=f"{type(e).__name__}: {e}"[:500])
+        traceback.print_exc()
+    return row
+
+
 def decode_checks() -> Iterator[Row]:
     rng = np.random.default_rng()
     mixed = [0, 1, 63, 64, 65, 4096, 300, 2]
     cases = [(heads, tokens, mixed) for heads in (1, 16, 64, 128) for tokens in (1, 2, 4)]
-    cases += [(128, 1, [4095]), (128, 2, [130] * 40), (16, 1, list(rng.integers(0, 4097, 128)))]
-    for heads, tokens, lengths in cases:
-        row = dict(case=f"check H={heads} T={tokens} B={len(lengths)} max={max(lengths)}", implementation="gpu")
-        try:
-            problem = decode_problem(rng, lengths, tokens, heads)
-            scale = 576**-0.5
-            step = functools.partial(mla_decode, scale=scale, implementation="gpu")
-            out, lse = jax.jit(step)(*problem)
-            ref, ref_lse = decode_float64(*problem, scale)
-            lse, out = np.asarray(lse), np.asarray(out.astype(jnp.float32))
-            dead = np.isneginf(ref_lse)
-            row["error"] = relative_error(out, ref)
-            row["lse_error"] = float(np.abs(np.where(dead, 0, lse) - np.where(dead, 0, ref_lse)).max())
-            row["ok"] = bool(row["error"] < 6e-3 and row["lse_error"] < 1e-4 and (out[dead] == 0).all()
-                             and np.isneginf(lse[dead]).all())  # fmt: skip
-        except Exception as e:
-            row.update(ok=False, failure=f"{type(e).__name__}: {e}"[:500])
-            traceback.print_exc()
-        yield row
+    cases += [(128, 1, [4095]), (128, 2, [130] * 40), (16, 1, rng.integers(0, 4097, 128))]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # most of the time goes into compiling
+        yield from pool.map(decode_check, cases, rng.spawn(len(cases)))
 
 
 def decode_timings() -> Iterator[Row]:
     rng = np.random.default_rng()
-    shapes = [(128, 1, 4096), (128, 2, 4096), (1, 1, 65536), (128, 1, 32768), (128, 2, 32768), (128, 1, 8192)]
+    shapes = [(128, 1, 4096), (128, 2, 4096), (1, 1, 65536), (128, 1, 32768)]
     for batch, tokens, length in shapes:
         heads, scale = 128, 576**-0.5
         work = dict(
@@ -183,8 +178,10 @@ def decode_timings() -> Iterator[Row]:
         def ours_with_plan(table, x):
             return mla_decode(x[0], x[1], table, x[2], scale=scale, implementation="gpu")
 
-        peers = dict(gpu=ours, gpu_and_plan=ours_with_plan)
-        if batch * length * tokens <= 128 * 4096 * 2:
+        peers = dict(gpu=ours)
+        if length == 4096:
+            peers["gpu_and_plan"] = ours_with_plan
+        if batch * length <= 128 * 4096:  # more would not fit
             peers["xla_einsum"] = lambda table, x: decode_xla(x[0], x[1], table, x[2], scale)
         for name, fn in peers.items():
             row = dict(case=f"mla_decode B={batch} T={tokens} S={length} H={heads}", implementation=name, **work)
@@ -200,12 +197,182 @@ def timed(row: Row, fn: Callable, varying: list, shared) -> Row:
     return row
 
 
+# --- mla_prefill -------------------------------------------------------------------------------------------------
+
+
+def prefill_arrays(seed: int, batch: int, tokens: int, keys: int, heads: int):
+    shapes = (
+        (batch, tokens, heads, 128), (batch, tokens, heads, 64),
+        (batch, keys, heads, 128), (batch, keys, 64), (batch, keys, heads, 128),
+    )  # fmt: skip
+    return tuple(jax.random.normal(jax.random.key(seed + i), s, jnp.bfloat16) for i, s in enumerate(shapes))
+
+
+def prefill(*a, scale, segments, implementation):
+    """`mla_prefill`; or, as a peer, cuDNN through `jax.nn`, which wants values as wide as keys."""
+    if implementation != "cudnn, padded":
+        return mla_prefill(*a, scale=scale, segments=segments, implementation=implementation)
+    q_nope, q_rope, k_nope, k_rope, v = a
+    q = jnp.concatenate([q_nope, q_rope], -1)
+    k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], 64))], -1)
+    mask = prefill_mask(q.shape[1], k.shape[1], segments)
+    v = jnp.pad(v, ((0, 0),) * 3 + ((0, 64),))
+    flash = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+    return flash(q, k, v, mask=mask, is_causal=mask is None)[..., :128]
+
+
+def prefill_grad(a, scale, segments, implementation):
+    def loss(*a):
+        out = prefill(*a, scale=scale, segments=segments, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32) * jnp.cos(jnp.arange(128.0)))
+
+    return jax.grad(loss, argnums=range(5))(*a)
+
+
+def prefill_checks() -> Iterator[Row]:
+    seed = int(np.random.default_rng().integers(1 << 30))
+    scale = 192**-0.5
+    for tokens, keys, packed in ((1024, 1024, False), (512, 1024, False), (1024, 1024, True)):
+        a = prefill_arrays(seed, 2, tokens, keys, 16)
+        segments = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32) // 300, (2, keys)) if packed else None
+        with jax.default_matmul_precision("highest"):
+            wide = tuple(x.astype(jnp.float32) for x in a)
+            ref = mla_prefill(*wide, scale=scale, segments=segments, implementation="reference")
+            ref_grad = jax.jit(lambda *a: prefill_grad(a, scale, segments, "reference"))(*wide)
+        for name in ("tokamax", "cudnn, padded"):
+            row = dict(case=f"check T={tokens} S={keys} packed={packed}", implementation=name)
+            try:
+                out = prefill(*a, scale=scale, segments=segments, implementation=name)
+                row["error"] = relative_error(out.astype(jnp.float32), ref)
+                grads = prefill_grad(a, scale, segments, name)
+                row["gradient_error"] = max(
+                    relative_error(x.astype(jnp.float32), y) for x, y in zip(grads, ref_grad, strict=False)
+                )
+                row["ok"] = bool(row["error"] < 6e-3 and row["gradient_error"] < 1e-2)
+            except Exception as e:
+                row.update(ok=False, failure=f"{type(e).__name__}: {e}"[:500])
+            yield row
+
+
+def prefill_timings() -> Iterator[Row]:
+    scale, heads = 192**-0.5, 128
+    for tokens in (4096, 16384):
+        a = prefill_arrays(0, 1, tokens, tokens, heads)
+        square = heads * tokens**2
+        moved = 2 * tokens * heads * (192 + 192 + 128 + 128)
+        for name in ("tokamax", "cudnn, padded"):
+            case = f"mla_prefill T={tokens} H={heads}"
+            row = dict(case=f"{case} forward", implementation=name, flops=square * 320, bytes=moved)
+            fn = functools.partial(prefill, scale=scale, segments=None, implementation=name)
+            yield timed(row, lambda _, a: fn(*a), [jnp.int32(0)], a)
+            row = dict(
+                case=f"{case} forward and backward",
+                implementation=name,
+                flops=square * (320 + 832),
+                bytes=3 * moved,
+            )
+            yield timed(row, lambda _, a: prefill_grad(a, scale, None, name), [jnp.int32(0)], a)
+
+
+# --- grouped matmul ----------------------------------------------------------------------------------------------
+
+GROUPED = [(7168, 4096), (2048, 7168)]  # of V3's experts: gate and up together, down
+
+
+BFLOAT16_GROUPED = {
+    "gpu": grouped_gpu.grouped_matmul,
+    "tokamax": grouped_library.tokamax,
+    "xla_ragged_dot": jax.lax.ragged_dot,
+}
+
+
+def grouped_checks() -> Iterator[Row]:
+    rng = np.random.default_rng()
+    cuts = np.sort(rng.integers(0, 3000, 7))
+    sizes = jnp.asarray(np.diff(cuts, prepend=0, append=3000), jnp.int32)
+    keys = jax.random.split(jax.random.key(int(rng.integers(1 << 30))), 4)
+    x, w = jax.random.normal(keys[0], (3000, 1024)), jax.random.normal(keys[1], (8, 1024, 512))
+    x_scales, w_scales = (jnp.exp(jax.random.normal(k, s)) for k, s in ((keys[2], (3000, 8)), (keys[3], (8, 4, 8))))
+
+    def host(x, w):
+        x, w = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, w))
+        return np.concatenate([a @ b for a, b in zip(np.split(x, cuts), w, strict=True)])
+
+    def row_of(name, fn, ref, grad=None, ref_grad=None):
+        row = dict(case="check grouped matmul, ragged groups", implementation=name)
+        try:
+            row["error"] = relative_error(jax.jit(fn)().astype(jnp.float32), ref)
+            row["ok"] = bool(row["error"] < 6e-3)
+            if grad is not None:
+                pairs = zip(jax.jit(grad)(), ref_grad, strict=True)
+                row["gradient_error"] = max(relative_error(a.astype(jnp.float32), b) for a, b in pairs)
+                row["ok"] = bool(row["ok"] and row["gradient_error"] < 1e-2)
+        except Exception as e:
+            row.update(ok=False, failure=f"{type(e).__name__}: {e}"[:500])
+        return row
+
+    x16, w16 = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    ref = host(x16, w16)
+    # The gradient of a linear function: its cotangent is drawn, not computed, so that nothing amplifies rounding.
+    cotangent = jax.random.normal(keys[0], ref.shape, jnp.bfloat16)
+    with jax.default_matmul_precision("highest"):
+        wide = (x16.astype(jnp.float32), w16.astype(jnp.float32))
+        ref_grad = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), *wide)[1](cotangent.astype(jnp.float32))
+    for name, fn in BFLOAT16_GROUPED.items():
+        yield row_of(
+            name,
+            lambda fn=fn: fn(x16, w16, sizes),
+            ref,
+            lambda fn=fn: jax.vjp(lambda x, w: fn(x, w, sizes), x16, w16)[1](cotangent),
+            ref_grad,
+        )
+    x8, w8 = x.astype(jnp.float8_e4m3fn), w.astype(jnp.float8_e4m3fn)
+    ref = host(
+        x8.astype(jnp.float32) * jnp.repeat(x_scales, 128, 1),
+        w8.astype(jnp.float32) * jnp.repeat(jnp.repeat(w_scales.mT, 128, 1), 128, 2),
+    )
+    fp8 = functools.partial(fp8_grouped_matmul, implementation="gpu")
+    yield row_of("fp8 gpu", lambda: fp8(x8, x_scales, w8.mT, w_scales, sizes), ref)
+
+
+def grouped_timings() -> Iterator[Row]:
+    rows, groups = 32768, 32
+    sizes = jnp.full((groups,), rows // groups, jnp.int32)
+    for depth, columns in GROUPED:
+        case = f"grouped matmul M={rows} E={groups} {depth}x{columns}"
+        flops = 2 * rows * depth * columns
+        x = jax.random.normal(jax.random.key(0), (rows, depth), jnp.bfloat16)
+        w = jax.random.normal(jax.random.key(1), (groups, depth, columns), jnp.bfloat16)
+        elements = x.size + w.size
+        for name, fn in BFLOAT16_GROUPED.items():
+            row = dict(case=case, implementation=name, flops=flops, bytes=2 * (elements + rows * columns))
+            yield timed(row, lambda _, a: fn(*a), [jnp.int32(0)], (x, w, sizes))
+            if name != "xla_ragged_dot":  # ten times slower already
+                row = dict(row, case=f"{case} backward", flops=2 * flops, bytes=4 * (elements + rows * columns))
+                dout = jnp.ones((rows, columns), jnp.bfloat16)
+
+                def backward(_, a):
+                    return jax.vjp(lambda x, w: fn(x, w, a[2]), a[0], a[1])[1](a[3])
+
+                yield timed(row, backward, [jnp.int32(0)], (x, w, sizes, dout))
+        x8, w8 = x.astype("float8_e4m3fn"), w.mT.astype("float8_e4m3fn")
+        del x, w
+        scales = jnp.ones((rows, depth // 128)), jnp.ones((groups, columns // 128, depth // 128))
+        row = dict(case=case, implementation="fp8 gpu", flops=flops, bytes=elements + 2 * rows * columns)
+        fn = functools.partial(fp8_grouped_matmul, implementation="gpu")
+        yield timed(row, lambda _, a: fn(a[0], a[2], a[1], a[3], a[4]), [jnp.int32(0)], (x8, w8, *scales, sizes))
+
+
 # --- running and reporting ---------------------------------------------------------------------------------------
 
 GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "ceilings": ceilings,
     "mla_decode_checks": decode_checks,
+    "grouped_matmul_checks": grouped_checks,
+    "mla_prefill_checks": prefill_checks,
     "mla_decode": decode_timings,
+    "grouped_matmul": grouped_timings,
+    "mla_prefill": prefill_timings,
 }
 
 
@@ -220,8 +387,8 @@ def report(rows: list[Row]) -> str:
     """A markdown table. The floor is the longer of bytes / copy bandwidth and operations / matmul rate."""
     ceiling = {r["ceiling"]: r["value"] for r in rows if "ceiling" in r}
     lines = [
-        "| case | implementation | ms | TFLOP/s | GB/s | % of floor | bound by | error | note |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | implementation | ms | TFLOP/s | GB/s | % of floor | bound by | error | gradient error | note |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         t = r.get("seconds")
@@ -238,6 +405,7 @@ def report(rows: list[Row]) -> str:
         cells.append(f"{100 * floors[binding] / t:.1f}" if t and binding else "")
         cells.append(binding)
         cells.append(f"{r['error']:.2e}" if "error" in r else "")
+        cells.append(f"{r['gradient_error']:.2e}" if "gradient_error" in r else "")
         cells.append(str(r.get("failure", "" if r.get("ok", True) else "WRONG")).replace("\n", " ")[:160])
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

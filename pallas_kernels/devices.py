@@ -19,9 +19,7 @@ def require_hopper(kernel: str) -> None:
     """Raises ValueError unless the target is a Hopper GPU (compute capability 9.0)."""
     platform, kind = _target()
     if platform not in ("gpu", "cuda") or not any(name in kind for name in HOPPER):
-        raise ValueError(
-            f"{kernel} for GPUs needs a Hopper GPU ({', '.join(HOPPER)}), but the device is {kind}"
-        )
+        raise ValueError(f"{kernel} for GPUs needs a Hopper GPU ({', '.join(HOPPER)}), but the device is {kind}")
 
 
 def require_tpu(kernel: str) -> None:

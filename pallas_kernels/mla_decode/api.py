@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -50,28 +52,23 @@ def mla_decode(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"no MLA decoding {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
     backend = implementation.split("_")[0]
-    packed = isinstance(cache, PackedCache)
-    if backend != "reference" and packed != (backend == "tpu"):
-        raise ValueError(
-            f"mla_decode takes a PackedCache on TPUs and an array on GPUs, but got {type(cache).__name__}"
-        )
-    if packed:
+    if backend != "reference" and isinstance(cache, PackedCache) != (backend == "tpu"):
+        raise ValueError(f"mla_decode takes a PackedCache on TPUs and an array on GPUs, but got {type(cache).__name__}")
+    if isinstance(cache, PackedCache):
         pages, size, rank = cache.latent.shape
-        if (
-            cache.rope.shape != (pages, size // 2, 2 * reference.ROPE)
-            or cache.rope.dtype != cache.latent.dtype
-        ):
+        ropes = (pages, size // 2, 2 * reference.ROPE)
+        if cache.rope.shape != ropes or cache.rope.dtype != cache.latent.dtype:
             raise ValueError(
-                f"a PackedCache needs ropes {(pages, size // 2, 2 * reference.ROPE)} of the latents' dtype, but got "
-                f"{cache.rope.shape} {cache.rope.dtype} beside {cache.latent.shape} {cache.latent.dtype}"
+                f"a PackedCache needs ropes {ropes} of the latents' dtype, but got {cache.rope.shape} "
+                f"{cache.rope.dtype} beside {cache.latent.shape} {cache.latent.dtype}"
             )
         shape, dtype = (pages, size, rank + reference.ROPE), cache.latent.dtype
     else:
         shape, dtype = cache.shape, cache.dtype
     if q.ndim != 4 or len(shape) != 3 or q.shape[3] != shape[2] or q.shape[3] <= reference.ROPE:
         raise ValueError(
-            f"mla_decode needs queries (B, T, H, R + P) and a cache (pages, page size, R + P) with P = {reference.ROPE}, "
-            f"but got {q.shape} and {shape}"
+            f"mla_decode needs queries (B, T, H, R + P) and a cache (pages, page size, R + P) with P = "
+            f"{reference.ROPE}, but got {q.shape} and {shape}"
         )
     batch = q.shape[0]
     if block_tables.ndim != 2 or block_tables.shape[0] != batch or lengths.shape != (batch,):
@@ -85,13 +82,12 @@ def mla_decode(
             f"{q.dtype}, {dtype}, {block_tables.dtype} and {lengths.dtype}"
         )
     if backend == "reference":
-        return reference.mla_decode(q, unpack(cache) if packed else cache, block_tables, lengths, scale=scale)
+        plain = unpack(cache) if isinstance(cache, PackedCache) else cache
+        return reference.mla_decode(q, plain, block_tables, lengths, scale=scale)
     if implementation == "gpu":
         require_hopper("mla_decode")
     if implementation == "tpu":
         require_tpu("mla_decode")
-    module = {"gpu": gpu, "tpu": tpu}[backend]
+    module: Any = {"gpu": gpu, "tpu": tpu}[backend]
     interpret = module.INTERPRET if implementation.endswith("_interpret") else None
-    return module.mla_decode(
-        q, cache, block_tables, lengths, scale=scale, schedule=schedule, interpret=interpret
-    )
+    return module.mla_decode(q, cache, block_tables, lengths, scale=scale, schedule=schedule, interpret=interpret)

@@ -50,8 +50,8 @@ def mla_decode(
     batch, tokens, heads, width = q.shape
     if (width, cache.shape[1]) != (WIDTH, PAGE) or q.dtype != jnp.bfloat16 or cache.dtype != jnp.bfloat16:
         raise ValueError(
-            f"mla_decode on GPUs takes bfloat16, width {WIDTH} and pages of {PAGE} tokens, but got {q.dtype} queries of "
-            f"width {width} and a {cache.dtype} cache with pages of {cache.shape[1]}"
+            f"mla_decode on GPUs takes bfloat16, width {WIDTH} and pages of {PAGE} tokens, but got {q.dtype} queries "
+            f"of width {width} and a {cache.dtype} cache with pages of {cache.shape[1]}"
         )
     rows = tokens * heads
     padded = -(-rows // ROWS) * ROWS
@@ -63,9 +63,7 @@ def mla_decode(
 
     q = jnp.pad(q.reshape(batch, rows, width), ((0, 0), (0, padded - rows), (0, 0)))
     kernel = plgpu.kernel(
-        functools.partial(
-            _kernel, tokens=tokens, heads=heads, scale=scale, cluster=cluster, hardware=not interpret
-        ),
+        functools.partial(_kernel, tokens=tokens, heads=heads, scale=scale, cluster=cluster, hardware=not interpret),
         out_type=(
             jax.ShapeDtypeStruct((batch, padded, RANK), q.dtype),
             jax.ShapeDtypeStruct((batch, padded), jnp.float32),
@@ -108,9 +106,7 @@ def _scratch(cluster: int) -> dict:
         page_free=plgpu.Barrier(num_arrivals=2, num_barriers=2),
         weights_ready=plgpu.Barrier(num_barriers=2),
         sums_ready=plgpu.Barrier(num_arrivals=2),
-        cluster_free=plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=2)
-        if cluster > 1
-        else None,
+        cluster_free=plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=2) if cluster > 1 else None,
     )
 
 
@@ -129,17 +125,13 @@ def _kernel(
     @pl.when(warpgroup == 2)
     def _fetch():
         plgpu.set_max_registers(40, action="decrease")
-        pl.when(pairs > 0)(
-            lambda: plgpu.copy_gmem_to_smem(q_gmem.at[sequence, pl.ds(row, ROWS)], q_smem, q_ready)
-        )
+        pl.when(pairs > 0)(lambda: plgpu.copy_gmem_to_smem(q_gmem.at[sequence, pl.ds(row, ROWS)], q_smem, q_ready))
 
         collective = dict(collective_axes="cluster") if cluster > 1 else {}
 
         def released(i):
             plgpu.barrier_wait(page_free.at[i])
-            if (
-                cluster > 1
-            ):  # a page goes to all blocks of the cluster, so all must be done with its predecessor
+            if cluster > 1:  # a page goes to all blocks of the cluster, so all must be done with its predecessor
                 plgpu.barrier_arrive(cluster_free.at[i])
                 plgpu.barrier_wait(cluster_free.at[i])
 
@@ -242,9 +234,7 @@ def _kernel(
             scores = score(first + mine * PAGE, masked)
             top = jnp.max(scores, axis=1)
 
-            def add(
-                change, new=0.0
-            ):  # in shared memory only because nothing computed in `meanwhile` can leave it
+            def add(change, new=0.0):  # in shared memory only because nothing computed in `meanwhile` can leave it
                 sum_smem[mine] = plgpu.load(sum_smem.at[mine], layout=row_layout) * change + new
 
             if mine == 0:
@@ -275,12 +265,10 @@ def _kernel(
 
         plgpu.barrier_arrive(sums_ready)
         plgpu.barrier_wait(sums_ready)
-        l = plgpu.load(sum_smem.at[mine], layout=row_layout) + plgpu.load(
-            sum_smem.at[other], layout=row_layout
-        )
-        seen = l > 0
-        out = acc * lax.broadcast_in_dim(jnp.where(seen, 1 / jnp.where(seen, l, 1.0), 0.0), acc.shape, [0])
-        lse = jnp.where(seen, m / LOG2E + jnp.log(jnp.where(seen, l, 1.0)), -jnp.inf)
+        total = plgpu.load(sum_smem.at[mine], layout=row_layout) + plgpu.load(sum_smem.at[other], layout=row_layout)
+        seen = total > 0
+        out = acc * lax.broadcast_in_dim(jnp.where(seen, 1 / jnp.where(seen, total, 1.0), 0.0), acc.shape, [0])
+        lse = jnp.where(seen, m / LOG2E + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
 
         @pl.when(slot == WHOLE)
         def _whole():
@@ -318,11 +306,13 @@ def _merge(out, lse, partial_out, partial_lse, slots, *, interpret):
                 top, total, acc = carry
                 index = [step * unroll + i for i in range(unroll)]
                 slot = [first + jnp.minimum(i, count - 1) for i in index]
-                lses = [jnp.where(i < count, partial_lse_gmem[s, row], -jnp.inf) for i, s in zip(index, slot)]
+                lses = [
+                    jnp.where(i < count, partial_lse_gmem[s, row], -jnp.inf) for i, s in zip(index, slot, strict=False)
+                ]
                 values = [partial_out_gmem[s, row] for s in slot]
                 new = functools.reduce(jnp.maximum, lses, top)
                 total, acc = (x * jnp.exp(top - new) for x in (total, acc))
-                for part_lse, value in zip(lses, values):
+                for part_lse, value in zip(lses, values, strict=False):
                     weight = jnp.exp(part_lse - new)
                     total, acc = total + weight, acc + weight * value
                 return new, total, acc

@@ -19,15 +19,15 @@ def random_problem(
     Pages are shuffled among `spare` unused ones, cache slots that hold no token are NaN, and table entries past a
     sequence's end point far outside the cache.
     """
-    lengths = np.asarray(lengths, np.int32)
-    pages = -(-lengths // PAGE)
-    table = np.full((len(lengths), max(1, pages.max())), 1 << 30, np.int32)
+    sizes = np.asarray(lengths, np.int32)
+    pages = -(-sizes // PAGE)
+    table = np.full((len(sizes), max(1, int(pages.max()))), 1 << 30, np.int32)
     table[np.arange(table.shape[1]) < pages[:, None]] = rng.permutation(pages.sum() + spare)[: pages.sum()]
     used = np.zeros((pages.sum() + spare, PAGE), bool)
-    for row, length, count in zip(table, lengths, pages):
+    for row, length, count in zip(table, sizes, pages, strict=False):
         used[row[:count]] = True
         used[row[count - 1 : count]] = np.arange(PAGE) < length - PAGE * (count - 1)
     key = jax.random.key(int(rng.integers(1 << 31)))
     cache = jnp.where(used[..., None], jax.random.normal(key, (*used.shape, WIDTH), jnp.bfloat16), jnp.nan)
-    q = jax.random.normal(jax.random.fold_in(key, 1), (len(lengths), tokens, heads, WIDTH), jnp.bfloat16)
-    return q, cache, jnp.asarray(table), jnp.asarray(lengths)
+    q = jax.random.normal(jax.random.fold_in(key, 1), (len(sizes), tokens, heads, WIDTH), jnp.bfloat16)
+    return q, cache, jnp.asarray(table), jnp.asarray(sizes)

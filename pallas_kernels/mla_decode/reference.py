@@ -27,8 +27,6 @@ def mla_decode(
     visible = position < (lengths[:, None] - tokens + 1 + jnp.arange(tokens))[..., None]  # (B, T, S)
     scores = jnp.where(visible[:, :, None], scores, -jnp.inf)
     lse = jax.nn.logsumexp(scores, axis=-1)
-    weights = jnp.where(
-        visible[:, :, None], jnp.exp(scores - jnp.where(jnp.isinf(lse), 0, lse)[..., None]), 0
-    )
+    weights = jnp.where(visible[:, :, None], jnp.exp(scores - jnp.where(jnp.isinf(lse), 0, lse)[..., None]), 0)
     out = jnp.einsum("bths,bsr->bthr", weights, keys[..., :rank], precision="highest")
     return out.astype(q.dtype), lse.astype(wide)

@@ -36,9 +36,7 @@ def plan(lengths: jax.Array, *, page_size: int, pieces: int) -> Plan:
     """
     batch = lengths.shape[0]
     if pieces < batch:
-        raise ValueError(
-            f"a plan needs at least one piece a sequence, but got {pieces} for {batch} sequences"
-        )
+        raise ValueError(f"a plan needs at least one piece a sequence, but got {pieces} for {batch} sequences")
     pages = (lengths + page_size - 1) // page_size
     if pieces == batch:
         count = jnp.ones_like(pages)

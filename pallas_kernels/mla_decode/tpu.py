@@ -147,9 +147,7 @@ def _kernel(
     def attend(block, slot, masked):
         first = (begin + block * group) * page_size
         # The precision is said because bfloat16 has no other, whatever the default that the user set.
-        dot = functools.partial(
-            lax.dot_general, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32
-        )
+        dot = functools.partial(lax.dot_general, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
         transposed = (((1,), (1,)), ((), ()))
         rope = ropes[slot].reshape(group * half, LANES)
 
@@ -177,7 +175,9 @@ def _kernel(
         change = jnp.exp(old - new)
         weights = [jnp.exp(s - new) for s in scores]
         sums = total[:, :1] * change + sum(jnp.sum(w, axis=1, keepdims=True) for w in weights)
-        product = sum(dot(w.astype(v.dtype), v, (((1,), (0,)), ((), ()))) for w, v in zip(weights, values))
+        product = sum(
+            dot(w.astype(v.dtype), v, (((1,), (0,)), ((), ()))) for w, v in zip(weights, values, strict=False)
+        )
         acc[...] = acc[...] * change + product
         top[...] = jnp.broadcast_to(new, top.shape)
         total[...] = jnp.broadcast_to(sums, total.shape)

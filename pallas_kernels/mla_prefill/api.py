@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,8 @@ import jax.numpy as jnp
 from pallas_kernels.devices import require_hopper, require_tpu
 from pallas_kernels.mla_prefill import library, reference
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.mla_prefill,
-    "cudnn": library.cudnn,
     "tokamax": library.tokamax,
     "splash": library.splash,
     "splash_interpret": functools.partial(library.splash, interpret=True),
@@ -39,9 +39,9 @@ def mla_prefill(
       v: (B, S, H, V).
       scale: what multiplies the scores.
       segments: (B, S) int32 or None: packed documents; a token attends within its own only.
-      implementation: "reference" (plain), "cudnn" and "tokamax" (Hopper, bfloat16; given segments or a prefix they
-        read a mask of B * T * S), "splash" (TPU, bfloat16, T and S multiples of 128), or "splash_interpret" (the same
-        on a CPU, slowly: for tests).
+      implementation: "reference" (plain), "tokamax" (Hopper, bfloat16; given segments or a prefix it reads a mask of
+        B * T * S), "splash" (TPU, bfloat16, T and S multiples of 128), or "splash_interpret" (the same on a CPU,
+        slowly: for tests).
 
     Returns:
       (B, T, H, V) of `v`'s dtype.
@@ -74,12 +74,10 @@ def mla_prefill(
         raise ValueError("mla_prefill needs one dtype for its five arrays")
     if implementation != "reference" and v.dtype != jnp.bfloat16:
         raise ValueError(f"mla_prefill by {implementation} takes bfloat16, but got {v.dtype}")
-    if implementation in ("cudnn", "tokamax"):
+    if implementation == "tokamax":
         require_hopper("mla_prefill")
     if implementation.startswith("splash") and (tokens % 128 or keys % 128):
-        raise ValueError(
-            f"mla_prefill by splash takes multiples of 128 tokens and keys, but got {tokens} and {keys}"
-        )
+        raise ValueError(f"mla_prefill by splash takes multiples of 128 tokens and keys, but got {tokens} and {keys}")
     if implementation == "splash":
         require_tpu("mla_prefill")
     return IMPLEMENTATIONS[implementation](q_nope, q_rope, k_nope, k_rope, v, scale=scale, segments=segments)

@@ -1,6 +1,6 @@
 """Well-kept attention kernels of others that take queries and keys wider than values, fitted to our arguments.
 
-All of them want one key a head, so that the rope key is copied to every head in memory.
+Both want one key a head, so that the rope key is copied to every head in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def _joined(q_nope, q_rope, k_nope, k_rope):
     return jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, k_rope], -1)
 
 
-def _mask(tokens: int, keys: int, segments: jax.Array | None) -> jax.Array | None:
+def causal_mask(tokens: int, keys: int, segments: jax.Array | None) -> jax.Array | None:
     """(B or 1, 1, T, S), or None where plain causal masking from the upper left corner says it all."""
     if segments is None and tokens == keys:
         return None
@@ -26,24 +26,13 @@ def _mask(tokens: int, keys: int, segments: jax.Array | None) -> jax.Array | Non
     return mask
 
 
-def cudnn(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
-    """cuDNN's flash attention through `jax.nn`. Differentiable."""
-    q, k = _joined(q_nope, q_rope, k_nope, k_rope)
-    mask = _mask(q.shape[1], k.shape[1], segments)
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=mask is None, scale=scale, implementation="cudnn"
-    )
-
-
 def tokamax(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
     """tokamax's Mosaic GPU flash attention. Differentiable."""
     from tokamax import dot_product_attention  # a dependency of this choice only
 
     q, k = _joined(q_nope, q_rope, k_nope, k_rope)
-    mask = _mask(q.shape[1], k.shape[1], segments)
-    return dot_product_attention(
-        q, k, v, mask=mask, is_causal=mask is None, scale=scale, implementation="mosaic_gpu"
-    )
+    mask = causal_mask(q.shape[1], k.shape[1], segments)
+    return dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=scale, implementation="mosaic_gpu")
 
 
 def splash(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None, interpret=False):
@@ -54,9 +43,7 @@ def splash(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None, interpret
     tokens, keys, heads = q.shape[1], k.shape[1], q.shape[2]
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # it has no scale of its own
     bq, bkv = (next(b for b in (512, 256, 128) if n % b == 0) for n in (tokens, keys))
-    blocks = lib.BlockSizes(
-        block_q=bq, block_kv=bkv, block_q_dkv=bq, block_kv_dkv=bkv, block_q_dq=bq, block_kv_dq=bkv
-    )
+    blocks = lib.BlockSizes(block_q=bq, block_kv=bkv, block_q_dkv=bq, block_kv_dkv=bkv, block_q_dq=bq, block_kv_dq=bkv)
     mask = lib.MultiHeadMask([lib.CausalMask((tokens, keys), offset=keys - tokens)] * heads)
     kernel = lib.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))

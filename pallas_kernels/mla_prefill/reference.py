@@ -39,5 +39,5 @@ def mla_prefill(
 
     starts = range(0, tokens, BLOCK)
     ends = [min(s + BLOCK, tokens) for s in starts]
-    parts = [block(q_nope[:, s:e], q_rope[:, s:e], s, e) for s, e in zip(starts, ends)]
+    parts = [block(q_nope[:, s:e], q_rope[:, s:e], s, e) for s, e in zip(starts, ends, strict=False)]
     return jnp.concatenate(parts, axis=1)

@@ -29,9 +29,7 @@ def lower_for_hopper(function, *args) -> str:
 def compile_for_tpu(generation: str, function, *args):
     """`function` compiled for one chip of a TPU generation; args are ShapeDtypeStructs."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[generation]).devices[0]
-    placed = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device)), args
-    )
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device)), args)
     # Our kernels say their precision; splash attention takes the default, which the tests otherwise set to the highest.
     default = jax.default_matmul_precision("default")
     with default, _as_if(device.device_kind, getattr(device, "num_cores", 1), "tpu"):

@@ -1,4 +1,4 @@
-"""MLA decoding against its reference in float64, on CPUs: interpreted with race detection, and compiled for real shapes."""
+"""MLA decoding against its reference in float64: interpreted with race detection, and compiled for real shapes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_reference_is_attention():
     """Against jax.nn.dot_product_attention, sequence by sequence."""
     q, cache, table, lengths = random_problem(np.random.default_rng(), [5, 130, 64], tokens=3, heads=4)
     q, cache = q.astype(jnp.float32), cache.astype(jnp.float32)
-    out, lse = mla_decode(q, cache, table, lengths, scale=SCALE, implementation="reference")
+    out, _ = mla_decode(q, cache, table, lengths, scale=SCALE, implementation="reference")
     for i, n in enumerate(map(int, lengths)):
         keys = cache[table[i, : -(-n // 64)]].reshape(1, -1, 1, 576)[:, :n]
         mask = np.tril(np.ones((3, n), bool), n - 3)
@@ -51,7 +51,7 @@ def test_reference_is_attention():
 
 
 @pytest.mark.parametrize(
-    "heads, tokens, lengths, extra",
+    ("heads", "tokens", "lengths", "extra"),
     [
         (1, 1, [0, 1, 63, 64, 65], 0),
         (16, 4, [2, 200, 0], 0),
@@ -67,7 +67,7 @@ def test_gpu(heads, tokens, lengths, extra, capsys):
 
 
 @pytest.mark.parametrize(
-    "heads, tokens, lengths, extra",
+    ("heads", "tokens", "lengths", "extra"),
     [
         (1, 1, [0, 1, 63, 64, 65], 0),
         (16, 4, [2, 700, 0, 512], 3),
@@ -91,9 +91,7 @@ def test_tpu(heads, tokens, lengths, extra, capsys):
 def test_grid(heads, tokens, implementation):
     problem = random_problem(np.random.default_rng(), [0, 1, 63, 64, 65, 300], tokens, heads)
     cache = pack(problem[1]) if implementation.startswith("tpu") else problem[1]
-    out, lse = mla_decode(
-        problem[0], cache, *problem[2:], scale=SCALE, implementation=implementation, schedule=None
-    )
+    out, lse = mla_decode(problem[0], cache, *problem[2:], scale=SCALE, implementation=implementation, schedule=None)
     check(problem, out, lse)
 
 
@@ -102,7 +100,10 @@ def without(module, line):
     source = inspect.getsource(module)
     assert line in source
     broken = types.ModuleType("broken")
-    exec(compile(source.replace(line, line[: len(line) - len(line.lstrip())] + "pass\n"), "broken", "exec"), broken.__dict__)
+    exec(
+        compile(source.replace(line, line[: len(line) - len(line.lstrip())] + "pass\n"), "broken", "exec"),
+        broken.__dict__,
+    )
     return broken
 
 
@@ -172,12 +173,13 @@ def test_plan_covers_every_page_once(pieces):
         seen[sequence, begin:end] += slot != -2
         if slot >= 0:
             first, count = slots[sequence]
-            assert first <= slot < first + count and count > 1
+            assert first <= slot < first + count
+            assert count > 1
     np.testing.assert_array_equal(seen, np.arange(32) < -(-np.asarray(lengths)[:, None] // 64))
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (dict(implementation="cuda"), "reference, gpu"),
         (dict(implementation="gpu"), "Hopper"),

@@ -1,0 +1,67 @@
+"""The one entry to FP8 grouped matmul: checks the arguments, chooses a backend by name."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.devices import require_hopper
+from pallas_kernels.fp8_grouped_matmul import gpu, reference
+
+IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret")
+BLOCK = reference.BLOCK
+
+
+def fp8_grouped_matmul(
+    lhs: jax.Array,
+    lhs_scales: jax.Array,
+    rhs: jax.Array,
+    rhs_scales: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    implementation: str,
+) -> jax.Array:
+    """Multiplies consecutive groups of E4M3 rows, each with its own E4M3 matrix (report section 3.3.2).
+
+    Args:
+      lhs: (M, K) float8_e4m3fn rows, sorted by group. K is a multiple of 128.
+      lhs_scales: (M, K / 128) float32: what a tile of 1 x 128 elements is to be multiplied by.
+      rhs: (G, N, K) float8_e4m3fn, one matrix a group, transposed: the matrix units want both operands
+        contiguous along K. N is a multiple of 128.
+      rhs_scales: (G, N / 128, K / 128) float32, a block of 128 x 128 each.
+      group_sizes: (G,) int32, rows of each group; they sum to M.
+      implementation: "reference" (plain, G times the work), "gpu" (Hopper), "gpu_interpret" (the same on a CPU).
+
+    Returns:
+      (M, N) bfloat16; sums are float32 across tiles of 128.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or there is no such implementation.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"no FP8 grouped matmul {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
+    shapes = lhs.shape, lhs_scales.shape, rhs.shape, rhs_scales.shape, group_sizes.shape
+    if [len(s) for s in shapes] != [2, 2, 3, 3, 1]:
+        raise ValueError(f"fp8_grouped_matmul needs arrays of 2, 2, 3, 3 and 1 axes, but got {shapes}")
+    (rows, depth), (groups, columns) = lhs.shape, rhs.shape[:2]
+    if depth % BLOCK or columns % BLOCK:
+        raise ValueError(f"fp8_grouped_matmul needs K and N to be multiples of {BLOCK}, but got {depth} and {columns}")
+    expected = (
+        lhs.shape,
+        (rows, depth // BLOCK),
+        (groups, columns, depth),
+        (groups, columns // BLOCK, depth // BLOCK),
+        (groups,),
+    )
+    if shapes != expected:
+        raise ValueError(f"fp8_grouped_matmul needs shapes {expected}, but got {shapes}")
+    if lhs.dtype != jnp.float8_e4m3fn or rhs.dtype != jnp.float8_e4m3fn:
+        raise ValueError(f"fp8_grouped_matmul takes float8_e4m3fn, but got {lhs.dtype} and {rhs.dtype}")
+    if implementation == "reference":
+        return reference.fp8_grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, group_sizes)
+    if lhs_scales.dtype != jnp.float32 or rhs_scales.dtype != jnp.float32:
+        raise ValueError(f"scales must be float32, but are {lhs_scales.dtype} and {rhs_scales.dtype}")
+    if implementation == "gpu":
+        require_hopper("fp8_grouped_matmul")
+    interpret = gpu.INTERPRET if implementation == "gpu_interpret" else None
+    return gpu.fp8_grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, group_sizes, interpret=interpret)

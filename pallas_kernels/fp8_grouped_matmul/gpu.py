@@ -1,0 +1,128 @@
+"""FP8 grouped matmul on Hopper (Mosaic GPU): wgmma on E4M3, partial sums promoted to scaled float32 every 128.
+
+A thread block computes 128 rows of one group times 128 columns. Two warpgroups multiply, 64 rows each; a third fetches.
+Hopper's FP8 accumulation keeps few bits, and the scales change every 128 elements of the contraction: so each step of
+128 starts from zero, and its result is scaled and added in float32 registers while the other warpgroup multiplies.
+
+A block of 128 rows may belong to several groups: each visits it, computes all of it and stores its own rows.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.row_blocks import BLOCK, store_range, visits
+
+ROWS = 64  # of a warpgroup
+STAGES = 5
+SWATH = 8  # row blocks that run side by side, so that they share the columns' matrix blocks in L2
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+
+
+def fp8_grouped_matmul(
+    lhs: jax.Array,
+    lhs_scales: jax.Array,
+    rhs: jax.Array,
+    rhs_scales: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> jax.Array:
+    """See `api.fp8_grouped_matmul`. `interpret` runs it on a CPU, slowly."""
+    rows, depth = lhs.shape
+    groups, columns, _ = rhs.shape
+    tiles = -(-(rows // BLOCK + groups) // SWATH) * SWATH
+    pad = ((0, -rows % BLOCK), (0, 0))
+    work = visits(group_sizes, tiles)
+    scales = jnp.swapaxes(jnp.pad(lhs_scales, pad), 0, 1)  # a step's scales are read together
+    return plgpu.kernel(
+        functools.partial(_kernel, steps=depth // BLOCK),
+        out_type=jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16),
+        scratch_types=dict(
+            x_smem=plgpu.SMEM((STAGES, BLOCK, BLOCK), lhs.dtype, transforms=_tiled()),
+            w_smem=plgpu.SMEM((STAGES, BLOCK, BLOCK), rhs.dtype, transforms=_tiled()),
+            out_smem=plgpu.SMEM((2, ROWS, BLOCK), jnp.bfloat16),
+            ready=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            free=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        ),
+        grid=(SWATH, columns // BLOCK, tiles // SWATH),
+        grid_names=("in_swath", "column_block", "swath"),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(jnp.pad(lhs, pad), scales, rhs, rhs_scales, work)
+
+
+def _tiled():
+    return (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+
+
+def _kernel(
+    x_gmem, scale_gmem, w_gmem, w_scale_gmem, work_gmem, out_gmem,
+    *, x_smem, w_smem, out_smem, ready, free, steps,
+):  # fmt: skip
+    warpgroup = lax.axis_index("warpgroup")
+    tile = lax.axis_index("swath") * SWATH + lax.axis_index("in_swath")
+    column_block = lax.axis_index("column_block")
+    group, block, lower, upper = (work_gmem[tile, i] for i in range(4))
+    columns = pl.ds(column_block * BLOCK, BLOCK)
+
+    @pl.when((lower < upper) & (warpgroup == 2))
+    def _fetch():
+        plgpu.set_max_registers(40, action="decrease")
+
+        @pl.loop(0, steps)
+        def _(step):
+            stage = lax.rem(step, STAGES)
+            pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(free.at[stage]))
+            depth = pl.ds(step * BLOCK, BLOCK)
+            plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(block * BLOCK, BLOCK), depth], x_smem.at[stage], ready.at[stage])
+            plgpu.copy_gmem_to_smem(w_gmem.at[group, columns, depth], w_smem.at[stage], ready.at[stage])
+
+        @pl.loop(max(0, steps - STAGES), steps)
+        def _drain(step):
+            plgpu.barrier_wait(free.at[lax.rem(step, STAGES)])
+
+    @pl.when((lower < upper) & (warpgroup < 2))
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+
+        my_rows = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
+
+        def scales(step):
+            rows = pl.ds(block * BLOCK + warpgroup * ROWS, ROWS)
+            row = plgpu.load(scale_gmem.at[step, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+            return row * w_scale_gmem[group, column_block, step]
+
+        def body(step, carry):
+            acc, scale = carry
+            stage = lax.rem(step, STAGES)
+            following = scales(jnp.minimum(step + 1, steps - 1))  # a step ahead, to hide the latency
+            plgpu.barrier_wait(ready.at[stage])
+
+            def product(ref):
+                plgpu.wgmma(ref, x_smem.at[stage, my_rows], w_smem.at[stage].transpose((1, 0)))
+                return ref[...]
+
+            part = pl.run_scoped(product, plgpu.ACC((ROWS, BLOCK), jnp.float32))
+            plgpu.barrier_arrive(free.at[stage])
+            return acc + part * lax.broadcast_in_dim(scale, part.shape, [0]), following
+
+        acc = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), plgpu.Layout.WGMMA)
+        acc, _ = lax.fori_loop(0, steps, body, (acc, scales(0)))
+        out_smem[warpgroup] = acc.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        origin = block * BLOCK + warpgroup * ROWS
+        store_range(
+            out_smem.at[warpgroup],
+            lambda rows: out_gmem.at[pl.ds(origin + rows.start, rows.size), columns],
+            *(jnp.clip(x - warpgroup * ROWS, 0, ROWS) for x in (lower, upper)),
+        )
+        plgpu.wait_smem_to_gmem(0)

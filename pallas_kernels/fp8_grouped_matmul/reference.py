@@ -1,0 +1,24 @@
+"""FP8 grouped matmul, said plainly: apply the scales, then multiply each row with its group's matrix."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128
+
+
+def fp8_grouped_matmul(
+    lhs: jax.Array, lhs_scales: jax.Array, rhs: jax.Array, rhs_scales: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+    """See `api.fp8_grouped_matmul`. Computes in float32 (float64 where the scales are); costs G times the work."""
+    wide = lhs_scales.dtype
+    x = lhs.astype(wide) * jnp.repeat(lhs_scales, BLOCK, 1)
+    w = rhs.astype(wide) * jnp.repeat(jnp.repeat(rhs_scales, BLOCK, 1), BLOCK, 2)
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(lhs.shape[0])
+    member = (row >= (ends - group_sizes)[:, None]) & (row < ends[:, None])  # (G, M)
+    out = jnp.zeros((lhs.shape[0], rhs.shape[1]), wide)
+    for g in range(rhs.shape[0]):
+        out += jnp.where(member[g][:, None], jnp.dot(x, w[g].T, precision="highest"), 0)
+    return out.astype(jnp.bfloat16)
