@@ -22,8 +22,8 @@ from dsv3_jax.checkpoint import names
 from dsv3_jax.checkpoint.export import export_hf
 from dsv3_jax.checkpoint.files import INDEX, CheckpointError
 from dsv3_jax.checkpoint.hf import HFCheckpoint, converted_fields
-from dsv3_jax.checkpoint.jobs import Unit, open_workspace, run_units
-from dsv3_jax.checkpoint.layout import FP8, Region, quantise_matrix, region_shape, tensor_box
+from dsv3_jax.checkpoint.jobs import Unit, check_target, open_workspace, run_units
+from dsv3_jax.checkpoint.layout import FP8, Region, from_file_axes, quantise_matrix, region_shape, tensor_box
 from dsv3_jax.checkpoint.names import SCALE, Leaf
 from dsv3_jax.checkpoint.store import (
     FORMAT,
@@ -241,9 +241,10 @@ def import_hf(
 ) -> None:
     """Writes the checkpoint of `plan` to the new directory `target`. Raises as `convert_command`."""
     source = plan.source
+    check_target(target)
+    source.check_scales()
+    source.check_copies()
     with open_workspace(target, _identity(plan), plan.nbytes) as workspace:
-        source.check_scales()
-        source.check_copies()
         directory = workspace.directory
         stores = {spec.path: create_array(directory, spec) for spec in plan.arrays}
 
@@ -263,10 +264,12 @@ def _write_piece(plan: Plan, piece: _Piece, stores: dict[names.TreePath, Any]) -
     """Writes a unit; returns {"tensors": hashes of what was read, "shards": hashes of what was written}."""
     source, hashes, shards = plan.source, {}, {}
     quantise = plan.stored_dtype(piece.leaves[0]) == FP8 and source.dtype(piece.leaves[0]) != FP8
-    for name in piece.names:
-        full = name + SCALE if piece.is_scale else name
-        if full in source.files.tensors:
-            hashes[full] = _hash_tensor(source, full)
+    taken = [name + SCALE if piece.is_scale else name for name in piece.names]
+    taken = [name for name in taken if name in source.files.tensors]
+    for name in taken:
+        source.files.prefetch(name)
+    for name in taken:
+        hashes[name] = _hash_tensor(source, name)
     quantised = {n: _quantise(plan, n) for n in piece.names} if quantise else {}
     for i, spec in enumerate(piece.arrays):
         for region in spec.shards(piece.stack):
@@ -280,7 +283,7 @@ def _write_piece(plan: Plan, piece: _Piece, stores: dict[names.TreePath, Any]) -
                 data = source.read(piece.leaves[i], region, spec.dtype)
             stores[spec.path][region].write(data, can_reference_source_data_indefinitely=True).result()
             place = ",".join(str(s.start // n) for s, n in zip(region, spec.shard, strict=True))
-            shards[f"{'.'.join(spec.path)}/{place}"] = xxhash.xxh3_128_hexdigest(_bytes(data))
+            shards[f"{'.'.join(spec.path)}/{place}"] = xxhash.xxh3_128_hexdigest(_bytes(data.transpose(spec.order)))
     return {"tensors": hashes, "shards": shards}
 
 
@@ -292,16 +295,11 @@ def _quantise(plan: Plan, name: str) -> tuple[np.ndarray, np.ndarray]:
 def _from_quantised(piece: _Piece, i: int, region: Region, made: dict[str, np.ndarray]) -> np.ndarray:
     """A shard of an array out of tensors that were quantised on the way."""
     leaf, spec = piece.leaves[i], piece.arrays[i]
-    out = np.empty(region_shape(region), spec.dtype)
-    for name, index in zip(piece.names, np.ndindex(*region_shape(region[: spec.stack])), strict=True):
-        if piece.is_scale:
-            out[index] = made[name]
-        else:
-            box = tensor_box(leaf, region[spec.stack :])
-            view = made[name].reshape(*leaf.tensor_out, *leaf.tensor_in)[box]
-            rows = math.prod(view.shape[: len(leaf.tensor_out)])
-            out[index] = view.reshape(rows, -1).T.reshape(out[index].shape)
-    return out
+    if piece.is_scale:
+        return np.stack([made[n] for n in piece.names]).reshape(region_shape(region))
+    box = tensor_box(leaf, region[spec.stack :])
+    cut = np.stack([made[n].reshape(*leaf.tensor_out, *leaf.tensor_in)[box] for n in piece.names])
+    return from_file_axes(leaf, cut.reshape(*region_shape(region[: spec.stack]), *region_shape(box)))
 
 
 def _hash_tensor(source: HFCheckpoint, name: str) -> str:
@@ -358,3 +356,7 @@ def _write_description(plan: Plan, directory: Path, done: dict[str, Any]) -> Non
         small = file.is_file() and file.suffix != ".safetensors" and file.stat().st_size < 64 << 20
         if small and file.name not in ("config.json", INDEX, MANIFEST):
             shutil.copyfile(file, directory / file.name)
+
+
+if __name__ == "__main__":
+    convert_command(tyro.cli(ConvertArgs))

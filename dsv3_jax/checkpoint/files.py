@@ -88,6 +88,12 @@ class TensorFiles:
         raw = np.frombuffer(self._map(info.file), np.uint8, info.nbytes, info.start)
         return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
+    def prefetch(self, name: str) -> None:
+        """Asks for a tensor's bytes in one go: a map read page by page leaves a disk idle in between."""
+        info = self.tensors[name]
+        start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map(info.file).madvise(mmap.MADV_WILLNEED, start, info.stop - start)
+
     def release(self, name: str) -> None:
         """Gives back the memory that a view's bytes took once they were read; they can be read again."""
         info, page = self.tensors[name], mmap.PAGESIZE

@@ -16,6 +16,7 @@ from dsv3_jax.checkpoint.layout import (
     block_rows,
     copy_matrix,
     decode_scales,
+    from_file_axes,
     region_shape,
     tensor_box,
 )
@@ -82,28 +83,28 @@ class HFCheckpoint:
         return DTYPES[self.files.tensors[leaf.names[0] + SCALE].dtype]
 
     def read(self, leaf: Leaf, region: Region, dtype: np.dtype | None = None) -> np.ndarray:
-        """A box of a leaf, in the model's layout. `dtype`: cast to it, FP8 decoded first; by default as stored."""
+        """A box of a leaf, with the model's axes, in the file's order in memory.
+
+        dtype: cast to it, FP8 decoded first; by default as stored.
+        """
         dtype = dtype or self.dtype(leaf)
-        stack, inner = region[: leaf.stack], region[leaf.stack :]
-        out = np.empty(region_shape(region), dtype)
-        box = tensor_box(leaf, inner)
+        stack = region[: leaf.stack]
+        box = tensor_box(leaf, region[leaf.stack :])
+        out = np.empty((*region_shape(stack), *region_shape(box)), dtype)
         for index in np.ndindex(*region_shape(stack)):
             place = tuple(s.start + i for s, i in zip(stack, index, strict=True))
             name = leaf.names[int(np.ravel_multi_index(place, leaf.shape[: leaf.stack])) if place else 0]
             self._read_tensor(name, leaf, box, out[index])
-        return out
+        return from_file_axes(leaf, out)
 
     def _read_tensor(self, name: str, leaf: Leaf, box: Region, out: np.ndarray) -> None:
-        whole = self.files.array(name).reshape(*leaf.tensor_out, *leaf.tensor_in)
-        rows = math.prod(region_shape(box[: len(leaf.tensor_out)]))
-        view = whole[box].reshape(rows, -1)
+        view = self.files.array(name).reshape(*leaf.tensor_out, *leaf.tensor_in)[box]
+        rows = math.prod(view.shape[: len(leaf.tensor_out)])
         scales = None
         if view.dtype == FP8 and out.dtype != FP8:
             assert self.block is not None
             scales = (self.scales(name), *block_rows(leaf, box, self.block))
-        transpose = not leaf.kind.keep_layout
-        target = out.reshape(view.shape[::-1] if transpose else view.shape)
-        copy_matrix(view, target, scales, transpose=transpose)
+        copy_matrix(view.reshape(rows, -1), out.reshape(rows, -1), scales)
         self.files.release(name)
 
     def matrix(self, name: str, rows: slice, dtype: np.dtype) -> np.ndarray:
@@ -116,7 +117,7 @@ class HFCheckpoint:
             columns = np.arange(view.shape[1]) // self.block[1]
             scales = (self.scales(name), np.arange(rows.start, rows.stop) // self.block[0], columns)
         out = np.empty(view.shape, dtype)
-        copy_matrix(view, out, scales, transpose=False)
+        copy_matrix(view, out, scales)
         self.files.release(name)
         return out.reshape(len(view), *whole.shape[1:])
 

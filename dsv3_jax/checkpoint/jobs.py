@@ -69,6 +69,12 @@ class Workspace:
         _sync_directory(self.target.parent)
 
 
+def check_target(target: Path) -> None:
+    """Raises FileExistsError if the destination is taken."""
+    if target.exists():
+        raise FileExistsError(f"{target} exists already: choose another destination, or remove it")
+
+
 @contextmanager
 def open_workspace(target: Path, identity: Any, nbytes: int) -> Iterator[Workspace]:
     """The workspace of a conversion to `target`, new or left by an interruption.
@@ -82,8 +88,7 @@ def open_workspace(target: Path, identity: Any, nbytes: int) -> Iterator[Workspa
       CheckpointError: what an interruption left is of other work.
       OSError: there isn't room for `nbytes`, or the disk is full later on; what is written stays for a resumption.
     """
-    if target.exists():
-        raise FileExistsError(f"{target} exists already: choose another destination, or remove it")
+    check_target(target)
     directory = target.with_name(target.name + ".incomplete")
     mark = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     done = _read_journal(directory, mark)

@@ -1,5 +1,6 @@
-"""Moving numbers between a file's matrices (out, in) and the model's arrays (in, out): transpose, decode FP8, cast.
+"""Between a file's matrices (out, in) and the model's arrays (in, out): boxes, FP8 decoding, casts.
 
+Transposing is left to whoever uses an array: what is read here has the file's order in memory and the model's axes.
 Matrices are walked in bands of rows, so that nothing but the result is as large as the matrix.
 """
 
@@ -20,8 +21,6 @@ _E4M3 = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 """Every e4m3 number, by its byte."""
 
 _BAND_ROWS = 128
-_TILE_COLUMNS = 512
-"""A band's tile fits the cache: a transpose that doesn't is several times slower."""
 
 Region = tuple[slice, ...]
 """A box of an array: a slice with start and stop for each axis."""
@@ -43,6 +42,21 @@ def tensor_box(leaf: Leaf, inner: Region) -> Region:
     return (*outs[:-1], last, *ins)
 
 
+def file_axes(leaf: Leaf) -> tuple[int, ...]:
+    """A leaf's axes in the order that its tensors have in files: the stack's, then (out, in).
+
+    `array.transpose(file_axes(leaf))` is a stack of tensors; `from_file_axes` undoes it. Neither moves a byte.
+    """
+    ins = leaf.stack + len(leaf.tensor_in)
+    axes = range(len(leaf.shape))
+    return tuple(axes) if leaf.kind.keep_layout else (*axes[: leaf.stack], *axes[ins:], *axes[leaf.stack : ins])
+
+
+def from_file_axes(leaf: Leaf, tensors: np.ndarray) -> np.ndarray:
+    """A stack of tensors, (*stack, *out, *in), seen with the leaf's axes."""
+    return tensors.transpose(np.argsort(file_axes(leaf)))
+
+
 def block_rows(leaf: Leaf, box: Region, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Which row and which column of the scale grid each row and column of the box has, one after another."""
     n = len(leaf.tensor_out)
@@ -52,33 +66,21 @@ def block_rows(leaf: Leaf, box: Region, block: tuple[int, int]) -> tuple[np.ndar
 
 
 def copy_matrix(
-    source: np.ndarray,
-    target: np.ndarray,
-    scales: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
-    *,
-    transpose: bool,
+    source: np.ndarray, target: np.ndarray, scales: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 ) -> None:
-    """Writes `source` (M, N) into `target`, (N, M) if `transpose`, decoding FP8 if there are scales, and casting.
+    """Writes `source` (M, N) into `target` (M, N), decoding FP8 if there are scales, and casting.
 
     scales: the float32 grid, the grid's row of each row of `source`, and the grid's column of each column.
     """
     if scales is None and source.dtype == target.dtype:
-        source, target = _as_bits(source), _as_bits(target)
+        _as_bits(target)[...] = _as_bits(source)
+        return
     for start, stop in _bands(len(source), scales[1] if scales else None):
         band = source[start:stop]
         if scales is not None:
             grid, rows, columns = scales
             band = _E4M3[band.view(np.uint8)] * grid[rows[start], columns]
-        if band.dtype != target.dtype:
-            band = band.astype(target.dtype)
-            band, into = _as_bits(band), _as_bits(target)
-        else:
-            into = _as_bits(target) if band.dtype.kind == "V" else target
-        if not transpose:
-            into[start:stop] = band
-            continue
-        for left in range(0, band.shape[1], _TILE_COLUMNS):
-            into[left : left + _TILE_COLUMNS, start:stop] = band[:, left : left + _TILE_COLUMNS].T
+        target[start:stop] = band.astype(target.dtype, copy=False)
 
 
 def quantise_matrix(matrix: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

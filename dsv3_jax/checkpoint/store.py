@@ -24,6 +24,8 @@ from dsv3_jax.checkpoint.layout import (
     block_rows,
     copy_matrix,
     decode_scales,
+    file_axes,
+    from_file_axes,
     full_region,
     region_shape,
     tensor_box,
@@ -44,13 +46,19 @@ _DICT_KEY = 2
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """An array to be written: `shard` is the box of it that goes to one file, `stack` the number of stack axes."""
+    """An array to be written.
+
+    shard: the box of it that goes to one file. stack: how many stack axes it has.
+    order: its axes in the order of the bytes on disk, which is the source files': zarr's transpose codec. Conversion
+    then copies and readers transpose, where a device does it for nothing.
+    """
 
     path: TreePath
     shape: tuple[int, ...]
     dtype: np.dtype
     shard: tuple[int, ...]
     stack: int
+    order: tuple[int, ...]
 
     @property
     def chunk(self) -> tuple[int, ...]:
@@ -75,7 +83,12 @@ def leaf_arrays(leaves: tuple[Leaf, ...], dtype: np.dtype) -> list[ArraySpec]:
     inner = max(math.prod(leaf.shape[leaf.stack :]) for leaf in leaves) * dtype.itemsize
     return [
         ArraySpec(
-            leaf.path, leaf.shape, dtype, (*_group(leaf.shape[: leaf.stack], inner), *_band(leaf, inner)), leaf.stack
+            leaf.path,
+            leaf.shape,
+            dtype,
+            (*_group(leaf.shape[: leaf.stack], inner), *_band(leaf, inner)),
+            leaf.stack,
+            file_axes(leaf),
         )
         for leaf in leaves
     ]
@@ -86,7 +99,8 @@ def scale_array(leaf: Leaf, block: tuple[int, int], dtype: np.dtype) -> ArraySpe
     rows, columns = leaf.tensor_shape
     grid, stack = names.scale_shape((rows, columns), block), leaf.shape[: leaf.stack]
     group = _group(stack, math.prod(grid) * dtype.itemsize)
-    return ArraySpec(leaf.scale_path, (*stack, *grid), dtype, (*group, *grid), leaf.stack)
+    shape = (*stack, *grid)
+    return ArraySpec(leaf.scale_path, shape, dtype, (*group, *grid), leaf.stack, tuple(range(len(shape))))
 
 
 def _group(stack: tuple[int, ...], nbytes: int) -> tuple[int, ...]:
@@ -122,7 +136,11 @@ def array_directory(path: TreePath) -> str:
 
 def create_array(directory: Path, spec: ArraySpec) -> ts.TensorStore:
     """Creates an array, or opens the one that an interrupted conversion left."""
-    plain = [{"name": "bytes", "configuration": {"endian": "little"}} if spec.dtype.itemsize > 1 else {"name": "bytes"}]
+    plain: list[dict[str, Any]] = [
+        {"name": "bytes"} | ({"configuration": {"endian": "little"}} if spec.dtype.itemsize > 1 else {})
+    ]
+    if spec.order != tuple(range(len(spec.order))):
+        plain = [{"name": "transpose", "configuration": {"order": spec.order}}, *plain]
     index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     sharding = {"chunk_shape": spec.chunk, "codecs": plain, "index_codecs": index}
     metadata = {
@@ -216,25 +234,29 @@ class Store:
         return self._arrays[leaf.path].dtype.numpy_dtype
 
     def read(self, leaf: Leaf, region: Region, dtype: np.dtype | None = None) -> np.ndarray:
-        """A box of a leaf. `dtype`: cast to it, FP8 decoded first; by default as stored."""
-        stored = self._arrays[leaf.path][region].read().result()
+        """A box of a leaf, with the model's axes, in the file's order in memory.
+
+        dtype: cast to it, FP8 decoded first; by default as stored.
+        """
+        return from_file_axes(leaf, self._read(leaf, region, dtype))
+
+    def _read(self, leaf: Leaf, region: Region, dtype: np.dtype | None) -> np.ndarray:
+        """A box of a leaf as a stack of tensors, (*stack, *out, *in)."""
+        stored = self._arrays[leaf.path][region].transpose(file_axes(leaf)).read().result()
         dtype = dtype or stored.dtype
         if stored.dtype == dtype:
             return stored
         out = np.empty(stored.shape, dtype)
         if stored.dtype != FP8:
-            copy_matrix(stored.reshape(len(stored), -1), out.reshape(len(stored), -1), transpose=False)
+            copy_matrix(stored.reshape(len(stored), -1), out.reshape(len(stored), -1))
             return out
         assert self.block is not None
         stack = region[: leaf.stack]
-        box = tensor_box(leaf, region[leaf.stack :])
-        rows, columns = block_rows(leaf, box, self.block)
+        rows, columns = block_rows(leaf, tensor_box(leaf, region[leaf.stack :]), self.block)
         grids = decode_scales(self._scales[leaf.scale_path][stack].read().result())
         for index in np.ndindex(*region_shape(stack)):
-            # Arrays are (in, out) and grids (out, in): with the grid turned, its rows are the array's.
-            scales = (grids[index], rows, columns) if leaf.kind.keep_layout else (grids[index].T, columns, rows)
-            shape = (len(scales[1]), len(scales[2]))
-            copy_matrix(stored[index].reshape(shape), out[index].reshape(shape), scales, transpose=False)
+            shape = (len(rows), len(columns))
+            copy_matrix(stored[index].reshape(shape), out[index].reshape(shape), (grids[index], rows, columns))
         return out
 
     def file_dtype(self, name: str) -> str:
@@ -273,25 +295,13 @@ class Store:
         place = np.unravel_index(i, leaf.shape[: leaf.stack]) if leaf.stack else ()
         stack = tuple(slice(int(n), int(n) + 1) for n in place)
         rows = rows or slice(0, leaf.tensor_out[0])
-        dtype = dtype or self.dtype(leaf)
-        shape = (rows.stop - rows.start, *leaf.tensor_out[1:], *leaf.tensor_in)
-        out = np.empty(shape, dtype)
+        parts = []
         for part in self._parts(leaf):
             region = list(full_region(part.shape[part.stack :]))
             region[0 if part.kind.keep_layout else len(part.tensor_in)] = rows
-            read = self.read(part, (*stack, *region), dtype)[(0,) * part.stack]
-            if part.kind.keep_layout or not part.tensor_in:
-                out[...] = read
-                continue
-            ins = math.prod(part.tensor_in)
-            turned = np.empty((read.size // ins, ins), dtype)
-            copy_matrix(read.reshape(ins, -1), turned, transpose=True)
-            width = part.shape[-1]
-            if len(leaf.kind.parts) > 1:
-                out[:, part.start : part.start + width] = turned.reshape(len(out), width, *part.tensor_in)
-            else:
-                out[...] = turned.reshape(shape)
-        return out.reshape(-1, math.prod(leaf.tensor_in)) if leaf.tensor_in else out
+            parts.append(self._read(part, (*stack, *region), dtype)[(0,) * part.stack])
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=len(leaf.tensor_out) - 1)
+        return whole.reshape(-1, math.prod(leaf.tensor_in)) if leaf.tensor_in else whole
 
     def bands(self, name: str, limit: int = _SHARD_BYTES) -> list[slice]:
         """`rows` for `matrix`, such that each band takes at most about `limit` bytes as stored."""
