@@ -62,7 +62,8 @@ def mla_decode(
                 f"a PackedCache needs ropes {ropes} of the latents' dtype, but got {cache.rope.shape} "
                 f"{cache.rope.dtype} beside {cache.latent.shape} {cache.latent.dtype}"
             )
-        shape, dtype = (pages, size, rank + reference.ROPE), cache.latent.dtype
+        shape: tuple[int, ...] = (pages, size, rank + reference.ROPE)
+        dtype = cache.latent.dtype
     else:
         shape, dtype = cache.shape, cache.dtype
     if q.ndim != 4 or len(shape) != 3 or q.shape[3] != shape[2] or q.shape[3] <= reference.ROPE:
