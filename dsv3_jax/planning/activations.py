@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ _PRIME = 1009
 class Kept:
     """Bytes that one block keeps for its backward pass.
 
-    per_token: of a token. per_pair: of a query and key, which only attention written out keeps; a fused kernel has none.
+    per_token: of a token. per_pair: of a query and key, which only attention written out keeps, no fused kernel.
     """
 
     per_token: float
@@ -38,8 +39,9 @@ def kept_by_block(config: ModelConfig, runtime: Runtime, is_moe: bool) -> Kept:
         index = Index(jnp.zeros((1, _PRIME), jnp.int32))
 
         def forward(variables, x):
-            out, (_, stats) = block.apply(variables, x, index, None)
-            return out, (0.0 if stats is None else stats.affinity)
+            result: Any = block.apply(variables, x, index, None)
+            out, (_, stats) = result
+            return out, None if stats is None else stats.affinity
 
         return jax.vjp(forward, block.init(jax.random.key(0), x, index, None), x)[1]
 

@@ -7,7 +7,7 @@ import math
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.planning.hardware import Hardware
-from dsv3_jax.planning.memory import Stage, held, stages
+from dsv3_jax.planning.memory import held, stages
 from dsv3_jax.planning.mesh import AXES, Mesh, TrainingPlan
 
 
@@ -100,13 +100,14 @@ def traffic(plan: TrainingPlan) -> list[Traffic]:
     if m.expert > 1:
         add("expert", "gradients and weights outside the experts", update * plain * ring(m.expert))
         per_copy = 2 * ((1 if plan.precision == "fp8" else 2) + 2) * c.hidden_size  # dispatch and combine, both ways
-        moe = _moe_layers(plan, busiest)
+        moe = _moe_layers(plan)
         seconds = exchange_seconds(sheet, c, m, tokens * moe, per_copy)
         received = tokens * moe * min(c.num_experts_per_tok, m.expert) * ring(m.expert) * per_copy
         add("expert", "tokens to their experts and back", received, seconds, hidden=plan.schedule == "dualpipe")
     return result
 
 
-def _moe_layers(plan: TrainingPlan, stage: Stage) -> int:
-    """Sparse layers of a stage; MTP's counts on a mesh without stages."""
-    return stage.moe + (plan.config.num_nextn_predict_layers if plan.mtp and plan.mesh.stage == 1 else 0)
+def _moe_layers(plan: TrainingPlan) -> int:
+    """Most sparse layers of any stage; MTP's counts on the stage that has it."""
+    extra = plan.config.num_nextn_predict_layers if plan.mtp else 0
+    return max(s.moe + (extra if s.ends else 0) for s in stages(plan))

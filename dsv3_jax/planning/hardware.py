@@ -60,11 +60,10 @@ EFFICIENCY = {
         "taken over for B200",
     ),
     "TPU v5": Efficiency(
-        0.5256, "MaxText trains Mixtral 8x7B on v5p-256 at 52.56% (docs/reference/models/tiering.md); taken over for v5e"
+        0.5256,
+        "MaxText trains Mixtral 8x7B on v5p-256 at 52.56% (its docs/reference/models/tiering.md); also for v5e",
     ),
-    "TPU v6": Efficiency(
-        0.3523, "MaxText trains Mixtral 8x7B on v6e-256 at 35.23% (docs/reference/models/tiering.md); taken over for 7x"
-    ),
+    "TPU v6": Efficiency(0.3523, "MaxText trains Mixtral 8x7B on v6e-256 at 35.23% (the same page); taken over for 7x"),
 }
 """All three are of another model than the ones that are planned or compared here."""
 

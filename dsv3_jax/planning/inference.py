@@ -28,7 +28,8 @@ class Serving:
     `all_reduce` gives every device every token and sums.
     weight, cache: bytes a parameter and a cached number take. expanded_cache: keys and values per head instead of the
     latent. whole_latent: the projections to the latents are on every device of a group. redundant: extra copies of
-    experts of each layer, one more slot on that many devices.
+    experts of each layer, one more slot on that many devices. overlap: prefill alternates two microbatches, one's links
+    behind the other's products.
     """
 
     config: ModelConfig
@@ -41,6 +42,7 @@ class Serving:
     cache: float = 2
     expanded_cache: bool = False
     redundant: int = 0
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         if self.devices < 1 or self.attention_data < 1:
@@ -120,7 +122,9 @@ def decode_step(serving: Serving, batch: int, context: int, efficiency: float | 
     `matmul_rows` rows.
     """
     if batch < 1 or context < 0:
-        raise ConfigError(f"batch {batch}, context {context}: a step needs at least one sequence, and no negative context")
+        raise ConfigError(
+            f"batch {batch}, context {context}: a step needs at least one sequence, and no negative context"
+        )
     c, s, sheet = serving.config, serving, serving.hardware
     e = sheet.efficiency if efficiency is None else efficiency
     local = -(-batch // s.attention_data)  # sequences of a device's group
@@ -206,19 +210,21 @@ def _exchange(serving: Serving, batch: int, local: int) -> tuple[float, float]:
 
 
 def prefill_tokens_per_second(serving: Serving, length: int, efficiency: float | None = None) -> float:
-    """Prompt tokens a second over all devices, in expanded form, of prompts of `length` tokens: bound by matmuls.
+    """Prompt tokens a second over all devices, in expanded form, of prompts of `length` tokens.
 
-    Exchanges are taken to hide behind a second microbatch's compute (report section 3.4.1).
+    Products at their peak, and the links for as many tokens: behind the products with `overlap`, after them without.
     """
     sheet = serving.hardware
     e = sheet.efficiency if efficiency is None else efficiency
     linear = sheet.peak("fp8" if serving.weight <= 1 else "bf16")
-    flops = dataclasses.replace(forward_flops(serving.config, length / 2), head=0.0)  # only a prompt's last token has one
-    return serving.devices * e / matmul_seconds(flops, sheet.peak("bf16"), linear)
+    flops = dataclasses.replace(forward_flops(serving.config, length / 2), head=0.0)  # a prompt needs one row
+    compute = matmul_seconds(flops, sheet.peak("bf16"), linear) / serving.devices
+    links = _exchange(serving, length * serving.devices, length * serving.tensor)[0] / (length * serving.devices)
+    return e / (max(compute, links) if serving.overlap else compute + links)
 
 
 def hops(sheet: Hardware, size: int) -> float:
-    """Hops one after the other in a gather over `size` devices: along each dimension of a torus, one behind a switch."""
+    """Hops in a row when `size` devices gather: along each dimension of a torus, one behind a switch."""
     if not sheet.torus_axes:
         return 1.0 if size <= sheet.domain else 2.0
     return sheet.torus_axes * (size ** (1 / sheet.torus_axes) - 1)
@@ -228,7 +234,7 @@ def hops(sheet: Hardware, size: int) -> float:
 
 
 def weight_bytes(serving: Serving) -> float:
-    """Bytes of weights on the fullest device: experts over all devices, attention over a group, the rest as it falls."""
+    """Bytes of weights on the fullest device: experts over all devices, attention over a group's."""
     c, s = serving.config, serving
     total = 0.0
     for leaf in leaves(c):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.planning.activations import kept_by_block
@@ -34,28 +35,41 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def share(leaf: Leaf, plan: TrainingPlan) -> float:
-    """The part of a leaf that one device holds, before stages: over fsdp and tensor, routed experts over expert too.
+def in_one_piece(leaf: Leaf) -> bool:
+    """Whether `tensor` leaves the leaf whole: MLA's down-projections, norms, gates: every head needs their outputs."""
+    return leaf.is_norm or leaf.path[-1] in ("q_a_proj", "kv_a_proj_with_mqa", "eh_proj") or "gate" in leaf.path
 
-    MLA's down-projections, norms and gates aren't cut over tensor: every head needs all of their outputs.
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Parameters of a part of the model: those that stay whole, those cut over tensor, the routed experts'.
+
+    largest: of the largest one among its arrays, where routed ones count for one device of an expert axis of size 1.
     """
-    m = plan.mesh
-    whole = leaf.is_norm or leaf.path[-1] in ("q_a_proj", "kv_a_proj_with_mqa", "eh_proj") or "gate" in leaf.path
-    cut = (m.fsdp) * (1 if whole else m.tensor) * (m.expert if leaf.is_routed else 1)
-    return 1 / cut
+
+    whole: int
+    cut: int
+    routed: int
+    largest_plain: int
+    largest_routed: int
 
 
 @functools.cache
-def _block_leaves(config: ModelConfig) -> tuple[tuple[Leaf, ...], tuple[Leaf, ...], tuple[Leaf, ...], tuple[Leaf, ...]]:
-    """Leaves of one dense block, of one sparse block, of all MTP modules, and of the rest."""
-    dense, moe, mtp, rest = [], [], [], []
+def _parts(config: ModelConfig) -> dict[str, Sizes]:
+    """Sizes of one dense block, one sparse block, all MTP modules, and the rest (embedding, head, last norm)."""
+    groups: dict[str, list[Leaf]] = {"dense_layers": [], "moe_layers": [], "mtp": [], "rest": []}
     for leaf in leaves(config):
-        if leaf.path[0] in ("dense_layers", "moe_layers"):
-            one = dataclasses.replace(leaf, shape=leaf.shape[1:])
-            (dense if leaf.path[0] == "dense_layers" else moe).append(one)
+        if leaf.path[0] in groups:
+            groups[leaf.path[0]].append(dataclasses.replace(leaf, shape=leaf.shape[1:]))
         else:
-            (mtp if leaf.is_mtp else rest).append(leaf)
-    return tuple(dense), tuple(moe), tuple(mtp), tuple(rest)
+            groups["mtp" if leaf.is_mtp else "rest"].append(leaf)
+    result = {}
+    for name, group in groups.items():
+        routed = [x.size for x in group if x.is_routed]
+        whole = [x.size for x in group if not x.is_routed and in_one_piece(x)]
+        cut = [x.size for x in group if not x.is_routed and not in_one_piece(x)]
+        result[name] = Sizes(sum(whole), sum(cut), sum(routed), max(whole + cut, default=0), max(routed, default=0))
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +91,7 @@ def stages(plan: TrainingPlan) -> list[Stage]:
     total = c.num_hidden_layers + extra
     bounds = [round(i * total / n) for i in range(n + 1)]
     result = []
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in itertools.pairwise(bounds):
         last = min(last, c.num_hidden_layers)
         dense = max(0, min(last, c.num_dense_layers) - first)
         result.append(Stage(dense, max(0, last - first) - dense, last == c.num_hidden_layers))
@@ -86,19 +100,13 @@ def stages(plan: TrainingPlan) -> list[Stage]:
 
 def held(plan: TrainingPlan, stage: Stage) -> tuple[float, float]:
     """Parameters that one device of a stage holds: (not routed, routed)."""
-    dense, moe, mtp, rest = _block_leaves(plan.config)
-    groups = [(dense, stage.dense), (moe, stage.moe)]
-    if stage.ends or plan.mesh.stage == 1:
-        groups += [(rest, 1)] + ([(mtp, 1)] if plan.mtp else [])
-    plain = routed = 0.0
-    for group, times in groups:
-        for leaf in group:
-            size = leaf.size * share(leaf, plan) * times
-            if leaf.is_routed:
-                routed += size
-            else:
-                plain += size
-    return plain, routed
+    m, parts = plan.mesh, _parts(plan.config)
+    held = [(parts["dense_layers"], stage.dense), (parts["moe_layers"], stage.moe)]
+    if stage.ends:
+        held += [(parts["rest"], 1), (parts["mtp"], 1 if plan.mtp else 0)]
+    plain = sum(times * (p.whole + p.cut / m.tensor) for p, times in held)
+    routed = sum(times * p.routed for p, times in held)
+    return plain / m.fsdp, routed / (m.fsdp * m.tensor * m.expert)
 
 
 def memory(plan: TrainingPlan) -> Memory:
@@ -110,10 +118,7 @@ def _stage_memory(plan: TrainingPlan, stage: Stage, index: int) -> Memory:
     m, c = plan.mesh, plan.config
     plain, routed = held(plan, stage)
     copies = 2 if plan.schedule == "dualpipe" and m.stage > 1 else 1
-    if plan.zero1:
-        state = plain / (m.data * m.expert) + routed / m.data
-    else:
-        state = plain + routed
+    state = plain / (m.data * m.expert) + routed / m.data if plan.zero1 else plain + routed
     # Without a copy to compute with, the master copy is what a device computes with.
     weights = plan.weight * (plain + routed) * copies + plan.stored * (state if plan.weight else plain + routed)
     tokens = plan.microbatch_tokens
@@ -161,7 +166,7 @@ def _largest_block(plan: TrainingPlan) -> tuple[float, float]:
 
 def _gathered(plan: TrainingPlan) -> float:
     """The largest weight and the next one, gathered over fsdp in bfloat16."""
-    if plan.mesh.fsdp == 1:
+    m, parts = plan.mesh, _parts(plan.config).values()
+    if m.fsdp == 1:
         return 0.0
-    dense, moe, _, rest = _block_leaves(plan.config)
-    return 2 * 2 * max(leaf.size * share(leaf, plan) for leaf in dense + moe + rest) * plan.mesh.fsdp
+    return 2 * 2 * max(max(p.largest_plain, p.largest_routed / m.expert) for p in parts) / m.tensor

@@ -104,7 +104,9 @@ class TrainingPlan:
     def __post_init__(self) -> None:
         c, m = self.config, self.mesh
         if self.batch < 1 or self.length < 1 or self.microbatch < 1:
-            raise ConfigError(f"batch {self.batch}, length {self.length}, microbatch {self.microbatch}: all must be >= 1")
+            raise ConfigError(
+                f"batch {self.batch}, length {self.length}, microbatch {self.microbatch}: all must be >= 1"
+            )
         if self.length > c.max_position_embeddings:
             raise ConfigError(f"length {self.length} exceeds max_position_embeddings ({c.max_position_embeddings})")
         if self.batch % (m.replicas * self.microbatch):
@@ -123,7 +125,7 @@ class TrainingPlan:
 
 
 def meshes(plan: TrainingPlan, devices: int) -> Iterator[TrainingPlan]:
-    """Every way to lay `plan` out on `devices` that its sizes allow: tensor within a node or 8, no context below 16K."""
+    """Every way to lay `plan` out on `devices` that its sizes allow: tensor up to 8, no context below 16K tokens."""
     c, sheet = plan.config, plan.hardware
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]
     small = lambda limit: [d for d in divisors if d <= limit]

@@ -57,6 +57,8 @@ class PlanArgs:
     aot: str | None = None
     """Compile the real training step for a TPU topology that needn't be there, as v5p:8x16x16, and report the
     compiler's memory and FLOPs."""
+    validate: bool = False
+    """Print predictions beside published measurements instead, as a markdown table."""
     top: int = 5
     """How many meshes to show."""
     json: bool = False
@@ -77,6 +79,12 @@ class PlanArgs:
 
 def plan_command(args: PlanArgs) -> None:
     """Prints the plan as tables, or with `args.json` as one object."""
+    if args.validate:
+        from dsv3_jax.planning import published
+
+        rows = [dataclasses.asdict(row) | {"ratio": row.ratio} for row in published.compare()]
+        print(jsonlib.dumps(rows, indent=2) if args.json else published.markdown())
+        return
     config = ModelConfig.preset(args.preset) if args.config is None else ModelConfig.from_hf(args.config)
     if args.aot is not None:
         from dsv3_jax.planning.aot import aot_plan
@@ -188,8 +196,8 @@ def serving_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
 
     sheet = hardware(args.hardware)
     weight = 1 if args.precision == "fp8" else 2
-    groups = [args.attention_data] if args.attention_data else [d for d in range(1, args.devices + 1)]
-    rows = []
+    groups = [args.attention_data] if args.attention_data else list(range(1, args.devices + 1))
+    rows: list[dict[str, Any]] = []
     for group in groups:
         try:
             serving = Serving(config, sheet, args.devices, group, weight=weight)
@@ -209,7 +217,9 @@ def serving_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
             }
         )
     if not rows:
-        raise ConfigError(f"{args.devices} devices can't split {config.num_attention_heads} heads evenly in any grouping")
+        raise ConfigError(
+            f"{args.devices} devices can't split {config.num_attention_heads} heads evenly in any grouping"
+        )
     rows.sort(key=lambda r: (r["largest_batch"] < args.batch, r["decode"][-1]["step_seconds"]))
     return {
         "kind": "serving",

@@ -42,7 +42,7 @@ def _training(console: Console, result: dict[str, Any]) -> None:
         "mesh",
         "GiB",
         "s a step",
-        "tokens/s/device",
+        "tok/s/dev",
         "MFU",
         "days",
     )
@@ -100,10 +100,12 @@ def _serving(console: Console, result: dict[str, Any]) -> None:
     sheet, best = result["hardware"], result["plans"][0]
     console.print(
         f"{result['model']} on {result['devices']:,} x {sheet['title']}: decoding {result['batch']:,} sequences of "
-        f"{result['length']:,} cached tokens, {result['precision']} weights; at {sheet['efficiency']:.1%} of printed rates\n"
+        f"{result['length']:,} cached tokens, {result['precision']} weights, at {sheet['efficiency']:.1%} of rates\n"
     )
-    sweep = _table("groups of devices that serve different sequences", "groups x devices", "weights GiB", "largest batch")
-    for column in ("ms a step", "tokens/s/device"):
+    sweep = _table(
+        "groups of devices that serve different sequences", "groups x devices", "weights GiB", "largest batch"
+    )
+    for column in ("ms a step", "tok/s/dev"):
         sweep.add_column(column, justify="right")
     for row in result["plans"]:
         last = row["decode"][-1]
@@ -115,15 +117,15 @@ def _serving(console: Console, result: dict[str, Any]) -> None:
             f"{last['tokens_per_device_second']:,.1f}",
         )
     console.print(sweep)
-    title = f"by batch, {best['attention_data']} x {best['tensor']}; prefill {best['prefill_tokens_per_second']:,.0f} tokens/s"
+    layout, prefill = f"{best['attention_data']} x {best['tensor']}", best["prefill_tokens_per_second"]
+    title = f"by batch, {layout}; prefill at most {prefill:,.0f} tokens/s"
     parts = list(best["decode"][0]["seconds"])
-    table = _table(title, "batch", "ms a step", *parts, "tokens/s", "tokens/s/device")
+    table = _table(title, "batch", "ms a step", *parts, "tok/s/dev")
     for row in best["decode"]:
         table.add_row(
             f"{row['batch']:,}",
             f"{row['step_seconds'] * 1e3:.1f}",
             *(f"{row['seconds'][p] * 1e3:.1f}" for p in parts),
-            f"{row['tokens_per_second']:,.0f}",
             f"{row['tokens_per_device_second']:,.1f}",
         )
     console.print(table)
