@@ -37,7 +37,8 @@ def compile_for_tpu(generation: str, function, *args):
 
 
 def vmem_bytes(compiled) -> int:
-    """What the greediest kernel of a compiled program takes of the vector memory (memory space 1)."""
-    configs = re.findall(r'used_scoped_memory_configs":\[(.*?)\]', compiled.as_text())
-    sizes = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', " ".join(configs))
+    """What the greediest Pallas kernel of a compiled program takes of the vector memory (memory space 1)."""
+    kernels = [line for line in compiled.as_text().splitlines() if "tpu_custom_call" in line]
+    used = re.findall(r'"used_scoped_memory_configs":\[(.*?)\]', " ".join(kernels))
+    sizes = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', " ".join(used))
     return max(map(int, sizes), default=0)
