@@ -139,14 +139,15 @@ def one_size(gigabytes: float, args: Args) -> dict[str, Any]:
 
 
 def report(results: dict[str, dict[str, Any]], args: Args) -> str:
+    start = max(r["start_seconds"] for r in results.values())
     machine = f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()}"
     lines = [
         "# Conversion: memory and speed",
         "",
         f"Made by `python experiments/bench_convert.py` on {machine}, {args.workers} workers. Random FP8",
         "checkpoints with DeepSeek-V3's matrix sizes. A step's time runs from the start of its process until",
-        "everything is on the disk; its files start out of the cache. The copy's speed is compared with the time after Python and",
-        f"JAX were imported, which takes {max(r['start_seconds'] for r in results.values()):.1f} s here.",
+        "everything is on the disk; its files start out of the cache. The copy's speed is compared with the time",
+        f"after Python and JAX were imported, which takes {start:.1f} s here.",
         "Memory is the process's peak resident set.",
         f"Each step ran {args.repeats} times in turn with the others: the shortest time and the largest memory.",
         "",

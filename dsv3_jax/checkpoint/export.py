@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +73,19 @@ def export_hf(
     entries = {e.name: e for file in files.values() for e in file}
     identity = {"store": str(store.directory.resolve()), "manifest": _digest(store), "dtype": dtype}
     with open_workspace(target, identity, sum(e.nbytes for e in entries.values())) as workspace:
-        handles = {file: _create(workspace.directory / file, content) for file, content in files.items()}
+        with contextlib.ExitStack() as stack:
+            handles = {file: stack.enter_context(_opened(workspace.directory / file)) for file in files}
+            for file, content in files.items():
+                _write_header(handles[file], content)
 
-        def work(unit: Unit) -> None:
-            for name in unit.what:
-                _write_tensor(store, entries, name, block, handles)
+            def work(unit: Unit) -> None:
+                for name in unit.what:
+                    _write_tensor(store, entries, name, block, handles)
 
-        try:
             title = f"exporting {store.directory.name}"
             run_units(workspace, _units(entries), work, title=title, workers=workers, console=console)
             for handle in handles.values():
                 os.fsync(handle)
-        finally:
-            for handle in handles.values():
-                os.close(handle)
         _describe(store, workspace.directory, entries, dtype, block)
         if verify:
             verify_files(store, HFCheckpoint(workspace.directory), workers=workers, console=console)
@@ -158,13 +159,19 @@ def _header(entries: list[_Entry], start: int = 0) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _create(path: Path, entries: list[_Entry]) -> int:
-    """Opens a file at its full size, its header written: a disk without room for it says so now."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    start = min(e.offset for e in entries)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _write_header(handle: int, entries: list[_Entry]) -> None:
+    """Gives a file its full size and its header: a disk without room for it says so now."""
     os.posix_fallocate(handle, 0, max(e.offset + e.nbytes for e in entries))
-    _write(handle, _header(entries, start), 0)
-    return handle
+    _write(handle, _header(entries, min(e.offset for e in entries)), 0)
 
 
 def _units(entries: dict[str, _Entry]) -> list[Unit]:

@@ -68,6 +68,9 @@ class TensorFiles:
         self._maps: dict[Path, mmap.mmap] = {}
         self._lock = threading.Lock()
         listed = _list(directory)
+        for name, file in (listed or {}).items():
+            if not (directory / file).exists():
+                raise FileNotFoundError(f"{directory / file} doesn't exist, where {INDEX} puts {name}: fetch it again")
         self.tensors: dict[str, TensorInfo] = {}
         for file in dict.fromkeys(listed.values()) if listed else [SINGLE]:
             for name, info in read_header(directory / file, headers_only=headers_only).items():

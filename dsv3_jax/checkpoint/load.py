@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsv3_jax.checkpoint import runs
 from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.layout import Region
 from dsv3_jax.checkpoint.names import Leaf
@@ -27,8 +28,8 @@ def load_pretrained(
     """The model of a checkpoint, and its variables `{"params": ..., "router": ...}`.
 
     Args:
-      path: a directory in Hugging Face's layout (config.json and safetensors files, FP8 blocks included), or a
-        converted one (`dsv3_jax.checkpoint.convert`).
+      path: a directory in Hugging Face's layout (config.json and safetensors files, FP8 blocks included), a
+        converted one (`dsv3_jax.checkpoint.convert`), or that of a training run, whose newest checkpoint is taken.
       dtype: of the parameters, "float32" or "bfloat16"; by default the runtime's, else float32, which holds every
         number that a file can store, FP8 to one rounding. The router's bias is float32 always.
       runtime: how the model computes; by default in the dtype of its parameters.
@@ -41,8 +42,11 @@ def load_pretrained(
         runtime = Runtime(dtype=dtype or "float32", param_dtype=dtype or "float32")  # type: ignore[arg-type]
     elif dtype is not None:
         runtime = dataclasses.replace(runtime, param_dtype=dtype)  # type: ignore[arg-type]
+    if (Path(path) / runs.CHECKPOINTS).is_dir():
+        config, variables = runs.read_run(Path(path), runtime, mesh)
+        return DeepSeekV3(config, runtime), variables
     source = open_checkpoint(Path(path))
-    variables: dict[str, Any] = {}
+    variables = {}
     for leaf in source.leaves.values():
         target = np.dtype(np.float32 if leaf.kind.float32 else runtime.param_dtype)
         _put(variables, leaf, _array(source, leaf, target, mesh))
