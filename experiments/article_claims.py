@@ -271,7 +271,7 @@ def figure_price(wide: bool) -> plt.Figure:
         ax.plot([100 * s for s in shares], [h * price / 1e6 for h in hours], color=color, label=f"${price} an hour")
     ax.plot(100 * n["mfu_bf16"], n["dollars pre-training"] / 1e6, "o", color="black", markersize=7)
     ax.annotate(
-        f"the article: $5.32M, so {n['mfu_bf16']:.1%} at $2",
+        f"the article: \\$5.32M, so {n['mfu_bf16']:.1%} at \\$2",
         (100 * n["mfu_bf16"], n["dollars pre-training"] / 1e6),
         xytext=(6, 7),
         textcoords="offset points",
@@ -373,8 +373,8 @@ def render(found: list[Claim], images: dict[str, tuple[bytes, bytes]], n: dict[s
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>The DeepSeek Disruption, checked</title><style>{_STYLE}</style></head><body>
 <h1>"The DeepSeek Disruption", checked</h1>
-<p>{len(found)} claims: {many[HOLDS]} hold, {many[CONDITION]} hold with a condition, {many[FAILS]} don't.
-The numbers come from the model's own parameters, from hardware sheets, and from the hours that the technical report prints.</p>
+<p>{len(found)} claims: {many[HOLDS]} hold, {many[CONDITION]} hold with a condition, {many[FAILS]} don't. The numbers
+come from the model's own parameters, from hardware sheets, and from the hours that the technical report prints.</p>
 <table><thead><tr><th>The article</th><th>Verdict</th><th>What follows</th></tr></thead><tbody>{rows}</tbody></table>
 <h2>Figures</h2>{figures}
 <h2>The rate behind the price</h2>
