@@ -3,6 +3,8 @@ PYTHON ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
+# TPU kernels are compiled in the tests, without a TPU. Apart from the other packages, so that jax doesn't look for one.
+LIBTPU := $(VENV)/tpu/libtpu/libtpu.so
 # Lets the C library keep and reuse large blocks in huge pages; without it a CPU step spends a third of its time on page faults.
 MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184
 
@@ -27,11 +29,15 @@ train: setup
 	@start=$$(date +%s); $(MEMORY) $(RUN) -m dsv3_jax train $(ARGS); status=$$?; \
 	echo "training took $$(( $$(date +%s) - start )) s"; exit $$status
 
-test: setup lint
-	$(RUN) -m pytest $(ARGS)
+test: setup lint $(LIBTPU)
+	TPU_LIBRARY_PATH=$(LIBTPU) $(RUN) -m pytest -n 2 $(ARGS)
 
-test-slow: setup
-	$(RUN) -m pytest -m slow $(ARGS)
+test-slow: setup $(LIBTPU)
+	TPU_LIBRARY_PATH=$(LIBTPU) $(RUN) -m pytest -m slow $(ARGS)
+
+$(LIBTPU): $(STAMP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tpu libtpu==0.0.52
+	touch $@
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -1,4 +1,4 @@
-"""The command line: `python -m dsv3_jax {train,generate,info}`. A command's heavy imports happen when it is chosen."""
+"""The command line: `python -m dsv3_jax COMMAND`. A command's heavy imports happen when it is chosen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INTERRUPTED = 130
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Exits with 0, with 2 after one clear line about what was wrong, or 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": _train, "generate": _generate, "info": _info}
+    commands = {"train": _train, "generate": _generate, "convert": _convert, "info": _info, "plan": _plan}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         sys.exit(0 if arguments else 2)
@@ -40,7 +40,9 @@ usage: python -m dsv3_jax COMMAND [OPTIONS]
 
   train      train a model: a small one on this machine's CPU by default
   generate   continue a text with a trained or converted model
+  convert    a Hugging Face checkpoint to orbax, or back, without loss
   info       parameters and cache of a configuration, counted on the model itself
+  plan       memory, time and cost of training or serving a configuration
 
 python -m dsv3_jax COMMAND --help lists a command's options."""
 
@@ -148,3 +150,18 @@ def _info(arguments: list[str]) -> None:
     from dsv3_jax.planning.info import InfoArgs, info_command
 
     info_command(_parse(InfoArgs, "info", arguments))
+
+
+# convert and plan ----------------------------------------------------------------------------------------
+
+
+def _convert(arguments: list[str]) -> None:
+    from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
+
+    convert_command(_parse(ConvertArgs, "convert", arguments))
+
+
+def _plan(arguments: list[str]) -> None:
+    from dsv3_jax.planning.plan import PlanArgs, plan_command
+
+    plan_command(_parse(PlanArgs, "plan", arguments))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -176,6 +177,19 @@ class ModelConfig:
             "attention_bias": False,
             "tie_word_embeddings": False,
         }
+
+
+def build_dataclass(kind: Any, values: Mapping[str, Any]) -> Any:
+    """What `dataclasses.asdict` took apart, put together again: fields that are dataclasses, or one or None, nest.
+
+    Raises KeyError or TypeError if `values` doesn't fit, and whatever the dataclass itself refuses.
+    """
+    built = dict(values)
+    for name, hint in typing.get_type_hints(kind).items():
+        nested = [t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
+        if nested and isinstance(built.get(name), Mapping):
+            built[name] = build_dataclass(nested[0], built[name])
+    return kind(**built)
 
 
 # What a config.json may hold besides the fields of ModelConfig -------------------------------------------

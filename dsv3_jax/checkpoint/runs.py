@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from dsv3_jax.checkpoint.hf import CheckpointError
+from dsv3_jax.checkpoint.files import CheckpointError
 from dsv3_jax.config import ModelConfig, Runtime, build_dataclass
 from dsv3_jax.model.transformer import DeepSeekV3
 

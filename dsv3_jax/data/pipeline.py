@@ -79,9 +79,7 @@ class TrainIterator(grain.DatasetIterator):
         """The next `batch_size` sequences, counted over all shards; of them this shard's part."""
         part, rest = divmod(batch_size, self._shard_count)
         if part < 1 or rest:
-            raise ConfigError(
-                f"batch_size is {batch_size}: it must be a multiple of the {self._shard_count} shards"
-            )
+            raise ConfigError(f"batch_size is {batch_size}: it must be a multiple of the {self._shard_count} shards")
         begin = self._next_sequence + self._shard_index * part
         batch = _stack([self._sequences[i] for i in range(begin, begin + part)])
         self._next_sequence += batch_size

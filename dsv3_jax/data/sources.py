@@ -112,9 +112,7 @@ def _files(source: Path, text_field: str) -> Iterator[str]:
 def _find(root: Path, suffixes: Sequence[str]) -> list[Path]:
     found = ((path.relative_to(root).as_posix(), path) for path in root.rglob("*"))
     hidden = lambda name: any(part.startswith(".") for part in name.split("/"))
-    kept = [
-        (name, p) for name, p in found if p.suffix.lower() in suffixes and not hidden(name) and p.is_file()
-    ]
+    kept = [(name, p) for name, p in found if p.suffix.lower() in suffixes and not hidden(name) and p.is_file()]
     return [path for _, path in sorted(kept)]
 
 
@@ -136,9 +134,7 @@ def _jsonl(path: Path, text_field: str) -> Iterator[str]:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}, line {number} is not JSON: {error}") from None
         except (KeyError, TypeError, IndexError):
-            raise ConfigError(
-                f"{path}, line {number} has no field {text_field!r}: set data.text_field"
-            ) from None
+            raise ConfigError(f"{path}, line {number} has no field {text_field!r}: set data.text_field") from None
         if not isinstance(text, str):
             raise ConfigError(f"{path}, line {number}: field {text_field!r} is {text!r:.40}, not text")
         yield text

@@ -113,9 +113,7 @@ class HuggingFaceTokenizer:
         if kind in declared:
             found = self._tokenizer.token_to_id(declared[kind])
             if found is None:
-                raise ConfigError(
-                    f"{kind}_token {declared[kind]!r} of tokenizer_config.json is not in {path}"
-                )
+                raise ConfigError(f"{kind}_token {declared[kind]!r} of tokenizer_config.json is not in {path}")
             return found
         return next((i for name in usual if (i := self._tokenizer.token_to_id(name)) is not None), None)
 

@@ -9,11 +9,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from dsv3_jax.checkpoint.files import CheckpointError
 from dsv3_jax.training.step import TrainState
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint couldn't be written or read: the message says which, why, and what is still there."""
 
 
 class Checkpoints:

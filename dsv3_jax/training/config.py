@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Runtime, Yarn
+from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Runtime, build_dataclass
 from dsv3_jax.data import DataConfig
 from dsv3_jax.training.optimizer import OptimizerConfig
 from dsv3_jax.training.schedule import ScheduleConfig
@@ -122,7 +121,7 @@ class TrainConfig:
     def from_json(cls, path: Path) -> TrainConfig:
         """Reads what `to_json` wrote. Raises ConfigError if the file is no such thing."""
         try:
-            return _build(cls, json.loads(path.read_text()))
+            return build_dataclass(cls, json.loads(path.read_text()))
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ConfigError(f"{path} is not the config of a training run: {error}") from None
 
@@ -151,15 +150,6 @@ class TrainArgs:
     """The run's directory; runs/PRESET by default."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint."""
-
-
-def _build(kind: Any, values: dict[str, Any]) -> Any:
-    """A dataclass from nested dictionaries."""
-    hints = typing.get_type_hints(kind)
-    nested = {n: t for n, t in hints.items() if dataclasses.is_dataclass(t)} | (
-        {"rope_scaling": Yarn} if "rope_scaling" in hints else {}
-    )
-    return kind(**{k: _build(nested[k], v) if k in nested and v is not None else v for k, v in values.items()})
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ TILE = 128
 
 
 def _tiles(group_sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Each tile's group, first row and end of valid rows, (rows // TILE + G,) int32 each, and how many tiles there are."""
+    """Each tile's group, first row and end of valid rows, (rows // TILE + G,) int32 each; and how many tiles."""
     groups = group_sizes.shape[0]
     ends = jnp.cumsum(group_sizes)
     counts = (group_sizes + TILE - 1) // TILE

@@ -69,9 +69,7 @@ def test_resume_anywhere_equals_straight_run(config, data):
 @settings(deadline=None, max_examples=25)
 def test_shards_together_are_the_global_batch(config, sizes, shards):
     whole = train_iterator(config, TOKENIZER, 1)
-    parts = [
-        train_iterator(config, TOKENIZER, shards, shard_index=i, shard_count=shards) for i in range(shards)
-    ]
+    parts = [train_iterator(config, TOKENIZER, shards, shard_index=i, shard_count=shards) for i in range(shards)]
     for size in sizes:
         batches = [part.next_batch(size * shards) for part in parts]
         assert_same(concatenate(batches), whole.next_batch(size * shards))

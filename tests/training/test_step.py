@@ -81,7 +81,7 @@ def test_a_step_moves_every_layers_bias_by_the_sign_of_its_load():
 def test_balancing_evens_a_skewed_router():
     """From a bias that sends all to one group, updates by load alone bring the load back."""
     state, step = setup()
-    skew = jax.tree.map(lambda b: b + jnp.array([0.3, 0.3, 0.0, 0.0]), state.router)
+    skew = jax.tree.map(lambda b: b + jnp.array([1.0, 1.0, 0.0, 0.0]), state.router)
     state = state.replace(router=skew)
     first = last = None
     for i in range(60):

@@ -1,0 +1,86 @@
+"""Generation against recomputing everything at each token, and sampling against the distribution it should have."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax import DeepSeekV3
+from dsv3_jax.config import ConfigError
+from dsv3_jax.inference.generate import generate, stream
+from dsv3_jax.inference.sampling import Sampling, sample
+from tests.training.test_losses import SMALL
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = DeepSeekV3(SMALL)
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
+def test_greedy_generation_equals_full_passes_for_prompts_of_any_length(model):
+    model, variables = model
+    prompts = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
+    expected = []
+    apply = jax.jit(model.apply)
+    for prompt in prompts:
+        row = list(prompt)
+        for _ in range(6):
+            # A fixed width, so that one program serves: what follows a token can't change its logits.
+            logits = apply(variables, jnp.array([row + [0] * (12 - len(row))]))
+            row.append(int(logits[0, len(row) - 1].argmax()))
+        expected.append(row[len(prompt) :])
+    assert generate(model, variables, prompts, 6).tolist() == expected
+
+
+def test_draws_depend_on_the_key_alone(model):
+    model, variables = model
+    draw = lambda seed: generate(model, variables, [[1, 2]], 8, sampling=Sampling(), key=jax.random.key(seed)).tolist()
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "how", "named"),
+    [
+        ([[]], 3, {}, "empty"),
+        ([[1], [17]], 3, {}, "token id 17 is outside the vocabulary"),
+        ([[1, 2]], 0, {}, "max_new_tokens is 0"),
+        ([[1, 2]], 3, {"cache_length": 4}, "exceed the cache's 4 tokens"),
+        ([[1, 2]], 5000, {}, "max_position_embeddings"),
+        ([[1, 2]], 3, {"sampling": Sampling()}, "needs a key"),
+    ],
+)
+def test_bad_requests_are_named(model, prompts, new, how, named):
+    with pytest.raises(ValueError, match=named):
+        next(iter(stream(*model, prompts, new, **how)))
+
+
+PROBABILITIES = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
+
+
+def frequencies(sampling):
+    logits = jnp.broadcast_to(jnp.log(PROBABILITIES), (20000, 5))
+    return np.bincount(sample(logits, sampling, jax.random.key(0)), minlength=5) / 20000
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(), PROBABILITIES),
+        (Sampling(temperature=0.5), PROBABILITIES**2 / np.sum(PROBABILITIES**2)),
+        (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0, 0]),
+        (Sampling(top_p=0.8), np.array([0.5, 0.25, 0.15, 0, 0]) / 0.9),  # the fewest that reach 0.8
+        (Sampling(top_p=0.5), [1, 0, 0, 0, 0]),
+        (Sampling(temperature=0), [1, 0, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_sampling_has_the_distribution(sampling, expected):
+    np.testing.assert_allclose(frequencies(sampling), expected, atol=0.015)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}])
+def test_impossible_sampling_is_named(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        Sampling(**bad)
