@@ -22,7 +22,7 @@ from dsv3_jax.checkpoint import names
 from dsv3_jax.checkpoint.export import export_hf
 from dsv3_jax.checkpoint.files import INDEX, CheckpointError
 from dsv3_jax.checkpoint.hf import HFCheckpoint, converted_fields
-from dsv3_jax.checkpoint.jobs import Unit, check_target, open_workspace, run_units
+from dsv3_jax.checkpoint.jobs import Unit, check_target, keep_freed_memory, open_workspace, run_units
 from dsv3_jax.checkpoint.layout import FP8, Region, from_file_axes, quantise_matrix, region_shape, tensor_box
 from dsv3_jax.checkpoint.names import SCALE, Leaf
 from dsv3_jax.checkpoint.store import (
@@ -77,6 +77,7 @@ def convert_command(args: ConvertArgs, console: Console | None = None) -> None:
         raise CheckpointError(f"workers is {args.workers}: it must be at least 1")
     if args.dst is None and not args.dry_run:
         raise CheckpointError("there is no destination: give one after the source, or --dry-run")
+    keep_freed_memory()
     source = _local(args.src)
     if (source / MANIFEST).exists():
         if args.layers is not None or not args.mtp or args.dry_run:

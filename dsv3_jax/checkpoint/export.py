@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +74,18 @@ def export_hf(
     identity = {"store": str(store.directory.resolve()), "manifest": _digest(store), "dtype": dtype}
     with open_workspace(target, identity, sum(e.nbytes for e in entries.values())) as workspace:
         with contextlib.ExitStack() as stack:
-            handles = {file: stack.enter_context(_opened(workspace.directory / file)) for file in files}
+            out = {f: stack.enter_context(contextlib.closing(_OutFile(workspace.directory / f))) for f in files}
             for file, content in files.items():
-                _write_header(handles[file], content)
+                out[file].start(content)
 
             def work(unit: Unit) -> None:
                 for name in unit.what:
-                    _write_tensor(store, entries, name, block, handles)
+                    _write_tensor(store, entries, name, block, out)
 
             title = f"exporting {store.directory.name}"
             run_units(workspace, _units(entries), work, title=title, workers=workers, console=console)
-            for handle in handles.values():
-                os.fsync(handle)
+            for opened in out.values():
+                opened.sync()
         _describe(store, workspace.directory, entries, dtype, block)
         if verify:
             verify_files(store, HFCheckpoint(workspace.directory), workers=workers, console=console)
@@ -159,19 +159,33 @@ def _header(entries: list[_Entry], start: int = 0) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
+class _OutFile:
+    """A file of the new checkpoint, written at any place, by one thread at a time: they would spin on its lock."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle, self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), threading.Lock()
+
+    def start(self, entries: list[_Entry]) -> None:
+        """Gives the file its full size and its header: a disk without room for it says so now."""
+        os.posix_fallocate(self._handle, 0, max(e.offset + e.nbytes for e in entries))
+        self.write(_header(entries, min(e.offset for e in entries)), 0)
+
+    def write(self, data: bytes | np.ndarray, offset: int) -> None:
+        view = memoryview(data if isinstance(data, bytes) else _bytes(data))
+        while view:
+            with self._lock:
+                written = os.pwrite(self._handle, view, offset)
+            view, offset = view[written:], offset + written
+
+    def sync(self) -> None:
+        os.fsync(self._handle)
+
+    def close(self) -> None:
+        os.close(self._handle)
 
 
-def _write_header(handle: int, entries: list[_Entry]) -> None:
-    """Gives a file its full size and its header: a disk without room for it says so now."""
-    os.posix_fallocate(handle, 0, max(e.offset + e.nbytes for e in entries))
-    _write(handle, _header(entries, min(e.offset for e in entries)), 0)
+def _bytes(data: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
 
 
 def _units(entries: dict[str, _Entry]) -> list[Unit]:
@@ -190,27 +204,27 @@ def _units(entries: dict[str, _Entry]) -> list[Unit]:
 
 
 def _write_tensor(
-    store: Store, entries: dict[str, _Entry], name: str, block: tuple[int, int] | None, handles: dict[str, int]
+    store: Store, entries: dict[str, _Entry], name: str, block: tuple[int, int] | None, out: dict[str, _OutFile]
 ) -> None:
     entry = entries[name]
     dtype = DTYPES[entry.dtype]
     if dtype == FP8 and not store.is_fp8(name):
         assert block is not None
         values, scales = quantise_matrix(store.matrix(name), block)
-        _write(handles[entry.file], values, entry.offset)
-        _write(handles[entries[name + SCALE].file], scales, entries[name + SCALE].offset)
+        out[entry.file].write(values, entry.offset)
+        out[entries[name + SCALE].file].write(scales, entries[name + SCALE].offset)
         return
     digest, offset = xxhash.xxh3_128(), entry.offset
     for rows in store.bands(name):
-        data = np.ascontiguousarray(store.matrix(name, rows, dtype)).reshape(-1).view(np.uint8)
+        data = _bytes(store.matrix(name, rows, dtype))
         digest.update(data)
-        _write(handles[entry.file], data, offset)
+        out[entry.file].write(data, offset)
         offset += data.nbytes
     _check_hash(store, name, entry.dtype, digest.hexdigest())
     if dtype == FP8:
-        grid, scale = np.ascontiguousarray(store.scales(name)), entries[name + SCALE]
-        _write(handles[scale.file], grid, scale.offset)
-        _check_hash(store, scale.name, scale.dtype, xxhash.xxh3_128_hexdigest(grid.reshape(-1).view(np.uint8)))
+        grid, scale = _bytes(store.scales(name)), entries[name + SCALE]
+        out[scale.file].write(grid, scale.offset)
+        _check_hash(store, scale.name, scale.dtype, xxhash.xxh3_128_hexdigest(grid))
 
 
 def _check_hash(store: Store, name: str, dtype: str, digest: str) -> None:
@@ -218,13 +232,6 @@ def _check_hash(store: Store, name: str, dtype: str, digest: str) -> None:
     kept, expected = store.manifest["tensors"].get(name, (None, None))
     if store.manifest["dtype"] == "keep" and kept == dtype and expected != digest:
         raise CheckpointError(f"{name} in {store.directory} isn't what {MANIFEST} says: the checkpoint is damaged")
-
-
-def _write(handle: int, data: bytes | np.ndarray, offset: int) -> None:
-    view = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8))
-    while view:
-        written = os.pwrite(handle, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def _digest(store: Store) -> str:

@@ -7,6 +7,7 @@ same work again skips these. Only a complete result gets the name DST, in one re
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -157,6 +158,18 @@ def in_parallel(do: Callable[[Any], Any], items: Iterable[Any], workers: int) ->
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep and reuse large blocks: to fault them in again costs more than copying.
+
+    For a process of its own, as the command line's; does nothing where the library has no such switch.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1  # numbers of malloc.h
+        mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+        mallopt(trim_threshold, 512 << 20)
 
 
 def show_progress(console: Console | None) -> Progress:

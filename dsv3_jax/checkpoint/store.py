@@ -242,7 +242,9 @@ class Store:
 
     def _read(self, leaf: Leaf, region: Region, dtype: np.dtype | None) -> np.ndarray:
         """A box of a leaf as a stack of tensors, (*stack, *out, *in)."""
-        stored = self._arrays[leaf.path][region].transpose(file_axes(leaf)).read().result()
+        view = self._arrays[leaf.path][region].transpose(file_axes(leaf))
+        stored = np.empty(view.shape, view.dtype.numpy_dtype)
+        ts.array(stored).write(view).result()  # NumPy's memory comes in huge pages, that of `read` in small ones
         dtype = dtype or stored.dtype
         if stored.dtype == dtype:
             return stored

@@ -119,9 +119,10 @@ def test_layers_are_chosen_by_number_and_not_by_prefix(headers):
 
 
 @pytest.mark.parametrize("text", ["", "1-", "a", "99", "61", "5-3"])
-def test_layers_that_cannot_be(headers, text):
+def test_layers_that_cannot_be(text, tmp_path):
+    write_random_checkpoint(tmp_path / "tiny", ModelConfig.preset("tiny"), headers_only=True)
     with pytest.raises(ValueError, match="layers"):
-        HFCheckpoint(headers, headers_only=True, layers=text)
+        HFCheckpoint(tmp_path / "tiny", headers_only=True, layers=text)
 
 
 def test_kv_b_is_split_within_each_head():
