@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,8 +22,22 @@ from dsv3_jax.planning.parameters import Leaf, activated, leaves
 # Counting a program ----------------------------------------------------------------------------------------
 
 
-def count_flops(function: Callable[..., Any], *arguments: Any, repeat_loops: bool = True) -> int:
-    """FLOPs of the matrix products in `function(*arguments)`, found by tracing it; nothing is computed.
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product of a program, and how often it runs.
+
+    kind: "linear"; "attention", whose operands share batch axes; or "grouped", rows by expert.
+    bytes: of both operands and the result.
+    """
+
+    kind: str
+    flops: int
+    bytes: int
+    times: int
+
+
+def products(function: Callable[..., Any], *arguments: Any, repeat_loops: bool = True) -> list[Product]:
+    """Every matrix product in `function(*arguments)`, found by tracing it; nothing is computed.
 
     Args:
       arguments: arrays or `jax.ShapeDtypeStruct`s.
@@ -32,25 +46,37 @@ def count_flops(function: Callable[..., Any], *arguments: Any, repeat_loops: boo
     Raises:
       ConfigError: the program has a matrix product in a `while` loop, whose trips a trace doesn't know.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr, repeat_loops)
+    return list(_products(jax.make_jaxpr(function)(*arguments).jaxpr, 1, repeat_loops))
 
 
-def _count(jaxpr: Any, repeat: bool) -> int:
-    total = 0
+def count_flops(function: Callable[..., Any], *arguments: Any, repeat_loops: bool = True) -> int:
+    """FLOPs of all `products`."""
+    return sum(p.flops * p.times for p in products(function, *arguments, repeat_loops=repeat_loops))
+
+
+def _products(jaxpr: Any, times: int, repeat: bool) -> Iterator[Product]:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name == "dot_general":
-            total += _dot_flops(eqn)
+            batched = bool(eqn.params["dimension_numbers"][1][0])
+            yield Product("attention" if batched else "linear", _dot_flops(eqn), _bytes(eqn), times)
         elif name in ("ragged_dot", "ragged_dot_general"):
-            total += _ragged_dot_flops(eqn)
+            yield Product("grouped", _ragged_dot_flops(eqn), _bytes(eqn), times)
         elif name == "cond":
-            total += max(_count(branch.jaxpr, repeat) for branch in eqn.params["branches"])
+            branches = [list(_products(b.jaxpr, times, repeat)) for b in eqn.params["branches"]]
+            yield from max(branches, key=lambda found: sum(p.flops for p in found))
         else:
-            inner = sum(_count(j, repeat) for j in jaxprs_in_params(eqn.params))
-            if name == "while" and inner and repeat:
-                raise ConfigError("can't count a while loop of matrix products: a trace doesn't know its trips")
-            total += inner * (eqn.params["length"] if name == "scan" and repeat else 1)
-    return total
+            trips = eqn.params["length"] if name == "scan" and repeat else 1
+            for inner in jaxprs_in_params(eqn.params):
+                for product in _products(inner, times * trips, repeat):
+                    if name == "while" and repeat:
+                        raise ConfigError("can't count matrix products in a while loop: a trace doesn't know its trips")
+                    yield product
+
+
+def _bytes(eqn: Any) -> int:
+    arrays = [*eqn.invars[:2], *eqn.outvars]
+    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in arrays)
 
 
 def _dot_flops(eqn: Any) -> int:

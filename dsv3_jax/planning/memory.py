@@ -11,9 +11,6 @@ from dsv3_jax.planning.activations import kept_by_block
 from dsv3_jax.planning.mesh import TrainingPlan
 from dsv3_jax.planning.parameters import Leaf, leaves
 
-_LOGITS_COPIES = 2
-"""Float32 arrays as large as the logits that are alive together: the logits and their gradient."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -130,7 +127,9 @@ def _stage_memory(plan: TrainingPlan, stage: Stage, index: int) -> Memory:
     working, working_pairs = _largest_block(plan)
     if plan.remat == "none":
         working = working_pairs = 0.0
-    logits = _LOGITS_COPIES * 4 * c.vocab_size / m.tensor * tokens if stage.ends or m.stage == 1 else 0
+    # Float32 logits of every head wait for the backward pass, which then makes the gradient of one.
+    heads = 2 + (c.num_nextn_predict_layers if plan.mtp else 0)
+    logits = heads * 4 * c.vocab_size / m.tensor * tokens if stage.ends else 0
     square = 0 if plan.fused_attention else tokens * plan.length / m.tensor
     return Memory(
         weights=weights,
@@ -158,10 +157,10 @@ def _activations(plan: TrainingPlan) -> tuple[float, float]:
 
 
 def _largest_block(plan: TrainingPlan) -> tuple[float, float]:
-    """The arrays that one block makes while it is differentiated."""
+    """Bytes of a token, and of a query and key, while one block is differentiated: its arrays and their gradients."""
     runtime = dataclasses.replace(plan.runtime, remat="none")
     kept = kept_by_block(plan.config, runtime, bool(plan.config.num_moe_layers))
-    return kept.per_token / plan.mesh.tensor, kept.per_pair
+    return 2 * kept.per_token / plan.mesh.tensor, 2 * kept.per_pair
 
 
 def _gathered(plan: TrainingPlan) -> float:

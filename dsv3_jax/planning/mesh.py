@@ -81,10 +81,11 @@ class TrainingPlan:
     fused_attention: bool = True
     schedule: Literal["1f1b", "dualpipe"] = "1f1b"
     mtp: bool = True
+    experts_impl: Literal["reference", "ragged", "blocked"] = "ragged"
 
     @property
     def runtime(self) -> Runtime:
-        return Runtime(dtype="bfloat16", remat=self.remat)
+        return Runtime(dtype="bfloat16", remat=self.remat, experts_impl=self.experts_impl)
 
     @property
     def tokens(self) -> int:

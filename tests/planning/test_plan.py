@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -207,7 +206,7 @@ def test_nonsense_gets_one_clear_line(options, message):
 
 
 def test_a_plan_takes_less_than_five_seconds():
-    code = "from dsv3_jax.planning.plan import *; plan_command(PlanArgs())"
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    assert time.perf_counter() - start < 5 * 2  # twice, for a machine that is busy with other tests
+    """Of processor time, imports included, so that other work on the machine doesn't count."""
+    code = "import time; from dsv3_jax.planning.plan import *; plan_command(PlanArgs()); print(time.process_time())"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert float(out.split()[-1]) < 5

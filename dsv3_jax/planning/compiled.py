@@ -1,0 +1,62 @@
+"""What the compiler says of a program: memory, FLOPs, bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from dsv3_jax.config import ConfigError, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """XLA's cost analysis of one device's program: FLOPs (elementwise ones included) and bytes accessed."""
+
+    flops: float
+    bytes: float
+
+    def plus(self, other: Costs, times: float) -> Costs:
+        return Costs(self.flops + times * other.flops, self.bytes + times * other.bytes)
+
+
+def costs(compiled: Any) -> Costs:
+    """Reads a `jax.stages.Compiled`. A loop's body counts once, however often it runs."""
+    analysis = compiled.cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    return Costs(float(analysis["flops"]), float(analysis["bytes accessed"]))
+
+
+def device_bytes(compiled: Any) -> int:
+    """Bytes that a device needs at once: arguments, results that reuse none of them, temporaries, the program."""
+    m = compiled.memory_analysis()
+    return (
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+        + m.temp_size_in_bytes
+        + m.generated_code_size_in_bytes
+    )
+
+
+def costs_of_all_layers(compile_with: Callable[[ModelConfig], Any], config: ModelConfig) -> Costs:
+    """Costs of a program whose layers are scanned, each layer counted.
+
+    The compiler counts a loop's body once, and dissolves a loop that runs once. So three programs of at most one
+    layer of each kind are compiled, and their differences are one layer of each kind and the rest, which is all that
+    changes with the number of layers.
+
+    Args:
+      compile_with: compiles the program of a configuration.
+    """
+    if not (config.num_dense_layers and config.num_moe_layers):
+        kind = config.num_moe_layers > 0
+        raise ConfigError(
+            f"needs layers of both kinds to tell them apart, but has no {'dense' if kind else 'sparse'} ones"
+        )
+    with_layers = lambda dense, moe: costs(
+        compile_with(dataclasses.replace(config, num_hidden_layers=dense + moe, first_k_dense_replace=dense))
+    )
+    both, only_dense, only_moe = with_layers(1, 1), with_layers(1, 0), with_layers(0, 1)
+    dense, moe = both.plus(only_moe, -1), both.plus(only_dense, -1)
+    return both.plus(dense, config.num_dense_layers - 1).plus(moe, config.num_moe_layers - 1)

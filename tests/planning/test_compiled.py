@@ -1,0 +1,85 @@
+"""Estimates of FLOPs and memory against the compiler's, for whole training steps on a CPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.planning.compiled import costs, costs_of_all_layers, device_bytes
+from dsv3_jax.planning.flops import count_flops
+from dsv3_jax.planning.hardware import hardware
+from dsv3_jax.planning.memory import memory
+from dsv3_jax.planning.mesh import Mesh, TrainingPlan
+from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dsv3_jax.training.schedule import Schedule, ScheduleConfig
+from dsv3_jax.training.step import init_state, make_train_step
+
+WIDE = dataclasses.replace(
+    ModelConfig.preset("tiny"),
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=768,
+    moe_intermediate_size=128,
+    num_attention_heads=4,
+    n_routed_experts=8,
+    n_group=2,
+    topk_group=1,
+    num_experts_per_tok=2,
+)
+
+
+def program(config, remat, batch, length):
+    """Experts as the plain reference: its products appear in the program as they were traced."""
+    model = DeepSeekV3(config, Runtime(dtype="bfloat16", remat=remat, experts_impl="reference"))
+    schedule = Schedule(ScheduleConfig(steps=100, batch_size=batch))
+    optimizer = make_optimizer(OptimizerConfig(), schedule)
+    state = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    return make_train_step(model, optimizer, schedule), state, {"tokens": tokens, "targets": tokens}
+
+
+def compile_step(config, remat, batch, length):
+    step, *arguments = program(config, remat, batch, length)
+    return jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+
+
+CASES = [
+    (WIDE, "none", 2, 256),
+    (WIDE, "block", 8, 256),
+    pytest.param(ModelConfig.preset("v3-mini"), "none", 4, 512, marks=pytest.mark.slow),
+    pytest.param(ModelConfig.preset("v3-mini"), "block", 4, 512, marks=pytest.mark.slow),
+    pytest.param(ModelConfig.preset("v3-mini"), "paper", 4, 512, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("config", "remat", "batch", "length"), CASES)
+def test_memory_and_flops_of_a_step(config, remat, batch, length):
+    compiled = compile_step(config, remat, batch, length)
+    plan = TrainingPlan(
+        config,
+        hardware("h100"),
+        Mesh(),
+        batch,
+        length,
+        batch,
+        remat=remat,
+        weight=2,
+        fused_attention=False,
+        experts_impl="reference",
+    )
+    assert memory(plan).total == pytest.approx(device_bytes(compiled), rel=0.15)
+    step, *arguments = program(config, remat, batch, length)
+    # The compiler counts a loop's body once, and elementwise work too.
+    once = count_flops(step, *arguments, repeat_loops=False)
+    assert once == pytest.approx(costs(compiled).flops, rel=0.03 if config is not WIDE else 0.06)
+
+
+@pytest.mark.slow
+def test_layers_counted_by_differences():
+    """Three small programs give the costs of a deep one: its FLOPs grow by as much as the traced ones do."""
+    compiler = costs_of_all_layers(lambda c: compile_step(c, "none", 2, 128), WIDE)
+    step, *arguments = program(WIDE, "none", 2, 128)
+    assert count_flops(step, *arguments) == pytest.approx(compiler.flops, rel=0.08)
