@@ -9,6 +9,7 @@ Writes docs/results/convert.md and convert.json. Needs four times the largest si
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -67,31 +67,42 @@ def config_of(gigabytes: float) -> ModelConfig:
     return make(max(1, round((gigabytes * 1e9 - fixed) / (one - fixed))))
 
 
-def measure(command: list[str]) -> tuple[float, int]:
-    """Seconds until a process has ended and what it wrote is on the disk, and its peak resident bytes."""
+_CHILD = """
+import os, sys, time
+from pathlib import Path
+from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
+start = time.perf_counter()
+convert_command(ConvertArgs(sys.argv[1], Path(sys.argv[2]), workers=int(sys.argv[3])))
+os.sync()
+print(time.perf_counter() - start)
+"""
+
+
+def copy(source: Path, target: Path) -> dict[str, float]:
+    """Seconds of a plain copy until it is on the disk."""
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    os.sync()
+    return {"seconds": time.perf_counter() - start}
+
+
+def convert(source: Path, target: Path, workers: int) -> dict[str, float]:
+    """Seconds of a conversion until it is on the disk, those of its process before that, its peak resident bytes."""
     peak = 0
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    watched = psutil.Process(process.pid)
-
-    def watch() -> None:
-        nonlocal peak
+    command = [sys.executable, "-c", _CHILD, str(source), str(target), str(workers)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+        watched = psutil.Process(process.pid)
         while process.poll() is None:
-            try:
+            with contextlib.suppress(psutil.Error):
                 peak = max(peak, watched.memory_info().rss)
-            except psutil.Error:
-                return
             time.sleep(0.01)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    code = process.wait()
-    os.sync()
-    seconds = time.perf_counter() - start
-    thread.join()
-    if code:
-        raise RuntimeError(f"{' '.join(command)} ended with {code}")
-    return seconds, peak
+        assert process.stdout is not None
+        printed = process.stdout.read()
+    if process.returncode:
+        raise RuntimeError(f"the conversion of {source} ended with {process.returncode}")
+    seconds = float(printed.split()[-1])
+    return {"seconds": seconds, "start_seconds": time.perf_counter() - start - seconds, "peak_bytes": peak}
 
 
 def forget(directory: Path) -> None:
@@ -105,61 +116,57 @@ def forget(directory: Path) -> None:
 
 def one_size(gigabytes: float, args: Args) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=args.work, prefix="bench-convert-") as scratch:
-        source, copy, store, back = (Path(scratch) / n for n in ("source", "copy", "store", "back"))
+        source, copied, store, back = (Path(scratch) / n for n in ("source", "copied", "store", "back"))
         config = config_of(gigabytes)
         write_random_checkpoint(source, config)
         size = sum(f.stat().st_size for f in source.iterdir())
         largest = max(math.prod(s) * (1 if len(s) > 1 else 4) for s in names.tensor_shapes(config).values())
-        convert = [sys.executable, "-m", "dsv3_jax.checkpoint.convert", "--workers", str(args.workers)]
         result: dict[str, Any] = {"bytes": size, "experts": config.n_routed_experts, "largest_tensor": largest}
-        result["start_seconds"] = measure([sys.executable, "-c", "import dsv3_jax.checkpoint.convert"])[0]
-        steps = {
-            "copy": (["cp", "-r", str(source), str(copy)], source, copy),
-            "import": ([*convert, str(source), str(store)], source, store),
-            "export": ([*convert, str(store), str(back)], store, back),
-        }
-        for repeat in range(args.repeats):
-            for name, (command, reads, made) in steps.items():
-                forget(reads)
-                seconds, peak = measure(command)
-                best = result.setdefault(name, {"seconds": seconds, "peak_bytes": peak})
-                best["seconds"], best["peak_bytes"] = min(best["seconds"], seconds), max(best["peak_bytes"], peak)
-                print(f"{gigabytes:g} GB {name}: {seconds:.1f} s, {peak / 2**20:.0f} MiB", flush=True)
-                if name == "copy":
-                    shutil.rmtree(made)
-            if repeat < args.repeats - 1:
-                shutil.rmtree(store)
-                shutil.rmtree(back)
-        for name in steps:
-            result[name]["gb_per_s"] = size / 1e9 / result[name]["seconds"]
-        for name in ("import", "export"):
-            working = result[name]["seconds"] - result["start_seconds"]
-            result[name]["of_copy"] = result["copy"]["seconds"] / working
+        for _ in range(args.repeats):
+            for made in (copied, store, back):
+                shutil.rmtree(made, ignore_errors=True)
+            forget(source)
+            _keep_best(result, "copy", copy(source, copied))
+            shutil.rmtree(copied)
+            forget(source)
+            _keep_best(result, "import", convert(source, store, args.workers))
+            forget(store)
+            _keep_best(result, "export", convert(store, back, args.workers))
+        for step in ("copy", "import", "export"):
+            result[step]["gb_per_s"] = size / 1e9 / result[step]["seconds"]
+            result[step]["of_copy"] = result["copy"]["seconds"] / result[step]["seconds"]
         return result
 
 
+def _keep_best(result: dict[str, Any], step: str, measured: dict[str, float]) -> None:
+    """The shortest times and the largest memory of the repeats."""
+    print(f"{result['bytes'] / 1e9:.2f} GB {step}: {measured}", flush=True)
+    best = result.setdefault(step, dict(measured))
+    for key, value in measured.items():
+        best[key] = max(best[key], value) if key == "peak_bytes" else min(best[key], value)
+
+
 def report(results: dict[str, dict[str, Any]], args: Args) -> str:
-    start = max(r["start_seconds"] for r in results.values())
     machine = f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()}"
+    start = max(r["import"]["start_seconds"] for r in results.values())
     lines = [
         "# Conversion: memory and speed",
         "",
-        f"Made by `python experiments/bench_convert.py` on {machine}, {args.workers} workers. Random FP8",
-        "checkpoints with DeepSeek-V3's matrix sizes. A step's time runs from the start of its process until",
-        "everything is on the disk; its files start out of the cache. The copy's speed is compared with the time",
-        f"after Python and JAX were imported, which takes {start:.1f} s here.",
-        "Memory is the process's peak resident set.",
-        f"Each step ran {args.repeats} times in turn with the others: the shortest time and the largest memory.",
+        f"Made by `python experiments/bench_convert.py` on {machine}, {args.workers} workers, beside other work on",
+        "the same machine. Random FP8 checkpoints with DeepSeek-V3's matrix sizes. A step's files start out of the",
+        "system's cache, and its time ends when everything is on the disk; it doesn't count the start of Python and",
+        f"JAX, which took up to {start:.1f} s. Memory is the process's peak resident set. Each step ran {args.repeats}",
+        "times in turn with the others: the shortest time, the largest memory.",
         "",
         "| checkpoint | step | seconds | GB/s | of the copy's speed | peak memory |",
         "|---|---|---|---|---|---|",
     ]
     for r in results.values():
-        for step in ("copy", "import", "export"):
+        for step, what in (("copy", "cp -r"), ("import", "to orbax"), ("export", "back")):
             s = r[step]
-            of = f"{s['of_copy']:.0%}" if "of_copy" in s else ""
-            what = {"copy": "cp -r", "import": "to orbax", "export": "back"}[step]
-            size, memory = f"{r['bytes'] / 1e9:.2f} GB", f"{s['peak_bytes'] / 2**20:,.0f} MiB"
+            of = "" if step == "copy" else f"{s['of_copy']:.0%}"
+            memory = "" if step == "copy" else f"{s['peak_bytes'] / 2**20:,.0f} MiB"
+            size = f"{r['bytes'] / 1e9:.2f} GB"
             lines.append(f"| {size} | {what} | {s['seconds']:.1f} | {s['gb_per_s']:.2f} | {of} | {memory} |")
     return "\n".join(lines) + "\n"
 

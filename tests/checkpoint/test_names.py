@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -138,3 +139,22 @@ def test_kv_b_is_split_within_each_head():
     for head in range(heads):
         first = head * (nope + value) + nope
         np.testing.assert_array_equal(seen[0, :, head], tensor[first : first + value].T)
+
+
+def test_the_documents_table_is_the_codes():
+    text = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text()
+    rows = [[cell.strip().strip("`") for cell in line.split("|")[1:-1]] for line in text.splitlines() if "| `" in line]
+    expected = []
+    for kind in names._KINDS:
+        ins = [" ".join(kind.ins)] if kind.ins else []
+        in_file = f"({', '.join([' '.join(kind.out), *ins])})"
+        for part in kind.parts:
+            if kind.copy_of:
+                expected.append([kind.name, in_file, f"= `{kind.copy_of}", "", ""])
+                continue
+            outs = [*kind.out[:-1], part.size or kind.out[-1]]
+            axes = [*outs, *kind.ins] if kind.keep_layout else [*kind.ins, *outs]
+            there = f"({', '.join(['E'] * ('*' in kind.name) + axes)})"
+            path = part.path.replace("/*", "")
+            expected.append([kind.name, in_file, path, there, "yes" if kind.fp8 else ""])
+    assert rows == expected
