@@ -96,18 +96,19 @@ class DecodeStep:
 
 
 @functools.cache
-def busiest_group(experts: int, groups: int, tokens: int, k: int, draws: int = 64) -> tuple[float, float]:
+def busiest_group(experts: int, groups: int, tokens: int, k: int) -> tuple[float, float]:
     """Expected maximum over groups of (distinct experts in use, tokens received), for uniform routing.
 
-    Drawn with a fixed seed: each token picks k of the experts. Beyond 4096 tokens, where the draw tells nothing, all
-    experts are in use and the load is even.
+    Drawn with a fixed seed: each of tokens >= 1 picks k of the experts. Beyond 4096 tokens, where a draw tells nothing,
+    all experts are in use and the load is even.
     """
     if tokens > 4096:
         return float(-(-experts // groups)), tokens * k / groups
     rng = np.random.default_rng(0)
+    draws = max(4, min(64, 16384 // tokens))  # many tokens are their own average
     distinct = received = 0.0
     for _ in range(draws):
-        picks = rng.random((tokens, experts)).argpartition(k - 1, axis=1)[:, :k] if tokens else np.zeros((0, k), int)
+        picks = rng.random((tokens, experts)).argpartition(k - 1, axis=1)[:, :k]
         counts = np.bincount(picks.ravel(), minlength=experts)
         by_group = np.array_split(counts, groups)
         distinct += max(int(np.count_nonzero(g)) for g in by_group)

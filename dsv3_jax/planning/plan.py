@@ -64,21 +64,10 @@ class PlanArgs:
     json: bool = False
     """Print one JSON object instead of tables."""
 
-    def __post_init__(self) -> None:
-        for name in ("devices", "tokens", "batch", "length", "microbatch", "top"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} is {value}: it must be positive")
-        if self.efficiency is not None and not 0 < self.efficiency <= 1:
-            raise ConfigError(f"efficiency is {self.efficiency}: it must be above 0 and at most 1")
-        if self.dollars_per_hour is not None and not self.dollars_per_hour >= 0:
-            raise ConfigError(f"dollars_per_hour is {self.dollars_per_hour}: it must not be negative")
-        if self.attention_data < 0:
-            raise ConfigError(f"attention_data is {self.attention_data}: it must not be negative")
-
 
 def plan_command(args: PlanArgs) -> None:
     """Prints the plan as tables, or with `args.json` as one object."""
+    check(args)
     if args.validate:
         from dsv3_jax.planning import published
 
@@ -100,6 +89,20 @@ def plan_command(args: PlanArgs) -> None:
     from dsv3_jax.planning.tables import print_plan
 
     print_plan(result)
+
+
+def check(args: PlanArgs) -> None:
+    """Raises ConfigError, naming the field, for numbers that no plan can have."""
+    for name in ("devices", "tokens", "batch", "length", "microbatch", "top"):
+        value = getattr(args, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"{name} is {value}: it must be positive")
+    if args.efficiency is not None and not 0 < args.efficiency <= 1:
+        raise ConfigError(f"efficiency is {args.efficiency}: it must be above 0 and at most 1")
+    if args.dollars_per_hour is not None and not args.dollars_per_hour >= 0:
+        raise ConfigError(f"dollars_per_hour is {args.dollars_per_hour}: it must not be negative")
+    if args.attention_data < 0:
+        raise ConfigError(f"attention_data is {args.attention_data}: it must not be negative")
 
 
 # Training --------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def _training(console: Console, result: dict[str, Any]) -> None:
         )
     console.print(sweep)
 
-    memory = _table(f"memory of the fullest device, {best['mesh']}", "what", "GiB")
+    memory = _table("memory of the fullest device", "what", "GiB")
     for name, size in best["memory"].items():
         if name == "total":
             memory.add_section()

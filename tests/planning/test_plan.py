@@ -153,7 +153,7 @@ def test_the_sweep_finds_meshes_like_the_reports():
     candidates = list(meshes(base, 2048))
     assert len({str(p.mesh) for p in candidates}) == len(candidates)
     assert all(p.mesh.devices == 2048 for p in candidates)
-    fastest = sorted(candidates, key=lambda p: step_time(p).total if memory(p).total < 80e9 else 1e9)[:20]
+    fastest = sorted(candidates, key=lambda p: step_time(p).total if memory(p).total < 80e9 else 1e9)[:5]
     assert Mesh(stage=16, data=2, expert=64) in [p.mesh for p in fastest]
 
 
