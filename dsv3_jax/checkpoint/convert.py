@@ -11,14 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import ml_dtypes
 import numpy as np
 import tyro
 import xxhash
 from rich.console import Console
 from rich.table import Table
 
-from dsv3_jax.checkpoint import names
+from dsv3_jax.checkpoint import names, runs
 from dsv3_jax.checkpoint.export import export_hf
 from dsv3_jax.checkpoint.files import INDEX, CheckpointError
 from dsv3_jax.checkpoint.hf import HFCheckpoint, converted_fields
@@ -26,21 +25,22 @@ from dsv3_jax.checkpoint.jobs import Unit, check_target, keep_freed_memory, open
 from dsv3_jax.checkpoint.layout import FP8, Region, from_file_axes, quantise_matrix, region_shape, tensor_box
 from dsv3_jax.checkpoint.names import SCALE, Leaf
 from dsv3_jax.checkpoint.store import (
+    CASTS,
     FORMAT,
     MANIFEST,
     ArraySpec,
     Store,
+    Variables,
     create_array,
     leaf_arrays,
     scale_array,
     write_orbax_metadata,
 )
 from dsv3_jax.checkpoint.verify import verify_store
+from dsv3_jax.config import Runtime
 from dsv3_jax.quantization.fp8 import BLOCK
 
 Target = Literal["keep", "fp8", "bf16", "float32"]
-
-_CASTS = {"bf16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ConvertArgs:
     """Convert a checkpoint: a Hugging Face directory to orbax, or back. An interrupted conversion continues."""
 
     src: Annotated[str, tyro.conf.Positional]
-    """Directory of the checkpoint, in either layout, or a Hugging Face Hub id as deepseek-ai/DeepSeek-V3."""
+    """Directory of a checkpoint in either layout or of a training run; or a Hub id as deepseek-ai/DeepSeek-V3."""
     dst: Annotated[Path | None, tyro.conf.Positional] = None
     """Directory to be made. It appears when everything is in it; until then the work is in DST.incomplete."""
     dtype: Target = "keep"
@@ -79,13 +79,15 @@ def convert_command(args: ConvertArgs, console: Console | None = None) -> None:
         raise CheckpointError("there is no destination: give one after the source, or --dry-run")
     keep_freed_memory()
     source = _local(args.src)
-    if (source / MANIFEST).exists():
+    converted = (source / MANIFEST).exists()
+    if converted or (source / runs.CHECKPOINTS).is_dir():
         if args.layers is not None or not args.mtp or args.dry_run:
             raise CheckpointError(
-                f"{source} is converted already: --layers, --no-mtp and --dry-run need a Hugging Face directory"
+                f"{source} holds the model's own arrays: --layers, --no-mtp and --dry-run need a Hugging Face directory"
             )
         assert args.dst is not None
-        export_hf(Store(source), args.dst, dtype=args.dtype, verify=args.verify, workers=args.workers, console=console)
+        store = Store(source) if converted else _run(source)
+        export_hf(store, args.dst, dtype=args.dtype, verify=args.verify, workers=args.workers, console=console)
     else:
         checkpoint = HFCheckpoint(source, layers=args.layers, mtp=args.mtp, headers_only=args.dry_run)
         plan = Plan(checkpoint, args.dtype)
@@ -95,6 +97,13 @@ def convert_command(args: ConvertArgs, console: Console | None = None) -> None:
         assert args.dst is not None
         import_hf(plan, args.dst, verify=args.verify, workers=args.workers, console=console)
     console.print(f"done: {args.dst}")
+
+
+def _run(directory: Path) -> Variables:
+    """The newest checkpoint of a training run."""
+    config, variables = runs.read_run(directory, Runtime(), None)
+    newest = max((directory / runs.CHECKPOINTS).iterdir(), key=lambda p: int(p.name) if p.name.isdigit() else -1)
+    return Variables(config, variables, directory, f"{newest.resolve()} {newest.stat().st_mtime_ns}")
 
 
 def _local(source: str) -> Path:
@@ -135,7 +144,7 @@ class Plan:
         self.block = source.block
         if dtype == "fp8":
             self.block = self.block or BLOCK
-        elif dtype in _CASTS:
+        elif dtype in CASTS:
             self.block = None
         self.arrays: list[ArraySpec] = []
         self.units: list[Unit] = []
@@ -175,8 +184,8 @@ class Plan:
         """Of the leaf's array in the store."""
         if leaf.kind.float32:
             return np.dtype(np.float32)
-        if self.dtype in _CASTS:
-            return _CASTS[self.dtype]
+        if self.dtype in CASTS:
+            return CASTS[self.dtype]
         return FP8 if self.dtype == "fp8" and leaf.kind.fp8 else self.source.dtype(leaf)
 
     def tensor_names(self) -> list[str]:
@@ -186,7 +195,7 @@ class Plan:
         for unit in self.units:
             piece: _Piece = unit.what
             taken += [n + SCALE for n in piece.names if n + SCALE in files] if piece.is_scale else piece.names
-        if self.dtype in _CASTS:  # read with their weights, and not kept
+        if self.dtype in CASTS:  # read with their weights, and not kept
             taken += [n + SCALE for n in taken if n + SCALE in files]
         return taken
 
@@ -352,7 +361,7 @@ def _write_description(plan: Plan, directory: Path, done: dict[str, Any]) -> Non
         "shards": dict(sorted((s, h) for key in done for s, h in done[key]["shards"].items())),
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    cast = _CASTS[plan.dtype].name if plan.dtype in _CASTS else None
+    cast = CASTS[plan.dtype].name if plan.dtype in CASTS else None
     fields = converted_fields(source.fields, source.config, cast, plan.block)
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     write_orbax_metadata(directory, plan.arrays)

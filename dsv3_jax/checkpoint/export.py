@@ -20,7 +20,7 @@ from rich.console import Console
 from dsv3_jax.checkpoint import names
 from dsv3_jax.checkpoint.files import DTYPES, INDEX, SINGLE, CheckpointError
 from dsv3_jax.checkpoint.hf import HFCheckpoint, converted_fields
-from dsv3_jax.checkpoint.jobs import JOURNAL, Unit, open_workspace, run_units
+from dsv3_jax.checkpoint.jobs import Unit, open_workspace, run_units
 from dsv3_jax.checkpoint.layout import FP8, quantise_matrix
 from dsv3_jax.checkpoint.names import SCALE
 from dsv3_jax.checkpoint.store import MANIFEST, Store
@@ -30,7 +30,6 @@ from dsv3_jax.quantization.fp8 import BLOCK
 _FILE_BYTES = 5_000_000_000
 _UNIT_BYTES = 64 << 20
 _CASTS = {"bf16": "BF16", "float32": "F32"}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,7 @@ def export_hf(
     workers: int = 4,
     console: Console | None = None,
 ) -> None:
-    """Writes a converted checkpoint to the new directory `target` in Hugging Face's layout.
+    """Writes a converted checkpoint, or variables in memory, to the new directory `target` in Hugging Face's layout.
 
     Args:
       dtype: "keep": as the store has it, which gives back the source's bytes if those were kept; "fp8": matrices that
@@ -71,7 +70,7 @@ def export_hf(
     block = (store.block or BLOCK) if dtype == "fp8" else store.block if dtype == "keep" else None
     files = _files(_entries(store, dtype, block))
     entries = {e.name: e for file in files.values() for e in file}
-    identity = {"store": str(store.directory.resolve()), "manifest": _digest(store), "dtype": dtype}
+    identity = {"store": str(store.directory.resolve()), "version": store.identity(), "dtype": dtype}
     with open_workspace(target, identity, sum(e.nbytes for e in entries.values())) as workspace:
         with contextlib.ExitStack() as stack:
             out = {f: stack.enter_context(contextlib.closing(_OutFile(workspace.directory / f))) for f in files}
@@ -81,11 +80,11 @@ def export_hf(
             def work(unit: Unit) -> None:
                 for name in unit.what:
                     _write_tensor(store, entries, name, block, out)
+                for file in {entries[name].file for name in unit.what}:
+                    out[file].sync()  # the journal must not say more than the disk holds
 
             title = f"exporting {store.directory.name}"
             run_units(workspace, _units(entries), work, title=title, workers=workers, console=console)
-            for opened in out.values():
-                opened.sync()
         _describe(store, workspace.directory, entries, dtype, block)
         if verify:
             verify_files(store, HFCheckpoint(workspace.directory), workers=workers, console=console)
@@ -112,8 +111,7 @@ def _written_dtype(store: Store, name: str, dtype: str) -> str:
         return "F32" if store.kind(name).float32 else _CASTS[dtype]
     if store.is_fp8(name) or (dtype == "fp8" and store.kind(name).fp8):
         return "F8_E4M3"
-    # A store of a cast has its own dtype; one that kept its source's may hold a float32 bias for a narrower one.
-    return _NAMES[store.dtype_of(name)] if store.manifest["dtype"] in _CASTS else store.file_dtype(name)
+    return store.file_dtype(name)
 
 
 def _files(entries: list[_Entry]) -> dict[str, list[_Entry]]:
@@ -127,12 +125,8 @@ def _files(entries: list[_Entry]) -> dict[str, list[_Entry]]:
         groups[-1].append(entry)
         size += entry.nbytes
     count = len(groups)
-    return {
-        SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors": _place(
-            group, SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
-        )
-        for i, group in enumerate(groups, 1)
-    }
+    called = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return {file: _place(group, file) for file, group in zip(called, groups, strict=True)}
 
 
 def _place(group: list[_Entry], file: str) -> list[_Entry]:
@@ -234,10 +228,6 @@ def _check_hash(store: Store, name: str, dtype: str, digest: str) -> None:
         raise CheckpointError(f"{name} in {store.directory} isn't what {MANIFEST} says: the checkpoint is damaged")
 
 
-def _digest(store: Store) -> str:
-    return xxhash.xxh3_128_hexdigest((store.directory / MANIFEST).read_bytes())
-
-
 def _describe(
     store: Store, directory: Path, entries: dict[str, _Entry], dtype: str, block: tuple[int, int] | None
 ) -> None:
@@ -249,7 +239,5 @@ def _describe(
     if set(where.values()) != {SINGLE}:
         index = {"metadata": {"total_size": sum(e.nbytes for e in entries.values())}, "weight_map": where}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    own = {MANIFEST, "config.json", "_METADATA", JOURNAL}
-    for file in sorted(store.directory.iterdir()):
-        if file.is_file() and file.name not in own:
-            shutil.copyfile(file, directory / file.name)
+    for file in store.small_files():
+        shutil.copyfile(file, directory / file.name)

@@ -7,17 +7,22 @@ array (a zarr shard) holds a few tensors or a band of one; inside it chunks of a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import tensorstore as ts
+import xxhash
 
 from dsv3_jax.checkpoint import names
-from dsv3_jax.checkpoint.files import CheckpointError, load_json
+from dsv3_jax.checkpoint.files import DTYPES, CheckpointError, load_json
+from dsv3_jax.checkpoint.jobs import JOURNAL
 from dsv3_jax.checkpoint.layout import (
     FP8,
     Region,
@@ -35,6 +40,9 @@ from dsv3_jax.config import ModelConfig
 
 MANIFEST = "manifest.json"
 FORMAT = "dsv3_jax checkpoint 1"
+
+CASTS = {"bf16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+"""Target dtypes of a conversion that aren't the source's."""
 
 _SHARD_BYTES = 64 << 20
 """At most this much of an array goes to one file, except a matrix that can't be cut evenly: what a worker holds."""
@@ -213,9 +221,7 @@ class Store:
         self.config = ModelConfig.from_hf(self.fields)
         self.leaves, self.copies = names.leaves(self.config), names.copies(self.config)
         self.block: tuple[int, int] | None = tuple(self.manifest["block"]) if self.manifest["block"] else None
-        self._by_name = {
-            name: (leaf, i) for leaf in self.leaves.values() if not leaf.start for i, name in enumerate(leaf.names)
-        }
+        self._by_name = _by_name(self.leaves)
         self._arrays = {path: open_array(directory, path) for path in self.leaves}
         self._scales = {
             leaf.scale_path: open_array(directory, leaf.scale_path)
@@ -262,8 +268,22 @@ class Store:
         return out
 
     def file_dtype(self, name: str) -> str:
-        """The dtype that a tensor, or a scale grid, had in the file that it came from."""
-        return self.manifest["tensors"][name][0]
+        """What a tensor, or a scale grid, is in a file that keeps the store's numbers: what it was in the source.
+
+        A store of a cast has its own dtype; one that kept its source's may hold a narrower bias as float32.
+        """
+        if name in self.manifest["tensors"] and self.manifest["dtype"] not in CASTS:
+            return self.manifest["tensors"][name][0]
+        return next(n for n, dtype in DTYPES.items() if dtype == self.dtype_of(name))
+
+    def identity(self) -> str:
+        """What makes two exports ones of the same checkpoint."""
+        return xxhash.xxh3_128_hexdigest((self.directory / MANIFEST).read_bytes())
+
+    def small_files(self) -> list[Path]:
+        """Files that came with the source's weights, as its tokenizer."""
+        own = {MANIFEST, "config.json", "_METADATA", JOURNAL}
+        return [f for f in sorted(self.directory.iterdir()) if f.is_file() and f.name not in own]
 
     def kind(self, name: str) -> Kind:
         """The row of the table that a tensor belongs to; of MTP's copies, the original's."""
@@ -316,3 +336,39 @@ class Store:
         if len(leaf.kind.parts) == 1:
             return [leaf]
         return [x for x in self.leaves.values() if x.names == leaf.names]
+
+
+class Variables(Store):
+    """Variables in memory, as those of a training run, seen as the tensors that files would hold.
+
+    config: of the model. variables: its two collections; arrays of float32 or bfloat16.
+    directory: where they come from: the export's name, and its identity together with `version`.
+    """
+
+    def __init__(self, config: ModelConfig, variables: Mapping[str, Any], directory: Path, version: str = "") -> None:
+        self.config, self.directory, self._version = config, directory, version
+        self.fields, self.block, self.manifest = config.to_hf(), None, {"dtype": "memory", "tensors": {}}
+        self.leaves, self.copies = names.leaves(config), names.copies(config)
+        self._by_name = _by_name(self.leaves)
+        self._values = {path: np.asarray(functools.reduce(operator.getitem, path, variables)) for path in self.leaves}
+        dtype = self._values["params", "norm"].dtype.name
+        self.fields["torch_dtype"] = dtype
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        return self._values[leaf.path].dtype
+
+    def _read(self, leaf: Leaf, region: Region, dtype: np.dtype | None) -> np.ndarray:
+        seen = self._values[leaf.path][region].transpose(file_axes(leaf))
+        return np.ascontiguousarray(seen, dtype or seen.dtype)
+
+    def identity(self) -> str:
+        return self._version
+
+    def small_files(self) -> list[Path]:
+        tokenizer = self.directory / "tokenizer.json"
+        return [tokenizer] if tokenizer.exists() else []
+
+
+def _by_name(leaves: Mapping[TreePath, Leaf]) -> dict[str, tuple[Leaf, int]]:
+    """The first leaf that each tensor is part of, and which of its tensors it is."""
+    return {name: (leaf, i) for leaf in leaves.values() if not leaf.start for i, name in enumerate(leaf.names)}

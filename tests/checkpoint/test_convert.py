@@ -29,6 +29,8 @@ from dsv3_jax.checkpoint.jobs import JOURNAL
 from dsv3_jax.checkpoint.store import Store
 from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
 from dsv3_jax.quantization import dequantise_blocks
+from dsv3_jax.training.checkpoints import Checkpoints
+from dsv3_jax.training.step import TrainState
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(p.parent.name for p in GOLDEN.glob("*/expected.npz"))
@@ -300,6 +302,29 @@ def test_each_device_reads_its_slice_only(fp8, layout, tmp_path, monkeypatch):
     for leaf, size in read:
         total[leaf.path] = total.get(leaf.path, 0) + size
     assert total == {path: np.prod(leaf.shape) for path, leaf in names.leaves(TINY).items()}
+
+
+def test_a_training_run_becomes_a_checkpoint(tmp_path):
+    """Of its newest step: loaded again the same, and within FP8's rounding if quantised."""
+    model = DeepSeekV3(TINY)
+    variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))
+    state = TrainState(jnp.int32(7), variables["params"], variables["router"], {}, jax.random.key(0))
+    run = tmp_path / "run"
+    checkpoints = Checkpoints(run / "checkpoints", keep=2)
+    checkpoints.save(state, {"position": 0})
+    checkpoints.wait()
+    checkpoints.close()
+    (run / "config.json").write_text(json.dumps({"model": dataclasses.asdict(TINY)}))
+    (run / "metrics.jsonl").write_text("{}")
+
+    _, loaded = load_pretrained(convert(run, tmp_path / "hf", verify=True))
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
+    _, rounded = load_pretrained(convert(run, tmp_path / "fp8", dtype="fp8", verify=True))
+    assert HFCheckpoint(tmp_path / "fp8").block == (128, 128)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2**-4 * np.abs(b).max())
+    jax.tree.map(close, rounded, variables)
+    np.testing.assert_array_equal(rounded["params"]["embed_tokens"], variables["params"]["embed_tokens"])
 
 
 # Interruption --------------------------------------------------------------------------------------------
