@@ -34,7 +34,7 @@ from dsv3_jax.checkpoint.synthetic import write_random_checkpoint  # noqa: E402
 from dsv3_jax.config import ModelConfig  # noqa: E402
 
 _LARGE = 8
-"""GB above which a step runs once and at once: a disk is at its lasting speed then."""
+"""GB above which a step runs once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,6 @@ class Args:
     """Where the checkpoints are made, on the disk to be measured."""
     repeats: int = 3
     """Times that each step is measured, up to 8 GB; the fastest counts: noise of other work only adds."""
-    pause: float = 10.0
-    """Seconds before a step, for each GB, up to 8 GB: some disks are fast for a while only, then need a rest."""
     workers: int = 4
     results: Path = ROOT / "docs" / "results"
 
@@ -138,7 +136,6 @@ def one_size(gigabytes: float, args: Args) -> dict[str, Any]:
             for step in order:
                 do, reads, made = steps[step]
                 forget(reads)
-                time.sleep(args.pause * gigabytes if gigabytes <= _LARGE else 0)
                 _keep_best(result, step, do())
                 shutil.rmtree(made)
             order = order[1:] + order[:1]
@@ -167,9 +164,8 @@ def report(results: dict[str, dict[str, Any]], args: Args) -> str:
         "system's cache, and its time ends when everything is on the disk; it doesn't count the start of Python and",
         f"JAX, which took up to {start:.1f} s. Memory is the process's peak resident set.",
         "",
-        f"This disk is fast for a few GB, then slow until it has rested. Up to {_LARGE} GB each step ran {args.repeats}",
-        f"times, in turn with the others and after a pause of {args.pause:g} s a GB: the shortest time, the largest memory.",
-        "A larger checkpoint ran once without a pause, so that all its steps meet the disk's lasting speed.",
+        f"Up to {_LARGE} GB each step ran {args.repeats} times in rotating order, since the disk is fast for a few GB",
+        "and then slow until it has rested: the shortest time, the largest memory. A larger checkpoint ran once.",
         "",
         "| checkpoint | step | seconds | GB/s | of the copy's speed | peak memory |",
         "|---|---|---|---|---|---|",

@@ -47,9 +47,9 @@ Target = Literal["keep", "fp8", "bf16", "float32"]
 class ConvertArgs:
     """Convert a checkpoint: a Hugging Face directory to orbax, or back. An interrupted conversion continues."""
 
-    src: Annotated[str, tyro.conf.Positional]
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Directory of a checkpoint in either layout or of a training run; or a Hub id as deepseek-ai/DeepSeek-V3."""
-    dst: Annotated[Path | None, tyro.conf.Positional] = None
+    dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None
     """Directory to be made. It appears when everything is in it; until then the work is in DST.incomplete."""
     dtype: Target = "keep"
     """keep: every tensor as it is stored. fp8: matrices in FP8 blocks, those that already are untouched. Or a cast."""
