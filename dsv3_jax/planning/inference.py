@@ -27,9 +27,8 @@ class Serving:
     devices of a group split each expert's width. exchange: `all_to_all` sends tokens to their experts' devices,
     `all_reduce` gives every device every token and sums.
     weight, cache: bytes a parameter and a cached number take. expanded_cache: keys and values per head instead of the
-    latent. whole_latent: the projections to the latents are on every device of a group. redundant: extra copies of
-    experts of each layer, one more slot on that many devices. overlap: prefill alternates two microbatches, one's links
-    behind the other's products.
+    latent. redundant: extra copies of experts of each layer, one more slot on that many devices. overlap: prefill
+    alternates two microbatches, one's links behind the other's products.
     """
 
     config: ModelConfig

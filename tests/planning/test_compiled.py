@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ConfigError, ModelConfig, Runtime
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.planning.aot import aot_plan
 from dsv3_jax.planning.compiled import costs, costs_of_all_layers, device_bytes
 from dsv3_jax.planning.flops import count_flops
 from dsv3_jax.planning.hardware import hardware
 from dsv3_jax.planning.memory import memory
 from dsv3_jax.planning.mesh import Mesh, TrainingPlan
+from dsv3_jax.planning.plan import PlanArgs
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
@@ -83,3 +85,26 @@ def test_layers_counted_by_differences():
     compiler = costs_of_all_layers(lambda c: compile_step(c, "none", 2, 128), WIDE)
     step, *arguments = program(WIDE, "none", 2, 128)
     assert count_flops(step, *arguments) == pytest.approx(compiler.flops, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aot": "v5p:8x16x16", "devices": 2048}, "--devices 1"),
+        ({"aot": "v9:2x2", "devices": 1}, "unknown hardware 'v9'"),
+        ({"aot": "v5p:2x2x1", "devices": 1, "batch": 5, "microbatch": 2}, "isn't a multiple"),
+    ],
+)
+def test_what_cannot_be_compiled_is_said(options, message):
+    with pytest.raises(ConfigError, match=message):
+        aot_plan(PlanArgs(**options), ModelConfig.preset("tiny"))
+
+
+@pytest.mark.slow
+def test_a_step_for_a_tpu_that_is_not_there():
+    pytest.importorskip("libtpu")
+    args = PlanArgs(preset="tiny", aot="v5p:2x2x1", devices=1, batch=8, microbatch=8, length=1024, remat="block")
+    rows = {
+        row["what"]: row["estimate"] / row["compiler"] for row in aot_plan(args, ModelConfig.preset("tiny"))["rows"]
+    }
+    assert rows["memory"] == pytest.approx(1, abs=0.15)
