@@ -104,7 +104,7 @@ def test_what_cannot_be_compiled_is_said(options, message):
 def test_a_step_for_a_tpu_that_is_not_there():
     pytest.importorskip("libtpu")
     args = PlanArgs(preset="tiny", aot="v5p:2x2x1", devices=1, batch=8, microbatch=8, length=1024, remat="block")
-    rows = {
-        row["what"]: row["estimate"] / row["compiler"] for row in aot_plan(args, ModelConfig.preset("tiny"))["rows"]
-    }
-    assert rows["memory"] == pytest.approx(1, abs=0.15)
+    with jax.default_matmul_precision("default"):  # bfloat16 products in float32 pieces don't compile for a TPU
+        result = aot_plan(args, ModelConfig.preset("tiny"))
+    ratios = {row["what"]: row["estimate"] / row["compiler"] for row in result["rows"]}
+    assert ratios["memory"] == pytest.approx(1, abs=0.15)
