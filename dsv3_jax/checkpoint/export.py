@@ -28,7 +28,7 @@ from dsv3_jax.checkpoint.verify import verify_files
 from dsv3_jax.quantization.fp8 import BLOCK
 
 _FILE_BYTES = 5_000_000_000
-_UNIT_BYTES = 64 << 20
+_UNIT_BYTES = 32 << 20
 _CASTS = {"bf16": "BF16", "float32": "F32"}
 
 

@@ -44,7 +44,7 @@ FORMAT = "dsv3_jax checkpoint 1"
 CASTS = {"bf16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 """Target dtypes of a conversion that aren't the source's."""
 
-_SHARD_BYTES = 64 << 20
+_SHARD_BYTES = 32 << 20
 """At most this much of an array goes to one file, except a matrix that can't be cut evenly: what a worker holds."""
 _CHUNK_BYTES = 1 << 20
 

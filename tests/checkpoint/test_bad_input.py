@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import ModelConfig
-from dsv3_jax.checkpoint import load_pretrained
+from dsv3_jax.checkpoint import ingest, load_pretrained
 from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
 from dsv3_jax.checkpoint.files import DTYPES, read_header
 from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
@@ -306,9 +306,7 @@ def test_store_with_a_part_missing(source, tmp_path):
 
 
 def test_verify_finds_a_wrong_copy(source, tmp_path, monkeypatch):
-    from dsv3_jax.checkpoint import convert
-
-    original = convert._write_piece
+    original = ingest._write_piece
 
     def damaged(plan, piece, stores):
         result = original(plan, piece, stores)
@@ -317,7 +315,7 @@ def test_verify_finds_a_wrong_copy(source, tmp_path, monkeypatch):
             array[0, 0, 0, 0].write(-array[0, 0, 0, 0].read().result()).result()
         return result
 
-    monkeypatch.setattr(convert, "_write_piece", damaged)
+    monkeypatch.setattr(ingest, "_write_piece", damaged)
     with pytest.raises(ValueError, match=r"o_proj.weight differs after the conversion"):
         convert_command(ConvertArgs(str(source), tmp_path / "target", verify=True))
     assert not (tmp_path / "target").exists()

@@ -346,7 +346,7 @@ convert_command(ConvertArgs(sys.argv[1], Path(sys.argv[2]), workers=2))
 @pytest.mark.parametrize("way", ["import", "export"])
 def test_killed_and_resumed(fp8, way, tmp_path, monkeypatch):
     if way == "import":
-        source, script = fp8, _SCRIPT.format(module="convert", work="_write_piece")
+        source, script = fp8, _SCRIPT.format(module="ingest", work="_write_piece")
     else:
         source, script = convert(fp8, tmp_path / "store"), _SCRIPT.format(module="export", work="_write_tensor")
         script = script.replace("original = m", "m._UNIT_BYTES = 2000\noriginal = m", 1)
@@ -368,7 +368,7 @@ def test_killed_and_resumed(fp8, way, tmp_path, monkeypatch):
         cut.write('["params.lm_head/", {"ten')  # as if the kill had hit the writing of a line
 
     resumed = []
-    module = "convert._write_piece" if way == "import" else "export._write_tensor"
+    module = "ingest._write_piece" if way == "import" else "export._write_tensor"
     owner, name = module.split(".")
     original = getattr(sys.modules[f"dsv3_jax.checkpoint.{owner}"], name)
     monkeypatch.setattr(f"dsv3_jax.checkpoint.{module}", lambda *a, **k: (resumed.append(a), original(*a, **k))[1])
@@ -386,7 +386,7 @@ def test_an_interruption_of_other_work_is_not_continued(fp8, tmp_path, monkeypat
         raise RuntimeError("stop")
 
     with monkeypatch.context() as patched:
-        patched.setattr("dsv3_jax.checkpoint.convert._write_description", broken)
+        patched.setattr("dsv3_jax.checkpoint.ingest._write_description", broken)
         with pytest.raises(RuntimeError, match="stop"):
             convert(fp8, tmp_path / "store")
     with pytest.raises(ValueError, match="another source or with other options"):

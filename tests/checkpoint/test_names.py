@@ -11,9 +11,10 @@ import pytest
 
 from dsv3_jax import DeepSeekV3, ModelConfig
 from dsv3_jax.checkpoint import names
-from dsv3_jax.checkpoint.convert import ConvertArgs, Plan, convert_command
+from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
 from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.layout import from_file_axes
+from dsv3_jax.checkpoint.plan import Plan
 from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
 
 V3 = ModelConfig.preset("v3-671b")

@@ -1,0 +1,148 @@
+"""Hugging Face -> orbax: every unit of a plan read, hashed, cast where asked, and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from rich.console import Console
+
+from dsv3_jax.checkpoint import names
+from dsv3_jax.checkpoint.files import INDEX
+from dsv3_jax.checkpoint.hf import HFCheckpoint, converted_fields
+from dsv3_jax.checkpoint.jobs import Unit, check_target, open_workspace, run_units
+from dsv3_jax.checkpoint.layout import FP8, Region, from_file_axes, quantise_matrix, region_shape, tensor_box
+from dsv3_jax.checkpoint.names import SCALE
+from dsv3_jax.checkpoint.plan import Piece, Plan
+from dsv3_jax.checkpoint.store import CASTS, FORMAT, MANIFEST, Store, create_array, write_orbax_metadata
+from dsv3_jax.checkpoint.verify import verify_store
+
+
+def import_hf(
+    plan: Plan, target: Path, *, verify: bool = False, workers: int = 4, console: Console | None = None
+) -> None:
+    """Writes the checkpoint of `plan` to the new directory `target`. Raises as `convert_command`."""
+    source = plan.source
+    check_target(target)
+    source.check_scales()
+    source.check_copies()
+    with open_workspace(target, _identity(plan), plan.nbytes) as workspace:
+        directory = workspace.directory
+        stores = {spec.path: create_array(directory, spec) for spec in plan.arrays}
+
+        def work(unit: Unit) -> dict[str, Any]:
+            return _write_piece(plan, unit.what, stores)
+
+        run_units(
+            workspace, plan.units, work, title=f"converting {source.directory.name}", workers=workers, console=console
+        )
+        _write_description(plan, directory, workspace.done)
+        if verify:
+            verify_store(source, Store(directory), workers=workers, console=console)
+        workspace.finish()
+
+
+def _write_piece(plan: Plan, piece: Piece, stores: dict[names.TreePath, Any]) -> dict[str, Any]:
+    """Writes a unit; returns {"tensors": hashes of what was read, "shards": hashes of what was written}."""
+    source, hashes, shards = plan.source, {}, {}
+    quantise = plan.stored_dtype(piece.leaves[0]) == FP8 and source.dtype(piece.leaves[0]) != FP8
+    taken = [name + SCALE if piece.is_scale else name for name in piece.names]
+    taken = [name for name in taken if name in source.files.tensors]
+    for name in taken:
+        source.files.prefetch(name)
+    for name in taken:
+        hashes[name] = _hash_tensor(source, name)
+    quantised = {n: _quantise(plan, n) for n in piece.names} if quantise else {}
+    for i, spec in enumerate(piece.arrays):
+        for region in spec.shards(piece.stack):
+            if quantise:
+                part = 1 if piece.is_scale else 0
+                data = _from_quantised(piece, i, region, {n: q[part] for n, q in quantised.items()})
+            elif piece.is_scale:
+                data = np.stack([source.files.array(n + SCALE) for n in piece.names]).view(spec.dtype)
+                data = data.reshape(region_shape(region))
+            else:
+                data = source.read(piece.leaves[i], region, spec.dtype)
+            stores[spec.path][region].write(data, can_reference_source_data_indefinitely=True).result()
+            place = ",".join(str(s.start // n) for s, n in zip(region, spec.shard, strict=True))
+            shards[f"{'.'.join(spec.path)}/{place}"] = xxhash.xxh3_128_hexdigest(_bytes(data.transpose(spec.order)))
+    return {"tensors": hashes, "shards": shards}
+
+
+def _quantise(plan: Plan, name: str) -> tuple[np.ndarray, np.ndarray]:
+    assert plan.block is not None
+    return quantise_matrix(plan.source.files.array(name), plan.block)
+
+
+def _from_quantised(piece: Piece, i: int, region: Region, made: dict[str, np.ndarray]) -> np.ndarray:
+    """A shard of an array out of tensors that were quantised on the way."""
+    leaf, spec = piece.leaves[i], piece.arrays[i]
+    if piece.is_scale:
+        return np.stack([made[n] for n in piece.names]).reshape(region_shape(region))
+    box = tensor_box(leaf, region[spec.stack :])
+    cut = np.stack([made[n].reshape(*leaf.tensor_out, *leaf.tensor_in)[box] for n in piece.names])
+    return from_file_axes(leaf, cut.reshape(*region_shape(region[: spec.stack]), *region_shape(box)))
+
+
+def _hash_tensor(source: HFCheckpoint, name: str) -> str:
+    """Of a tensor's bytes in its file. Memory is given back on the way: a mapped page counts as long as it is held."""
+    digest, data = xxhash.xxh3_128(), _bytes(source.files.array(name))
+    for start in range(0, len(data), 64 << 20):
+        digest.update(data[start : start + (64 << 20)])
+        if len(data) > 64 << 20:
+            source.files.release(name)
+    return digest.hexdigest()
+
+
+def _bytes(data: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    """What makes two conversions the same one."""
+    files = {i.file for i in plan.source.files.tensors.values()}
+    stats = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+    layers = dataclasses.astuple(plan.source.layers)
+    source = [str(plan.source.directory.resolve()), stats, plan.source.fields]
+    return {"format": FORMAT, "source": source, "dtype": plan.dtype, "layers": layers}
+
+
+def _write_description(plan: Plan, directory: Path, done: dict[str, Any]) -> None:
+    """config.json, the manifest, orbax's metadata, and the small files beside the source's weights."""
+    source = plan.source
+    renamed = dict(
+        zip(names.tensor_shapes(source.config, source.layers), names.tensor_shapes(source.config), strict=True)
+    )
+    hashes = {n: h for key in done for n, h in done[key]["tensors"].items()}
+    made = {n for u in plan.units if u.what.is_scale for n in u.what.names}  # scales of what was quantised on the way
+    tensors = {}
+    for old, new in renamed.items():
+        info = source.files.tensors[old]
+        tensors[new] = [info.dtype, hashes.get(old, hashes.get(source.copies.get(old, "")))]
+        if old + SCALE in hashes:
+            tensors[new + SCALE] = [source.files.tensors[old + SCALE].dtype, hashes[old + SCALE]]
+        elif old in made:
+            tensors[new + SCALE] = ["F32", None]
+    manifest = {
+        "format": FORMAT,
+        "hash": "xxh3_128",
+        "dtype": plan.dtype,
+        "block": plan.block,
+        "source_layers": dataclasses.asdict(source.layers),
+        "tensors": dict(sorted(tensors.items())),
+        "shards": dict(sorted((s, h) for key in done for s, h in done[key]["shards"].items())),
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    cast = CASTS[plan.dtype].name if plan.dtype in CASTS else None
+    fields = converted_fields(source.fields, source.config, cast, plan.block)
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    write_orbax_metadata(directory, plan.arrays)
+    for file in sorted(source.directory.iterdir()):
+        small = file.is_file() and file.suffix != ".safetensors" and file.stat().st_size < 64 << 20
+        if small and file.name not in ("config.json", INDEX, MANIFEST):
+            shutil.copyfile(file, directory / file.name)
