@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -60,9 +63,21 @@ def _parse(kind: Any, command: str, arguments: list[str], default: Any = None) -
     prog, description = f"python -m dsv3_jax {command}", kind.__doc__
     how = {} if default is None else {"default": default}
     # A field that is a dataclass or None, as rope_scaling, stays one of options and isn't made a subcommand.
-    return tyro.cli(
-        kind, prog=prog, description=description, args=arguments, config=(tyro.conf.AvoidSubcommands,), **how
-    )
+    how["config"] = (tyro.conf.AvoidSubcommands,)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=prog, description=description, args=arguments, **how)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        _fail(_one_line(said.getvalue()))
+
+
+def _one_line(box: str) -> str:
+    """What a framed message over several lines says, without its frame and its hint at --help."""
+    lines = [re.sub(r"[\u2500-\u257f]", " ", line).strip() for line in box.splitlines()]
+    return " ".join(" ".join(line for line in lines if line and "--help" not in line).split())
 
 
 # train ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Does sparsity pay? The tiny DeepSeek-V3 against a dense model of equal activated FLOPs, on the same tokens.
 
-    python experiments/dense_vs_moe.py --steps 480
+    python -m experiments.dense_vs_moe --steps 480
 
 Trains both with the same recipe, data and order, and writes a report (markdown, PNG, JSON) under the output folder.
 The dense twin has dense feed-forwards of the width that a token sees in the sparse layers: the shared experts' plus
@@ -105,7 +105,7 @@ def _write(out: Path, rows: list[dict], curves: dict, steps: int, base: TrainCon
         "",
         f"{datetime.date.today()}, {jax.devices()[0].device_kind}, jax {jax.__version__}; {steps} steps, "
         f"{tokens:,} tokens of `{base.data.source}`, same order for both. "
-        f"Command: `python experiments/dense_vs_moe.py --steps {steps}`",
+        f"Command: `python -m experiments.dense_vs_moe --steps {steps}`",
         "",
         "| | parameters | training FLOPs a token | validation loss (nats a byte) | training loss | tokens/s (median) |",
         "|---|---|---|---|---|---|",

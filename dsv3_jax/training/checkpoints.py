@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,9 @@ class Checkpoints:
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
         self.directory = directory.absolute()
+        # The threads of a failed write log their tracebacks before we say in one line what they mean.
+        for name in ("absl", "asyncio", "concurrent.futures"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
@@ -32,6 +38,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest():
             return
+        self._guard(lambda: _check_room(self.directory, state), step)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(_with_raw_key(state)), data=ocp.args.JsonSave(data_state)
         )
@@ -74,6 +81,14 @@ class Checkpoints:
     def _complete_steps(self) -> list[int]:
         """Complete steps as the directory shows them: the manager counts one from when its writing starts."""
         return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
+
+
+def _check_room(directory: Path, state: TrainState) -> None:
+    """Raises OSError if the disk can't hold the state: better before a byte is written than in the middle."""
+    need = sum(x.nbytes for x in jax.tree.leaves(_with_raw_key(state)))
+    free = shutil.disk_usage(directory).free
+    if free < need:
+        raise OSError(errno.ENOSPC, f"it takes {need / 1e6:,.1f} MB, but the disk has {free / 1e6:,.1f} MB left")
 
 
 def _with_raw_key(state: TrainState) -> TrainState:
