@@ -24,7 +24,10 @@ class MetricsLog:
     def write(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
         """Records numbers and lists of numbers; returns them as plain Python values."""
         plain = {k: np.asarray(v).tolist() for k, v in metrics.items()}
-        self._lines.write(json.dumps({"step": step, **plain}) + "\n")
+        try:
+            self._lines.write(json.dumps({"step": step, **plain}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, f"{self.path} couldn't be written: {error.strerror}") from None
         for name, value in plain.items():
             for i, scalar in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 self._events.add_scalar(name if i is None else f"{name}/{i}", scalar, step)
