@@ -65,7 +65,7 @@ class Checkpoints:
         return dataclasses.replace(state, rng=jax.random.wrap_key_data(state.rng)), restored["data"]
 
     def close(self) -> None:
-        self._manager.close()
+        self._guard(self._manager.close, None)
 
     def _guard(self, write: Any, step: int | None) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ class MetricsLog:
         return plain
 
     def close(self) -> None:
-        self._lines.close()
-        self._events.close()
+        with contextlib.suppress(OSError):  # what couldn't be written was said by `write`
+            self._lines.close()
+        with contextlib.suppress(OSError):
+            self._events.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
