@@ -86,14 +86,20 @@ def _one_line(box: str) -> str:
 def _train(arguments: list[str]) -> None:
     import jax
 
+    from dsv3_jax.parallel.processes import Processes, join
     from dsv3_jax.training.config import TrainArgs, TrainConfig
     from dsv3_jax.training.trainer import train
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="tiny")
-    preset = first.parse_known_args(arguments)[0].preset
+    first.add_argument("--processes.coordinator", dest="coordinator")
+    first.add_argument("--processes.count", dest="count", type=int)
+    first.add_argument("--processes.index", dest="index", type=int)
+    known = first.parse_known_args(arguments)[0]
+    preset = known.preset
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}")
+    join(Processes(known.coordinator, known.count, known.index))  # before JAX is asked for its devices
     default = TrainArgs(TrainConfig.preset(preset, jax.default_backend()), preset=preset, run_dir=Path("runs") / preset)
     chosen = _parse(TrainArgs, "train", arguments, default)
     result = train(chosen.config, chosen.run_dir, resume=chosen.resume)

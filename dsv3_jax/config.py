@@ -186,6 +186,8 @@ def build_dataclass(kind: Any, values: Mapping[str, Any]) -> Any:
     """
     built = dict(values)
     for name, hint in typing.get_type_hints(kind).items():
+        if typing.get_origin(hint) is tuple and isinstance(built.get(name), list):  # JSON knows no tuples
+            built[name] = tuple(built[name])
         nested = [t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
         if nested and isinstance(built.get(name), Mapping):
             built[name] = build_dataclass(nested[0], built[name])
@@ -433,6 +435,14 @@ class Runtime:
     """`ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, which is the fast way on a CPU."""
     remat: Literal["none", "block", "paper"] = "none"
     """What the backward pass recomputes: nothing, whole blocks, or norms and up-projections (report section 3.2.3)."""
+    sharding: Literal["single", "fsdp", "fsdp_ep", "ep_tp", "pp_ep_dp"] = "single"
+    """What is cut over which mesh axes: a preset of `parallel.rules`."""
+    sharding_overrides: tuple[str, ...] = ()
+    """Changes to the preset, each `NAME=MESH,AXES`, such as `embed=fsdp,data`."""
+    dispatch: Literal["all_to_all", "ragged_all_to_all", "all_gather"] = "all_to_all"
+    """How tokens reach experts on other devices: in padded pieces, in exact ones (TPU, GPU), or all to all devices."""
+    dispatch_slack: float = 1.2
+    """Room for uneven routing, over even routing's, before the exchange takes its slower way of several rounds."""
 
     @classmethod
     def for_backend(cls, backend: str) -> Runtime:
@@ -440,12 +450,11 @@ class Runtime:
         return cls(experts_impl="blocked") if backend == "cpu" else cls(dtype="bfloat16", remat="paper")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            valid = _RUNTIME_CHOICES[field.name]
-            if getattr(self, field.name) not in valid:
-                raise ConfigError(
-                    f"runtime.{field.name} is {getattr(self, field.name)!r}: it must be one of {', '.join(valid)}"
-                )
+        for name, valid in _RUNTIME_CHOICES.items():
+            if getattr(self, name) not in valid:
+                raise ConfigError(f"runtime.{name} is {getattr(self, name)!r}: it must be one of {', '.join(valid)}")
+        if not self.dispatch_slack >= 1:
+            raise ConfigError(f"runtime.dispatch_slack is {self.dispatch_slack!r}: it must be at least 1")
 
 
 _RUNTIME_CHOICES = {
@@ -455,4 +464,6 @@ _RUNTIME_CHOICES = {
     "attention_impl": ("reference",),
     "experts_impl": ("reference", "ragged", "blocked"),
     "remat": ("none", "block", "paper"),
+    "sharding": ("single", "fsdp", "fsdp_ep", "ep_tp", "pp_ep_dp"),
+    "dispatch": ("all_to_all", "ragged_all_to_all", "all_gather"),
 }

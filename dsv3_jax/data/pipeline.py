@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grain
@@ -53,35 +53,22 @@ class TrainIterator(grain.DatasetIterator):
     """Batches without end, from sequences in one global order.
 
     A batch takes the next sequences of that order. What is saved is only how many were taken: a restored iterator
-    goes on at once, with any batch size and any number of shards. Of `shard_count` shards, each gets its own part
-    of every batch; the parts in the order of the shards are the batch that a single shard would get.
+    goes on at once, with any batch size and in any number of processes.
 
-    Batches are dicts of (B / shard_count, T) int32, as `PackedSequences` describes them.
+    Batches are dicts of (B, T) int32, as `PackedSequences` describes them.
     """
 
-    def __init__(
-        self,
-        sequences: grain.MapDataset,
-        batch_size: int,
-        *,
-        fingerprint: str,
-        shard_index: int = 0,
-        shard_count: int = 1,
-    ) -> None:
+    def __init__(self, sequences: grain.MapDataset, batch_size: int, *, fingerprint: str) -> None:
         super().__init__()
-        if not 0 <= shard_index < shard_count:
-            raise ConfigError(f"shard_index is {shard_index}: it must be in [0, shard_count = {shard_count})")
         self._sequences, self._batch_size, self._fingerprint = sequences, batch_size, fingerprint
-        self._shard_index, self._shard_count = shard_index, shard_count
         self._next_sequence = 0
 
-    def next_batch(self, batch_size: int) -> dict[str, np.ndarray]:
-        """The next `batch_size` sequences, counted over all shards; of them this shard's part."""
-        part, rest = divmod(batch_size, self._shard_count)
-        if part < 1 or rest:
-            raise ConfigError(f"batch_size is {batch_size}: it must be a multiple of the {self._shard_count} shards")
-        begin = self._next_sequence + self._shard_index * part
-        batch = _stack([self._sequences[i] for i in range(begin, begin + part)])
+    def next_batch(self, batch_size: int, rows: Iterable[int] | None = None) -> dict[str, np.ndarray]:
+        """The next `batch_size` sequences; of them only `rows`, by default all: what this process's devices hold."""
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}: it must be at least 1")
+        rows = range(batch_size) if rows is None else rows
+        batch = _stack([self._sequences[self._next_sequence + int(i)] for i in rows])
         self._next_sequence += batch_size
         return batch
 
@@ -89,7 +76,7 @@ class TrainIterator(grain.DatasetIterator):
         return self.next_batch(self._batch_size)
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-serialisable, and the same on every shard."""
+        """JSON-serialisable, and the same in every process."""
         return {"next_sequence": self._next_sequence, "fingerprint": self._fingerprint}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -102,14 +89,11 @@ class TrainIterator(grain.DatasetIterator):
         self._next_sequence = int(state["next_sequence"])
 
 
-def train_iterator(
-    config: DataConfig, tokenizer: Tokenizer, batch_size: int, *, shard_index: int = 0, shard_count: int = 1
-) -> TrainIterator:
+def train_iterator(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> TrainIterator:
     """Batches of the training documents, without end; each epoch is in a new order.
 
     Args:
-      batch_size: sequences of a batch over all shards; `next_batch` takes another.
-      shard_index, shard_count: this process among those that read data.
+      batch_size: sequences of a batch; `next_batch` takes another.
 
     Raises:
       ConfigError: unreadable data, too little of it for one sequence, or a batch that shards can't share evenly.
@@ -117,9 +101,7 @@ def train_iterator(
     packed, fingerprint = _sequences(config, tokenizer, validation=False)
     # Neighbours are mostly of one long document: without a second shuffle a batch would hold little else.
     sequences = packed.shuffle(config.seed).repeat()
-    return TrainIterator(
-        sequences, batch_size, fingerprint=fingerprint, shard_index=shard_index, shard_count=shard_count
-    )
+    return TrainIterator(sequences, batch_size, fingerprint=fingerprint)
 
 
 def validation_batches(

@@ -20,6 +20,7 @@ from dsv3_jax.model.linear import linear, weight
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import kept
 from dsv3_jax.model.rope import apply_rope, softmax_scale
+from dsv3_jax.parallel.rules import constrain
 
 LATENT_NORM_EPS = 1e-6
 """The two norms inside the attention have this epsilon in the reference, whatever `rms_norm_eps` says."""
@@ -31,11 +32,13 @@ class Index:
 
     positions: (B, T) int32, for RoPE.
     segments: (B, T) int32 or None: tokens attend only within their segment; None for no such mask.
+    order: (T,) int32 or None: each token's place in its sequence, if they don't stand in this order.
     start: (B,) int32 or None: with a cache, how many of its entries are filled before this call.
     """
 
     positions: jax.Array
     segments: jax.Array | None = None
+    order: jax.Array | None = None
     start: jax.Array | None = None
 
 
@@ -102,32 +105,38 @@ class MultiHeadLatentAttention(nn.Module):
 
         Returns (B, T, D) of the runtime's dtype, and the extended cache. The caller makes sure that it has room.
         """
-        c, dtype = self.config, self.runtime.dtype
+        c = self.config
         heads, nope, rope, rank = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
 
         # Queries (eq. 6 to 9): compressed, normed, expanded to heads; a rotated part beside the plain one.
         if c.q_lora_rank is None:
-            q = linear(x, weight(self, "q_proj", c.hidden_size, heads, nope + rope), dtype)
+            q = linear(x, weight(self, "q_proj", c.hidden_size, heads, nope + rope))
         else:
-            c_q = kept(linear(x, weight(self, "q_a_proj", c.hidden_size, c.q_lora_rank), dtype))
+            c_q = kept(linear(x, weight(self, "q_a_proj", c.hidden_size, c.q_lora_rank)))
             c_q = rms_norm(c_q, norm_scale(self, "q_a_layernorm", c.q_lora_rank), LATENT_NORM_EPS)
-            q = linear(c_q, weight(self, "q_b_proj", c.q_lora_rank, heads, nope + rope), dtype)
+            q = linear(c_q, weight(self, "q_b_proj", c.q_lora_rank, heads, nope + rope))
+        q = constrain(q, self.runtime, "batch", "sequence", "heads", None)
         q_nope, q_rope = q[..., :nope], apply_rope(q[..., nope:], index.positions, c)
 
         # The latent (eq. 1) and the one rotated key of all heads (eq. 3): all that a cache needs.
-        kv = kept(linear(x, weight(self, "kv_a_proj_with_mqa", c.hidden_size, rank + rope), dtype))
+        kv = kept(linear(x, weight(self, "kv_a_proj_with_mqa", c.hidden_size, rank + rope)))
         latent = rms_norm(kv[..., :rank], norm_scale(self, "kv_a_layernorm", rank), LATENT_NORM_EPS)
         k_rope = apply_rope(kv[..., None, rank:], index.positions, c)[:, :, 0]
 
-        q_index = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        # Where a sequence is cut over devices, they exchange this, which is small, and no keys or values.
+        latent = constrain(latent, self.runtime, "batch", None, None)
+        k_rope = constrain(k_rope, self.runtime, "batch", None, None)
+
+        order = jnp.arange(x.shape[1]) if index.order is None else index.order
+        q_index = k_index = jnp.broadcast_to(order, x.shape[:2])
         k_segments = index.segments
         if cache is not None:
             assert index.start is not None, "a cache needs to know where it is filled to"
             latent, k_rope = _extend(cache.latent, latent, index.start), _extend(cache.rope_key, k_rope, index.start)
             cache = LayerCache(latent, k_rope)
-            latent, k_rope, k_segments = latent.astype(dtype), k_rope.astype(dtype), None
+            latent, k_rope, k_segments = latent.astype(x.dtype), k_rope.astype(x.dtype), None
             q_index += index.start[:, None]
-        k_index = jnp.broadcast_to(jnp.arange(latent.shape[1]), latent.shape[:2])
+            k_index = jnp.broadcast_to(jnp.arange(latent.shape[1]), latent.shape[:2])
 
         w_uk = weight(self, "k_b_proj", rank, heads, nope)
         w_uv = weight(self, "v_b_proj", rank, heads, c.v_head_dim)
@@ -140,16 +149,16 @@ class MultiHeadLatentAttention(nn.Module):
             scale=softmax_scale(c),
         )
         if self.runtime.attention_form == "expanded":  # eq. 2, 5 and 10
-            k_nope, v = linear(latent, w_uk, dtype), linear(latent, w_uv, dtype)
+            k_nope, v = linear(latent, w_uk), linear(latent, w_uv)
             out = attend(q_nope, q_rope, k_nope, k_rope, v)
         else:
             shared = latent[:, :, None]
-            q_latent = jnp.einsum("bthn,rhn->bthr", q_nope, w_uk.astype(dtype))
+            q_latent = jnp.einsum("bthn,rhn->bthr", q_nope, w_uk)
             out = attend(q_latent, q_rope, shared, k_rope, shared)
-            out = jnp.einsum("bthr,rhv->bthv", out, w_uv.astype(dtype))
+            out = jnp.einsum("bthr,rhv->bthv", out, w_uv)
 
         w_o = weight(self, "o_proj", heads, c.v_head_dim, c.hidden_size)
-        return kept(linear(kept(out), w_o, dtype, contract=2)), cache  # eq. 11
+        return kept(linear(kept(out), w_o, contract=2)), cache  # eq. 11
 
 
 def _extend(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:

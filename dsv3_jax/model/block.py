@@ -10,6 +10,7 @@ from dsv3_jax.model.attention import Index, LayerCache, MultiHeadLatentAttention
 from dsv3_jax.model.moe import FeedForward, MoE
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.router import RouterStats
+from dsv3_jax.parallel.rules import constrain
 
 
 class Block(nn.Module):
@@ -27,10 +28,10 @@ class Block(nn.Module):
         c, r = self.config, self.runtime
         h = rms_norm(x, norm_scale(self, "input_layernorm", c.hidden_size), c.rms_norm_eps)
         h, cache = MultiHeadLatentAttention(c, r, name="self_attn")(h, index, cache)
-        x = x + h
+        x = constrain(x + h, r, "batch", "sequence", None)
         h = rms_norm(x, norm_scale(self, "post_attention_layernorm", c.hidden_size), c.rms_norm_eps)
         if self.is_moe:
             h, stats = MoE(c, r, name="mlp")(h)
         else:
             h, stats = FeedForward(c, r, c.intermediate_size, name="mlp")(h), None
-        return x + h, (cache, stats)
+        return constrain(x + h, r, "batch", "sequence", None), (cache, stats)

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-
-def weight(module: nn.Module, name: str, *shape: int) -> jax.Array:
-    """Declares a weight as a parameter of `module`, which has a `config` and a `runtime`: N(0, initializer_range)."""
-    init = nn.initializers.normal(module.config.initializer_range)  # type: ignore[attr-defined]
-    return module.param(name, init, shape, jnp.dtype(module.runtime.param_dtype))  # type: ignore[attr-defined]
+from dsv3_jax.parallel.rules import in_use
 
 
-def linear(x: jax.Array, w: jax.Array, dtype: str, *, contract: int = 1) -> jax.Array:
+def weight(module: nn.Module, name: str, *shape: int, dtype: Any = None) -> jax.Array:
+    """Declares a weight as a parameter of `module`, which has a `config` and a `runtime`: N(0, initializer_range).
+
+    Returns it as it is used: in `dtype`, by default the runtime's, and put together again if it is stored in pieces.
+    """
+    config, runtime = module.config, module.runtime  # type: ignore[attr-defined]
+    init = nn.initializers.normal(config.initializer_range)
+    stored = module.param(name, init, shape, jnp.dtype(runtime.param_dtype))
+    return in_use(stored.astype(dtype or runtime.dtype), runtime, name)
+
+
+def linear(x: jax.Array, w: jax.Array, *, contract: int = 1) -> jax.Array:
     """Contracts the last `contract` axes of `x` with as many first axes of `w`.
 
     Args:
       x: (..., *I).
-      w: (*I, *O): input axes first, the transpose of PyTorch's.
-      dtype: what both are cast to, and the result's dtype.
+      w: (*I, *O): input axes first, the transpose of PyTorch's. Its dtype is what `x` is cast to.
       contract: number of axes in I.
 
     Returns:
-      (..., *O). One two-dimensional product whatever the axes, so that every weight quantises alike.
+      (..., *O) of `w`'s dtype. One two-dimensional product whatever the axes, so that every weight quantises alike.
     """
     batch = x.shape[: x.ndim - contract]
     inputs, outputs = math.prod(w.shape[:contract]), w.shape[contract:]
-    y = x.reshape(*batch, inputs).astype(dtype) @ w.reshape(inputs, -1).astype(dtype)
+    y = x.reshape(*batch, inputs).astype(w.dtype) @ w.reshape(inputs, -1)
     return y.reshape(*batch, *outputs)

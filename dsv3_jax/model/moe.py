@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.linear import linear, weight
 from dsv3_jax.model.remat import kept
 from dsv3_jax.model.router import Router, RouterStats
+from dsv3_jax.parallel.dispatch import experts_are_spread, spread_experts
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
@@ -23,10 +25,16 @@ class ExpertWeights(NamedTuple):
     down_proj: jax.Array
 
 
-def experts_reference(x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights) -> jax.Array:
+def experts_reference(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights, rows: int | None = None
+) -> jax.Array:
     """Every expert on every token, weighted with zero where it wasn't chosen: E / K times the work, obviously right.
 
-    Args: x (N, D); ids (N, K) int32; weights (N, K) float32. Returns (N, D) of `x`'s dtype.
+    Args:
+      x: (N, D). ids: (N, K) int32, E for no expert. weights: (N, K) float32.
+      rows: at most so many ids aren't E; of use only to the other implementation.
+
+    Returns (N, D) of `x`'s dtype.
     """
     hidden = jax.nn.silu(jnp.einsum("nd,edf->nef", x, w.gate_proj)) * jnp.einsum("nd,edf->nef", x, w.up_proj)
     out = jnp.einsum("nef,efd->ned", hidden, w.down_proj)
@@ -35,30 +43,35 @@ def experts_reference(x: jax.Array, ids: jax.Array, weights: jax.Array, w: Exper
 
 
 def experts_grouped(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights, implementation: str
+    x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights, rows: int, *, implementation: str
 ) -> jax.Array:
-    """The same on one device, without waste: tokens sorted by expert, three grouped matmuls, and back. Dropless."""
+    """The same without waste: tokens sorted by expert, three grouped matmuls, and back. Dropless."""
     tokens, k = ids.shape
-    order = jnp.argsort(ids.ravel())  # of the N K (token, choice) pairs
+    order = jnp.argsort(ids.ravel())[:rows]  # of the N K (token, choice) pairs; those without an expert come last
     sizes = jnp.bincount(ids.ravel(), length=w.gate_proj.shape[0]).astype(jnp.int32)
-    rows = x[order // k]
-    gate = kept(grouped_matmul(rows, w.gate_proj, sizes, implementation=implementation))
-    up = kept(grouped_matmul(rows, w.up_proj, sizes, implementation=implementation))
+    x_sorted = x[order // k]
+    gate = kept(grouped_matmul(x_sorted, w.gate_proj, sizes, implementation=implementation))
+    up = kept(grouped_matmul(x_sorted, w.up_proj, sizes, implementation=implementation))
     out = grouped_matmul(jax.nn.silu(gate) * up, w.down_proj, sizes, implementation=implementation)
-    unsorted = out[jnp.argsort(order)].reshape(tokens, k, -1)
-    return jnp.einsum("nkd,nk->nd", unsorted, weights).astype(x.dtype)
+    weighted = out * weights.ravel()[order][:, None]
+    return jnp.zeros((tokens, x.shape[1]), weighted.dtype).at[order // k].add(weighted).astype(x.dtype)
 
 
-def experts(x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights, runtime: Runtime) -> jax.Array:
+def experts(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights, config: ModelConfig, runtime: Runtime
+) -> jax.Array:
     """The experts seam: sum over the chosen experts of weight times FFN (the routed part of eq. 12).
 
-    Args: x (N, D) of the runtime's dtype; ids (N, K) int32; weights (N, K) float32; expert parameters.
-    Returns (N, D) of `x`'s dtype.
+    Args: x (B, T, D) of the runtime's dtype; ids (B, T, K) int32; weights (B, T, K) float32; expert parameters.
+    Returns (B, T, D) of `x`'s dtype.
     """
-    w = ExpertWeights(*(a.astype(x.dtype) for a in w))
-    if runtime.experts_impl == "reference":
-        return experts_reference(x, ids, weights, w)
-    return experts_grouped(x, ids, weights, w, runtime.experts_impl)
+    compute = experts_reference
+    if runtime.experts_impl != "reference":
+        compute = functools.partial(experts_grouped, implementation=runtime.experts_impl)
+    if experts_are_spread(runtime):
+        return spread_experts(x, ids, weights, w, compute=compute, config=config, runtime=runtime)
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    return compute(flat(x), flat(ids), flat(weights), w, ids.size).reshape(x.shape)
 
 
 class FeedForward(nn.Module):
@@ -71,10 +84,10 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> (..., D) of the runtime's dtype."""
-        d, dtype = self.config.hidden_size, self.runtime.dtype
-        gate = kept(linear(x, weight(self, "gate_proj", d, self.width), dtype))
-        up = kept(linear(x, weight(self, "up_proj", d, self.width), dtype))
-        return linear(jax.nn.silu(gate) * up, weight(self, "down_proj", self.width, d), dtype)
+        d = self.config.hidden_size
+        gate = kept(linear(x, weight(self, "gate_proj", d, self.width)))
+        up = kept(linear(x, weight(self, "up_proj", d, self.width)))
+        return linear(jax.nn.silu(gate) * up, weight(self, "down_proj", self.width, d))
 
 
 class RoutedExperts(nn.Module):
@@ -91,8 +104,7 @@ class RoutedExperts(nn.Module):
         w = ExpertWeights(
             weight(self, "gate_proj", e, d, f), weight(self, "up_proj", e, d, f), weight(self, "down_proj", e, f, d)
         )
-        flat = lambda a: a.reshape(-1, a.shape[-1])
-        return experts(flat(x), flat(ids), flat(weights), w, self.runtime).reshape(x.shape)
+        return experts(x, ids, weights, w, c, self.runtime)
 
 
 class MoE(nn.Module):

@@ -35,7 +35,7 @@ class MTPModule(nn.Module):
         c, r = self.config, self.runtime
         norm = lambda name, x: rms_norm(x, norm_scale(self, name, c.hidden_size), c.rms_norm_eps)
         both = jnp.concatenate([norm("enorm", embedded), norm("hnorm", hidden)], axis=-1)
-        x = linear(both, weight(self, "eh_proj", 2 * c.hidden_size, c.hidden_size), r.dtype)
+        x = linear(both, weight(self, "eh_proj", 2 * c.hidden_size, c.hidden_size))
         x, (cache, stats) = Block(c, r, is_moe=True, name="block")(x, index, cache)
         assert stats is not None  # since the block is sparse
         return norm("norm", x), cache, stats

@@ -79,8 +79,8 @@ class Router(nn.Module):
         c = self.config
         (batch, tokens, width), experts, k = x.shape, c.n_routed_experts, c.num_experts_per_tok
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        centroids = weight(self, "weight", width, experts)  # e_i of eq. 15, as columns
-        logits = jnp.dot(x.astype(wide), centroids.astype(wide), precision=jax.lax.Precision.HIGHEST)
+        centroids = weight(self, "weight", width, experts, dtype=wide)  # e_i of eq. 15, as columns
+        logits = jnp.dot(x.astype(wide), centroids, precision=jax.lax.Precision.HIGHEST)
         scores = affinities(logits, c)
         bias = None
         if c.has_router_bias:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.router import RouterStats
+from dsv3_jax.parallel.rules import constrain
 
 
 @struct.dataclass
@@ -99,14 +102,16 @@ class DeepSeekV3(nn.Module):
         *,
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
+        order: jax.Array | None = None,
     ) -> Outputs:
         """Everything that training needs: also the further predictions and the routing.
 
         Args:
           tokens, positions, segments: as in `__call__`.
           further_tokens: for each MTP depth k in use, (B, T) int32: `tokens` shifted k to the left.
+          order: (T,) int32, each token's place in its sequence, if they don't stand in this order.
         """
-        index = self._index(tokens, positions, segments)
+        index = dataclasses.replace(self._index(tokens, positions, segments), order=order)
         hidden, _, stats = self._trunk(tokens, index, None)
         further, mtp_stats = self._predict_further(hidden, further_tokens, index)
         return Outputs(self._head(hidden), tuple(self._head(h) for h in further), stats, mtp_stats)
@@ -138,7 +143,8 @@ class DeepSeekV3(nn.Module):
         return Index(positions, segments)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        return jnp.take(self.embed_tokens, tokens, axis=0, mode="fill").astype(self.runtime.dtype)
+        x = jnp.take(self.embed_tokens, tokens, axis=0, mode="fill")
+        return constrain(x, self.runtime, "batch", "sequence", None)
 
     def _trunk(
         self, tokens: jax.Array, index: Index, cache: Cache | None
@@ -167,7 +173,7 @@ class DeepSeekV3(nn.Module):
 
     def _head(self, hidden: jax.Array) -> jax.Array:
         wide = jnp.promote_types(self.runtime.dtype, jnp.float32)
-        return linear(hidden, self.lm_head, self.runtime.dtype).astype(wide)
+        return constrain(linear(hidden, self.lm_head), self.runtime, "batch", "sequence", "vocab").astype(wide)
 
 
 def init_cache(config: ModelConfig, runtime: Runtime, batch: int, length: int) -> Cache:

@@ -11,6 +11,8 @@ import tyro
 
 from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Runtime, build_dataclass
 from dsv3_jax.data import DataConfig
+from dsv3_jax.parallel.mesh import MeshShape
+from dsv3_jax.parallel.processes import Processes
 from dsv3_jax.training.optimizer import OptimizerConfig
 from dsv3_jax.training.schedule import ScheduleConfig
 
@@ -24,6 +26,8 @@ class TrainConfig:
     data: DataConfig
     schedule: ScheduleConfig
     optimizer: OptimizerConfig
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+    """Devices along each axis of the mesh; `runtime.sharding` says what they cut. One device by default."""
     microbatches: int = 1
     """Pieces of a batch whose gradients are accumulated one after the other."""
     seed: int = 0
@@ -126,13 +130,19 @@ class TrainConfig:
             raise ConfigError(f"{path} is not the config of a training run: {error}") from None
 
     def differences(self, other: TrainConfig) -> list[str]:
-        """The fields in which two configs differ, as lines `name: mine, there other's`."""
+        """The fields in which two configs differ, as lines `name: mine, there other's`.
+
+        Those that only say how the work is spread over devices don't count: a run may go on with other ones.
+        """
         mine, others = _flatten(dataclasses.asdict(self)), _flatten(dataclasses.asdict(other))
         return [
             f"{k}: {mine.get(k)!r}, there {others.get(k)!r}"
             for k in sorted(mine | others)
-            if mine.get(k) != others.get(k)
+            if mine.get(k) != others.get(k) and not k.startswith(_SPREAD)
         ]
+
+
+_SPREAD = ("mesh.", "runtime.sharding", "runtime.dispatch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +159,9 @@ class TrainArgs:
     run_dir: Path = Path("runs/tiny")
     """The run's directory; runs/PRESET by default."""
     resume: bool = False
-    """Continue the run in run_dir from its newest checkpoint."""
+    """Continue the run in run_dir from its newest checkpoint, on the same or another mesh."""
+    processes: Processes = dataclasses.field(default_factory=Processes)
+    """How the processes of one job find each other."""
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from flax import struct
 
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.model.transformer import DeepSeekV3, Outputs
+from dsv3_jax.parallel.context import sequence_order
 
 Batch = Mapping[str, jax.Array]
 """`tokens` and `targets` (B, T) int32, the latter one token ahead; `segments` and `positions` (B, T) int32 if
@@ -68,24 +69,31 @@ def predictable(batch: Batch, ahead: int) -> jax.Array:
 def forward_tally(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch) -> Tally:
     """Runs the model on a batch and sums everything that the objective and the metrics need."""
     depths = model.config.num_nextn_predict_layers
-    further = tuple(shift_left(batch["targets"], k) for k in range(depths))
+    order = sequence_order(batch["tokens"].shape[1], model.runtime)
+    # What looks along the sequence comes before its tokens are laid out over devices.
+    lay_out = lambda x: x if order is None else x[:, order]
+    targets = [lay_out(shift_left(batch["targets"], k)) for k in range(depths + 1)]
+    masks = [lay_out(predictable(batch, k + 1)) for k in range(depths + 1)]
+    positions, segments = batch.get("positions"), batch.get("segments")
+    if order is not None and positions is None:
+        positions = jnp.broadcast_to(jnp.arange(len(order), dtype=jnp.int32), batch["tokens"].shape)
     out = cast(
         Outputs,
         model.apply(
             variables,
-            batch["tokens"],
-            further,
-            positions=batch.get("positions"),
-            segments=batch.get("segments"),
+            lay_out(batch["tokens"]),
+            tuple(targets[:depths]),
+            positions=None if positions is None else lay_out(positions),
+            segments=None if segments is None else lay_out(segments),
+            order=None if order is None else jnp.asarray(order),
             method="forward",
         ),
     )
-    mask = predictable(batch, 1)
-    nll = jnp.sum(cross_entropy(out.logits, batch["targets"]) * mask)
+    mask = masks[0]
+    nll = jnp.sum(cross_entropy(out.logits, targets[0]) * mask)
     zero = jnp.zeros_like(nll)
     mtp_nll, mtp_count, mtp_correct = zero, zero, zero
-    for k, logits in enumerate(out.mtp_logits, start=1):
-        target, mask_k = shift_left(batch["targets"], k), predictable(batch, k + 1)
+    for logits, target, mask_k in zip(out.mtp_logits, targets[1:], masks[1:], strict=True):
         mtp_nll += jnp.sum(cross_entropy(logits, target) * mask_k) / depths
         mtp_count += jnp.sum(mask_k)
         mtp_correct += jnp.sum((logits.argmax(-1) == target) & mask_k)

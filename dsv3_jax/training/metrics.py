@@ -14,9 +14,14 @@ import tensorboardX
 class MetricsLog:
     """Appends metrics to `metrics.jsonl` and to TensorBoard's event files under a run's directory."""
 
-    def __init__(self, directory: Path, *, first_step: int) -> None:
-        """A log that continues after `first_step`: later lines, of steps that will be taken again, are dropped."""
-        self.path = directory / "metrics.jsonl"
+    def __init__(self, directory: Path | None, *, first_step: int) -> None:
+        """A log that continues after `first_step`: later lines, of steps that will be taken again, are dropped.
+
+        Without a directory nothing is written: of several processes, one keeps the log.
+        """
+        self.path = directory / "metrics.jsonl" if directory else None
+        if directory is None or self.path is None:
+            return
         kept = [r for r in read_metrics(self.path) if r["step"] <= first_step] if self.path.exists() else []
         self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self._lines = self.path.open("a", buffering=1)
@@ -25,6 +30,8 @@ class MetricsLog:
     def write(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
         """Records numbers and lists of numbers; returns them as plain Python values."""
         plain = {k: np.asarray(v).tolist() for k, v in metrics.items()}
+        if self.path is None:
+            return plain
         try:
             self._lines.write(json.dumps({"step": step, **plain}) + "\n")
         except OSError as error:
@@ -35,6 +42,8 @@ class MetricsLog:
         return plain
 
     def close(self) -> None:
+        if self.path is None:
+            return
         with contextlib.suppress(OSError):  # what couldn't be written was said by `write`
             self._lines.close()
         with contextlib.suppress(OSError):

@@ -32,6 +32,7 @@ from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.config import TrainConfig
 from dsv3_jax.training.metrics import MetricsLog, plot_metrics, read_metrics, worst_violation
 from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.placement import Placement, all_processes_here, any_process
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import TrainState, evaluate_tally, init_state, make_eval_step, make_train_step
 from dsv3_jax.training.throughput import Throughput
@@ -59,7 +60,8 @@ def train(
       CheckpointError: a checkpoint couldn't be written or read.
       TrainingError: the loss is no longer finite.
     """
-    console = console or Console()
+    primary = jax.process_index() == 0
+    console = console or Console(quiet=not primary)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -68,8 +70,11 @@ def train(
         )
     check_directory(config, directory, resume=resume)
     run = _Run(config, directory, tokenizer, console)  # reads the data: a failure leaves no directory behind
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(config.to_json() + "\n")
+    all_processes_here()  # before one of them puts something into the directory that the others look at
+    if primary:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(config.to_json() + "\n")
+    all_processes_here()
     return run.run(resume)
 
 
@@ -100,12 +105,9 @@ class _Run:
         self.config, self.directory, self.tokenizer, self.console = config, directory, tokenizer, console
         self.model = DeepSeekV3(config.model, config.runtime)
         self.schedule = Schedule(config.schedule)
-        optimizer = make_optimizer(config.optimizer, self.schedule)
-        self.init = jax.jit(lambda key: init_state(self.model, optimizer, key))
-        self.step = jax.jit(
-            make_train_step(self.model, optimizer, self.schedule, microbatches=config.microbatches), donate_argnums=0
-        )
-        self.evaluate = jax.jit(make_eval_step(self.model))
+        self.optimizer = make_optimizer(config.optimizer, self.schedule)
+        self.placement = Placement(config.mesh, config.runtime)
+        self.evaluate = self.placement.jit_evaluation(make_eval_step(self.model))
         self.data = train_iterator(config.data, tokenizer, self.schedule.batch_size(0))
         self.validation = []
         if config.data.validation_fraction:
@@ -115,17 +117,23 @@ class _Run:
 
     def run(self, resume: bool) -> dict[str, Any]:
         checkpoints = Checkpoints(self.directory / "checkpoints", self.config.keep_checkpoints)
-        state = self.init(jax.random.key(self.config.seed))
+        init = lambda key: init_state(self.model, self.optimizer, key)
+        state = self.placement.init(init, jax.random.key(self.config.seed))
+        step_function = make_train_step(
+            self.model, self.optimizer, self.schedule, microbatches=self.config.microbatches
+        )
+        train_step = self.placement.jit_step(step_function, state)
         if resume and checkpoints.latest() is not None:
             state, data_state = checkpoints.restore(state)
             self.data.set_state(data_state)
         first = int(state.step)
-        log = MetricsLog(self.directory, first_step=first)
+        primary = jax.process_index() == 0
+        log = MetricsLog(self.directory if primary else None, first_step=first)
         last: dict[str, Any] = {}
         try:
             with _stop_on_signal() as stopping, self._progress(first) as report:
                 for step in range(first, self.config.schedule.steps):
-                    state, metrics = self.step(state, self._batch(step))
+                    state, metrics = train_step(state, self._batch(step))
                     done = step + 1
                     self.throughput.add(self.schedule.batch_size(step) * self.config.data.sequence_length)
                     if self._due(done, self.config.log_every):
@@ -134,21 +142,35 @@ class _Run:
                         last |= log.write(done, self._validate(state))
                         self.throughput.restart()
                     report(done, last)
-                    if self._due(done, self.config.checkpoint_every) or stopping():
+                    stop = self._due(done, self.config.log_every) and any_process(stopping())
+                    if self._due(done, self.config.checkpoint_every) or stop:
                         checkpoints.save(state, self.data.get_state())
-                    if stopping():
+                    if stop:
                         break
             checkpoints.wait()
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            lost = " ".join(str(error).split())[:300]
+            raise TrainingError(
+                f"process {jax.process_index()} of {jax.process_count()} lost the others ({lost}); the newest "
+                f"checkpoint is of step {checkpoints.latest()}: start all of them again with --resume"
+            ) from None
         finally:
             log.close()
             checkpoints.close()
         finished = int(state.step) == self.config.schedule.steps
-        self._finish(state, finished)
+        if primary:
+            self._finish(state, finished)
         return last | {"step": int(state.step), "stopped": not finished}
 
-    def _batch(self, step: int) -> dict[str, np.ndarray]:
-        batch = self.data.next_batch(self.schedule.batch_size(step))
-        return _model_inputs(batch, self.config.data.mask_documents)
+    def _batch(self, step: int) -> dict[str, jax.Array]:
+        size = self.schedule.batch_size(step)
+        rows = self.placement.rows(size)
+        return self._placed(rows, self.data.next_batch(size, rows), size)
+
+    def _placed(self, rows: np.ndarray, batch: dict[str, np.ndarray], size: int) -> dict[str, jax.Array]:
+        return self.placement.batch(rows, _model_inputs(batch, self.config.data.mask_documents), size)
 
     def _due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.config.schedule.steps
@@ -163,8 +185,9 @@ class _Run:
         return plain
 
     def _validate(self, state: TrainState) -> dict[str, Any]:
-        mask = self.config.data.mask_documents
-        tallies = [self.evaluate(state, _model_inputs(batch, mask)) for batch in self.validation]
+        size = len(self.validation[0]["tokens"])
+        every = np.arange(size)
+        tallies = [self.evaluate(state, self._placed(every, batch, size)) for batch in self.validation]
         total = jax.tree.map(lambda *parts: sum(parts), *tallies)
         return {f"validation_{k}": v for k, v in evaluate_tally(total).items()}
 
@@ -203,7 +226,8 @@ class _Run:
         plot_metrics(self.directory / "metrics.png", records, str(self.directory))
         if not finished:
             return
-        sample = self._sample(state) if self.config.sample_tokens else ""
+        alone = jax.process_count() == 1  # others would have to take part in sampling
+        sample = self._sample(state) if self.config.sample_tokens and alone else ""
         (self.directory / "sample.txt").write_text(sample)
         (self.directory / "report.md").write_text(_report(self.config, records, sample))
         if sample:

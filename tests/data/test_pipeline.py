@@ -1,4 +1,4 @@
-"""Batches: exact resumption, shards, changing batch sizes, validation apart from training."""
+"""Batches: exact resumption, parts of a batch, changing batch sizes, validation apart from training."""
 
 import hashlib
 import json
@@ -67,12 +67,13 @@ def test_resume_anywhere_equals_straight_run(config, data):
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(1, 4))
 @settings(deadline=None, max_examples=25)
-def test_shards_together_are_the_global_batch(config, sizes, shards):
+def test_rows_of_all_processes_are_the_batch(config, sizes, processes):
     whole = train_iterator(config, TOKENIZER, 1)
-    parts = [train_iterator(config, TOKENIZER, shards, shard_index=i, shard_count=shards) for i in range(shards)]
-    for size in sizes:
-        batches = [part.next_batch(size * shards) for part in parts]
-        assert_same(concatenate(batches), whole.next_batch(size * shards))
+    parts = [train_iterator(config, TOKENIZER, 1) for _ in range(processes)]
+    for size in (n * processes for n in sizes):
+        rows = np.split(np.arange(size), processes)
+        batches = [part.next_batch(size, mine) for part, mine in zip(parts, rows, strict=True)]
+        assert_same(concatenate(batches), whole.next_batch(size))
     assert all(part.get_state() == whole.get_state() for part in parts)
 
 
@@ -188,12 +189,8 @@ def test_errors_name_what_would_be_right(tmp_path):
     assert validation_batches(cut, TOKENIZER, 1, 1)
     with pytest.raises(ValueError, match=r"training part .* too few for one sequence of 9000 tokens"):
         train_iterator(DataConfig(source=str(tmp_path), sequence_length=9000), TOKENIZER, 1)
-    with pytest.raises(ValueError, match="batch_size is 3: it must be a multiple of the 2 shards"):
-        train_iterator(config, TOKENIZER, 3, shard_count=2).next_batch(3)
     with pytest.raises(ValueError, match="batch_size is 0"):
         train_iterator(config, TOKENIZER, 1).next_batch(0)
-    with pytest.raises(ValueError, match="shard_index is 2"):
-        train_iterator(config, TOKENIZER, 4, shard_index=2, shard_count=2)
 
 
 @pytest.mark.parametrize(

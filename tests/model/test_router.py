@@ -90,6 +90,8 @@ def test_experts_drop_no_token(impl, routing):
         return jax.jit(jax.value_and_grad(lambda x, w, g: jnp.sum(jnp.sin(f(x, ids, g, w))), (0, 1, 2)))(x, w, weights)
 
     expected = value_and_gradients(experts_reference)
-    got = value_and_gradients(lambda x, i, g, w: experts(x, i, g, w, Runtime(experts_impl=impl)))
+    got = value_and_gradients(
+        lambda x, i, g, w: experts(x[None], i[None], g[None], w, BASE, Runtime(experts_impl=impl))[0]
+    )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()), rtol=1e-5)

@@ -1,0 +1,296 @@
+"""Expert parallelism: tokens travel to the devices that hold their experts, and what those make of them comes back.
+
+Routed experts are spread over the mesh axes `node` and `expert`. A token goes to each device that holds at least
+one of its experts, once, and that device returns the weighted sum over its own. With both axes, it goes in two hops
+(report section 3.2.2): to each node that it needs once, to the device there that stands where the sender stands in
+its node, which hands it on inside the node; on the way back a node's sums are added up before they leave it.
+
+No token is ever dropped, and buffers have fixed sizes. They hold `dispatch_slack` times what even routing would
+send. If the routing of a batch is more uneven than that, which all devices find out together before anything is
+sent, the tokens go in several rounds, each of so few that even the worst routing fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType
+
+from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.parallel.rules import partition_spec, present, rules_of
+
+LocalExperts = Callable[..., jax.Array]
+"""`(x (M, D), ids (M, K), weights (M, K), expert weights, rows) -> (M, D)`: one device's experts on tokens that it
+holds. An id equal to the number of experts means none; at most `rows` of the M K ids are another."""
+
+
+def experts_are_spread(runtime: Runtime) -> bool:
+    """Whether, under the mesh in use, experts or what they compute on are cut over devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and runtime.sharding != "single"
+
+
+def spread_experts(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w: Any,
+    *,
+    compute: LocalExperts,
+    config: ModelConfig,
+    runtime: Runtime,
+) -> jax.Array:
+    """The experts seam over the mesh in use.
+
+    Args:
+      x: (B, T, D), cut over batch and sequence. ids, weights: (B, T, K), cut alike.
+      w: a NamedTuple of gate_proj, up_proj (E, D, F) and down_proj (E, F, D), cut over experts and F.
+
+    Returns:
+      (B, T, D), cut like `x`.
+
+    Raises:
+      ConfigError: the experts, the batch or the sequence don't divide over their axes.
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), rules_of(runtime)
+    spec = functools.partial(partition_spec, rules=rules, mesh=mesh)
+    tokens = spec("the tokens of a batch", x.shape, ("batch", "sequence", None))
+    up = spec("experts/gate_proj", w.gate_proj.shape, ("experts", None, "expert_ffn"))
+    down = spec("experts/down_proj", w.down_proj.shape, ("experts", "expert_ffn", None))
+    parts = math.prod(mesh.shape[a] for name in (rules.batch, rules.sequence) for a in present(name, mesh))
+    layout = Layout.of(config, runtime, mesh, math.prod(x.shape[:2]) // parts, ids.shape[-1])
+    partial_sums = present(rules.expert_ffn, mesh)
+
+    def on_device(x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any) -> jax.Array:
+        flat = lambda a: a.reshape(-1, a.shape[-1])
+        y = _route(flat(x), flat(ids), flat(weights), w, compute, layout)
+        y = lax.psum(y, partial_sums) if partial_sums else y
+        return y.astype(x.dtype).reshape(x.shape)
+
+    ours = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+    exchange = jax.shard_map(
+        on_device,
+        in_specs=(tokens, tokens, tokens, type(w)(up, up, down)),
+        out_specs=tokens,
+        axis_names=ours,
+        check_vma=False,
+    )
+    return exchange(x, ids, weights, w)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Who holds which expert, and how large the buffers are. All counts are of one device, of one layer.
+
+    node, expert: sizes of the axes that experts are spread over; 1 if they aren't.
+    local: experts a device. tokens: tokens a device. k: experts a token.
+    cut: whether the tokens are cut over these axes too, or every device has them all.
+    node_room: tokens for each node. device_room: tokens for each device of a node, of all nodes.
+    row_room: pairs of a token and an expert.
+    """
+
+    node: int
+    expert: int
+    local: int
+    tokens: int
+    k: int
+    cut: bool
+    method: str
+    node_room: int
+    device_room: int
+    row_room: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, runtime: Runtime, mesh: AbstractMesh, tokens: int, k: int) -> Layout:
+        rules = rules_of(runtime)
+        axes = present(rules.experts, mesh)
+        if not set(axes) <= {"node", "expert"}:
+            raise ConfigError(f"the rules spread experts over {', '.join(axes)}: it must be over node and expert")
+        node, expert = (mesh.shape[a] if a in axes else 1 for a in ("node", "expert"))
+        cut = set(axes) <= set(present(rules.batch, mesh))
+        if not cut and set(axes) & set(present(rules.batch, mesh)):
+            raise ConfigError("the rules cut the batch over one of the axes node and expert, but not over the other")
+        devices, local, slack = node * expert, config.n_routed_experts // (node * expert), runtime.dispatch_slack
+        # Groups that lie within nodes bound how many nodes a token reaches: M of section 2.1.2.
+        nodes = min(k, node, config.topk_group if config.n_group % node == 0 else node)
+        room = lambda even, least, most: max(least, min(most, int(even * slack)))
+        node_room = room(tokens * nodes / node, 1, tokens)
+        device_room = room(tokens * min(k, devices) / expert, node, tokens * node)
+        most = min(k, local)
+        row_room = room(tokens * k, devices * most, tokens * devices * most)
+        return cls(node, expert, local, tokens, k, cut, runtime.dispatch, node_room, device_room, row_room)
+
+    @property
+    def devices(self) -> int:
+        return self.node * self.expert
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return ("node",) * (self.node > 1) + ("expert",) * (self.expert > 1)
+
+    @property
+    def round_tokens(self) -> int:
+        """Tokens of a round in which the worst routing fits into every buffer."""
+        worst_rows = self.devices * min(self.k, self.local)
+        return min(self.node_room, self.device_room // self.node, self.row_room // worst_rows)
+
+
+def _route(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any, compute: LocalExperts, layout: Layout
+) -> jax.Array:
+    """One device's part: its tokens (N, D), ids and weights (N, K) -> what the experts make of them, (N, D)."""
+    if layout.devices == 1:
+        return compute(x, ids, weights, w, ids.size)
+    if layout.method == "all_gather" or not layout.cut:
+        return _gather(x, ids, weights, w, compute, layout)
+    once = functools.partial(_exchange, w=w, compute=compute, layout=layout)
+    rounds = -(-layout.tokens // layout.round_tokens)
+    if rounds == 1:
+        return once(x, ids, weights)
+
+    def in_rounds(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        size = layout.round_tokens
+        none = layout.devices * layout.local
+        cut = lambda a, fill: jnp.pad(a, ((0, rounds * size - len(a)), (0, 0)), constant_values=fill).reshape(
+            rounds, size, -1
+        )
+        step = jax.checkpoint(lambda _, part: (None, once(*part)))
+        y = lax.scan(step, None, (cut(x, 0), cut(ids, none), cut(weights, 0)))[1]
+        return y.reshape(rounds * size, -1)[: len(x)]
+
+    return lax.cond(_fits(ids, layout), once, in_rounds, x, ids, weights)
+
+
+def _reached(ids: jax.Array, bins: int, width: int) -> jax.Array:
+    """Which of `bins` groups of `width` consecutive experts each token has one of: bool (N, bins)."""
+    return (ids[:, :, None] // width == jnp.arange(bins)).any(1)
+
+
+def _fits(ids: jax.Array, layout: Layout) -> jax.Array:
+    """Whether this batch's routing fits into the buffers of all devices; the same answer on each."""
+    count = lambda reached: reached.sum(0, dtype=jnp.int32)
+    devices = count(_reached(ids, layout.devices, layout.local)).reshape(layout.node, layout.expert)
+    rows = jnp.bincount(ids.ravel() // layout.local, length=layout.devices)
+    nodes = count(_reached(ids, layout.node, layout.expert * layout.local))
+    if layout.node > 1:
+        devices = lax.psum(devices, "node")
+    rows = lax.psum(rows, layout.axes)
+    full = (nodes > layout.node_room).any() | (devices > layout.device_room).any() | (rows > layout.row_room).any()
+    return lax.psum(full.astype(jnp.int32), layout.axes) == 0
+
+
+def _gather(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any, compute: LocalExperts, layout: Layout
+) -> jax.Array:
+    """Every device sees all tokens and adds its experts' share: for few tokens, or where they aren't cut anyway."""
+    if layout.cut:
+        x, ids, weights = (lax.all_gather(a, layout.axes, tiled=True) for a in (x, ids, weights))
+    here = _here(ids, lax.axis_index(layout.axes) * layout.local, layout.local)
+    y = compute(x, here, jnp.where(here < layout.local, weights, 0), w, len(x) * min(layout.k, layout.local))
+    return lax.psum_scatter(y, layout.axes, tiled=True) if layout.cut else lax.psum(y, layout.axes)
+
+
+def _here(ids: jax.Array, first: jax.Array, count: int) -> jax.Array:
+    """Ids counted from `first`; `count` for those outside [first, first + count)."""
+    inside = (ids >= first) & (ids < first + count)
+    return jnp.where(inside, ids - first, count)
+
+
+def _exchange(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, *, w: Any, compute: LocalExperts, layout: Layout
+) -> jax.Array:
+    """Tokens to nodes, to devices, to experts, and back the same way."""
+
+    def to_experts(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        return compute(x, ids, weights, w, layout.row_room)
+
+    def to_devices(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        if layout.expert == 1:
+            return to_experts(x, ids, weights)
+        return _hop("expert", layout.expert, layout.local, layout.device_room, to_experts, layout, x, ids, weights)
+
+    if layout.node == 1:
+        return to_devices(x, ids, weights)
+    per_node = layout.expert * layout.local
+    return _hop("node", layout.node, per_node, layout.node_room, to_devices, layout, x, ids, weights)
+
+
+def _hop(
+    axis: str,
+    size: int,
+    width: int,
+    room: int,
+    then: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    layout: Layout,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+) -> jax.Array:
+    """Sends each token along a mesh axis to where it has experts, applies `then` there, and adds up what comes back.
+
+    Args:
+      size: of the axis. width: experts behind each of its positions.
+      room: tokens that a buffer holds for each position.
+      ids: (N, K) counted over all `size * width` experts; `size * width` for none.
+    """
+    reached = _reached(ids, size, width)
+    place = jnp.cumsum(reached, axis=0) - 1  # of a token among those that go to the same position
+    send = _ragged if layout.method == "ragged_all_to_all" else _padded
+    there, back = send(axis, reached, place, size, room)
+    seen = there(ids, size * width)
+    mine = _here(seen, lax.axis_index(axis) * width, width)
+    y = then(there(x, 0), mine, jnp.where(mine < width, there(weights, 0), 0))
+    return back(y).astype(x.dtype)
+
+
+Sender = tuple[Callable[[jax.Array, Any], jax.Array], Callable[[jax.Array], jax.Array]]
+
+
+def _padded(axis: str, reached: jax.Array, place: jax.Array, size: int, room: int) -> Sender:
+    """One `all_to_all` of equal pieces of `room` tokens, those that aren't needed filled up."""
+    tokens = len(reached)
+    row = jnp.where(reached, jnp.arange(size) * room + place, size * room)
+    token = jnp.full((size * room,), tokens).at[row].set(jnp.arange(tokens)[:, None], mode="drop")
+    swap = lambda a: lax.all_to_all(a, axis, 0, 0, tiled=True)
+
+    def there(a: jax.Array, fill: Any) -> jax.Array:
+        return swap(jnp.take(a, token, axis=0, mode="fill", fill_value=fill))
+
+    def back(y: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(y.dtype, jnp.float32)
+        return jnp.zeros((tokens, y.shape[1]), wide).at[token].add(swap(y).astype(wide), mode="drop")
+
+    return there, back
+
+
+def _ragged(axis: str, reached: jax.Array, place: jax.Array, size: int, room: int) -> Sender:
+    """One `ragged_all_to_all`: pieces of exactly the tokens that are needed, end to end."""
+    tokens = len(reached)
+    sent = reached.sum(0, dtype=jnp.int32)  # to each position
+    starts = jnp.cumsum(sent) - sent
+    swap = lambda a: lax.all_to_all(a, axis, 0, 0, tiled=True)
+    received = swap(sent)
+    ends_there = jnp.cumsum(received) - received
+    lands = swap(ends_there)  # where my piece begins at its receiver
+    came_from = swap(starts)  # and where the pieces that I received began at their senders
+    row = jnp.where(reached, starts + place, size * room)
+    token = jnp.full((size * room,), tokens).at[row].set(jnp.arange(tokens)[:, None], mode="drop")
+
+    def there(a: jax.Array, fill: Any) -> jax.Array:
+        rows = jnp.take(a, token, axis=0, mode="fill", fill_value=fill)
+        empty = jnp.full_like(rows, fill)
+        return lax.ragged_all_to_all(rows, empty, starts, sent, lands, received, axis_name=axis)
+
+    def back(y: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(y.dtype, jnp.float32)
+        home = lax.ragged_all_to_all(y, jnp.zeros_like(y), ends_there, received, came_from, sent, axis_name=axis)
+        return jnp.zeros((tokens, y.shape[1]), wide).at[token].add(home.astype(wide), mode="drop")
+
+    return there, back

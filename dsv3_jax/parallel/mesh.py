@@ -1,0 +1,78 @@
+"""The device mesh: seven named axes, any of which may have size 1."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from dsv3_jax.config import ConfigError
+
+AXES = ("stage", "data", "fsdp", "node", "expert", "context", "tensor")
+"""From the outermost to the innermost: neighbours along `tensor` are the closest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the axes. What each cuts is a matter of `parallel.rules`.
+
+    Experts are spread over `node` x `expert`: `node` is the slow part of that network, which a token crosses at most
+    once a node, and `expert` the fast part inside a node.
+    """
+
+    stage: int = 1
+    data: int = 1
+    fsdp: int = 1
+    node: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in dataclasses.asdict(self).items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ConfigError(f"mesh.{name} is {size!r}: it must be a whole number of devices, at least 1")
+
+    @property
+    def devices(self) -> int:
+        return math.prod(dataclasses.astuple(self))
+
+    @property
+    def expert_parallel(self) -> int:
+        """Devices that the routed experts are spread over."""
+        return self.node * self.expert
+
+    @property
+    def replicas(self) -> int:
+        """Parts that a training batch is cut into."""
+        return self.data * self.fsdp * self.expert_parallel
+
+    @classmethod
+    def parse(cls, text: str) -> MeshShape:
+        """Reads `stage=16,data=2,expert=64`. Raises ConfigError for what isn't an axis with a positive size."""
+        sizes = {}
+        for part in filter(None, text.split(",")):
+            name, _, size = part.partition("=")
+            if name.strip() not in AXES or not size.strip().isdigit() or int(size) < 1 or name.strip() in sizes:
+                raise ConfigError(f"mesh {text!r}: {part!r} isn't AXIS=SIZE, each axis once, of {', '.join(AXES)}")
+            sizes[name.strip()] = int(size)
+        return cls(**sizes)
+
+    def __str__(self) -> str:
+        return ",".join(f"{n}={s}" for n, s in dataclasses.asdict(self).items() if s > 1) or "one device"
+
+
+def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of `shape` over `devices`, by default all of the job's, arranged to suit their network.
+
+    Raises ConfigError unless the sizes multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if shape.devices != len(devices):
+        raise ConfigError(
+            f"mesh {shape} has {shape.devices} devices, but there are {len(devices)}: the sizes of "
+            f"{', '.join(AXES)} must multiply to that"
+        )
+    return jax.make_mesh(dataclasses.astuple(shape), AXES, (AxisType.Auto,) * len(AXES), devices=devices)

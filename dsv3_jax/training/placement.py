@@ -1,0 +1,95 @@
+"""Where a run's arrays live: the mesh, what is cut over it, and which rows of a batch this process has to load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsv3_jax.config import ConfigError, Runtime
+from dsv3_jax.parallel.mesh import MeshShape, make_mesh
+from dsv3_jax.parallel.rules import present, rules_of, state_shardings
+from dsv3_jax.training.step import TrainState
+
+
+class Placement:
+    """The mesh of a run and the shardings that the runtime's rules give its arrays.
+
+    A mesh of one device takes the first there is; any other takes all devices of all processes of the job.
+    """
+
+    def __init__(self, shape: MeshShape, runtime: Runtime) -> None:
+        """Raises ConfigError if the mesh doesn't suit the devices, or the rules use none of a larger mesh."""
+        if shape.devices > 1 and runtime.sharding == "single":
+            raise ConfigError(f"mesh {shape} with runtime.sharding 'single': choose fsdp, fsdp_ep, ep_tp or pp_ep_dp")
+        self.mesh = make_mesh(shape, jax.local_devices()[:1] if shape.devices == 1 else jax.devices())
+        self.rules = rules_of(runtime)
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        self._batch = NamedSharding(self.mesh, PartitionSpec(present(self.rules.batch, self.mesh) or None))
+
+    def init(self, init: Callable[[jax.Array], TrainState], key: jax.Array) -> TrainState:
+        """A fresh state, each device making only its part of it."""
+        shardings = state_shardings(jax.eval_shape(init, key), self.mesh, self.rules)
+        return jax.jit(init, out_shardings=shardings)(key)
+
+    def jit_step(self, step: Callable[..., Any], state: TrainState) -> Callable[..., Any]:
+        """The step compiled for this mesh: its new state lies as `state` does, its metrics on every device."""
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        return self._within(jax.jit(step, out_shardings=(shardings, self.replicated), donate_argnums=0))
+
+    def jit_evaluation(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiled, its result on every device."""
+        return self._within(jax.jit(evaluate, out_shardings=self.replicated))
+
+    def _within(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with jax.set_mesh(self.mesh):
+                return compiled(*arguments)
+
+        return call
+
+    @property
+    def parts(self) -> int:
+        """Parts that a batch is cut into; they must divide it."""
+        return math.prod(self.mesh.shape[a] for a in present(self.rules.batch, self.mesh))
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """The rows of a batch that this process's devices hold, ascending."""
+        self._check(batch_size)
+        slices = self._batch.addressable_devices_indices_map((batch_size,)).values()
+        return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
+
+    def batch(self, rows: np.ndarray, local: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+        """Global arrays (batch_size, T) of the local rows that `rows` numbers."""
+        self._check(batch_size)
+
+        def array(values: np.ndarray) -> jax.Array:
+            def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                wanted = np.arange(batch_size)[index[0]]
+                return values[np.searchsorted(rows, wanted)]
+
+            return jax.make_array_from_callback((batch_size, *values.shape[1:]), self._batch, piece)
+
+        return {name: array(values) for name, values in local.items()}
+
+    def _check(self, batch_size: int) -> None:
+        if batch_size % self.parts:
+            axes = " x ".join(present(self.rules.batch, self.mesh))
+            raise ConfigError(f"a batch of {batch_size} sequences doesn't divide over {axes} = {self.parts} devices")
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process of the job; all must ask at once."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def all_processes_here() -> None:
+    """Waits until every process of the job has come this far."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("all processes here")
