@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from dsv3_jax.config import ConfigError
@@ -75,4 +76,6 @@ def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> Mesh
             f"mesh {shape} has {shape.devices} devices, but there are {len(devices)}: the sizes of "
             f"{', '.join(AXES)} must multiply to that"
         )
-    return jax.make_mesh(dataclasses.astuple(shape), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    sizes = dataclasses.astuple(shape)
+    arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -60,3 +62,60 @@ def costs_of_all_layers(compile_with: Callable[[ModelConfig], Any], config: Mode
     both, only_dense, only_moe = with_layers(1, 1), with_layers(1, 0), with_layers(0, 1)
     dense, moe = both.plus(only_moe, -1), both.plus(only_dense, -1)
     return both.plus(dense, config.num_dense_layers - 1).plus(moe, config.num_moe_layers - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation of a compiled program.
+
+    kind: as in HLO, such as "all-gather". bytes: of its result on one device. axes: the mesh axes that it runs along,
+    where the program still names them, else (). times: how often it runs, where the compiler knows, in one call.
+    where: the path of the operation in the traced function.
+    """
+
+    kind: str
+    bytes: int
+    axes: tuple[str, ...]
+    times: int
+    where: str
+
+
+_KINDS = "all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute"
+_COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\((?!.*-done)")
+_ARRAY = re.compile(r"\b(pred|bf16|[fsu]\d+)(?:e\w+)?\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%([\w.-]+)|branch_computations=\{([^}]*)\}")
+_WIDTHS = {"pred": 8}
+
+
+def collectives(compiled: Any) -> list[Collective]:
+    """The collective operations of a `jax.stages.Compiled`, those in loops and branches included."""
+    instructions: dict[str, list[str]] = {}
+    name = ""
+    for line in compiled.as_text().splitlines():
+        if header := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
+            name = "ENTRY" if header[1] else header[2]
+        elif name:
+            instructions.setdefault(name, []).append(line)
+
+    found: list[Collective] = []
+
+    def visit(computation: str, times: int) -> None:
+        for line in instructions.get(computation, ()):
+            if match := _COLLECTIVE.search(line):
+                axes = re.search(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}", line)
+                where = re.search(r'op_name="([^"]*)"', line)
+                named = tuple(re.findall(r"'(\w+)'", axes[1])) if axes else ()
+                found.append(Collective(match[2], _bytes(match[1]), named, times, where[1] if where else ""))
+            rounds = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
+            for called, branches in _CALLED.findall(line):
+                for one in [called] if called else re.findall(r"%([\w.-]+)", branches):
+                    visit(one, times * (int(rounds[1]) if rounds and "body=%" + one in line else 1))
+
+    visit("ENTRY", 1)
+    return found
+
+
+def _bytes(types: str) -> int:
+    """Bytes of the arrays that an HLO type names."""
+    width = lambda kind: _WIDTHS.get(kind) or int(re.sub(r"\D", "", kind))
+    return sum(width(k) * math.prod(int(n) for n in dims.split(",") if n) // 8 for k, dims in _ARRAY.findall(types))

@@ -1,0 +1,94 @@
+"""Expert dispatch against every expert on every token: whatever the routing, nothing is dropped and nothing hangs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.model.moe import ExpertWeights, experts, experts_reference
+from dsv3_jax.parallel.mesh import MeshShape, make_mesh
+
+E, K, D, F, B, T = 16, 4, 8, 8, 8, 6
+CONFIG = dataclasses.replace(
+    ModelConfig.preset("tiny"),
+    **dict(hidden_size=D, moe_intermediate_size=F, n_routed_experts=E, num_experts_per_tok=K, n_group=4, topk_group=2),
+)
+
+
+def problem(routing, batch=B, tokens=T):
+    keys = jax.random.split(jax.random.key(0), 6)
+    draw = lambda key, *shape: jax.random.normal(key, shape) / 3
+    w = ExpertWeights(draw(keys[0], E, D, F), draw(keys[1], E, D, F), draw(keys[2], E, F, D))
+    x = draw(keys[3], batch, tokens, D)
+    ids = jnp.argsort(jax.random.uniform(keys[4], (batch, tokens, E)))[..., :K].astype(jnp.int32)
+    if routing == "same experts":
+        ids = jnp.broadcast_to(jnp.array([5, 4, 7, 6], jnp.int32), ids.shape)  # all on one or two devices
+    elif routing == "ends":
+        ids = jnp.broadcast_to(jnp.array([0, 15, 1, 14], jnp.int32), ids.shape)  # none on the devices between
+    return x, ids, jax.random.uniform(keys[5], ids.shape), w
+
+
+def value_and_gradients(f, x, ids, weights, w):
+    loss = lambda x, weights, w: jnp.sum(jnp.sin(f(x, ids, weights, w)))
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, weights, w)
+
+
+def reference(x, ids, weights, w):
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    return experts_reference(flat(x), flat(ids), flat(weights), w).reshape(x.shape)
+
+
+@pytest.mark.parametrize("routing", ["spread", "same experts", "ends"])
+@pytest.mark.parametrize(
+    ("shape", "runtime"),
+    [
+        ("expert=8", {"dispatch_slack": 1.0}),
+        ("node=2,expert=4", {}),
+        ("node=8", {}),
+        ("expert=4,tensor=2", {"dispatch": "all_gather"}),
+        ("node=2,expert=4", {"sharding": "ep_tp"}),
+    ],
+)
+def test_uneven_routing(shape, runtime, routing):
+    arguments = problem(routing)
+    expected = value_and_gradients(reference, *arguments)
+    run = Runtime(**{"sharding": "fsdp_ep", "experts_impl": "blocked"} | runtime)
+    with jax.set_mesh(make_mesh(MeshShape.parse(shape))):
+        got = value_and_gradients(lambda *a: experts(*a, CONFIG, run), *arguments)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()), rtol=1e-5)
+
+
+def test_one_token_where_tokens_are_not_cut():
+    x, ids, weights, w = problem("spread", batch=1, tokens=1)
+    run = Runtime(sharding="ep_tp")
+    with jax.set_mesh(make_mesh(MeshShape(node=2, expert=2, tensor=2))):
+        got = jax.jit(lambda *a: experts(*a, CONFIG, run))(x, ids, weights, w)
+    np.testing.assert_allclose(got, reference(x, ids, weights, w), rtol=2e-5, atol=1e-6)
+
+
+def test_what_does_not_divide_is_named():
+    with jax.set_mesh(make_mesh(MeshShape(expert=8))):
+        with pytest.raises(ConfigError, match=r"the tokens of a batch \(1, 1, 8\): its 'batch' of 1 doesn't divide"):
+            experts(*problem("spread", batch=1, tokens=1), CONFIG, Runtime(sharding="fsdp_ep"))
+        odd = dataclasses.replace(CONFIG, n_routed_experts=12)
+        x, ids, weights, w = problem("spread")
+        few = ExpertWeights(*(a[:12] for a in w))
+        with pytest.raises(ConfigError, match=r"experts/gate_proj \(12, 8, 8\): its 'experts' of 12 doesn't divide"):
+            experts(x, ids, weights, few, odd, Runtime(sharding="fsdp_ep"))
+
+
+def test_ragged_exchange_lowers_for_accelerators():
+    """XLA has no ragged all-to-all for CPUs; elsewhere the exchange is one."""
+    run = Runtime(sharding="fsdp_ep", dispatch="ragged_all_to_all")
+    with jax.set_mesh(make_mesh(MeshShape(node=2, expert=4))):
+        text = (
+            jax.jit(lambda *a: experts(*a, CONFIG, run))
+            .trace(*problem("spread"))
+            .lower(lowering_platforms=("tpu",))
+            .as_text()
+        )
+    assert "ragged_all_to_all" in text

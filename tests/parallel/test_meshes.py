@@ -1,0 +1,113 @@
+"""The same numbers on every mesh: loss, gradients and updated parameters of three steps equal one device's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.parallel.mesh import MeshShape
+from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dsv3_jax.training.placement import Placement
+from dsv3_jax.training.schedule import Schedule, ScheduleConfig
+from dsv3_jax.training.step import init_state, make_train_step
+
+# Every part of the architecture; init so large that rounding stays small beside Adam's epsilon.
+CONFIG = dataclasses.replace(
+    ModelConfig.preset("tiny"),
+    **dict(vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=3),
+    **dict(first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8),
+    **dict(qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2),
+    **dict(max_position_embeddings=64, initializer_range=0.1, aux_loss_alpha=0.01),
+)
+SCHEDULE = Schedule(ScheduleConfig(steps=100, batch_size=8, warmup_steps=1, bias_update_speed=0.01))
+BATCH, LENGTH, STEPS = 8, 16, 3
+
+
+def make_batch(seed=0):
+    """Packed documents: segments, and positions that start again in each."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, CONFIG.vocab_size, (BATCH, LENGTH + 1), dtype=np.int32)
+    segments = np.sort(rng.integers(0, 3, (BATCH, LENGTH), dtype=np.int32), axis=1)
+    positions = np.arange(LENGTH) - np.array([[np.argmax(row == s) for s in row] for row in segments])
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": segments,
+        "positions": positions.astype(np.int32),
+    }
+
+
+KEEPS_GRADIENTS = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params), lambda gradients, _, params: (gradients, gradients)
+)
+
+
+class Recorded(dict):
+    """Leaves by path, as numpy arrays."""
+
+    def __init__(self, tree):
+        super().__init__(
+            (jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        )
+
+
+def run(shape, microbatches=1, **runtime):
+    """Gradients of the first step, and metrics and variables after three."""
+    model = DeepSeekV3(CONFIG, Runtime(**{"experts_impl": "ragged"} | runtime))
+    placement = Placement(shape, model.runtime)
+    optimizer = optax.chain(KEEPS_GRADIENTS, make_optimizer(OptimizerConfig(), SCHEDULE))
+    state = placement.init(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    step = placement.jit_step(make_train_step(model, optimizer, SCHEDULE, microbatches=microbatches), state)
+    metrics, gradients = [], None
+    for i in range(STEPS):
+        state, m = step(state, placement.batch(np.arange(BATCH), make_batch(i), BATCH))
+        metrics.append(m)
+        gradients = gradients or Recorded(state.opt_state[0])
+    return gradients, Recorded(metrics), Recorded(state.variables), state
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    with jax.default_matmul_precision("highest"):
+        return run(MeshShape())
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        error, size = np.linalg.norm(got[name] - value), np.linalg.norm(value)
+        assert error <= tolerance * size + 1e-12, f"{name}: {error / size:.1e} of its norm"
+
+
+MESHES = [
+    ("fsdp=8", "fsdp", {}),
+    ("data=2,tensor=4", "fsdp", {}),
+    ("data=2,fsdp=2,context=2", "fsdp", {}),
+    ("context=8", "fsdp", {}),
+    ("expert=8", "fsdp_ep", {}),
+    ("expert=8", "fsdp_ep", {"dispatch_slack": 16.0}),
+    ("fsdp=2,expert=2,tensor=2", "fsdp_ep", {}),
+    ("node=2,expert=4", "fsdp_ep", {}),
+    ("node=4,expert=2", "fsdp_ep", {"dispatch_slack": 8.0, "remat": "block"}),
+    ("context=2,expert=4", "fsdp_ep", {"remat": "paper"}),
+    ("node=2,expert=2,context=2", "fsdp_ep", {"dispatch_slack": 1.0}),
+    ("fsdp=2,expert=4", "fsdp_ep", {"dispatch": "all_gather"}),
+    ("data=2,expert=2,tensor=2", "ep_tp", {}),
+    ("data=2,node=2,expert=2", "fsdp_ep", {"experts_impl": "blocked"}),
+    ("fsdp=2,expert=2,tensor=2", "fsdp_ep", {"microbatches": 2}),
+]
+
+
+@pytest.mark.parametrize(("shape", "sharding", "runtime"), MESHES, ids=lambda v: str(v).replace(" ", ""))
+def test_every_mesh_computes_the_same(one_device, shape, sharding, runtime):
+    gradients, metrics, variables, state = run(MeshShape.parse(shape), sharding=sharding, **runtime)
+    assert_close(gradients, one_device[0])
+    assert_close(metrics, one_device[1])
+    assert_close(variables, one_device[2])
+    cut = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.sharding.is_fully_replicated]
+    assert cut or shape == "context=8"  # which cuts activations alone

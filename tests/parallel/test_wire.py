@@ -1,0 +1,53 @@
+"""What crosses the network, read from the compiled program."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.model.moe import ExpertWeights, experts
+from dsv3_jax.parallel.mesh import MeshShape, make_mesh
+from dsv3_jax.planning.compiled import collectives
+
+WIDTH, HIDDEN, TOKENS, K = 512, 16, 256, 4
+CONFIG = dataclasses.replace(
+    ModelConfig.preset("tiny"),
+    **dict(hidden_size=WIDTH, moe_intermediate_size=HIDDEN, n_routed_experts=32, num_experts_per_tok=K),
+    **dict(n_group=8, topk_group=2),
+)
+
+
+def compiled_experts(shape, **runtime):
+    """The experts layer alone, TOKENS tokens a device, and the bytes of an activation there."""
+    e = CONFIG.n_routed_experts
+    array = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)
+    w = ExpertWeights(array(e, WIDTH, HIDDEN), array(e, WIDTH, HIDDEN), array(e, HIDDEN, WIDTH))
+    arguments = (array(8, TOKENS, WIDTH), array(8, TOKENS, K, dtype=jnp.int32), array(8, TOKENS, K), w)
+    with jax.set_mesh(make_mesh(shape)):
+        layer = jax.jit(lambda *a: experts(*a, CONFIG, Runtime(sharding="fsdp_ep", **runtime)))
+        return collectives(layer.lower(*arguments).compile())
+
+
+@pytest.mark.parametrize(("node", "reached"), [(2, 2), (4, 2), (8, 2)])
+def test_dispatch_crosses_to_each_node_once(node, reached):
+    """M = 2 groups of experts a token, which lie within nodes: at most min(K, nodes reached) copies cross."""
+    found = compiled_experts(MeshShape(node=node, expert=8 // node))
+    usual = [c for c in found if "branch_1" in c.where and c.kind == "all-to-all" and "node" in c.axes]
+    assert usual, [c.where for c in found]
+    back = max(i for i, c in enumerate(usual) if c.bytes == max(u.bytes for u in usual))
+    there = sum(c.bytes for i, c in enumerate(usual) if i != back) * (node - 1) / node  # a share stays in its node
+    assert there <= 1.1 * TOKENS * min(K, reached) * WIDTH * 4
+    assert usual[back].bytes * (node - 1) / node <= 1.1 * TOKENS * min(K, reached) * WIDTH * 4
+
+
+@pytest.mark.parametrize("shape", [MeshShape(expert=8), MeshShape(node=2, expert=4)])
+def test_no_device_gets_all_tokens(shape):
+    found = compiled_experts(shape)
+    assert not [c for c in found if c.kind in ("all-gather", "all-reduce") and c.bytes >= TOKENS * WIDTH * 4]
+
+
+def test_all_gather_is_what_its_name_says():
+    found = compiled_experts(MeshShape(expert=8), dispatch="all_gather")
+    assert [c for c in found if c.kind == "all-gather" and c.bytes == 8 * TOKENS * WIDTH * 4]
