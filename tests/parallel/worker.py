@@ -1,0 +1,31 @@
+"""One process of a job under test: the small run on four devices, through the command line's own entry."""
+
+import sys
+import time
+
+from dsv3_jax import cli
+
+directory, *options = sys.argv[1:]
+if "--pause" in options:
+    options.remove("--pause")
+    from dsv3_jax.training import trainer
+
+    record, steps = trainer._Run._record, []
+
+    def slow(self, log, done, *rest):
+        if done > 4:
+            time.sleep(2)
+        return record(self, log, done, *rest)
+
+    trainer._Run._record = slow
+
+SMALL = {
+    **{"model.hidden-size": 16, "model.intermediate-size": 16, "model.moe-intermediate-size": 8},
+    **{"model.num-hidden-layers": 2, "model.n-routed-experts": 8, "model.num-experts-per-tok": 2},
+    **{"model.n-group": 4, "model.topk-group": 2, "model.q-lora-rank": 8, "model.kv-lora-rank": 8},
+    **{"data.sequence-length": 16, "schedule.batch-size": 8, "schedule.steps": 8, "schedule.warmup-steps": 2},
+    **{"log-every": 2, "validate-every": 4, "validation-batches": 1, "checkpoint-every": 2, "sample-tokens": 0},
+    **{"runtime.sharding": "fsdp_ep", "mesh.fsdp": 2, "mesh.expert": 2},
+}
+arguments = [part for name, value in SMALL.items() for part in (f"--{name}", str(value))]
+cli.main(["train", "--run-dir", directory, *arguments, *options])
