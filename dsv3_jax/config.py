@@ -441,6 +441,8 @@ class Runtime:
     """Changes to the preset, each `NAME=MESH,AXES`, such as `embed=fsdp,data`."""
     dispatch: Literal["all_to_all", "ragged_all_to_all", "all_gather"] = "all_to_all"
     """How tokens reach experts on other devices: in padded pieces, in exact ones (TPU, GPU), or all to all devices."""
+    pipeline: Literal["1f1b", "zero_bubble"] = "1f1b"
+    """The order of work over the mesh axis `stage`; see `parallel.pipeline`."""
     dispatch_slack: float = 1.2
     """Room for uneven routing, over even routing's, before the exchange takes its slower way of several rounds."""
 
@@ -465,5 +467,6 @@ _RUNTIME_CHOICES = {
     "experts_impl": ("reference", "ragged", "blocked"),
     "remat": ("none", "block", "paper"),
     "sharding": ("single", "fsdp", "fsdp_ep", "ep_tp", "pp_ep_dp"),
+    "pipeline": ("1f1b", "zero_bubble"),
     "dispatch": ("all_to_all", "ragged_all_to_all", "all_gather"),
 }

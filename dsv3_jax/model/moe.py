@@ -13,7 +13,7 @@ from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.linear import linear, weight
 from dsv3_jax.model.remat import kept
 from dsv3_jax.model.router import Router, RouterStats
-from dsv3_jax.parallel.dispatch import experts_are_spread, spread_experts
+from dsv3_jax.parallel.dispatch import experts_are_spread, experts_held, spread_experts
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
@@ -100,7 +100,7 @@ class RoutedExperts(nn.Module):
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         """x (B, T, D), ids and weights (B, T, K) -> (B, T, D)."""
         c = self.config
-        e, d, f = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
+        e, d, f = experts_held(c, self.runtime), c.hidden_size, c.moe_intermediate_size
         w = ExpertWeights(
             weight(self, "gate_proj", e, d, f), weight(self, "up_proj", e, d, f), weight(self, "down_proj", e, f, d)
         )

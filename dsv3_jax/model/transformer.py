@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -89,7 +87,7 @@ class DeepSeekV3(nn.Module):
           ValueError: T exceeds `max_position_embeddings`, or `tokens` holds an id outside the vocabulary. Under
             `jit` ids can't be looked at: there, one outside the vocabulary turns its logits to NaN.
         """
-        index = self._index(tokens, positions, segments)
+        index = self.index(tokens, positions, segments)
         hidden, _, _ = self._trunk(tokens, index, None)
         if self.is_initializing():
             self._predict_further(hidden, (tokens,) * len(self.mtp), index)
@@ -111,10 +109,21 @@ class DeepSeekV3(nn.Module):
           further_tokens: for each MTP depth k in use, (B, T) int32: `tokens` shifted k to the left.
           order: (T,) int32, each token's place in its sequence, if they don't stand in this order.
         """
-        index = dataclasses.replace(self._index(tokens, positions, segments), order=order)
+        index = self.index(tokens, positions, segments, order)
         hidden, _, stats = self._trunk(tokens, index, None)
         further, mtp_stats = self._predict_further(hidden, further_tokens, index)
         return Outputs(self._head(hidden), tuple(self._head(h) for h in further), stats, mtp_stats)
+
+    def begin(self, tokens: jax.Array, **where: jax.Array | None) -> jax.Array:
+        """The part of `forward` before the sparse layers, (B, T, D): the first stage's of a pipeline."""
+        x = self._embed(tokens)
+        return self.dense_layers(x, self.index(tokens, **where), None)[0] if self.config.num_dense_layers else x
+
+    def finish(self, x: jax.Array, further_tokens: tuple[jax.Array, ...], **where: jax.Array | None) -> Outputs:
+        """The part of `forward` after the sparse layers, whose x (B, T, D) is: the last stage's of a pipeline."""
+        hidden = rms_norm(x, self.norm, self.config.rms_norm_eps)
+        further, stats = self._predict_further(hidden, further_tokens, self.index(x[:, :, 0], **where))
+        return Outputs(self._head(hidden), tuple(self._head(h) for h in further), None, stats)
 
     def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Continues sequences: the next T tokens of each, T >= 1, after those in the cache.
@@ -131,18 +140,26 @@ class DeepSeekV3(nn.Module):
         assert extended is not None  # since `cache` is
         return self._head(hidden), extended
 
-    def _index(self, tokens: jax.Array, positions: jax.Array | None, segments: jax.Array | None) -> Index:
+    @nn.nowrap
+    def index(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        order: jax.Array | None = None,
+    ) -> Index:
+        """Where tokens (B, T) stand, as `forward` says it; raises as `__call__` does."""
         limit = self.config.max_position_embeddings
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tokens.shape}: they must be (batch, sequence)")
         if tokens.shape[1] > limit:
             raise ValueError(f"the sequence has {tokens.shape[1]} tokens, but max_position_embeddings is {limit}")
-        check_token_ids(tokens, self.config.vocab_size)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        return Index(positions, segments)
+        return Index(positions, segments, order)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
+        check_token_ids(tokens, self.config.vocab_size)
         x = jnp.take(self.embed_tokens, tokens, axis=0, mode="fill")
         return constrain(x, self.runtime, "batch", "sequence", None)
 

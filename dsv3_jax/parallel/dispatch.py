@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType
 
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime
-from dsv3_jax.parallel.rules import partition_spec, present, rules_of
+from dsv3_jax.parallel.rules import larger, partition_spec, rules_of
 
 LocalExperts = Callable[..., jax.Array]
 """`(x (M, D), ids (M, K), weights (M, K), expert weights, rows) -> (M, D)`: one device's experts on tokens that it
@@ -35,6 +35,14 @@ def experts_are_spread(runtime: Runtime) -> bool:
     """Whether, under the mesh in use, experts or what they compute on are cut over devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and runtime.sharding != "single"
+
+
+def experts_held(config: ModelConfig, runtime: Runtime) -> int:
+    """Routed experts in the arrays at hand: all, except inside a pipeline's shard_map, which sees one device's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual not in mesh.axis_types:
+        return config.n_routed_experts
+    return config.n_routed_experts // math.prod(mesh.shape[a] for a in larger(rules_of(runtime).experts, mesh))
 
 
 def spread_experts(
@@ -60,29 +68,23 @@ def spread_experts(
       ConfigError: the experts, the batch or the sequence don't divide over their axes.
     """
     mesh, rules = jax.sharding.get_abstract_mesh(), rules_of(runtime)
-    spec = functools.partial(partition_spec, rules=rules, mesh=mesh)
-    tokens = spec("the tokens of a batch", x.shape, ("batch", "sequence", None))
-    up = spec("experts/gate_proj", w.gate_proj.shape, ("experts", None, "expert_ffn"))
-    down = spec("experts/down_proj", w.down_proj.shape, ("experts", "expert_ffn", None))
-    parts = math.prod(mesh.shape[a] for name in (rules.batch, rules.sequence) for a in present(name, mesh))
-    layout = Layout.of(config, runtime, mesh, math.prod(x.shape[:2]) // parts, ids.shape[-1])
-    partial_sums = present(rules.expert_ffn, mesh)
+    partial_sums = larger(rules.expert_ffn, mesh)
 
     def on_device(x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any) -> jax.Array:
         flat = lambda a: a.reshape(-1, a.shape[-1])
+        layout = Layout.of(config, runtime, mesh, math.prod(x.shape[:2]), ids.shape[-1])
         y = _route(flat(x), flat(ids), flat(weights), w, compute, layout)
         y = lax.psum(y, partial_sums) if partial_sums else y
         return y.astype(x.dtype).reshape(x.shape)
 
-    ours = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
-    exchange = jax.shard_map(
-        on_device,
-        in_specs=(tokens, tokens, tokens, type(w)(up, up, down)),
-        out_specs=tokens,
-        axis_names=ours,
-        check_vma=False,
-    )
-    return exchange(x, ids, weights, w)
+    if AxisType.Manual in mesh.axis_types:  # inside a pipeline's shard_map, where everything is one device's already
+        return on_device(x, ids, weights, w)
+    spec = functools.partial(partition_spec, rules=rules, mesh=mesh)
+    tokens = spec("the tokens of a batch", x.shape, ("batch", "sequence", None))
+    up = spec("experts/gate_proj", w.gate_proj.shape, ("experts", None, "expert_ffn"))
+    down = spec("experts/down_proj", w.down_proj.shape, ("experts", "expert_ffn", None))
+    specs = (tokens, tokens, tokens, type(w)(up, up, down))
+    return jax.shard_map(on_device, in_specs=specs, out_specs=tokens, check_vma=False)(x, ids, weights, w)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +112,12 @@ class Layout:
     @classmethod
     def of(cls, config: ModelConfig, runtime: Runtime, mesh: AbstractMesh, tokens: int, k: int) -> Layout:
         rules = rules_of(runtime)
-        axes = present(rules.experts, mesh)
+        axes = larger(rules.experts, mesh)
         if not set(axes) <= {"node", "expert"}:
             raise ConfigError(f"the rules spread experts over {', '.join(axes)}: it must be over node and expert")
         node, expert = (mesh.shape[a] if a in axes else 1 for a in ("node", "expert"))
-        cut = set(axes) <= set(present(rules.batch, mesh))
-        if not cut and set(axes) & set(present(rules.batch, mesh)):
+        cut = set(axes) <= set(rules.batch)
+        if not cut and set(axes) & set(rules.batch):
             raise ConfigError("the rules cut the batch over one of the axes node and expert, but not over the other")
         devices, local, slack = node * expert, config.n_routed_experts // (node * expert), runtime.dispatch_slack
         # Groups that lie within nodes bound how many nodes a token reaches: M of section 2.1.2.

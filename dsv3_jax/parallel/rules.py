@@ -106,10 +106,15 @@ def rules_of(runtime: Runtime) -> Rules:
     return rules
 
 
+def larger(axes: Axes, mesh: Mesh | AbstractMesh) -> Axes:
+    """Those of `axes` that the mesh has more than one device along."""
+    return tuple(a for a in axes if mesh.shape.get(a, 1) > 1)
+
+
 def present(axes: Axes, mesh: Mesh | AbstractMesh) -> Axes:
-    """Those of `axes` that cut something: on the mesh, larger than 1, and not already in the hands of a shard_map."""
+    """Those of `axes` that cut something here: larger than 1, and not already in the hands of a shard_map."""
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return tuple(a for a in axes if mesh.shape.get(a, 1) > 1 and types[a] != AxisType.Manual)
+    return tuple(a for a in larger(axes, mesh) if types[a] != AxisType.Manual)
 
 
 def partition_spec(

@@ -142,7 +142,7 @@ class TrainConfig:
         ]
 
 
-_SPREAD = ("mesh.", "runtime.sharding", "runtime.dispatch")
+_SPREAD = ("mesh.", "runtime.sharding", "runtime.dispatch", "runtime.pipeline", "microbatches")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,34 +66,59 @@ def predictable(batch: Batch, ahead: int) -> jax.Array:
     return inside & ((shift_left(segments, ahead) == segments) | last_is_open)
 
 
-def forward_tally(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch) -> Tally:
-    """Runs the model on a batch and sums everything that the objective and the metrics need."""
-    depths = model.config.num_nextn_predict_layers
-    order = sequence_order(batch["tokens"].shape[1], model.runtime)
-    # What looks along the sequence comes before its tokens are laid out over devices.
-    lay_out = lambda x: x if order is None else x[:, order]
-    targets = [lay_out(shift_left(batch["targets"], k)) for k in range(depths + 1)]
-    masks = [lay_out(predictable(batch, k + 1)) for k in range(depths + 1)]
+@struct.dataclass
+class LaidOut:
+    """A batch as the model takes it: its tokens in the order in which they lie over devices.
+
+    targets, masks: (B, T) each, of the next token and of the one k further, for k up to the depth of MTP; `masks` says
+    which of them there are. where: `positions`, `segments` and `order`, as the model's methods take them.
+    """
+
+    tokens: jax.Array
+    targets: tuple[jax.Array, ...]
+    masks: tuple[jax.Array, ...]
+    where: dict[str, Any]
+
+    @property
+    def further_tokens(self) -> tuple[jax.Array, ...]:
+        """What the MTP modules take: the tokens 1 to D ahead, which are targets of the depths before."""
+        return self.targets[:-1]
+
+
+def lay_out(model: DeepSeekV3, batch: Batch) -> LaidOut:
+    """Everything that looks along the sequence, which comes before its tokens are laid out over devices."""
+    tokens, ahead = batch["tokens"], range(model.config.num_nextn_predict_layers + 1)
+    order = sequence_order(tokens.shape[1], model.runtime)
+    lie = lambda x: x if order is None else x[:, order]
     positions, segments = batch.get("positions"), batch.get("segments")
     if order is not None and positions is None:
-        positions = jnp.broadcast_to(jnp.arange(len(order), dtype=jnp.int32), batch["tokens"].shape)
-    out = cast(
-        Outputs,
-        model.apply(
-            variables,
-            lay_out(batch["tokens"]),
-            tuple(targets[:depths]),
-            positions=None if positions is None else lay_out(positions),
-            segments=None if segments is None else lay_out(segments),
-            order=None if order is None else jnp.asarray(order),
-            method="forward",
-        ),
+        positions = jnp.broadcast_to(jnp.arange(len(order), dtype=jnp.int32), tokens.shape)
+    return LaidOut(
+        lie(tokens),
+        tuple(lie(shift_left(batch["targets"], k)) for k in ahead),
+        tuple(lie(predictable(batch, k + 1)) for k in ahead),
+        {
+            "positions": None if positions is None else lie(positions),
+            "segments": None if segments is None else lie(segments),
+            "order": None if order is None else jnp.asarray(order),
+        },
     )
-    mask = masks[0]
-    nll = jnp.sum(cross_entropy(out.logits, targets[0]) * mask)
+
+
+def forward_tally(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch) -> Tally:
+    """Runs the model on a batch and sums everything that the objective and the metrics need."""
+    laid = lay_out(model, batch)
+    out = model.apply(variables, laid.tokens, laid.further_tokens, method="forward", **laid.where)
+    return tally_of(cast(Outputs, out), laid)
+
+
+def tally_of(out: Outputs, laid: LaidOut) -> Tally:
+    """Sums over a batch what the model made of it."""
+    mask, depths = laid.masks[0], len(out.mtp_logits)
+    nll = jnp.sum(cross_entropy(out.logits, laid.targets[0]) * mask)
     zero = jnp.zeros_like(nll)
     mtp_nll, mtp_count, mtp_correct = zero, zero, zero
-    for logits, target, mask_k in zip(out.mtp_logits, targets[1:], masks[1:], strict=True):
+    for logits, target, mask_k in zip(out.mtp_logits, laid.targets[1:], laid.masks[1:], strict=True):
         mtp_nll += jnp.sum(cross_entropy(logits, target) * mask_k) / depths
         mtp_count += jnp.sum(mask_k)
         mtp_correct += jnp.sum((logits.argmax(-1) == target) & mask_k)
@@ -107,7 +132,7 @@ def forward_tally(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch)
         mtp_tokens=mtp_count,
         mtp_correct=mtp_correct,
         balance=sum((jnp.sum(balance_loss(s)) for s in stats.values()), zero),
-        sequences=jnp.asarray(batch["tokens"].shape[0], nll.dtype),
+        sequences=jnp.asarray(mask.shape[0], nll.dtype),
         load={name: jnp.sum(s.load, axis=-2) for name, s in stats.items()},
     )
 

@@ -13,6 +13,7 @@ from flax import struct
 from dsv3_jax.model.router import ROUTER
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.training.losses import Batch, Tally, forward_tally, objective, predictable
+from dsv3_jax.training.pipelined import pipelined_gradients, stages_in_use
 from dsv3_jax.training.schedule import Schedule
 
 Metrics = dict[str, jax.Array]
@@ -51,7 +52,8 @@ def make_train_step(
     """Builds the pure `train_step(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`.
 
     Args:
-      microbatches: pieces of the batch whose gradients are accumulated one after the other; must divide B.
+      microbatches: pieces of the batch whose gradients are accumulated one after the other; must divide B. Over
+        the stages of a mesh, they are what passes through the pipeline.
         The result is that of the whole batch: losses, loads and gradients are sums over the pieces.
     """
     alpha = model.config.aux_loss_alpha
@@ -67,7 +69,11 @@ def make_train_step(
             tally = forward_tally(model, {"params": params, ROUTER: state.router}, piece)
             return objective(tally, alpha, mtp_weight, *totals), tally
 
-        grads, tally = _accumulate(jax.grad(loss, has_aux=True), state.params, batch, microbatches)
+        if stages_in_use(model) > 1:
+            whole = lambda tally: objective(tally, alpha, mtp_weight, *totals)
+            grads, tally = pipelined_gradients(model, state.variables, _cut(batch, microbatches), whole)
+        else:
+            grads, tally = _accumulate(jax.grad(loss, has_aux=True), state.params, batch, microbatches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         router = update_bias(state.router, tally.load, schedule.bias_update_speed(state.step))
@@ -85,10 +91,14 @@ def _accumulate(grad: Callable, params: Any, batch: Batch, microbatches: int) ->
     """Sums gradients and tallies over pieces of the batch, one piece in memory at a time."""
     if microbatches == 1:
         return grad(params, batch)
-    pieces = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), dict(batch))
+    pieces = _cut(batch, microbatches)
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], pieces)))
     add = lambda total, piece: (jax.tree.map(jnp.add, total, grad(params, piece)), None)
     return jax.lax.scan(add, zeros, pieces)[0]
+
+
+def _cut(batch: Batch, microbatches: int) -> dict[str, jax.Array]:
+    return {name: x.reshape(microbatches, -1, *x.shape[1:]) for name, x in batch.items()}
 
 
 def update_bias(router: Any, load: dict[str, jax.Array], speed: jax.Array) -> Any:

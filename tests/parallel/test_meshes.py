@@ -19,7 +19,7 @@ from dsv3_jax.training.step import init_state, make_train_step
 # Every part of the architecture; init so large that rounding stays small beside Adam's epsilon.
 CONFIG = dataclasses.replace(
     ModelConfig.preset("tiny"),
-    **dict(vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=3),
+    **dict(vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=4),
     **dict(first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8),
     **dict(qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2),
     **dict(max_position_embeddings=64, initializer_range=0.1, aux_loss_alpha=0.01),
@@ -100,6 +100,9 @@ MESHES = [
     ("data=2,expert=2,tensor=2", "ep_tp", {}),
     ("data=2,node=2,expert=2", "fsdp_ep", {"experts_impl": "blocked"}),
     ("fsdp=2,expert=2,tensor=2", "fsdp_ep", {"microbatches": 2}),
+    ("stage=2,expert=4", "pp_ep_dp", {"microbatches": 2}),
+    ("stage=2,data=2,expert=2", "pp_ep_dp", {"microbatches": 2, "pipeline": "zero_bubble"}),
+    ("stage=2,node=2,expert=2", "pp_ep_dp", {"microbatches": 2}),
 ]
 
 

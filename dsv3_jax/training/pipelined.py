@@ -1,0 +1,125 @@
+"""Gradients of the training objective where the sparse layers are spread over the stages of a pipeline.
+
+The first stage also embeds and has the dense layers, the last one the head, the MTP modules and the loss; the
+parameters of these are on every stage.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.model.block import Block
+from dsv3_jax.model.remat import rematerialise
+from dsv3_jax.model.router import ROUTER, RouterStats
+from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.parallel.pipeline import STAGE, layers_of_stages, pipeline_gradients
+from dsv3_jax.parallel.rules import larger, parameter_axes, partition_spec, present, rules_of
+from dsv3_jax.training.losses import Batch, Tally, balance_loss, lay_out, tally_of
+
+SPARSE = "moe_layers"
+
+
+def stages_in_use(model: DeepSeekV3) -> int:
+    """Stages of the mesh in use, if the runtime's rules spread layers over them; else 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not present(rules_of(model.runtime).layers, mesh):
+        return 1
+    return mesh.shape[STAGE]
+
+
+def pipelined_gradients(
+    model: DeepSeekV3, variables: Mapping[str, Any], pieces: Batch, objective: Callable[[Tally], jax.Array]
+) -> tuple[Any, Tally]:
+    """Gradients of the objective with respect to the parameters, and the whole batch's tally.
+
+    Args:
+      variables: the model's two collections.
+      pieces: the batch with a leading axis of microbatches.
+      objective: of a tally, linear in it.
+
+    Raises ConfigError if there are fewer sparse layers than stages.
+    """
+    config, runtime, stages = model.config, model.runtime, stages_in_use(model)
+    if not config.num_moe_layers:
+        raise ConfigError("mesh.stage spreads sparse layers, but the model has none")
+    layers = layers_of_stages(config.num_moe_layers, stages)  # (S, most)
+    spread = lambda stack: jax.tree.map(lambda a: jnp.take(a, layers, axis=0, mode="fill", fill_value=0), stack)
+    shared = dict(variables["params"])
+    own, gather_gradients = jax.vjp(spread, shared.pop(SPARSE))
+    router = dict(variables[ROUTER])
+    bias = spread(router.pop(SPARSE, {}))
+    exists = jnp.asarray(layers < config.num_moe_layers)
+    block = rematerialise(Block, runtime)(config, runtime, is_moe=True)
+
+    def sparse_layers(
+        own: Any, bias: Any, exists: jax.Array, x: jax.Array, index: Any
+    ) -> tuple[jax.Array, RouterStats]:
+        def run(x: jax.Array, params: Any, bias: Any) -> tuple[jax.Array, RouterStats]:
+            y, (_, stats) = cast(Any, block.apply({"params": params, ROUTER: bias}, x, index, None))
+            return y, stats
+
+        def layer(x: jax.Array, of: Any) -> tuple[jax.Array, RouterStats]:
+            *weights, there = of
+            none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run, x, *weights)[1])
+            return lax.cond(there, run, lambda x, *_: (x, none), x, *weights)
+
+        return lax.scan(layer, x, (own, bias, exists))
+
+    def on_stage(
+        own: Any, shared: Any, x: jax.Array, piece: Batch, constants: Any, stage: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Tally, jax.Array]:
+        (bias, exists), router = constants
+        apply = functools.partial(model.apply, {"params": shared, ROUTER: router})
+        laid = lay_out(model, piece)
+        x = lax.cond(stage == 0, lambda: apply(laid.tokens, method="begin", **laid.where), lambda: x)
+        x, stats = sparse_layers(own, bias, exists, x, model.index(laid.tokens, **laid.where))
+        end = lambda x: tally_of(cast(Any, apply)(x, laid.further_tokens, method="finish", **laid.where), laid)
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(end, x))
+        tally = lax.cond(stage == stages - 1, end, lambda _: nothing, x)
+        tally = tally.replace(balance=tally.balance + jnp.sum(balance_loss(stats)))
+        return x, objective(tally), tally, jnp.sum(stats.load, axis=-2)
+
+    mesh, rules = jax.sharding.get_abstract_mesh(), rules_of(runtime)
+    if unsuited := larger(("context", "tensor"), mesh):
+        raise ConfigError(f"mesh.{unsuited[0]} doesn't go with mesh.stage: data, fsdp, node and expert do")
+    batch = larger(rules.batch, mesh)
+    sequences, length = pieces["tokens"].shape[1:]
+    parts = math.prod(mesh.shape[a] for a in batch)
+    if sequences % parts:
+        raise ConfigError(f"a microbatch of {sequences} sequences doesn't divide over {' x '.join(batch)} = {parts}")
+    d_own, d_shared, tally, load = pipeline_gradients(
+        on_stage,
+        own,
+        shared,
+        pieces,
+        ((bias, exists), router),
+        specs=(_specs(own, ("layers", None), model), _specs(shared, (), model)),
+        batch=batch,
+        activation=jax.ShapeDtypeStruct((sequences // parts, length, config.hidden_size), jnp.dtype(runtime.dtype)),
+        schedule=runtime.pipeline,
+    )
+    place = np.argsort(layers, axis=None, kind="stable")[: config.num_moe_layers]
+    sparse_load = load.reshape(-1, load.shape[-1])[place]
+    return d_shared | {SPARSE: gather_gradients(d_own)[0]}, tally.replace(load=tally.load | {SPARSE: sparse_load})
+
+
+def _specs(tree: Any, leading: tuple[str | None, ...], model: DeepSeekV3) -> Any:
+    """How the pipeline's devices hold parameters: whole, but for `leading` axes and experts."""
+    mesh, rules = jax.sharding.get_abstract_mesh(), rules_of(model.runtime)
+
+    def spec(path: Any, a: jax.Array) -> PartitionSpec:
+        own = parameter_axes(path, a.ndim - len(leading))
+        logical = (*leading, *(name if name == "experts" else None for name in own))
+        return partition_spec(jax.tree_util.keystr(path), a.shape, logical, rules, mesh)
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
