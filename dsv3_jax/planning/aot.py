@@ -20,6 +20,7 @@ def topology_devices(name: str) -> Any:
     Raises ConfigError if libtpu isn't installed or doesn't know the topology.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # don't ask the cloud for a machine that isn't there
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used, so processes needn't take turns
     from jax.experimental import topologies
 
     try:
@@ -30,72 +31,86 @@ def topology_devices(name: str) -> Any:
 
 
 def aot_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
-    """Compiles the step that `args` describes for one chip of `args.aot`, and compares.
+    """Compiles the step that `args` describes for the topology `args.aot` and mesh `args.mesh`, and compares.
 
-    Raises ConfigError for a plan of several devices: the step that is compiled is the unsharded one.
+    Without a mesh it is the step of one chip.
+
+    Raises ConfigError if mesh, topology, batch and microbatch don't fit together.
     """
     import jax
     import jax.numpy as jnp
 
     from dsv3_jax.config import Runtime
     from dsv3_jax.model.transformer import DeepSeekV3
-    from dsv3_jax.planning.compiled import costs, device_bytes
+    from dsv3_jax.parallel.mesh import MeshShape
+    from dsv3_jax.planning.compiled import collectives, costs, device_bytes
     from dsv3_jax.planning.flops import count_flops
     from dsv3_jax.planning.hardware import hardware
     from dsv3_jax.planning.memory import memory
-    from dsv3_jax.planning.mesh import Mesh, TrainingPlan
+    from dsv3_jax.planning.mesh import TrainingPlan
     from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from dsv3_jax.training.placement import Placement
     from dsv3_jax.training.schedule import Schedule, ScheduleConfig
     from dsv3_jax.training.step import init_state, make_train_step
 
-    topology = args.aot or ""
-    if args.devices != 1 or args.mesh:
-        raise ConfigError("--aot compiles the step of one chip: give --devices 1 and no --mesh")
-    if args.batch > args.microbatch and args.batch % args.microbatch:
-        raise ConfigError(f"batch {args.batch} isn't a multiple of microbatch {args.microbatch}")
+    topology, mesh = args.aot or "", MeshShape.parse(args.mesh)
     sheet = hardware(topology.split(":")[0].removeprefix("tpu"))
-    place = jax.sharding.SingleDeviceSharding(topology_devices(topology)[0])
-
-    runtime = Runtime(dtype="bfloat16", remat=args.remat)
-    model, schedule = DeepSeekV3(config, runtime), Schedule(ScheduleConfig(steps=1000, batch_size=args.batch))
-    optimizer = make_optimizer(OptimizerConfig(moments_dtype=args.moments), schedule)
-    step = make_train_step(model, optimizer, schedule, microbatches=args.batch // args.microbatch)
-    state = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
-    tokens = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
-    arguments = (state, {"tokens": tokens, "targets": tokens})
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
-    start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(*placed).compile()
-    seconds = time.perf_counter() - start
-
+    devices = list(topology_devices(topology))
     plan = TrainingPlan(
         config,
         sheet,
-        Mesh(),
+        mesh,
         args.batch,
         args.length,
         args.microbatch,
         remat=args.remat,
         moment=4 if args.moments == "float32" else 2,
+        zero1=mesh.stage > 1,
         fused_attention=False,
         mtp=bool(config.num_nextn_predict_layers),
     )
+    runtime = Runtime(
+        dtype="bfloat16",
+        remat=args.remat,
+        sharding="single" if mesh.devices == 1 else "pp_ep_dp" if mesh.stage > 1 else "fsdp_ep",
+        dispatch="ragged_all_to_all",
+    )
+    model, schedule = DeepSeekV3(config, runtime), Schedule(ScheduleConfig(steps=1000, batch_size=args.batch))
+    optimizer = make_optimizer(OptimizerConfig(moments_dtype=args.moments), schedule)
+    placement = Placement(mesh, runtime, devices[:1] if mesh.devices == 1 else devices)
+    step = make_train_step(model, optimizer, schedule, microbatches=plan.microbatches)
+    tokens = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
+    state, batch = placement.abstract(
+        lambda key: init_state(model, optimizer, key), {"tokens": tokens, "targets": tokens}
+    )
+    start = time.perf_counter()
+    compiled = placement.lower(step, state, batch).compile()
+    seconds = time.perf_counter() - start
+
     used, estimate = device_bytes(compiled), memory(plan).total
-    flops, counted = costs(compiled).flops, count_flops(step, *arguments, repeat_loops=False)
+    sent: dict[tuple[str, str], int] = {}
+    for c in collectives(compiled):
+        key = c.kind, " x ".join(c.axes)
+        sent[key] = sent.get(key, 0) + c.bytes * c.times
     gib, giga = (lambda x: f"{x / _GIB:.2f} GiB"), (lambda x: f"{x / 1e9:,.1f} GFLOP")
-    rows = [
-        ("memory", used, estimate, gib),
-        ("FLOPs, bodies of loops once", flops, counted, giga),
-    ]
+    rows: list[tuple[str, float, float, Any]] = [("memory", used, estimate, gib)]
+    if mesh.devices == 1:  # what is counted in a program over many devices isn't one device's
+        counted = count_flops(step, state, batch, repeat_loops=False)
+        rows.append(("FLOPs, bodies of loops once", costs(compiled).flops, counted, giga))
     return {
         "kind": "aot",
         "model": args.preset if args.config is None else str(args.config),
         "topology": topology,
-        "mesh": "one device",
+        "mesh": str(mesh),
         "compile_seconds": seconds,
+        "memory": sheet.memory,
         "fits": used <= sheet.memory,
         "rows": [
             {"what": what, "compiler": a, "estimate": b, "compiler_text": text(a), "estimate_text": text(b)}
             for what, a, b, text in rows
+        ],
+        "collectives": [
+            {"kind": kind, "axes": axes, "bytes": total}
+            for (kind, axes), total in sorted(sent.items(), key=lambda x: -x[1])
         ],
     }

@@ -6,9 +6,10 @@ import dataclasses
 import math
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.parallel.mesh import AXES, MeshShape
 from dsv3_jax.planning.hardware import Hardware
 from dsv3_jax.planning.memory import held, stages
-from dsv3_jax.planning.mesh import AXES, Mesh, TrainingPlan
+from dsv3_jax.planning.mesh import TrainingPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ def ring(size: int) -> float:
     return (size - 1) / size
 
 
-def rate(sheet: Hardware, mesh: Mesh, axis: str) -> float:
+def rate(sheet: Hardware, mesh: MeshShape, axis: str) -> float:
     """Bytes/s that a device receives in a gather or reduction over an axis.
 
     Behind switches: the fast links while the axis and those inside it fit into a node, else the network. On a torus:
@@ -43,13 +44,13 @@ def rate(sheet: Hardware, mesh: Mesh, axis: str) -> float:
     return sheet.links * max(filled, 1 / sheet.torus_axes)
 
 
-def exchange_seconds(sheet: Hardware, config: ModelConfig, mesh: Mesh, tokens: float, per_copy: float) -> float:
+def exchange_seconds(sheet: Hardware, config: ModelConfig, mesh: MeshShape, tokens: float, per_copy: float) -> float:
     """Time to send each of a device's `tokens` to its experts' devices, `per_copy` bytes a copy.
 
     Behind switches a token crosses to each node once and is forwarded inside it, and routing reaches `topk_group`
     groups at most (report section 3.2.2). On a torus every copy travels a quarter of each ring it crosses.
     """
-    group, k = mesh.expert, config.num_experts_per_tok
+    group, k = mesh.expert_parallel, config.num_experts_per_tok
     if group == 1:
         return 0.0
     if sheet.torus_axes:
@@ -97,12 +98,12 @@ def traffic(plan: TrainingPlan) -> list[Traffic]:
     latent = 2 * (c.kv_lora_rank + c.qk_rope_head_dim) * tokens * (m.context - 1) * layers
     add("context", "latents gathered, their gradients scattered", (2 + again) * latent)
     add("stage", "activations and their gradients", 2 * width * tokens)
-    if m.expert > 1:
-        add("expert", "gradients and weights outside the experts", update * plain * ring(m.expert))
+    if m.expert_parallel > 1:
+        add("expert", "gradients and weights outside the experts", update * plain * ring(m.expert_parallel))
         per_copy = 2 * ((1 if plan.precision == "fp8" else 2) + 2) * c.hidden_size  # dispatch and combine, both ways
         moe = _moe_layers(plan)
         seconds = exchange_seconds(sheet, c, m, tokens * moe, per_copy)
-        received = tokens * moe * min(c.num_experts_per_tok, m.expert) * ring(m.expert) * per_copy
+        received = tokens * moe * min(c.num_experts_per_tok, m.expert_parallel) * ring(m.expert_parallel) * per_copy
         add("expert", "tokens to their experts and back", received, seconds, hidden=plan.schedule == "dualpipe")
     return result
 

@@ -103,7 +103,7 @@ def held(plan: TrainingPlan, stage: Stage) -> tuple[float, float]:
         held += [(parts["rest"], 1), (parts["mtp"], 1 if plan.mtp else 0)]
     plain = sum(times * (p.whole + p.cut / m.tensor) for p, times in held)
     routed = sum(times * p.routed for p, times in held)
-    return plain / m.fsdp, routed / (m.fsdp * m.tensor * m.expert)
+    return plain / m.fsdp, routed / (m.fsdp * m.tensor * m.expert_parallel)
 
 
 def memory(plan: TrainingPlan) -> Memory:
@@ -115,7 +115,7 @@ def _stage_memory(plan: TrainingPlan, stage: Stage, index: int) -> Memory:
     m, c = plan.mesh, plan.config
     plain, routed = held(plan, stage)
     copies = 2 if plan.schedule == "dualpipe" and m.stage > 1 else 1
-    state = plain / (m.data * m.expert) + routed / m.data if plan.zero1 else plain + routed
+    state = plain / (m.data * m.expert_parallel) + routed / m.data if plan.zero1 else plain + routed
     # Without a copy to compute with, the master copy is what a device computes with.
     weights = plan.weight * (plain + routed) * copies + plan.stored * (state if plan.weight else plain + routed)
     tokens = plan.microbatch_tokens
@@ -168,4 +168,4 @@ def _gathered(plan: TrainingPlan) -> float:
     m, parts = plan.mesh, _parts(plan.config).values()
     if m.fsdp == 1:
         return 0.0
-    return 2 * 2 * max(max(p.largest_plain, p.largest_routed / m.expert) for p in parts) / m.tensor
+    return 2 * 2 * max(max(p.largest_plain, p.largest_routed / m.expert_parallel) for p in parts) / m.tensor

@@ -3,54 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Literal
 
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.planning.hardware import Hardware
-
-AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
-"""From the outermost to the innermost: tensor neighbours are the closest."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Mesh:
-    """Sizes of the axes. Batches are split over data, fsdp and expert together; experts over expert.
-
-    Parameters are split over stage, fsdp and tensor, routed experts over expert too. Activations of one sequence
-    are split over context.
-    """
-
-    stage: int = 1
-    data: int = 1
-    fsdp: int = 1
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
-
-    @property
-    def devices(self) -> int:
-        return math.prod(dataclasses.astuple(self))
-
-    @property
-    def replicas(self) -> int:
-        """Parts that a batch is cut into."""
-        return self.data * self.fsdp * self.expert
-
-    @classmethod
-    def parse(cls, text: str) -> Mesh:
-        """Reads `stage=16,data=2,expert=64`. Raises ConfigError for what isn't an axis with a positive size."""
-        sizes = {}
-        for part in filter(None, text.split(",")):
-            name, _, size = part.partition("=")
-            if name.strip() not in AXES or not size.strip().isdigit() or int(size) < 1 or name.strip() in sizes:
-                raise ConfigError(f"mesh {text!r}: {part!r} isn't AXIS=SIZE, each axis once, of {', '.join(AXES)}")
-            sizes[name.strip()] = int(size)
-        return cls(**sizes)
-
-    def __str__(self) -> str:
-        return ",".join(f"{n}={s}" for n, s in dataclasses.asdict(self).items() if s > 1) or "one device"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +25,7 @@ class TrainingPlan:
 
     config: ModelConfig
     hardware: Hardware
-    mesh: Mesh
+    mesh: MeshShape
     batch: int
     length: int = 4096
     microbatch: int = 1
@@ -113,12 +71,14 @@ class TrainingPlan:
         if self.batch % (m.replicas * self.microbatch):
             raise ConfigError(
                 f"a batch of {self.batch} sequences doesn't divide into microbatches of {self.microbatch} on "
-                f"data x fsdp x expert = {m.replicas} parts"
+                f"data x fsdp x node x expert = {m.replicas} parts"
             )
         if self.length % m.context:
             raise ConfigError(f"length {self.length} doesn't divide over context={m.context}")
-        if m.expert > 1 and c.n_routed_experts % m.expert:
-            raise ConfigError(f"expert={m.expert} doesn't divide n_routed_experts ({c.n_routed_experts})")
+        if c.n_routed_experts % m.expert_parallel:
+            raise ConfigError(
+                f"node x expert = {m.expert_parallel} doesn't divide n_routed_experts ({c.n_routed_experts})"
+            )
         if c.num_attention_heads % m.tensor:
             raise ConfigError(f"tensor={m.tensor} doesn't divide num_attention_heads ({c.num_attention_heads})")
         if m.stage > c.num_hidden_layers:
@@ -138,7 +98,14 @@ def meshes(plan: TrainingPlan, devices: int) -> Iterator[TrainingPlan]:
                     if devices % inner:
                         continue
                     for fsdp in [d for d in divisors if (devices // inner) % d == 0]:
-                        mesh = Mesh(stage, devices // inner // fsdp, fsdp, expert, context, tensor)
+                        mesh = MeshShape(
+                            stage=stage,
+                            data=devices // inner // fsdp,
+                            fsdp=fsdp,
+                            expert=expert,
+                            context=context,
+                            tensor=tensor,
+                        )
                         if sheet.torus_axes == 0 and tensor > sheet.domain:
                             continue
                         try:

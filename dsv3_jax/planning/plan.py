@@ -55,8 +55,8 @@ class PlanArgs:
     attention_data: int = 0
     """With --serve: groups of devices that serve different sequences; 0 picks the fastest that fits."""
     aot: str | None = None
-    """Compile the real training step for a TPU topology that needn't be there, as v5p:8x16x16, and report the
-    compiler's memory and FLOPs."""
+    """Compile the real training step for a TPU topology that needn't be there, as v5p:8x16x16, over --mesh (one chip
+    without it), and report the compiler's memory, FLOPs and communication."""
     validate: bool = False
     """Print predictions beside published measurements instead, as a markdown table."""
     top: int = 5
@@ -110,8 +110,9 @@ def check(args: PlanArgs) -> None:
 
 def training_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
     """The plan as plain values: the mesh that was asked for, or the best of all that fit."""
+    from dsv3_jax.parallel.mesh import MeshShape
     from dsv3_jax.planning.hardware import hardware
-    from dsv3_jax.planning.mesh import Mesh, TrainingPlan, meshes
+    from dsv3_jax.planning.mesh import TrainingPlan, meshes
 
     sheet = hardware(args.hardware)
     if sheet.torus_axes == 0 and args.devices > sheet.domain and args.devices % sheet.domain:
@@ -122,7 +123,7 @@ def training_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
     base = TrainingPlan(
         config,
         sheet,
-        Mesh(),
+        MeshShape(),
         args.batch,
         args.length,
         args.microbatch,
@@ -134,7 +135,7 @@ def training_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
         mtp=bool(config.num_nextn_predict_layers),
     )
     if args.mesh:
-        mesh = Mesh.parse(args.mesh)
+        mesh = MeshShape.parse(args.mesh)
         if mesh.devices != args.devices:
             raise ConfigError(f"mesh {args.mesh} has {mesh.devices} devices, but --devices is {args.devices}")
         candidates = [dataclasses.replace(base, mesh=mesh)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.planning.flops import model_flops
 from dsv3_jax.planning.hardware import EFFICIENCY, hardware
 from dsv3_jax.planning.inference import Serving, decode_step, prefill_tokens_per_second
-from dsv3_jax.planning.mesh import Mesh, TrainingPlan
+from dsv3_jax.planning.mesh import TrainingPlan
 from dsv3_jax.planning.step_time import step_time
 
 
@@ -55,15 +56,15 @@ def compare() -> list[Comparison]:
 
 def report_plan() -> TrainingPlan:
     """Pre-training as the report has it: PP16, EP64, ZeRO-1, FP8, DualPipe, Adam's moments in bfloat16."""
-    config, mesh = ModelConfig.preset("v3-671b"), Mesh(stage=16, data=2, expert=64)
+    config, mesh = ModelConfig.preset("v3-671b"), MeshShape(stage=16, data=2, expert=64)
     return TrainingPlan(config, hardware("h800"), mesh, 15360, precision="fp8", moment=2, weight=1, schedule="dualpipe")
 
 
 def extension_plans() -> list[TrainingPlan]:
     """The two phases of context extension, 1,000 steps each (report section 4.3)."""
     phases = (
-        (1920, 32768, "paper", Mesh(stage=32, expert=8, context=4, tensor=2)),
-        (480, 131072, "block", Mesh(stage=2, fsdp=4, expert=8, context=8, tensor=4)),
+        (1920, 32768, "paper", MeshShape(stage=32, expert=8, context=4, tensor=2)),
+        (480, 131072, "block", MeshShape(stage=2, fsdp=4, expert=8, context=8, tensor=4)),
     )
     return [
         dataclasses.replace(report_plan(), batch=batch, length=length, remat=remat, mesh=mesh)  # type: ignore[arg-type]
@@ -74,7 +75,9 @@ def extension_plans() -> list[TrainingPlan]:
 def maxtext_plan() -> TrainingPlan:
     """MaxText's recipe for 512 v5p: FSDP, 6 sequences of 8,192 a device, no MTP, blocks recomputed."""
     config = dataclasses.replace(ModelConfig.preset("v3-671b"), num_nextn_predict_layers=0)
-    return TrainingPlan(config, hardware("v5p"), Mesh(fsdp=512), 6 * 512, 8192, 6, remat="block", weight=0, mtp=False)
+    return TrainingPlan(
+        config, hardware("v5p"), MeshShape(fsdp=512), 6 * 512, 8192, 6, remat="block", weight=0, mtp=False
+    )
 
 
 def _training() -> list[Comparison]:

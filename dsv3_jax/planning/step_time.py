@@ -82,7 +82,7 @@ def step_time(plan: TrainingPlan, efficiency: float | None = None) -> StepTime:
     elementwise = tokens * elementwise_bytes(plan) / sheet.bandwidth / e
 
     plain, routed = max((held(plan, s) for s in stages(plan)), key=sum)
-    state = plain / (m.data * m.expert) + routed / m.data if plan.zero1 else plain + routed
+    state = plain / (m.data * m.expert_parallel) + routed / m.data if plan.zero1 else plain + routed
     update = 2 * plan.stored + 4 * plan.moment + plan.gradient
     accumulate = 2 * plan.gradient * (plain + routed) * plan.microbatches
     optimizer = (state * update + accumulate) / sheet.bandwidth / e

@@ -133,9 +133,18 @@ def _serving(console: Console, result: dict[str, Any]) -> None:
 
 
 def _aot(console: Console, result: dict[str, Any]) -> None:
-    console.print(f"{result['model']} compiled for {result['topology']}, mesh {result['mesh']}")
+    console.print(
+        f"{result['model']} compiled for {result['topology']}, mesh {result['mesh']}, in "
+        f"{result['compile_seconds']:.0f} s; it {'fits' if result['fits'] else '[bold]does not fit[/bold]'} "
+        f"a device's {result['memory'] / _GIB:.1f} GiB"
+    )
     table = _table("", "what", "compiler", "estimate", "estimate / compiler")
     for row in result["rows"]:
         ratio = f"{row['estimate'] / row['compiler']:.3f}" if row["compiler"] else ""
         table.add_row(row["what"], row["compiler_text"], row["estimate_text"], ratio)
     console.print(table)
+    if result["collectives"]:
+        sent = _table("results of collectives, one device, one step", "collective", "along", "GB")
+        for row in result["collectives"]:
+            sent.add_row(row["kind"], row["axes"] or "?", f"{row['bytes'] / 1e9:,.2f}")
+        console.print(sent)

@@ -23,11 +23,16 @@ class Placement:
     A mesh of one device takes the first there is; any other takes all devices of all processes of the job.
     """
 
-    def __init__(self, shape: MeshShape, runtime: Runtime) -> None:
-        """Raises ConfigError if the mesh doesn't suit the devices, or the rules use none of a larger mesh."""
+    def __init__(self, shape: MeshShape, runtime: Runtime, devices: list[jax.Device] | None = None) -> None:
+        """Raises ConfigError if the mesh doesn't suit the devices, or the rules use none of a larger mesh.
+
+        `devices` may be of a topology that isn't there, to compile for.
+        """
         if shape.devices > 1 and runtime.sharding == "single":
             raise ConfigError(f"mesh {shape} with runtime.sharding 'single': choose fsdp, fsdp_ep, ep_tp or pp_ep_dp")
-        self.mesh = make_mesh(shape, jax.local_devices()[:1] if shape.devices == 1 else jax.devices())
+        if devices is None:
+            devices = jax.local_devices()[:1] if shape.devices == 1 else jax.devices()
+        self.mesh = make_mesh(shape, devices)
         self.rules = rules_of(runtime)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self._batch = NamedSharding(self.mesh, PartitionSpec(present(self.rules.batch, self.mesh) or None))
@@ -37,10 +42,25 @@ class Placement:
         shardings = state_shardings(jax.eval_shape(init, key), self.mesh, self.rules)
         return jax.jit(init, out_shardings=shardings)(key)
 
+    def abstract(self, init: Callable[[jax.Array], TrainState], batch: dict[str, Any]) -> tuple[TrainState, Any]:
+        """Shapes, dtypes and shardings of the state and of a batch, for `lower`."""
+        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        state = jax.eval_shape(init, jax.random.key(0))
+        shardings = state_shardings(state, self.mesh, self.rules)
+        return jax.tree.map(place, state, shardings), jax.tree.map(lambda x: place(x, self._batch), batch)
+
     def jit_step(self, step: Callable[..., Any], state: TrainState) -> Callable[..., Any]:
         """The step compiled for this mesh: its new state lies as `state` does, its metrics on every device."""
+        return self._within(self._jit(step, state))
+
+    def lower(self, step: Callable[..., Any], state: TrainState, batch: Any) -> jax.stages.Lowered:
+        """What `jit_step` would compile, from the abstract state and batch of `abstract`."""
+        with jax.set_mesh(self.mesh):
+            return self._jit(step, state).lower(state, batch)
+
+    def _jit(self, step: Callable[..., Any], state: TrainState) -> Any:
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        return self._within(jax.jit(step, out_shardings=(shardings, self.replicated), donate_argnums=0))
+        return jax.jit(step, out_shardings=(shardings, self.replicated), donate_argnums=0)
 
     def jit_evaluation(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
         """Compiled, its result on every device."""

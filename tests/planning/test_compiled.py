@@ -8,12 +8,13 @@ import pytest
 
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.planning.aot import aot_plan
 from dsv3_jax.planning.compiled import costs, costs_of_all_layers, device_bytes
 from dsv3_jax.planning.flops import count_flops
 from dsv3_jax.planning.hardware import hardware
 from dsv3_jax.planning.memory import memory
-from dsv3_jax.planning.mesh import Mesh, TrainingPlan
+from dsv3_jax.planning.mesh import TrainingPlan
 from dsv3_jax.planning.plan import PlanArgs
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
@@ -63,7 +64,7 @@ def test_memory_and_flops_of_a_step(config, remat, batch, length):
     plan = TrainingPlan(
         config,
         hardware("h100"),
-        Mesh(),
+        MeshShape(),
         batch,
         length,
         batch,
@@ -90,9 +91,9 @@ def test_layers_counted_by_differences():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"aot": "v5p:8x16x16", "devices": 2048}, "--devices 1"),
-        ({"aot": "v9:2x2", "devices": 1}, "unknown hardware 'v9'"),
-        ({"aot": "v5p:2x2x1", "devices": 1, "batch": 5, "microbatch": 2}, "isn't a multiple"),
+        ({"aot": "v5p:2x2x2", "mesh": "fsdp=4", "length": 512}, "mesh fsdp=4 has 4 devices, but there are 8"),
+        ({"aot": "v9:2x2"}, "unknown hardware 'v9'"),
+        ({"aot": "v5p:2x2x1", "batch": 5, "microbatch": 2, "length": 512}, "doesn't divide"),
     ],
 )
 def test_what_cannot_be_compiled_is_said(options, message):
@@ -102,9 +103,31 @@ def test_what_cannot_be_compiled_is_said(options, message):
 
 @pytest.mark.slow
 def test_a_step_for_a_tpu_that_is_not_there():
-    pytest.importorskip("libtpu")
-    args = PlanArgs(preset="tiny", aot="v5p:2x2x1", devices=1, batch=8, microbatch=8, length=1024, remat="block")
+    args = PlanArgs(preset="tiny", aot="v5p:2x2x1", batch=8, microbatch=8, length=1024, remat="block")
     with jax.default_matmul_precision("default"):  # bfloat16 products in float32 pieces don't compile for a TPU
         result = aot_plan(args, ModelConfig.preset("tiny"))
     ratios = {row["what"]: row["estimate"] / row["compiler"] for row in result["rows"]}
     assert ratios["memory"] == pytest.approx(1, abs=0.15)
+
+
+def compile_for_pod(topology, mesh, preset, batch, **options):
+    args = PlanArgs(preset=preset, aot=topology, mesh=mesh, batch=batch, **{"remat": "block"} | options)
+    with jax.default_matmul_precision("default"):
+        return aot_plan(args, ModelConfig.preset(preset))
+
+
+def test_a_small_pod():
+    """EP over two nodes' worth of chips, FSDP and tensor parallelism at once, with the accelerators' exact exchange."""
+    result = compile_for_pod("v5p:2x2x4", "fsdp=2,expert=4,tensor=2", "tiny", 16, length=256)
+    assert result["fits"]
+    found = {c["kind"] for c in result["collectives"] if c["bytes"]}
+    assert {"ragged-all-to-all", "all-gather", "all-reduce"} <= found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:8x16x16", "tpu7x:8x8x16"])
+def test_the_whole_model_on_a_pod(topology):
+    """671B parameters on 2,048 devices, sequences of 4,096: by the compiler's own account it fits."""
+    result = compile_for_pod(topology, "fsdp=16,expert=64,tensor=2", "v3-671b", 1024, length=4096, moments="bfloat16")
+    assert result["fits"], result
+    assert result["compile_seconds"] < 900

@@ -8,13 +8,14 @@ import sys
 import pytest
 
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.planning import published
 from dsv3_jax.planning.activations import kept_by_block
 from dsv3_jax.planning.communication import exchange_seconds, nodes_reached, rate, traffic
 from dsv3_jax.planning.hardware import HARDWARE, hardware
 from dsv3_jax.planning.inference import Serving, busiest_group, cache_bytes, decode_step, largest_batch, weight_bytes
 from dsv3_jax.planning.memory import held, memory, stages
-from dsv3_jax.planning.mesh import Mesh, TrainingPlan, meshes
+from dsv3_jax.planning.mesh import TrainingPlan, meshes
 from dsv3_jax.planning.parameters import count_parameters
 from dsv3_jax.planning.plan import PlanArgs, plan_command
 from dsv3_jax.planning.step_time import step_time
@@ -23,7 +24,7 @@ V3 = ModelConfig.preset("v3-671b")
 WITHIN = (0.6, 1.4)
 
 
-def plan_of(config=V3, sheet="h800", mesh=Mesh(), batch=256, **options):
+def plan_of(config=V3, sheet="h800", mesh=MeshShape(), batch=256, **options):
     return TrainingPlan(config, hardware(sheet), mesh, batch, **options)
 
 
@@ -44,7 +45,9 @@ def test_sheets_are_complete():
 # Memory ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", [Mesh(), Mesh(stage=16, data=2, expert=64), Mesh(stage=4, fsdp=8, tensor=2)])
+@pytest.mark.parametrize(
+    "mesh", [MeshShape(), MeshShape(stage=16, data=2, expert=64), MeshShape(stage=4, fsdp=8, tensor=2)]
+)
 def test_stages_hold_every_block_once(mesh):
     plan = plan_of(mesh=mesh, batch=1024)
     layout = stages(plan)
@@ -56,7 +59,12 @@ def test_stages_hold_every_block_once(mesh):
 
 def test_all_devices_together_hold_the_model():
     counted = count_parameters(V3)
-    for mesh in (Mesh(), Mesh(fsdp=512), Mesh(stage=16, expert=64), Mesh(stage=8, fsdp=4, expert=8)):
+    for mesh in (
+        MeshShape(),
+        MeshShape(fsdp=512),
+        MeshShape(stage=16, expert=64),
+        MeshShape(stage=8, fsdp=4, expert=8),
+    ):
         plan = plan_of(mesh=mesh, batch=512 * 8)
         plain = sum(held(plan, s)[0] for s in stages(plan)) * mesh.fsdp
         routed = sum(held(plan, s)[1] for s in stages(plan)) * mesh.fsdp * mesh.expert
@@ -66,7 +74,7 @@ def test_all_devices_together_hold_the_model():
 
 def test_more_of_an_axis_never_needs_more_memory():
     for axis in ("fsdp", "expert", "tensor", "stage"):
-        sizes = [memory(plan_of(mesh=Mesh(**{axis: n}), batch=64)).total for n in (2, 4, 8)]
+        sizes = [memory(plan_of(mesh=MeshShape(**{axis: n}), batch=64)).total for n in (2, 4, 8)]
         assert sizes == sorted(sizes, reverse=True), axis
 
 
@@ -89,7 +97,7 @@ def test_residuals_of_one_block():
 def test_a_token_crosses_to_each_node_once():
     assert nodes_reached(V3, 8) == 4  # the report's limit
     assert nodes_reached(V3, 2) < 2
-    mesh = Mesh(expert=64)
+    mesh = MeshShape(expert=64)
     seconds = exchange_seconds(hardware("h800"), V3, mesh, tokens=1, per_copy=3 * 7168)
     assert seconds == pytest.approx(4 * (7 / 8) * 3 * 7168 / 50e9)
 
@@ -103,15 +111,15 @@ def test_the_reports_compute_and_exchange_are_alike():
 
 
 def test_links_of_an_axis():
-    mesh = Mesh(stage=16, data=2, expert=64)
+    mesh = MeshShape(stage=16, data=2, expert=64)
     assert rate(hardware("h800"), mesh, "expert") == 50e9
-    assert rate(hardware("h800"), Mesh(expert=8), "expert") == 200e9
-    assert rate(hardware("v5p"), Mesh(fsdp=512), "fsdp") == 600e9
-    assert rate(hardware("v5p"), Mesh(fsdp=8, expert=64), "fsdp") == pytest.approx(200e9)
+    assert rate(hardware("h800"), MeshShape(expert=8), "expert") == 200e9
+    assert rate(hardware("v5p"), MeshShape(fsdp=512), "fsdp") == 600e9
+    assert rate(hardware("v5p"), MeshShape(fsdp=8, expert=64), "fsdp") == pytest.approx(200e9)
 
 
 def test_time_shrinks_with_efficiency_and_adds_up():
-    plan = plan_of(mesh=Mesh(stage=4, expert=8, fsdp=2), batch=512)
+    plan = plan_of(mesh=MeshShape(stage=4, expert=8, fsdp=2), batch=512)
     half, full = step_time(plan, 0.5), step_time(plan, 1.0)
     assert half.total == pytest.approx(2 * full.total)
     assert full.mfu == pytest.approx(full.model_flops / full.total / 64 / 989e12)
@@ -154,7 +162,7 @@ def test_the_sweep_finds_meshes_like_the_reports():
     assert len({str(p.mesh) for p in candidates}) == len(candidates)
     assert all(p.mesh.devices == 2048 for p in candidates)
     fastest = sorted(candidates, key=lambda p: step_time(p).total if memory(p).total < 80e9 else 1e9)[:5]
-    assert Mesh(stage=16, data=2, expert=64) in [p.mesh for p in fastest]
+    assert MeshShape(stage=16, data=2, expert=64) in [p.mesh for p in fastest]
 
 
 def test_json(capsys):
