@@ -81,9 +81,11 @@ class Collective:
 
 
 _KINDS = "all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute"
-_COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\((?!.*-done)")
+_COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|bf16|[fsu]\d+)(?:e\w+)?\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%([\w.-]+)|branch_computations=\{([^}]*)\}")
+_CALLED = re.compile(
+    r"(body|condition|calls|to_apply)=%([\w.-]+)|(?:branch_computations|called_computations)=\{([^}]*)\}"
+)
 _WIDTHS = {"pred": 8}
 
 
@@ -105,17 +107,26 @@ def collectives(compiled: Any) -> list[Collective]:
                 axes = re.search(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}", line)
                 where = re.search(r'op_name="([^"]*)"', line)
                 named = tuple(re.findall(r"'(\w+)'", axes[1])) if axes else ()
-                found.append(Collective(match[2], _bytes(match[1]), named, times, where[1] if where else ""))
-            rounds = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
-            for called, branches in _CALLED.findall(line):
+                sizes = _bytes(match[1])  # of an operation's start, also of its operands
+                total = max(sizes, default=0) if match[3] else sum(sizes)
+                found.append(Collective(match[2], total, named, times, where[1] if where else ""))
+            for role, called, branches in _CALLED.findall(line):
                 for one in [called] if called else re.findall(r"%([\w.-]+)", branches):
-                    visit(one, times * (int(rounds[1]) if rounds and "body=%" + one in line else 1))
+                    visit(one, times * (_rounds(instructions, line) if role == "body" else 1))
 
     visit("ENTRY", 1)
     return found
 
 
-def _bytes(types: str) -> int:
-    """Bytes of the arrays that an HLO type names."""
+def _bytes(types: str) -> list[int]:
+    """Bytes of each array that an HLO type names."""
     width = lambda kind: _WIDTHS.get(kind) or int(re.sub(r"\D", "", kind))
-    return sum(width(k) * math.prod(int(n) for n in dims.split(",") if n) // 8 for k, dims in _ARRAY.findall(types))
+    return [width(k) * math.prod(int(n) for n in dims.split(",") if n) // 8 for k, dims in _ARRAY.findall(types)]
+
+
+def _rounds(instructions: dict[str, list[str]], loop: str) -> int:
+    """How often a while loop runs: what its condition compares the counter with; 1 where that isn't to be seen."""
+    condition = re.search(r"condition=%([\w.-]+)", loop)
+    lines = instructions.get(condition[1], []) if condition else []
+    limits = [int(m[1]) for line in lines if (m := re.search(r"= s32\[\]\S* constant\((\d+)\)", line))]
+    return limits[0] if len(limits) == 1 and any("direction=LT" in line for line in lines) else 1
