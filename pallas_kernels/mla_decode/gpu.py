@@ -77,7 +77,8 @@ def mla_decode(
         cluster_names=("cluster",),
         num_threads=3,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        # The barriers that this program needs are all written down in it.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
     out, lse, partial_out, partial_lse = kernel(q, cache, block_tables, lengths, schedule.work)
@@ -99,7 +100,7 @@ def _scratch(cluster: int) -> dict:
         halves=plgpu.SMEM((2, 2, PAGE, HALF), jnp.bfloat16, transforms=tiled),
         ropes=plgpu.SMEM((2, PAGE, ROPE), jnp.bfloat16, transforms=tiled),
         row_smem=plgpu.SMEM((2, ROWS), jnp.float32),
-        sum_smem=plgpu.SMEM((2, ROWS), jnp.float32),
+        sum_smem=plgpu.SMEM((2, 2, ROWS), jnp.float32),
         q_ready=plgpu.Barrier(),
         half_ready=plgpu.Barrier(num_barriers=4),
         rope_ready=plgpu.Barrier(num_barriers=2),
@@ -190,6 +191,7 @@ def _kernel(
             """Hands my page's probabilities, relative to the maximum `m`, to both warpgroups; returns their sums."""
             p = jnp.exp2(scores - lax.broadcast_in_dim(m, scores.shape, [0]))
             row_smem[mine] = m
+            plgpu.commit_smem()  # no warp's wgmma reads the rope keys any more
             weights[mine] = p.astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.barrier_arrive(weights_ready.at[mine])
@@ -234,29 +236,32 @@ def _kernel(
             scores = score(first + mine * PAGE, masked)
             top = jnp.max(scores, axis=1)
 
-            def add(change, new=0.0):  # in shared memory only because nothing computed in `meanwhile` can leave it
-                sum_smem[mine] = plgpu.load(sum_smem.at[mine], layout=row_layout) * change + new
+            def add(turn, change, new=0.0):
+                # In shared memory only because nothing computed in `meanwhile` can leave it; and there from one
+                # place to another, as four threads hold each sum and none may read what another has added to.
+                old = plgpu.load(sum_smem.at[mine, turn], layout=row_layout)
+                sum_smem[mine, 1 - turn] = old * change + new
 
             if mine == 0:
                 m0 = jnp.maximum(m, top)
                 change = jnp.exp2(m - m0)
                 new = weigh(scores, m0)
-                acc = accumulate(acc, change, 0, first, masked, lambda: add(change, new))
+                acc = accumulate(acc, change, 0, first, masked, lambda: add(0, change, new))
                 m1 = receive()
                 change = jnp.exp2(m0 - m1)
-                acc = accumulate(acc, change, 1, first + PAGE, masked, lambda: add(change))
+                acc = accumulate(acc, change, 1, first + PAGE, masked, lambda: add(1, change))
             else:
                 m0 = receive()
                 m1 = jnp.maximum(m0, top)
                 acc = accumulate(
-                    acc, jnp.exp2(m - m0), 0, first, masked, lambda: add(jnp.exp2(m - m1), weigh(scores, m1))
+                    acc, jnp.exp2(m - m0), 0, first, masked, lambda: add(0, jnp.exp2(m - m1), weigh(scores, m1))
                 )
-                acc = accumulate(acc, jnp.exp2(m0 - m1), 1, first + PAGE, masked)
+                acc = accumulate(acc, jnp.exp2(m0 - m1), 1, first + PAGE, masked, lambda: add(1, 1.0))
             return acc, m1
 
         acc = plgpu.layout_cast(jnp.zeros((ROWS, HALF), jnp.float32), plgpu.Layout.WGMMA)
         m = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), row_layout)
-        sum_smem[mine] = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
+        sum_smem[mine, 0] = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
         pl.when(pairs > 0)(lambda: plgpu.barrier_wait(q_ready))
         # Almost all pairs of pages lie before all limits, and need no mask.
         full = jnp.clip(jnp.minimum(stop, length - tokens + 1) // PAGE - begin, 0, end - begin) // 2
@@ -265,7 +270,7 @@ def _kernel(
 
         plgpu.barrier_arrive(sums_ready)
         plgpu.barrier_wait(sums_ready)
-        total = plgpu.load(sum_smem.at[mine], layout=row_layout) + plgpu.load(sum_smem.at[other], layout=row_layout)
+        total = sum(plgpu.load(sum_smem.at[w, 0], layout=row_layout) for w in (mine, other))
         seen = total > 0
         out = acc * lax.broadcast_in_dim(jnp.where(seen, 1 / jnp.where(seen, total, 1.0), 0.0), acc.shape, [0])
         lse = jnp.where(seen, m / LOG2E + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
