@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,7 @@ from dsv3_jax.checkpoint.names import Leaf
 from dsv3_jax.checkpoint.store import MANIFEST, Store
 from dsv3_jax.config import Runtime
 from dsv3_jax.model.transformer import DeepSeekV3
-
-_MESH_AXES = {"E": "expert", "D": "fsdp", "V": "tensor", "H": "tensor", "F": "tensor", "M": "tensor", "S": "tensor"}
-"""Which mesh axis cuts which axis of a leaf (`names.dimensions`), where the mesh has it and it divides the size."""
+from dsv3_jax.parallel.rules import PRESETS, parameter_axes, present
 
 
 def load_pretrained(
@@ -63,14 +62,11 @@ def open_checkpoint(path: Path) -> HFCheckpoint | Store:
 
 
 def partition_spec(leaf: Leaf, mesh: Mesh) -> PartitionSpec:
-    """How a leaf is cut over a mesh: each mesh axis at most once, and only where it divides the leaf's axis."""
-    used: set[str] = set()
-    spec: list[str | None] = []
-    for letter, size in zip(leaf.axes, leaf.shape, strict=True):
-        axis = _MESH_AXES.get(letter)
-        fits = axis in mesh.shape and axis not in used and size % mesh.shape[axis] == 0
-        used |= {axis} if fits and axis else set()
-        spec.append(axis if fits else None)
+    """How a leaf is cut over a mesh: as training's `fsdp_ep` cuts it, where that divides the leaf's axis."""
+    rules, spec = PRESETS["fsdp_ep"], []
+    for name, size in zip(parameter_axes(leaf.path, len(leaf.shape)), leaf.shape, strict=True):
+        axes = present(getattr(rules, name), mesh) if name else ()
+        spec.append(axes if axes and size % math.prod(mesh.shape[a] for a in axes) == 0 else None)
     return PartitionSpec(*spec)
 
 

@@ -150,7 +150,7 @@ def partition_spec(
 
 def parameter_axes(path: tuple[Any, ...], rank: int) -> tuple[str | None, ...]:
     """Logical axes of the parameter at a path of a pytree: of a parameter's own, its gradient's, a moment's."""
-    keys = [str(getattr(p, "key", None)) for p in path]
+    keys = [str(getattr(p, "key", p)) for p in path]
     stacked = any(k in STACKS for k in keys)
     axes = PARAMETERS[keys[-1], rank - stacked]
     return ("layers", *axes) if stacked else axes

@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels.grouped_matmul import cpu, reference
+from pallas_kernels.devices import require_hopper
+from pallas_kernels.grouped_matmul import cpu, gpu, library, reference
 
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "reference": reference.grouped_matmul,
     "ragged": jax.lax.ragged_dot,
     "blocked": cpu.grouped_matmul,
+    "gpu": gpu.grouped_matmul,
+    "tokamax": library.tokamax,
 }
 
 
@@ -22,13 +25,14 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
       lhs: (M, K) rows, sorted by group.
       rhs: (G, K, N), one matrix a group, of `lhs`'s dtype.
       group_sizes: (G,) int32, rows of each group; they sum to at most M.
-      implementation: "reference" (plain, G times the work), "ragged" (`jax.lax.ragged_dot`) or "blocked" (CPUs).
+      implementation: "reference" (plain, G times the work), "ragged" (`jax.lax.ragged_dot`), "blocked" (CPUs), "gpu" (our own
+        for Hopper: bfloat16, K and N multiples of 256) or "tokamax" (GPUs and TPUs: bfloat16, K and N multiples of 64).
 
     Returns:
       (M, N) of `lhs`'s dtype. Rows past the last group are zero.
 
     Raises:
-      ValueError: shapes or dtypes don't fit, or there is no such implementation.
+      ValueError: shapes or dtypes don't fit together or the backend, or there is no such implementation.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"no grouped matmul {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
@@ -38,4 +42,6 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
         )
     if lhs.dtype != rhs.dtype:
         raise ValueError(f"grouped matmul needs one dtype, but got {lhs.dtype} rows and {rhs.dtype} matrices")
+    if implementation == "gpu":
+        require_hopper("grouped_matmul")
     return IMPLEMENTATIONS[implementation](lhs, rhs, group_sizes)

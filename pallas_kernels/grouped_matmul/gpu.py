@@ -125,7 +125,16 @@ def _kernel(x_gmem, w_gmem, work_gmem, out_gmem, *, x_smem, w_smem, out_smem, re
 
 @jax.custom_vjp
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """See `api.grouped_matmul`. The gradient of the matrices, a sum over rows, is tokamax's."""
+    """See `api.grouped_matmul`. The gradient of the matrices, a sum over rows, is tokamax's.
+
+    Raises:
+      ValueError: not bfloat16, or K and N no multiples of 256 (N for the product, K for the gradient of the rows).
+    """
+    if rhs.shape[1] % COLUMNS:
+        raise ValueError(
+            f"grouped_matmul on Hopper takes bfloat16, a contraction of a multiple of {COLUMNS}, for the sake of its "
+            f"gradient, but got {rhs.shape[1]}"
+        )
     return _zero_past_the_end(product(lhs, rhs, group_sizes), group_sizes)
 
 

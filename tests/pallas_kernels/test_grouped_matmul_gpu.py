@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import gpu
+from pallas_kernels.grouped_matmul import gpu, grouped_matmul, library
 from pallas_kernels.row_blocks import BLOCK, visits
 from tests.pallas_kernels.targets import lower_for_hopper
 
@@ -59,3 +61,45 @@ def test_visits_cover_every_row_once(sizes):
 def test_refusals(depth, columns, dtype):
     with pytest.raises(ValueError, match="bfloat16, a contraction"):
         gpu.product(jnp.zeros((4, depth), dtype), jnp.zeros((1, depth, columns), dtype), jnp.zeros((1,), jnp.int32))
+
+
+def test_gradient_contraction_is_refused():
+    with pytest.raises(ValueError, match="for the sake of its gradient"):
+        gpu.grouped_matmul(
+            jnp.zeros((4, 320), jnp.bfloat16), jnp.zeros((1, 320, 256), jnp.bfloat16), jnp.zeros((1,), jnp.int32)
+        )
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(ValueError, match="needs a Hopper GPU"):
+        grouped_matmul(
+            jnp.zeros((4, 256), jnp.bfloat16), jnp.zeros((1, 256, 256), jnp.bfloat16), jnp.zeros((1,), jnp.int32),
+            implementation="gpu",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("depth", "columns", "dtype"), [(96, 256, jnp.bfloat16), (64, 96, jnp.bfloat16), (64, 256, jnp.float32)]
+)
+def test_tokamax_refusals(depth, columns, dtype):
+    with pytest.raises(ValueError, match="multiples of 64"):
+        library.tokamax(jnp.zeros((4, depth), dtype), jnp.zeros((1, depth, columns), dtype), jnp.zeros((1,), jnp.int32))
+
+
+def test_tokamax_sees_whole_tiles_of_rows(monkeypatch):
+    """Its gradient for Hopper takes no other number of rows; ours are added and taken away around it."""
+
+    def ragged_dot(lhs, rhs, group_sizes, *, implementation):
+        assert lhs.shape[0] % 64 == 0
+        return jax.lax.ragged_dot(lhs, rhs, group_sizes)
+
+    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot=ragged_dot))
+    rng = np.random.default_rng()
+    x, w, dy = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((77, 64), (2, 64, 128), (77, 128)))
+    sizes = jnp.asarray([30, 41], jnp.int32)
+    ours, theirs = (
+        [out, *vjp(dy)]
+        for out, vjp in (jax.vjp(lambda x, w, f=f: f(x, w, sizes), x, w) for f in (library.tokamax, jax.lax.ragged_dot))
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a[:71] if a.shape[0] == 77 else a, b[:71] if b.shape[0] == 77 else b)

@@ -41,7 +41,7 @@ def reference(x, ids, weights, w):
     return experts_reference(flat(x), flat(ids), flat(weights), w).reshape(x.shape)
 
 
-@pytest.mark.parametrize("routing", ["spread", "same experts", "ends"])
+@pytest.mark.parametrize("routing", ["same experts", "ends"])
 @pytest.mark.parametrize(
     ("shape", "runtime"),
     [
