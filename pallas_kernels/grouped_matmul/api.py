@@ -25,8 +25,9 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
       lhs: (M, K) rows, sorted by group.
       rhs: (G, K, N), one matrix a group, of `lhs`'s dtype.
       group_sizes: (G,) int32, rows of each group; they sum to at most M.
-      implementation: "reference" (plain, G times the work), "ragged" (`jax.lax.ragged_dot`), "blocked" (CPUs), "gpu" (our own
-        for Hopper: bfloat16, K and N multiples of 256) or "tokamax" (GPUs and TPUs: bfloat16, K and N multiples of 64).
+      implementation: "reference" (plain, G times the work), "ragged" (`jax.lax.ragged_dot`), "blocked" (CPUs), "gpu"
+        (our own for Hopper: bfloat16, K and N multiples of 256) or "tokamax" (GPUs and TPUs: bfloat16, K and N
+        multiples of 64).
 
     Returns:
       (M, N) of `lhs`'s dtype. Rows past the last group are zero.
