@@ -1,6 +1,6 @@
 """Memory and speed of checkpoint conversion at several sizes, beside a plain copy of the same files.
 
-    python experiments/bench_convert.py --sizes 1 4 16
+    python -m experiments.bench_convert --sizes 1 4 16
 
 Makes FP8 checkpoints with DeepSeek-V3's names and true matrix sizes (more or fewer experts and layers give the size),
 then, each in a process of its own: copies the files, converts them to orbax (every number kept), converts them back.
@@ -9,8 +9,8 @@ Writes docs/results/convert.md and convert.json. Needs three times the largest s
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
+import jax
 import tyro
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +48,8 @@ class Args:
     repeats: int = 3
     """Times that each step is measured, up to 8 GB; the fastest counts: noise of other work only adds."""
     workers: int = 4
+    rest: float = 15.0
+    """Seconds before each step: a cloud disk's burst of speed has to recover, or the first step gets all of it."""
     results: Path = ROOT / "docs" / "results"
 
 
@@ -77,7 +79,9 @@ from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
 start = time.perf_counter()
 convert_command(ConvertArgs(sys.argv[1], Path(sys.argv[2]), workers=int(sys.argv[3])))
 os.sync()
-print(time.perf_counter() - start)
+seconds = time.perf_counter() - start
+status = Path("/proc/self/status").read_text()  # Linux: the peak of this very program
+print(seconds, int(status.split("VmHWM:")[1].split()[0]) * 1024)
 """
 
 
@@ -91,20 +95,10 @@ def copy(source: Path, target: Path) -> dict[str, float]:
 
 def convert(source: Path, target: Path, workers: int) -> dict[str, float]:
     """Seconds of a conversion until it is on the disk, those of its process before that, its peak resident bytes."""
-    peak = 0
     start = time.perf_counter()
     command = [sys.executable, "-c", _CHILD, str(source), str(target), str(workers)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
-        watched = psutil.Process(process.pid)
-        while process.poll() is None:
-            with contextlib.suppress(psutil.Error):
-                peak = max(peak, watched.memory_info().rss)
-            time.sleep(0.01)
-        assert process.stdout is not None
-        printed = process.stdout.read()
-    if process.returncode:
-        raise RuntimeError(f"the conversion of {source} ended with {process.returncode}")
-    seconds = float(printed.split()[-1])
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True)
+    seconds, peak = map(float, done.stdout.split()[-2:])
     return {"seconds": seconds, "start_seconds": time.perf_counter() - start - seconds, "peak_bytes": peak}
 
 
@@ -136,6 +130,7 @@ def one_size(gigabytes: float, args: Args) -> dict[str, Any]:
             for step in order:
                 do, reads, made = steps[step]
                 forget(reads)
+                time.sleep(args.rest)
                 _keep_best(result, step, do())
                 shutil.rmtree(made)
             order = order[1:] + order[:1]
@@ -154,18 +149,20 @@ def _keep_best(result: dict[str, Any], step: str, measured: dict[str, float]) ->
 
 
 def report(results: dict[str, dict[str, Any]], args: Args) -> str:
-    machine = f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()}"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    machine = f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
     start = max(r["import"]["start_seconds"] for r in results.values())
     lines = [
         "# Conversion: memory and speed",
         "",
-        f"Made by `python experiments/bench_convert.py` on {machine}, {args.workers} workers, beside other work on",
-        "the same machine. Random FP8 checkpoints with DeepSeek-V3's matrix sizes. A step's files start out of the",
+        f"{datetime.date.today().isoformat()}, `python -m experiments.bench_convert` on {machine}, {args.workers} workers,",
+        f"jax {jax.__version__}. Random FP8 checkpoints with DeepSeek-V3's matrix sizes. A step's files start out of the",
         "system's cache, and its time ends when everything is on the disk; it doesn't count the start of Python and",
         f"JAX, which took up to {start:.1f} s. Memory is the process's peak resident set.",
         "",
         f"Up to {_LARGE} GB each step ran {args.repeats} times in rotating order, since the disk is fast for a few GB",
-        "and then slow until it has rested: the shortest time, the largest memory. A larger checkpoint ran once.",
+        f"and then slow until it has rested (each step comes after {args.rest:g} s of rest): the shortest time, the largest",
+        "memory. A larger checkpoint ran once.",
         "",
         "| checkpoint | step | seconds | GB/s | of the copy's speed | peak memory |",
         "|---|---|---|---|---|---|",
