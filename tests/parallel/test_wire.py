@@ -1,6 +1,7 @@
 """What crosses the network, read from the compiled program."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,14 @@ import pytest
 
 from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.moe import ExpertWeights, experts
+from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
+from dsv3_jax.parallel.rules import STACKS
 from dsv3_jax.planning.compiled import collectives
+from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dsv3_jax.training.placement import Placement
+from dsv3_jax.training.schedule import Schedule, ScheduleConfig
+from dsv3_jax.training.step import init_state, make_train_step
 
 WIDTH, HIDDEN, TOKENS, K = 512, 16, 256, 4
 CONFIG = dataclasses.replace(
@@ -51,3 +58,23 @@ def test_no_device_gets_all_tokens(shape):
 def test_all_gather_is_what_its_name_says():
     found = compiled_experts(MeshShape(expert=8), dispatch="all_gather")
     assert [c for c in found if c.kind == "all-gather" and c.bytes == 8 * TOKENS * WIDTH * 4]
+
+
+def test_gathers_are_of_one_weight_at_a_time():
+    """A whole step under FSDP: nothing that is gathered is larger than the largest weight of one layer."""
+    model = DeepSeekV3(CONFIG, Runtime(sharding="fsdp"))
+    schedule = Schedule(ScheduleConfig(steps=10, batch_size=8))
+    optimizer = make_optimizer(OptimizerConfig(), schedule)
+    placement = Placement(MeshShape(fsdp=8), model.runtime)
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    state, batch = placement.abstract(
+        lambda key: init_state(model, optimizer, key), {"tokens": tokens, "targets": tokens}
+    )
+    compiled = placement.lower(make_train_step(model, optimizer, schedule), state, batch).compile()
+    paths = jax.tree_util.tree_leaves_with_path(state.params)
+    stacked = lambda path: any(getattr(p, "key", None) in STACKS for p in path)
+    largest = max(math.prod(leaf.shape[stacked(path) :]) * 4 for path, leaf in paths)
+    gathered = [c.bytes for c in collectives(compiled) if c.kind == "all-gather"]
+    assert gathered
+    assert max(gathered) <= largest
+    assert all(c.times in (1, CONFIG.num_dense_layers, CONFIG.num_moe_layers) for c in collectives(compiled))
