@@ -138,7 +138,7 @@ def _digests(directory):
     files = TensorFiles(directory)
     digests = {}
     for name, info in files.tensors.items():
-        digests[name] = (info.dtype, info.shape, hashlib.sha1(files.array(name).data.cast("B")).hexdigest())
+        digests[name] = (info.dtype, info.shape, hashlib.sha1(files.array(name).reshape(-1).view(np.uint8)).hexdigest())
         files.release(name)
     return digests
 
