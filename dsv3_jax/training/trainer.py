@@ -142,7 +142,9 @@ class _Run:
                         last |= log.write(done, self._validate(state))
                         self.throughput.restart()
                     report(done, last)
-                    stop = self._due(done, self.config.log_every) and any_process(stopping())
+                    # Several processes agree on it, which takes a message: not at every step.
+                    ask = jax.process_count() == 1 or self._due(done, self.config.log_every)
+                    stop = ask and any_process(stopping())
                     if self._due(done, self.config.checkpoint_every) or stop:
                         checkpoints.save(state, self.data.get_state())
                     if stop:
