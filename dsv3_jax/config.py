@@ -430,7 +430,11 @@ class Runtime:
     """Of the parameters as they are stored and optimised."""
     attention_form: Literal["expanded", "absorbed"] = "expanded"
     """`expanded` makes keys and values per head (training, prefill); `absorbed` attends to the latent (decode)."""
-    attention_impl: Literal["reference"] = "reference"
+    attention_impl: Literal["reference", "pallas_reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret"] = (
+        "reference"
+    )
+    """`gpu` and `tpu`: the kernels for Hopper and TPUs, bfloat16, one device; see `model.attention_impls`. For tests
+    on a CPU: `pallas_reference` takes the same way to the kernels' plain twins, `_interpret` to the kernels, slowly."""
     experts_impl: Literal["reference", "ragged", "blocked"] = "ragged"
     """`ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, which is the fast way on a CPU."""
     remat: Literal["none", "block", "paper"] = "none"
@@ -455,6 +459,13 @@ class Runtime:
         for name, valid in _RUNTIME_CHOICES.items():
             if getattr(self, name) not in valid:
                 raise ConfigError(f"runtime.{name} is {getattr(self, name)!r}: it must be one of {', '.join(valid)}")
+        if self.attention_impl not in ("reference", "pallas_reference") and self.dtype != "bfloat16":
+            raise ConfigError(f"runtime.attention_impl {self.attention_impl!r} takes dtype bfloat16, not {self.dtype}")
+        if self.attention_impl != "reference" and self.sharding != "single":
+            raise ConfigError(
+                f"runtime.attention_impl {self.attention_impl!r} runs on one device: with runtime.sharding "
+                f"{self.sharding!r} use 'reference'"
+            )
         if not self.dispatch_slack >= 1:
             raise ConfigError(f"runtime.dispatch_slack is {self.dispatch_slack!r}: it must be at least 1")
 
@@ -463,7 +474,7 @@ _RUNTIME_CHOICES = {
     "dtype": ("float32", "bfloat16", "float64"),
     "param_dtype": ("float32", "bfloat16", "float64"),
     "attention_form": ("expanded", "absorbed"),
-    "attention_impl": ("reference",),
+    "attention_impl": ("reference", "pallas_reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret"),
     "experts_impl": ("reference", "ragged", "blocked"),
     "remat": ("none", "block", "paper"),
     "sharding": ("single", "fsdp", "fsdp_ep", "ep_tp", "pp_ep_dp"),

@@ -16,6 +16,7 @@ from dsv3_jax.inference.sampling import Sampling, sample
 from dsv3_jax.model.transformer import Cache, DeepSeekV3, check_token_ids, init_cache
 
 _GREEDY = Sampling(temperature=0)
+_TILE = 128
 
 
 def stream(
@@ -53,8 +54,15 @@ def stream(
         if sampling.temperature != 0:
             raise ConfigError("sampling at a temperature needs a key: pass key=jax.random.key(seed)")
         key = jax.random.key(0)
-    needed, limit = int(lengths.max()) + max_new_tokens, model.config.max_position_embeddings
-    room = needed if cache_length is None else cache_length
+    # Kernels work on whole tiles of keys and queries: prompts and the cache get some padding.
+    tile = 1 if model.runtime.attention_impl == "reference" else _TILE
+    width, limit = -(-int(lengths.max()) // tile) * tile, model.config.max_position_embeddings
+    needed = int(lengths.max()) + max_new_tokens
+    room = -(-max(needed, width) // tile) * tile if cache_length is None else cache_length
+    if room % tile:
+        raise ConfigError(
+            f"cache_length is {room}: attention_impl {model.runtime.attention_impl!r} needs a multiple of {tile}"
+        )
     if needed > room:
         raise ConfigError(
             f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed the cache's {room} tokens"
@@ -63,7 +71,7 @@ def stream(
         raise ConfigError(
             f"{room} tokens exceed max_position_embeddings ({limit}): shorten the prompt or ask for fewer"
         )
-    tokens: Any = np.zeros((len(prompts), int(lengths.max())), np.int32)
+    tokens: Any = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     check_token_ids(tokens, model.config.vocab_size)

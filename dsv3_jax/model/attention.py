@@ -9,6 +9,8 @@ latent itself: the same function, with more arithmetic and far fewer bytes, whic
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.model import attention_impls
 from dsv3_jax.model.linear import linear, weight
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import kept
@@ -129,7 +132,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         order = jnp.arange(x.shape[1]) if index.order is None else index.order
         q_index = k_index = jnp.broadcast_to(order, x.shape[:2])
-        k_segments = index.segments
+        k_segments, lengths = index.segments, None
         if cache is not None:
             assert index.start is not None, "a cache needs to know where it is filled to"
             latent, k_rope = _extend(cache.latent, latent, index.start), _extend(cache.rope_key, k_rope, index.start)
@@ -137,17 +140,21 @@ class MultiHeadLatentAttention(nn.Module):
             latent, k_rope, k_segments = latent.astype(x.dtype), k_rope.astype(x.dtype), None
             q_index += index.start[:, None]
             k_index = jnp.broadcast_to(jnp.arange(latent.shape[1]), latent.shape[:2])
+            lengths = index.start + x.shape[1]
 
         w_uk = weight(self, "k_b_proj", rank, heads, nope)
         w_uv = weight(self, "v_b_proj", rank, heads, c.v_head_dim)
-        attend = functools.partial(
-            attention,
-            q_index=q_index,
-            k_index=k_index,
-            q_segments=index.segments,
-            k_segments=k_segments,
-            scale=softmax_scale(c),
-        )
+        if self.runtime.attention_impl == "reference" or self.is_initializing():
+            where: dict[str, Any] = dict(
+                q_index=q_index, k_index=k_index, q_segments=index.segments, k_segments=k_segments
+            )
+            attend: Callable[..., jax.Array] = functools.partial(attention, **where, scale=softmax_scale(c))
+        else:
+            if lengths is not None and self.runtime.attention_form == "expanded":
+                latent, k_rope, k_segments = attention_impls.turn(latent, k_rope, lengths)
+            attend = attention_impls.kernel(
+                self.runtime, order=index.order, segments=k_segments, lengths=lengths, scale=softmax_scale(c)
+            )
         if self.runtime.attention_form == "expanded":  # eq. 2, 5 and 10
             k_nope, v = linear(latent, w_uk), linear(latent, w_uv)
             out = attend(q_nope, q_rope, k_nope, k_rope, v)

@@ -328,13 +328,14 @@ def _merge(out, lse, partial_out, partial_lse, slots, *, interpret):
             out_gmem[sequence, row] = (acc / jnp.where(seen, total, 1.0)).astype(jnp.bfloat16)
             lse_gmem[sequence, row] = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
 
-    out, lse = jax.new_ref(out), jax.new_ref(lse)
-    plgpu.kernel(
-        kernel,
-        grid=(batch, rows // per_block),
-        grid_names=("sequence", "row_block"),
-        num_threads=per_block,
-        thread_name="warpgroup",
-        interpret=interpret,
-    )(partial_out, partial_lse, slots, out, lse)
-    return out[...], lse[...]
+    def run(refs):
+        plgpu.kernel(
+            kernel,
+            grid=(batch, rows // per_block),
+            grid_names=("sequence", "row_block"),
+            num_threads=per_block,
+            thread_name="warpgroup",
+            interpret=interpret,
+        )(partial_out, partial_lse, slots, *refs)
+
+    return pl.run_state(run)((out, lse))  # in place, and without an effect that a scan over layers would refuse

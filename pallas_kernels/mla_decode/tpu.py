@@ -38,8 +38,12 @@ class PackedCache(NamedTuple):
 
 def pack(cache: jax.Array) -> PackedCache:
     """Packs a cache (pages, page size, R + 64)."""
-    low, high = jnp.split(cache[..., -ROPE:], 2, axis=1)
-    return PackedCache(cache[..., :-ROPE], jnp.concatenate([low, high], axis=-1))
+    return PackedCache(cache[..., :-ROPE], pack_rope(cache[..., -ROPE:]))
+
+
+def pack_rope(rope: jax.Array) -> jax.Array:
+    """(pages, page size, 64) -> (pages, page size / 2, 128): token i beside token i + page size / 2."""
+    return jnp.concatenate(jnp.split(rope, 2, axis=1), axis=-1)
 
 
 def unpack(cache: PackedCache) -> jax.Array:

@@ -1,0 +1,97 @@
+"""The attention seam's fast ways: the project's kernels in place of `attention.attention`, chosen by name.
+
+Each is what `attention.attention` computes for tokens in their order on one device. The expanded form goes to
+`mla_prefill`, which wants a sequence's new tokens to be the last of the keys; the absorbed form over a cache to
+`mla_decode`, which sees the contiguous cache as pages in their order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config import ConfigError, Runtime
+from pallas_kernels.mla_decode import PackedCache, mla_decode
+from pallas_kernels.mla_decode.tpu import pack_rope
+from pallas_kernels.mla_prefill import mla_prefill
+
+PAGE = 64
+"""Tokens of a page of a cache: its length must be a multiple."""
+
+_PREFILL = {"pallas_reference": "reference", "gpu": "tokamax", "tpu": "splash", "tpu_interpret": "splash_interpret"}
+_DECODE = {
+    "pallas_reference": "reference",
+    "gpu": "gpu",
+    "gpu_interpret": "gpu_interpret",
+    "tpu": "tpu",
+    "tpu_interpret": "tpu_interpret",
+}
+
+
+def kernel(
+    runtime: Runtime, *, order: jax.Array | None, segments: jax.Array | None, lengths: jax.Array | None, scale: float
+) -> Callable[..., jax.Array]:
+    """The runtime's kernel as a function of `attention.attention`'s five arrays.
+
+    Args:
+      runtime: whose `attention_impl` isn't "reference".
+      order: as in `attention.Index`; must be None.
+      segments: (B, S) int32 or None, of the keys, of which the last T are the queries' own.
+      lengths: (B,) int32 or None: tokens in the cache, the new ones included; the absorbed form needs them.
+      scale: what multiplies the scores.
+
+    Raises:
+      ConfigError: this implementation has no kernel for the form, or none for tokens out of order.
+    """
+    name, form = runtime.attention_impl, runtime.attention_form
+    if order is not None:
+        raise ConfigError(
+            f"runtime.attention_impl {name!r} takes tokens in their order, but here they are spread over devices: "
+            "use 'reference'"
+        )
+    choices = _PREFILL if form == "expanded" else _DECODE
+    if name not in choices:
+        raise ConfigError(f"runtime.attention_impl {name!r} has no {form} form: there are {', '.join(choices)}")
+    if form == "expanded":
+        return functools.partial(mla_prefill, segments=segments, scale=scale, implementation=choices[name])
+    if lengths is None:
+        raise ConfigError(
+            f"runtime.attention_impl {name!r} has the absorbed form for decoding from a cache only: use the expanded "
+            "form, or 'reference'"
+        )
+    return functools.partial(_decode, lengths=lengths, scale=scale, implementation=choices[name])
+
+
+def turn(latent: jax.Array, k_rope: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Turns each sequence's cache so that its last token comes last.
+
+    Args:
+      latent, k_rope: (B, S, R) and (B, S, P), of which the first `lengths` (B,) entries are filled.
+
+    Returns:
+      The two turned, and segments (B, S) int32: 1 where they are filled, and 0.
+    """
+    size = latent.shape[1]
+    entry = (jnp.arange(size) + lengths[:, None]) % size
+    take = functools.partial(jnp.take_along_axis, indices=entry[..., None], axis=1)
+    return take(latent), take(k_rope), (entry < lengths[:, None]).astype(jnp.int32)
+
+
+def _decode(q_nope, q_rope, latent, k_rope, _, *, lengths, scale, implementation):
+    """`mla_decode` of queries (B, T, H, R) and (B, T, H, P) from a cache (B, S, 1, R) and (B, S, P)."""
+    batch, size, _ = k_rope.shape
+    if size % PAGE:
+        raise ConfigError(f"MLA decoding by a kernel needs a cache of a multiple of {PAGE} tokens, but it has {size}")
+    tables = jnp.arange(batch * size // PAGE, dtype=jnp.int32).reshape(batch, -1)
+    latent, k_rope = (x.reshape(-1, PAGE, x.shape[-1]) for x in (latent, k_rope))
+    # GPUs want latent and rope key side by side, which costs a copy of a layer's cache; TPUs only pack the rope keys.
+    cache = (
+        PackedCache(latent, pack_rope(k_rope))
+        if implementation.startswith("tpu")
+        else jnp.concatenate([latent, k_rope], axis=-1)
+    )
+    q = jnp.concatenate([q_nope, q_rope], axis=-1)
+    return mla_decode(q, cache, tables, lengths, scale=scale, implementation=implementation)[0]

@@ -1,0 +1,181 @@
+"""The model with the attention kernels against the model without: logits, generation, training, refusals."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
+from dsv3_jax.config import ConfigError
+from dsv3_jax.inference.generate import generate
+from dsv3_jax.model.attention import Index, LayerCache, MultiHeadLatentAttention
+from dsv3_jax.model.transformer import init_cache
+from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dsv3_jax.training.schedule import Schedule, ScheduleConfig
+from dsv3_jax.training.step import init_state, make_train_step
+from tests.pallas_kernels.targets import lower_for_hopper
+
+CONFIG = dataclasses.replace(  # the kernels' own widths, and little else
+    ModelConfig.preset("tiny"),
+    hidden_size=64,
+    intermediate_size=64,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    q_lora_rank=32,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    vocab_size=64,
+    max_position_embeddings=512,
+    initializer_range=0.1,
+    num_nextn_predict_layers=1,
+)
+# Bfloat16 rounds in other places; the same comparison of bfloat16 with float32 references gives about as much.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+
+
+def models(impl, dtype, form="expanded"):
+    return [
+        DeepSeekV3(CONFIG, Runtime(dtype=dtype, experts_impl="blocked", attention_impl=i, attention_form=form))
+        for i in ("reference", impl)
+    ]
+
+
+@pytest.fixture(scope="module")
+def variables():
+    model = DeepSeekV3(CONFIG, Runtime(experts_impl="blocked"))
+    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
+def assert_same(out, ref, dtype):
+    out, ref = np.asarray(out), np.asarray(ref)
+    assert np.linalg.norm(out - ref) < TOLERANCE[dtype] * np.linalg.norm(ref)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), [("pallas_reference", "float32"), ("tpu_interpret", "bfloat16")])
+def test_logits_of_packed_documents(variables, impl, dtype):
+    tokens = jax.random.randint(jax.random.key(1), (2, 128), 0, 64)
+    segments = jnp.asarray(np.arange(128) >= np.array([[50], [97]]), jnp.int32)
+    ref, out = (jax.jit(m.apply)(variables, tokens, segments=segments) for m in models(impl, dtype))
+    assert_same(out, ref, dtype)
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype", "form", "tokens"),
+    [
+        ("pallas_reference", "float32", "expanded", 7),  # a second piece of a prompt, at two places
+        ("pallas_reference", "float32", "absorbed", 2),
+        ("tpu_interpret", "bfloat16", "expanded", 128),
+    ],
+)
+def test_continuing_from_a_cache(variables, impl, dtype, form, tokens):
+    models_ = models(impl, dtype, form)
+    cache = init_cache(CONFIG, models_[0].runtime, 2, 256)
+    prompt, following = (jax.random.randint(jax.random.key(i), (2, n), 0, 64) for i, n in enumerate((80, tokens)))
+    decode = lambda m: jax.jit(lambda v, t, c: m.apply(v, t, c, method="decode"))
+    _, cache = decode(models_[0])(variables, prompt, cache)
+    cache = dataclasses.replace(cache, length=jnp.asarray([80, 33], jnp.int32))
+    (ref, cache_a), (out, cache_b) = (decode(m)(variables, following, cache) for m in models_)
+    assert_same(out, ref, dtype)
+    for a, b in zip(jax.tree.leaves(cache_b), jax.tree.leaves(cache_a), strict=True):
+        assert_same(a.astype(jnp.float32), b.astype(jnp.float32), dtype)
+
+
+@pytest.mark.parametrize("impl", ["tpu_interpret", "gpu_interpret"])
+def test_decoding_layer(impl, capsys):
+    """The interpreters' effects don't fit into a scan over layers."""
+    key = jax.random.key(int(np.random.default_rng().integers(1 << 30)))
+    ref, ours = (MultiHeadLatentAttention(CONFIG, m.runtime) for m in models(impl, "bfloat16", "absorbed"))
+    x, latent, rope_key = (
+        jax.random.normal(jax.random.fold_in(key, i), s, jnp.bfloat16)
+        for i, s in enumerate([(2, 2, 64), (2, 128, 512), (2, 128, 64)])
+    )
+    start = jnp.asarray([80, 33], jnp.int32)
+    index = Index(start[:, None] + jnp.arange(2), start=start)
+    cache = LayerCache(latent, rope_key)
+    variables = ref.init(key, x, index, cache)
+    (a, cache_a), (b, cache_b) = (m.apply(variables, x, index, cache) for m in (ref, ours))
+    assert_same(b.astype(jnp.float32), a.astype(jnp.float32), "bfloat16")
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, cache_a, cache_b))
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+def test_decoding_lowers_for_hopper(variables):
+    model = models("gpu", "bfloat16", "absorbed")[1]
+    given = variables, jnp.zeros((2, 1), jnp.int32), init_cache(CONFIG, model.runtime, 2, 256)
+    text = lower_for_hopper(lambda v, t, c: model.apply(v, t, c, method="decode"), *given)
+    assert "mosaic_gpu" in text
+
+
+def test_generation(variables):
+    ref, out = (generate(m, variables, [[1, 2, 3], [4] * 70], 5) for m in models("pallas_reference", "float32"))
+    np.testing.assert_array_equal(out, ref)
+    with pytest.raises(ConfigError, match="multiple of 128"):
+        generate(models("pallas_reference", "float32")[1], variables, [[1]], 2, cache_length=200)
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype", "steps"), [("pallas_reference", "float32", 8), ("tpu_interpret", "bfloat16", 4)]
+)
+def test_training_learns_the_same_curve(impl, dtype, steps):
+    schedule = Schedule(
+        ScheduleConfig(
+            steps=100, batch_size=2, warmup_steps=1, peak_learning_rate=3e-3, end_learning_rate=1e-3,
+            bias_update_speed=0.01,
+        )
+    )  # fmt: skip
+    optimizer = make_optimizer(OptimizerConfig(), schedule)
+    curves = []
+    for model in models(impl, dtype):
+        state = jax.jit(lambda key, model=model: init_state(model, optimizer, key))(jax.random.key(0))
+        step = jax.jit(make_train_step(model, optimizer, schedule))
+        curves.append([])
+        for i in range(steps):
+            row = (np.random.default_rng(i).integers(0, 64, (2, 1)) + np.arange(129)) % 64
+            batch = {"tokens": row[:, :-1].astype(np.int32), "targets": row[:, 1:].astype(np.int32)}
+            state, metrics = step(state, batch)
+            curves[-1].append(float(metrics["loss"]))
+    assert curves[0][-1] < curves[0][0] - 0.3
+    np.testing.assert_allclose(curves[1], curves[0], rtol={"float32": 1e-4, "bfloat16": 1e-2}[dtype])
+
+
+@pytest.mark.parametrize(
+    ("impl", "form", "message"),
+    [
+        ("gpu", "expanded", "needs a Hopper GPU"),
+        ("tpu", "expanded", "for TPUs needs"),
+        ("gpu_interpret", "expanded", "has no expanded form: there are pallas_reference, gpu, tpu"),
+        ("gpu", "absorbed", "from a cache only"),
+    ],
+)
+def test_refusals_by_the_model(variables, impl, form, message):
+    with pytest.raises(ValueError, match=message):
+        models(impl, "bfloat16", form)[1].apply(variables, jnp.zeros((1, 128), jnp.int32))
+
+
+@pytest.mark.parametrize("form", ["gpu", "tpu"])
+def test_refusals_by_the_backend_when_decoding(variables, form):
+    model = models(form, "bfloat16", "absorbed")[1]
+    cache = init_cache(CONFIG, model.runtime, 1, 128)
+    with pytest.raises(ValueError, match="but the device is cpu"):
+        model.apply(variables, jnp.zeros((1, 1), jnp.int32), cache, method="decode")
+    odd = init_cache(CONFIG, model.runtime, 1, 100)
+    with pytest.raises(ConfigError, match="multiple of 64"):
+        model.apply(variables, jnp.zeros((1, 1), jnp.int32), odd, method="decode")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(attention_impl="flash"), "must be one of reference"),
+        (dict(attention_impl="gpu", dtype="float32"), "takes dtype bfloat16"),
+        (dict(attention_impl="tpu", sharding="fsdp"), "one device"),
+    ],
+)
+def test_refusals_by_the_runtime(change, message):
+    with pytest.raises(ConfigError, match=message):
+        Runtime(**(dict(dtype="bfloat16") | change))
