@@ -94,4 +94,12 @@ def _decode(q_nope, q_rope, latent, k_rope, _, *, lengths, scale, implementation
         else jnp.concatenate([latent, k_rope], axis=-1)
     )
     q = jnp.concatenate([q_nope, q_rope], axis=-1)
-    return mla_decode(q, cache, tables, lengths, scale=scale, implementation=implementation)[0]
+    # Has no gradient. Saying so also lets the scan over layers drop the call where it traces for constants only, as
+    # Pallas doesn't by itself: without it, decoding on TPUs fails to trace.
+    call = jax.custom_vjp(lambda *a: mla_decode(*a, scale=scale, implementation=implementation)[0])
+    call.defvjp(_refuse_gradient, _refuse_gradient)
+    return call(q, cache, tables, lengths)
+
+
+def _refuse_gradient(*_):
+    raise ConfigError("MLA decoding by a kernel has no gradient: train in the expanded form")

@@ -1,6 +1,7 @@
 """The model with the attention kernels against the model without: logits, generation, training, refusals."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from dsv3_jax.model.transformer import init_cache
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
-from tests.pallas_kernels.targets import lower_for_hopper
+from tests.pallas_kernels.targets import TPUS, compile_for_tpu, lower_for_hopper
 
 CONFIG = dataclasses.replace(  # the kernels' own widths, and little else
     ModelConfig.preset("tiny"),
@@ -104,11 +105,14 @@ def test_decoding_layer(impl, capsys):
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
-def test_decoding_lowers_for_hopper(variables):
-    model = models("gpu", "bfloat16", "absorbed")[1]
+@pytest.mark.parametrize(
+    "compile_for", [lower_for_hopper, *(functools.partial(compile_for_tpu, generation) for generation in TPUS)]
+)
+def test_decoding_compiles(variables, compile_for):
+    model = models("gpu" if compile_for is lower_for_hopper else "tpu", "bfloat16", "absorbed")[1]
     given = variables, jnp.zeros((2, 1), jnp.int32), init_cache(CONFIG, model.runtime, 2, 256)
-    text = lower_for_hopper(lambda v, t, c: model.apply(v, t, c, method="decode"), *given)
-    assert "mosaic_gpu" in text
+    given = jax.eval_shape(lambda *a: a, *given)
+    compile_for(lambda v, t, c: model.apply(v, t, c, method="decode"), *given)
 
 
 def test_generation(variables):
