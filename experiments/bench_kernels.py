@@ -1,11 +1,14 @@
 """Checks and times every kernel on the accelerator at hand: one command, one table.
 
-    python experiments/bench_kernels.py --out runs/kernels [--only mla_decode,mla_prefill] [--limit 120]
+    python experiments/bench_kernels.py --out runs/kernels [--only mla_decode,mla_prefill] [--limit 80] [--total 200]
 
-Each group runs in a process of its own with a time limit and writes its rows as it goes, so that a kernel that fails
-or hangs costs only its own rows. Times are of many calls inside one compiled loop; where the inputs would fit in the
-L2 cache, the calls rotate among several. The floors use the copy bandwidth and the matmul rate measured in the same
-run. Errors are ||out - ref|| / ||ref|| against float64 references over fresh random inputs.
+Each group runs in a process of its own with a time limit and writes and prints its rows as it goes, so that a kernel
+that fails or hangs costs only its own rows. The checks come first, side by side, since they mostly compile; then the
+timings, one after another. What the total leaves no time for is said in the table.
+
+Times are of many calls inside one compiled loop; where the inputs would fit in the L2 cache, the calls rotate among
+several. The floors use the copy bandwidth and the matmul rate measured in the same run. Errors are
+||out - ref|| / ||ref|| against float64 references over fresh random inputs.
 """
 
 # Functions defined in loops are called before the next turn.
@@ -16,6 +19,7 @@ import argparse
 import concurrent.futures
 import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -152,7 +156,8 @@ def decode_checks() -> Iterator[Row]:
 
 def decode_timings() -> Iterator[Row]:
     rng = np.random.default_rng()
-    shapes = [(128, 1, 4096), (128, 2, 4096), (1, 1, 65536), (128, 1, 32768)]
+    shapes = [(128, 1, 4096), (128, 2, 4096), (1, 1, 65536), (128, 1, 8192), (128, 1, 16384), (128, 1, 32768)]
+    shapes += [(128, 2, 32768)]
     for batch, tokens, length in shapes:
         heads, scale = 128, 576**-0.5
         work = dict(
@@ -179,7 +184,7 @@ def decode_timings() -> Iterator[Row]:
             return mla_decode(x[0], x[1], table, x[2], scale=scale, implementation="gpu")
 
         peers = dict(gpu=ours)
-        if length == 4096:
+        if (tokens, length) == (1, 4096):
             peers["gpu_and_plan"] = ours_with_plan
         if batch * length <= 128 * 4096:  # more would not fit
             peers["xla_einsum"] = lambda table, x: decode_xla(x[0], x[1], table, x[2], scale)
@@ -379,8 +384,10 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
 def run_group(name: str, path: pathlib.Path) -> None:
     with path.open("a") as file:
         for row in GROUPS[name]():
-            file.write(json.dumps(dict(group=name, **row)) + "\n")
+            line = json.dumps(dict(group=name, **row))
+            file.write(line + "\n")
             file.flush()
+            print(line[:300], flush=True)
 
 
 def report(rows: list[Row]) -> str:
@@ -415,7 +422,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for kernels.json and kernels.md")
     parser.add_argument("--only", default=",".join(GROUPS), help="groups, separated by commas")
-    parser.add_argument("--limit", type=float, default=300, help="seconds a group may take")
+    parser.add_argument("--limit", type=float, default=80, help="seconds a group may take")
+    parser.add_argument("--total", type=float, default=200, help="seconds all may take")
     parser.add_argument("--group", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -423,14 +431,21 @@ def main() -> None:
     if args.group:
         run_group(args.group, lines)
         return
-    lines.unlink(missing_ok=True)
-    for name in args.only.split(","):
+    lines.write_text("")
+    names = args.only.split(",")
+    for name in names:
         if name not in GROUPS:
             raise ValueError(f"no group {name!r}: there are {', '.join(GROUPS)}")
+    end = time.perf_counter() + args.total
+
+    def run(name: str) -> None:
         command = [sys.executable, __file__, "--out", str(args.out), "--group", name]
         start = time.perf_counter()
+        limit = min(args.limit, end - start)
         try:
-            code = subprocess.run(command, timeout=args.limit).returncode
+            # Checks run side by side: none may take the whole memory.
+            shared = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false") if name.endswith("_checks") else None
+            code = subprocess.run(command, timeout=limit, env=shared).returncode if limit > 0 else "no time left"
         except subprocess.TimeoutExpired:
             code = "time limit"
         print(f"{name}: {time.perf_counter() - start:.0f} s, exit {code}", flush=True)
@@ -438,6 +453,12 @@ def main() -> None:
             with lines.open("a") as file:
                 row = dict(group=name, case=f"group {name}", implementation="", failure=f"ended early: {code}")
                 file.write(json.dumps(row) + "\n")
+
+    with concurrent.futures.ThreadPoolExecutor() as side_by_side:
+        list(side_by_side.map(run, (n for n in names if n.endswith("_checks"))))
+    for name in names:
+        if not name.endswith("_checks"):
+            run(name)
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     device = jax.devices()[0]
     text = f"{device.device_kind}, jax {jax.__version__}\n\n{report(rows)}\n"
