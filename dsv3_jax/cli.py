@@ -86,7 +86,7 @@ def _one_line(box: str) -> str:
 def _train(arguments: list[str]) -> None:
     import jax
 
-    from dsv3_jax.parallel.processes import Processes, join
+    from dsv3_jax.parallel.processes import Processes, join, last_words
     from dsv3_jax.training.config import TrainArgs, TrainConfig
     from dsv3_jax.training.trainer import train
 
@@ -102,7 +102,8 @@ def _train(arguments: list[str]) -> None:
     join(Processes(known.coordinator, known.count, known.index))  # before JAX is asked for its devices
     default = TrainArgs(TrainConfig.preset(preset, jax.default_backend()), preset=preset, run_dir=Path("runs") / preset)
     chosen = _parse(TrainArgs, "train", arguments, default)
-    result = train(chosen.config, chosen.run_dir, resume=chosen.resume)
+    with last_words():
+        result = train(chosen.config, chosen.run_dir, resume=chosen.resume)
     if result["stopped"]:
         again = " ".join(["python -m dsv3_jax train", *(a for a in arguments if a != "--resume"), "--resume"])
         print(f"stopped and saved at step {result['step']}; continue with: {again}")

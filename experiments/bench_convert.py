@@ -3,8 +3,8 @@
     python -m experiments.bench_convert --sizes 1 4 16
 
 Makes FP8 checkpoints with DeepSeek-V3's names and true matrix sizes (more or fewer experts and layers give the size),
-then, each in a process of its own: copies the files, converts them to orbax (every number kept), converts them back.
-Writes docs/results/convert.md and convert.json. Needs three times the largest size of disk under --work, for a while.
+then converts them to orbax (every number kept) and back, each in a process of its own, in turn with a plain copy of
+what it reads. Writes docs/results/convert.md and convert.json. Needs twice the largest size of disk under --work.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,9 +34,6 @@ from dsv3_jax.checkpoint import names  # noqa: E402
 from dsv3_jax.checkpoint.synthetic import write_random_checkpoint  # noqa: E402
 from dsv3_jax.config import ModelConfig  # noqa: E402
 
-_LARGE = 8
-"""GB above which a step runs once."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -46,10 +44,10 @@ class Args:
     work: Path = Path(tempfile.gettempdir())
     """Where the checkpoints are made, on the disk to be measured."""
     repeats: int = 3
-    """Times that each step is measured, up to 8 GB; the fastest counts: noise of other work only adds."""
+    """Pairs of a copy and a conversion, each direction."""
     workers: int = 4
     rest: float = 15.0
-    """Seconds before each step: a cloud disk's burst of speed has to recover, or the first step gets all of it."""
+    """Seconds before each step, so that none gains from what the one before left: a disk's burst, memory at hand."""
     results: Path = ROOT / "docs" / "results"
 
 
@@ -113,67 +111,69 @@ def forget(directory: Path) -> None:
 
 def one_size(gigabytes: float, args: Args) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=args.work, prefix="bench-convert-") as scratch:
-        source, kept, copied, store, back = (Path(scratch) / n for n in ("source", "kept", "copied", "store", "back"))
+        source, store, back, copied = (Path(scratch) / n for n in ("source", "store", "back", "copied"))
         config = config_of(gigabytes)
         write_random_checkpoint(source, config)
         size = sum(f.stat().st_size for f in source.iterdir())
         largest = max(math.prod(s) * (1 if len(s) > 1 else 4) for s in names.tensor_shapes(config).values())
         result: dict[str, Any] = {"bytes": size, "experts": config.n_routed_experts, "largest_tensor": largest}
-        steps = {
-            "copy": (lambda: copy(source, copied), source, copied),
-            "import": (lambda: convert(source, store, args.workers), source, store),
-            "export": (lambda: convert(kept, back, args.workers), kept, back),
-        }
-        convert(source, kept, args.workers)
-        order = list(steps)
-        for _ in range(args.repeats if gigabytes <= _LARGE else 1):
-            for step in order:
-                do, reads, made = steps[step]
-                forget(reads)
-                time.sleep(args.rest)
-                _keep_best(result, step, do())
-                shutil.rmtree(made)
-            order = order[1:] + order[:1]
-        for step in ("copy", "import", "export"):
-            result[step]["gb_per_s"] = size / 1e9 / result[step]["seconds"]
-            result[step]["of_copy"] = result["copy"]["seconds"] / result[step]["seconds"]
+        result["import"] = pairs(source, store, copied, args)
+        shutil.rmtree(source)
+        result["export"] = pairs(store, back, copied, args)
         return result
 
 
-def _keep_best(result: dict[str, Any], step: str, measured: dict[str, float]) -> None:
-    """The shortest times and the largest memory of the repeats."""
-    print(f"{result['bytes'] / 1e9:.2f} GB {step}: {measured}", flush=True)
-    best = result.setdefault(step, dict(measured))
-    for key, value in measured.items():
-        best[key] = max(best[key], value) if key == "peak_bytes" else min(best[key], value)
+def pairs(reads: Path, made: Path, copied: Path, args: Args) -> list[dict[str, Any]]:
+    """Copies and converts the same files in turn, each first every other time. The last conversion stays."""
+    measured: list[dict[str, Any]] = []
+    steps = {
+        "copy": (lambda: copy(reads, copied), copied),
+        "convert": (lambda: convert(reads, made, args.workers), made),
+    }
+    for i in range(args.repeats):
+        pair = {}
+        for step in ("copy", "convert") if i % 2 == 0 else ("convert", "copy"):
+            do, writes = steps[step]
+            forget(reads)
+            time.sleep(args.rest)
+            pair[step] = do()
+            if writes == copied or i < args.repeats - 1:
+                shutil.rmtree(writes)
+        print(f"{reads.name}: {pair}", flush=True)
+        measured.append(pair)
+    return measured
 
 
 def report(results: dict[str, dict[str, Any]], args: Args) -> str:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     machine = f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
-    start = max(r["import"]["start_seconds"] for r in results.values())
+    start = max(p["convert"]["start_seconds"] for r in results.values() for s in ("import", "export") for p in r[s])
     lines = [
         "# Conversion: memory and speed",
         "",
         f"{datetime.date.today().isoformat()}, `python -m experiments.bench_convert` on {machine},",
-        f"{args.workers} workers, jax {jax.__version__}. Random FP8 checkpoints with DeepSeek-V3's matrix sizes. A",
-        "step's files start out of the system's cache, and its time ends when everything is on the disk; it doesn't",
-        f"count the start of Python and JAX, which took up to {start:.1f} s. Memory is the peak resident set.",
+        f"{args.workers} workers, jax {jax.__version__}. Random FP8 checkpoints with DeepSeek-V3's matrix sizes.",
         "",
-        f"Up to {_LARGE} GB each step ran {args.repeats} times in rotating order, {args.rest:g} s apart, as the disk",
-        "is fast for a few GB and then slow until it has rested: the shortest time, the largest memory. A larger",
-        "checkpoint ran once.",
+        f"Each row is {args.repeats} pairs: `cp -r` of the files that the conversion reads, and the conversion,",
+        f"{args.rest:g} s apart, in changing order. Files start out of the system's cache, a time ends when all is on",
+        f"the disk; it doesn't count the start of Python and JAX, up to {start:.1f} s. Seconds are medians. The speed",
+        "beside the copy's is the median of the pairs, then that of the slowest and of the fastest pair. Memory is the",
+        "largest resident set of all.",
         "",
-        "| checkpoint | step | seconds | GB/s | of the copy's speed | peak memory |",
-        "|---|---|---|---|---|---|",
+        "| checkpoint | direction | cp -r, s | convert, s | GB/s | of the copy's speed | pairs | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in results.values():
-        for step, what in (("copy", "cp -r"), ("import", "to orbax"), ("export", "back")):
-            s = r[step]
-            of = "" if step == "copy" else f"{s['of_copy']:.0%}"
-            memory = "" if step == "copy" else f"{s['peak_bytes'] / 2**20:,.0f} MiB"
-            size = f"{r['bytes'] / 1e9:.2f} GB"
-            lines.append(f"| {size} | {what} | {s['seconds']:.1f} | {s['gb_per_s']:.2f} | {of} | {memory} |")
+        for step, what in (("import", "to orbax"), ("export", "back")):
+            copied, took = ([p[s]["seconds"] for p in r[step]] for s in ("copy", "convert"))
+            ratios = [c / t for c, t in zip(copied, took, strict=True)]
+            seconds, gigabytes = statistics.median(took), r["bytes"] / 1e9
+            peak = max(p["convert"]["peak_bytes"] for p in r[step])
+            lines.append(
+                f"| {gigabytes:.2f} GB | {what} | {statistics.median(copied):.1f} | {seconds:.1f} "
+                f"| {gigabytes / seconds:.2f} | {statistics.median(ratios):.0%} "
+                f"| {min(ratios):.0%} to {max(ratios):.0%} | {peak / 2**20:,.0f} MiB |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -11,12 +11,12 @@ import tyro
 from rich.console import Console
 
 from dsv3_jax.checkpoint import runs
-from dsv3_jax.checkpoint.export import export_hf
+from dsv3_jax.checkpoint.export import describe_export, export_hf
 from dsv3_jax.checkpoint.files import CheckpointError
 from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.ingest import import_hf
 from dsv3_jax.checkpoint.jobs import keep_freed_memory
-from dsv3_jax.checkpoint.plan import Plan, Target
+from dsv3_jax.checkpoint.plan import Plan, PlannedStore, Target
 from dsv3_jax.checkpoint.store import MANIFEST, Store, Variables
 from dsv3_jax.config import Runtime
 
@@ -40,7 +40,7 @@ class ConvertArgs:
     workers: int = 4
     """How many tensors are worked on at once; each takes up to a few times 32 MB."""
     dry_run: bool = False
-    """Only check names, shapes and dtypes, and print the plan. The source's files may end after their headers."""
+    """Only check names, shapes and dtypes and print the plan, both ways. Files may end after their headers."""
 
 
 def convert_command(args: ConvertArgs, console: Console | None = None) -> None:
@@ -59,18 +59,22 @@ def convert_command(args: ConvertArgs, console: Console | None = None) -> None:
     source = _local(args.src)
     converted = (source / MANIFEST).exists()
     if converted or (source / runs.CHECKPOINTS).is_dir():
-        if args.layers is not None or not args.mtp or args.dry_run:
+        if args.layers is not None or not args.mtp:
             raise CheckpointError(
-                f"{source} holds the model's own arrays: --layers, --no-mtp and --dry-run need a Hugging Face directory"
+                f"{source} holds the model's own arrays: --layers and --no-mtp need a Hugging Face directory"
             )
-        assert args.dst is not None
         store = Store(source) if converted else _run(source)
+        if args.dry_run:
+            print(f"{source} -> {describe_export(store, args.dtype)}")
+            return
+        assert args.dst is not None
         export_hf(store, args.dst, dtype=args.dtype, verify=args.verify, workers=args.workers, console=console)
     else:
         checkpoint = HFCheckpoint(source, layers=args.layers, mtp=args.mtp, headers_only=args.dry_run)
         plan = Plan(checkpoint, args.dtype)
         if args.dry_run:
             Console().print(plan.table())
+            print(f"and back -> {describe_export(PlannedStore(plan))}")
             return
         assert args.dst is not None
         import_hf(plan, args.dst, verify=args.verify, workers=args.workers, console=console)

@@ -33,7 +33,7 @@ _CASTS = {"bf16": "BF16", "float32": "F32"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A tensor of the new files: where its bytes begin in which file."""
 
     name: str
@@ -67,8 +67,8 @@ def export_hf(
       FileExistsError, OSError: the destination exists, or can't be written.
       CheckpointError: a tensor isn't what the manifest says; the destination holds another interrupted export.
     """
-    block = (store.block or BLOCK) if dtype == "fp8" else store.block if dtype == "keep" else None
-    files = _files(_entries(store, dtype, block))
+    block = _block(store, dtype)
+    files = plan_export(store, dtype)
     entries = {e.name: e for file in files.values() for e in file}
     identity = {"store": str(store.directory.resolve()), "version": store.identity(), "dtype": dtype}
     with open_workspace(target, identity, sum(e.nbytes for e in entries.values())) as workspace:
@@ -91,18 +91,37 @@ def export_hf(
         workspace.finish()
 
 
-def _entries(store: Store, dtype: str, block: tuple[int, int] | None) -> list[_Entry]:
+def plan_export(store: Store, dtype: str = "keep") -> dict[str, list[Entry]]:
+    """The files that `export_hf` would write, and the tensors in each."""
+    return _files(_entries(store, dtype, _block(store, dtype)))
+
+
+def describe_export(store: Store, dtype: str = "keep") -> str:
+    """`plan_export` for people: totals in one line."""
+    files = plan_export(store, dtype)
+    entries = [e for file in files.values() for e in file]
+    numbers = sum(math.prod(e.shape) for e in entries)
+    size = sum(e.nbytes for e in entries)
+    return f"{len(entries):,} tensors, {numbers:,} numbers, {size:,} bytes in {len(files)} safetensors files"
+
+
+def _block(store: Store, dtype: str) -> tuple[int, int] | None:
+    """Of the FP8 blocks of an export."""
+    return (store.block or BLOCK) if dtype == "fp8" else store.block if dtype == "keep" else None
+
+
+def _entries(store: Store, dtype: str, block: tuple[int, int] | None) -> list[Entry]:
     """Every tensor of the new checkpoint, in the model's order."""
     entries = []
     for name, shape in names.tensor_shapes(store.config).items():
         kind = store.kind(name)
         written = _written_dtype(store, name, dtype)
-        entries.append(_Entry(name, written, shape))
+        entries.append(Entry(name, written, shape))
         if written == "F8_E4M3":
             assert block is not None
             assert kind.fp8 or store.is_fp8(name)
             kept = store.is_fp8(name) and store.file_dtype(name + SCALE)
-            entries.append(_Entry(name + SCALE, kept or "F32", names.scale_shape((shape[0], shape[1]), block)))
+            entries.append(Entry(name + SCALE, kept or "F32", names.scale_shape((shape[0], shape[1]), block)))
     return entries
 
 
@@ -114,9 +133,9 @@ def _written_dtype(store: Store, name: str, dtype: str) -> str:
     return store.file_dtype(name)
 
 
-def _files(entries: list[_Entry]) -> dict[str, list[_Entry]]:
+def _files(entries: list[Entry]) -> dict[str, list[Entry]]:
     """Which tensors go to which file, and where in it. A weight and its scales stay together."""
-    groups: list[list[_Entry]] = [[]]
+    groups: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
         if size + entry.nbytes > _FILE_BYTES and not entry.name.endswith(SCALE):
@@ -129,7 +148,7 @@ def _files(entries: list[_Entry]) -> dict[str, list[_Entry]]:
     return {file: _place(group, file) for file, group in zip(called, groups, strict=True)}
 
 
-def _place(group: list[_Entry], file: str) -> list[_Entry]:
+def _place(group: list[Entry], file: str) -> list[Entry]:
     """Offsets after the header. The widest dtypes come first, so that every tensor is aligned to its own."""
     placed, offset = [], 0
     for entry in sorted(group, key=lambda e: -DTYPES[e.dtype].itemsize):
@@ -139,7 +158,7 @@ def _place(group: list[_Entry], file: str) -> list[_Entry]:
     return [dataclasses.replace(e, offset=e.offset + start) for e in placed]
 
 
-def _header(entries: list[_Entry], start: int = 0) -> bytes:
+def _header(entries: list[Entry], start: int = 0) -> bytes:
     """The header's bytes, length included. `start`: what the entries' offsets count from."""
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for e in entries:
@@ -159,7 +178,7 @@ class _OutFile:
     def __init__(self, path: Path) -> None:
         self._handle, self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), threading.Lock()
 
-    def start(self, entries: list[_Entry]) -> None:
+    def start(self, entries: list[Entry]) -> None:
         """Gives the file its full size and its header: a disk without room for it says so now."""
         os.posix_fallocate(self._handle, 0, max(e.offset + e.nbytes for e in entries))
         self.write(_header(entries, min(e.offset for e in entries)), 0)
@@ -182,7 +201,7 @@ def _bytes(data: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
 
 
-def _units(entries: dict[str, _Entry]) -> list[Unit]:
+def _units(entries: dict[str, Entry]) -> list[Unit]:
     """Tensors in groups of about a unit's bytes; a quantised weight takes its scales with it."""
     units: list[Unit] = []
     group: list[str] = []
@@ -198,7 +217,7 @@ def _units(entries: dict[str, _Entry]) -> list[Unit]:
 
 
 def _write_tensor(
-    store: Store, entries: dict[str, _Entry], name: str, block: tuple[int, int] | None, out: dict[str, _OutFile]
+    store: Store, entries: dict[str, Entry], name: str, block: tuple[int, int] | None, out: dict[str, _OutFile]
 ) -> None:
     entry = entries[name]
     dtype = DTYPES[entry.dtype]
@@ -229,7 +248,7 @@ def _check_hash(store: Store, name: str, dtype: str, digest: str) -> None:
 
 
 def _describe(
-    store: Store, directory: Path, entries: dict[str, _Entry], dtype: str, block: tuple[int, int] | None
+    store: Store, directory: Path, entries: dict[str, Entry], dtype: str, block: tuple[int, int] | None
 ) -> None:
     """config.json, the index if there are several files, and the small files that came with the source."""
     cast = {"bf16": "bfloat16", "float32": "float32"}.get(dtype)

@@ -115,19 +115,8 @@ def _identity(plan: Plan) -> dict[str, Any]:
 def _write_description(plan: Plan, directory: Path, done: dict[str, Any]) -> None:
     """config.json, the manifest, orbax's metadata, and the small files beside the source's weights."""
     source = plan.source
-    renamed = dict(
-        zip(names.tensor_shapes(source.config, source.layers), names.tensor_shapes(source.config), strict=True)
-    )
     hashes = {n: h for key in done for n, h in done[key]["tensors"].items()}
-    made = {n for u in plan.units if u.what.is_scale for n in u.what.names}  # scales of what was quantised on the way
-    tensors = {}
-    for old, new in renamed.items():
-        info = source.files.tensors[old]
-        tensors[new] = [info.dtype, hashes.get(old, hashes.get(source.copies.get(old, "")))]
-        if old + SCALE in hashes:
-            tensors[new + SCALE] = [source.files.tensors[old + SCALE].dtype, hashes[old + SCALE]]
-        elif old in made:
-            tensors[new + SCALE] = ["F32", None]
+    tensors = {new: [dtype, hashes.get(source.copies.get(old, old))] for new, (old, dtype) in plan.given_back().items()}
     manifest = {
         "format": FORMAT,
         "hash": "xxh3_128",

@@ -15,7 +15,7 @@ from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.jobs import Unit
 from dsv3_jax.checkpoint.layout import FP8, Region, region_shape
 from dsv3_jax.checkpoint.names import SCALE, Leaf
-from dsv3_jax.checkpoint.store import CASTS, ArraySpec, leaf_arrays, scale_array
+from dsv3_jax.checkpoint.store import CASTS, ArraySpec, Store, index_by_name, leaf_arrays, scale_array
 from dsv3_jax.quantization.fp8 import BLOCK
 
 Target = Literal["keep", "fp8", "bf16", "float32"]
@@ -95,6 +95,21 @@ class Plan:
             taken += [n + SCALE for n in taken if n + SCALE in files]
         return taken
 
+    def given_back(self) -> dict[str, tuple[str, str]]:
+        """Every tensor that an export of the result gives back: its name and dtype in the source.
+
+        Scales made on the way come with the name that the source would have for them, and float32.
+        """
+        files, old_names = self.source.files.tensors, names.tensor_shapes(self.source.config, self.source.layers)
+        scaled = {n for unit in self.units if unit.what.is_scale for n in unit.what.names}
+        found = {}
+        for old, new in zip(old_names, names.tensor_shapes(self.source.config), strict=True):
+            found[new] = (old, files[old].dtype)
+            if old in scaled:
+                kept = files.get(old + SCALE)
+                found[new + SCALE] = (old + SCALE, kept.dtype if kept else "F32")
+        return found
+
     @property
     def elements(self) -> int:
         """Numbers in the tensors that the plan takes, scales included."""
@@ -128,7 +143,9 @@ class Plan:
             f"{self.source.directory}: {tensors:,} tensors, {self.elements:,} numbers "
             f"-> {len(self.arrays)} arrays, {self.nbytes:,} bytes, {len(self.units):,} units"
         )
-        table = Table("array", "shape", "dtype", "bytes", "tensors", title=title, title_justify="left")
+        table = Table(title=title, title_justify="left")
+        for column in ("array", "shape", "dtype", "bytes", "tensors"):
+            table.add_column(column, overflow="fold")
         for unit_arrays in self.arrays:
             count = next(len(u.what.leaves[0].names) for u in self.units if unit_arrays in u.what.arrays)
             nbytes = math.prod(unit_arrays.shape) * unit_arrays.dtype.itemsize
@@ -137,3 +154,23 @@ class Plan:
         for copy, original in self.source.copies.items():
             table.add_row(f"({copy})", f"= {original}", "", "", "1")
         return table
+
+
+class PlannedStore(Store):
+    """What a plan would make, for everything but its numbers: an export of it can be planned in turn."""
+
+    def __init__(self, plan: Plan) -> None:
+        source = plan.source
+        self.directory, self.config, self.fields, self.block = (
+            source.directory,
+            source.config,
+            source.fields,
+            plan.block,
+        )
+        self.leaves, self.copies = names.leaves(self.config), names.copies(self.config)
+        self.manifest = {"dtype": plan.dtype, "tensors": {n: [t, None] for n, (_, t) in plan.given_back().items()}}
+        self._by_name = index_by_name(self.leaves)
+        self._dtypes = {spec.path: spec.dtype for spec in plan.arrays}
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        return self._dtypes[leaf.path]

@@ -221,7 +221,7 @@ class Store:
         self.config = ModelConfig.from_hf(self.fields)
         self.leaves, self.copies = names.leaves(self.config), names.copies(self.config)
         self.block: tuple[int, int] | None = tuple(self.manifest["block"]) if self.manifest["block"] else None
-        self._by_name = _by_name(self.leaves)
+        self._by_name = index_by_name(self.leaves)
         self._arrays = {path: open_array(directory, path) for path in self.leaves}
         self._scales = {
             leaf.scale_path: open_array(directory, leaf.scale_path)
@@ -349,7 +349,7 @@ class Variables(Store):
         self.config, self.directory, self._version = config, directory, version
         self.fields, self.block, self.manifest = config.to_hf(), None, {"dtype": "memory", "tensors": {}}
         self.leaves, self.copies = names.leaves(config), names.copies(config)
-        self._by_name = _by_name(self.leaves)
+        self._by_name = index_by_name(self.leaves)
         self._values = {path: np.asarray(functools.reduce(operator.getitem, path, variables)) for path in self.leaves}
         dtype = self._values["params", "norm"].dtype.name
         self.fields["torch_dtype"] = dtype
@@ -369,6 +369,6 @@ class Variables(Store):
         return [tokenizer] if tokenizer.exists() else []
 
 
-def _by_name(leaves: Mapping[TreePath, Leaf]) -> dict[str, tuple[Leaf, int]]:
+def index_by_name(leaves: Mapping[TreePath, Leaf]) -> dict[str, tuple[Leaf, int]]:
     """The first leaf that each tensor is part of, and which of its tensors it is."""
     return {name: (leaf, i) for leaf in leaves.values() if not leaf.start for i, name in enumerate(leaf.names)}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import jax
 
@@ -10,6 +14,8 @@ from dsv3_jax.config import ConfigError
 
 HEARTBEAT_SECONDS = 30
 """A process that isn't heard of for so long is taken for dead, which ends the job."""
+
+_WITNESS = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,3 +50,24 @@ def join(processes: Processes) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"can't join the job at processes.coordinator {processes.coordinator!r}: {error}") from None
+
+
+@contextlib.contextmanager
+def last_words() -> Iterator[None]:
+    """Says on standard error what to do if this process of a job dies inside, as it does when another one dies.
+
+    A process in the middle of a collective can't notice that: a thread of JAX's ends it, out of Python's reach. So a
+    child waits for the end of a pipe that this process holds, and speaks unless it was told that all is well.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    words = (
+        f"error: process {jax.process_index()} of {jax.process_count()} died, most likely as it lost the others: "
+        "start all of them again with --resume, from the newest checkpoint"
+    )
+    witness = subprocess.Popen([sys.executable, "-c", _WITNESS, words], stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        witness.communicate(b"all is well")

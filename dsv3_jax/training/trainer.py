@@ -130,6 +130,7 @@ class _Run:
         primary = jax.process_index() == 0
         log = MetricsLog(self.directory if primary else None, first_step=first)
         last: dict[str, Any] = {}
+        lost = False
         try:
             with _stop_on_signal() as stopping, self._progress(first) as report:
                 for step in range(first, self.config.schedule.steps):
@@ -153,14 +154,15 @@ class _Run:
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
-            lost = " ".join(str(error).split())[:300]
+            lost, why = True, " ".join(str(error).split())[:300]
             raise TrainingError(
-                f"process {jax.process_index()} of {jax.process_count()} lost the others ({lost}); the newest "
+                f"process {jax.process_index()} of {jax.process_count()} lost the others ({why}); the newest "
                 f"checkpoint is of step {checkpoints.latest()}: start all of them again with --resume"
             ) from None
         finally:
             log.close()
-            checkpoints.close()
+            if not lost:  # closing waits for the others
+                checkpoints.close()
         finished = int(state.step) == self.config.schedule.steps
         if primary:
             self._finish(state, finished)

@@ -4,6 +4,7 @@ import dataclasses
 import filecmp
 import hashlib
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,14 @@ def test_round_trip_of_fp8(scale_dtype, tmp_path):
     back = convert(convert(tmp_path / "source", tmp_path / "store", verify=True), tmp_path / "back", verify=True)
     assert_same_tensors(tmp_path / "source", back)
     assert json.loads((back / "config.json").read_text()) == json.loads((tmp_path / "source/config.json").read_text())
+
+
+def test_dry_run_of_the_way_back(fp8, tmp_path, capsys):
+    store = convert(fp8, tmp_path / "store")
+    convert_command(ConvertArgs(str(store), dry_run=True))
+    files = TensorFiles(fp8)
+    numbers = sum(math.prod(t.shape) for t in files.tensors.values())
+    assert f"{len(files.tensors):,} tensors, {numbers:,} numbers" in capsys.readouterr().out
 
 
 def test_small_files_travel_along(fp8, tmp_path):

@@ -12,9 +12,10 @@ import pytest
 from dsv3_jax import DeepSeekV3, ModelConfig
 from dsv3_jax.checkpoint import names
 from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
+from dsv3_jax.checkpoint.export import plan_export
 from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.layout import from_file_axes
-from dsv3_jax.checkpoint.plan import Plan
+from dsv3_jax.checkpoint.plan import Plan, PlannedStore
 from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
 
 V3 = ModelConfig.preset("v3-671b")
@@ -97,9 +98,15 @@ def test_dry_run_accounts_for_every_tensor_once(headers, capsys):
     assert held == ELEMENTS - 2 * 129280 * 7168
     assert plan.nbytes == 680_571_043_840 + 4 * 41_555_600 + 2 * (3_918_786_560 - 2 * 129280 * 7168)
 
+    back = [e for file in plan_export(PlannedStore(plan)).values() for e in file]
+    files = plan.source.files.tensors
+    assert len(back) == TENSORS
+    assert {e.name: (e.dtype, e.shape) for e in back} == {n: (i.dtype, i.shape) for n, i in files.items()}
+
     convert_command(ConvertArgs(str(headers), dry_run=True))
-    printed = capsys.readouterr().out
-    assert f"{TENSORS:,} tensors, {ELEMENTS:,} numbers" in " ".join(printed.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{TENSORS:,} tensors, {ELEMENTS:,} numbers -> " in printed
+    assert f"and back -> {TENSORS:,} tensors, {ELEMENTS:,} numbers" in printed
 
 
 def test_dry_run_of_a_cast_and_without_mtp(headers):
