@@ -449,6 +449,11 @@ class Runtime:
     """The order of work over the mesh axis `stage`; see `parallel.pipeline`."""
     dispatch_slack: float = 1.2
     """Room for uneven routing, over even routing's, before the exchange takes its slower way of several rounds."""
+    redundant_experts: int = 0
+    """Slots for experts beyond one each, which `parallel.balance` fills with copies of the busiest, for serving."""
+    interleave: int = 1
+    """Shares of a batch that a sparse block computes side by side: one's exchange may hide behind another's attention.
+    """
 
     @classmethod
     def for_backend(cls, backend: str) -> Runtime:
@@ -468,6 +473,10 @@ class Runtime:
             )
         if not self.dispatch_slack >= 1:
             raise ConfigError(f"runtime.dispatch_slack is {self.dispatch_slack!r}: it must be at least 1")
+        if self.redundant_experts < 0:
+            raise ConfigError(f"runtime.redundant_experts is {self.redundant_experts!r}: it must not be negative")
+        if self.interleave < 1:
+            raise ConfigError(f"runtime.interleave is {self.interleave!r}: it must be at least 1")
 
 
 _RUNTIME_CHOICES = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ConfigError, ModelConfig, Runtime
 from dsv3_jax.model.attention import Index, LayerCache, MultiHeadLatentAttention
 from dsv3_jax.model.moe import FeedForward, MoE
 from dsv3_jax.model.norm import norm_scale, rms_norm
@@ -26,12 +30,42 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, tuple[LayerCache | None, RouterStats | None]]:
         """x (B, T, D) -> the same, with the extended cache and, of an MoE block, the routing's stats."""
         c, r = self.config, self.runtime
-        h = rms_norm(x, norm_scale(self, "input_layernorm", c.hidden_size), c.rms_norm_eps)
-        h, cache = MultiHeadLatentAttention(c, r, name="self_attn")(h, index, cache)
-        x = constrain(x + h, r, "batch", "sequence", None)
-        h = rms_norm(x, norm_scale(self, "post_attention_layernorm", c.hidden_size), c.rms_norm_eps)
-        if self.is_moe:
-            h, stats = MoE(c, r, name="mlp")(h)
-        else:
-            h, stats = FeedForward(c, r, c.intermediate_size, name="mlp")(h), None
-        return constrain(x + h, r, "batch", "sequence", None), (cache, stats)
+        before_attention = norm_scale(self, "input_layernorm", c.hidden_size)
+        attention = MultiHeadLatentAttention(c, r, name="self_attn")
+        before_ffn = norm_scale(self, "post_attention_layernorm", c.hidden_size)
+        ffn: nn.Module = MoE(c, r, name="mlp") if self.is_moe else FeedForward(c, r, c.intermediate_size, name="mlp")
+
+        def block(
+            x: jax.Array, index: Index, cache: LayerCache | None
+        ) -> tuple[jax.Array, tuple[LayerCache | None, RouterStats | None]]:
+            h, cache = attention(rms_norm(x, before_attention, c.rms_norm_eps), index, cache)
+            x = constrain(x + h, r, "batch", "sequence", None)
+            h = rms_norm(x, before_ffn, c.rms_norm_eps)
+            h, stats = ffn(h) if self.is_moe else (ffn(h), None)
+            return constrain(x + h, r, "batch", "sequence", None), (cache, stats)
+
+        if self.is_moe and cache is None and r.interleave > 1 and not self.is_initializing():
+            return _interleaved(block, x, index, r.interleave)
+        return block(x, index, cache)
+
+
+def _interleaved(
+    block: Callable[..., tuple[jax.Array, tuple[LayerCache | None, RouterStats | None]]],
+    x: jax.Array,
+    index: Index,
+    parts: int,
+) -> tuple[jax.Array, tuple[LayerCache | None, RouterStats | None]]:
+    """The block on `parts` shares of the batch, none of which waits for another.
+
+    So while the tokens of one are on their way to experts, the attention of another can be computed (report section
+    3.4). A share takes every `parts`-th sequence: then it is cut over devices as the batch is.
+    """
+    if x.shape[0] % parts:
+        raise ConfigError(f"runtime.interleave is {parts}: it doesn't divide the {x.shape[0]} sequences of a batch")
+    share = lambda a, i: a.reshape(-1, parts, *a.shape[1:])[:, i]
+    of_batch = dataclasses.replace(index, order=None)
+    done = [
+        block(share(x, i), jax.tree.map(lambda a, i=i: share(a, i), of_batch).replace(order=index.order), None)
+        for i in range(parts)
+    ]
+    return jax.tree.map(lambda *shares: jnp.stack(shares, 1).reshape(-1, *shares[0].shape[1:]), *done)

@@ -14,7 +14,10 @@ from dsv3_jax.model.linear import linear, weight
 from dsv3_jax.model.remat import kept
 from dsv3_jax.model.router import Router, RouterStats
 from dsv3_jax.parallel.dispatch import experts_are_spread, experts_held, spread_experts
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_swiglu
+
+PLACEMENT = "placement"
+"""The Linen collection that says where redundant experts are; see `parallel.balance`."""
 
 
 class ExpertWeights(NamedTuple):
@@ -45,14 +48,11 @@ def experts_reference(
 def experts_grouped(
     x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights, rows: int, *, implementation: str
 ) -> jax.Array:
-    """The same without waste: tokens sorted by expert, three grouped matmuls, and back. Dropless."""
+    """The same without waste: tokens sorted by expert, grouped matmuls, and back. Dropless."""
     tokens, k = ids.shape
     order = jnp.argsort(ids.ravel())[:rows]  # of the N K (token, choice) pairs; those without an expert come last
     sizes = jnp.bincount(ids.ravel(), length=w.gate_proj.shape[0]).astype(jnp.int32)
-    x_sorted = x[order // k]
-    gate = kept(grouped_matmul(x_sorted, w.gate_proj, sizes, implementation=implementation))
-    up = kept(grouped_matmul(x_sorted, w.up_proj, sizes, implementation=implementation))
-    out = grouped_matmul(jax.nn.silu(gate) * up, w.down_proj, sizes, implementation=implementation)
+    out = grouped_swiglu(x[order // k], *w, sizes, implementation=implementation, keep=kept)
     weighted = out * weights.ravel()[order][:, None]
     return jnp.zeros((tokens, x.shape[1]), weighted.dtype).at[order // k].add(weighted).astype(x.dtype)
 
@@ -100,11 +100,22 @@ class RoutedExperts(nn.Module):
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         """x (B, T, D), ids and weights (B, T, K) -> (B, T, D)."""
         c = self.config
+        if self.runtime.redundant_experts:
+            ids = self._slots(ids)
         e, d, f = experts_held(c, self.runtime), c.hidden_size, c.moe_intermediate_size
         w = ExpertWeights(
             weight(self, "gate_proj", e, d, f), weight(self, "up_proj", e, d, f), weight(self, "down_proj", e, f, d)
         )
         return experts(x, ids, weights, w, c, self.runtime)
+
+    def _slots(self, ids: jax.Array) -> jax.Array:
+        """From experts (B, T, K) to slots that hold them: tokens take an expert's copies in turn."""
+        e, redundant = self.config.n_routed_experts, self.runtime.redundant_experts
+        alone = lambda: jnp.broadcast_to(jnp.arange(e, dtype=jnp.int32)[:, None], (e, 1 + redundant))
+        slot_of = self.variable(PLACEMENT, "slot_of", alone).value
+        copies = self.variable(PLACEMENT, "copies", lambda: jnp.ones((e,), jnp.int32)).value
+        token = jnp.arange(ids[..., 0].size, dtype=jnp.int32).reshape(*ids.shape[:-1], 1)
+        return slot_of[ids, token % copies[ids]]
 
 
 class MoE(nn.Module):

@@ -12,10 +12,11 @@ from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.attention import Index, LayerCache
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.linear import linear, weight
+from dsv3_jax.model.moe import PLACEMENT
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import rematerialise
-from dsv3_jax.model.router import RouterStats
+from dsv3_jax.model.router import ROUTER, RouterStats
 from dsv3_jax.parallel.rules import constrain
 
 
@@ -228,7 +229,7 @@ def _stack(layers: int, config: ModelConfig, runtime: Runtime, *, is_moe: bool) 
     """`layers` blocks of one kind, scanned: parameters have a leading layer axis and compile time doesn't grow."""
     scanned = nn.scan(
         rematerialise(Block, runtime),
-        variable_axes={"params": 0, "router": 0},
+        variable_axes={"params": 0, ROUTER: 0, PLACEMENT: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
         out_axes=0,

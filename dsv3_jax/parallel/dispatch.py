@@ -7,7 +7,8 @@ its node, which hands it on inside the node; on the way back a node's sums are a
 
 No token is ever dropped, and buffers have fixed sizes. They hold `dispatch_slack` times what even routing would
 send. If the routing of a batch is more uneven than that, which all devices find out together before anything is
-sent, the tokens go in several rounds, each of so few that even the worst routing fits.
+sent, the usual exchange carries nothing and the tokens go in several rounds, each of so few that even the worst
+routing fits. The usual exchange stands outside that condition, where a compiler can move other work beside it.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ def experts_are_spread(runtime: Runtime) -> bool:
 
 
 def experts_held(config: ModelConfig, runtime: Runtime) -> int:
-    """Routed experts in the arrays at hand: all, except inside a pipeline's shard_map, which sees one device's."""
-    mesh = jax.sharding.get_abstract_mesh()
+    """Routed experts in the arrays at hand, copies included. Inside a pipeline's shard_map that is one device's."""
+    mesh, held = jax.sharding.get_abstract_mesh(), config.n_routed_experts + runtime.redundant_experts
     if mesh.empty or AxisType.Manual not in mesh.axis_types:
-        return config.n_routed_experts
-    return config.n_routed_experts // math.prod(mesh.shape[a] for a in larger(rules_of(runtime).experts, mesh))
+        return held
+    return held // math.prod(mesh.shape[a] for a in larger(rules_of(runtime).experts, mesh))
 
 
 def spread_experts(
@@ -72,7 +73,7 @@ def spread_experts(
 
     def on_device(x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any) -> jax.Array:
         flat = lambda a: a.reshape(-1, a.shape[-1])
-        layout = Layout.of(config, runtime, mesh, math.prod(x.shape[:2]), ids.shape[-1])
+        layout = Layout.of(config, runtime, mesh, math.prod(x.shape[:2]), ids.shape[-1], len(w.gate_proj))
         y = _route(flat(x), flat(ids), flat(weights), w, compute, layout)
         y = lax.psum(y, partial_sums) if partial_sums else y
         return y.astype(x.dtype).reshape(x.shape)
@@ -110,7 +111,7 @@ class Layout:
     row_room: int
 
     @classmethod
-    def of(cls, config: ModelConfig, runtime: Runtime, mesh: AbstractMesh, tokens: int, k: int) -> Layout:
+    def of(cls, config: ModelConfig, runtime: Runtime, mesh: AbstractMesh, tokens: int, k: int, local: int) -> Layout:
         rules = rules_of(runtime)
         axes = larger(rules.experts, mesh)
         if not set(axes) <= {"node", "expert"}:
@@ -119,7 +120,7 @@ class Layout:
         cut = set(axes) <= set(rules.batch)
         if not cut and set(axes) & set(rules.batch):
             raise ConfigError("the rules cut the batch over one of the axes node and expert, but not over the other")
-        devices, local, slack = node * expert, config.n_routed_experts // (node * expert), runtime.dispatch_slack
+        devices, slack = node * expert, runtime.dispatch_slack
         # Groups that lie within nodes bound how many nodes a token reaches: M of section 2.1.2.
         nodes = min(k, node, config.topk_group if config.n_group % node == 0 else node)
         room = lambda even, least, most: max(least, min(most, int(even * slack)))
@@ -153,13 +154,13 @@ def _route(
     if layout.method == "all_gather" or not layout.cut:
         return _gather(x, ids, weights, w, compute, layout)
     once = functools.partial(_exchange, w=w, compute=compute, layout=layout)
+    none = layout.devices * layout.local
     rounds = -(-layout.tokens // layout.round_tokens)
     if rounds == 1:
         return once(x, ids, weights)
 
     def in_rounds(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         size = layout.round_tokens
-        none = layout.devices * layout.local
         cut = lambda a, fill: jnp.pad(a, ((0, rounds * size - len(a)), (0, 0)), constant_values=fill).reshape(
             rounds, size, -1
         )
@@ -167,7 +168,10 @@ def _route(
         y = lax.scan(step, None, (cut(x, 0), cut(ids, none), cut(weights, 0)))[1]
         return y.reshape(rounds * size, -1)[: len(x)]
 
-    return lax.cond(_fits(ids, layout), once, in_rounds, x, ids, weights)
+    nothing = lambda x, ids, weights: jnp.zeros_like(x)
+    fits = _fits(ids, layout)
+    usual = once(x, jnp.where(fits, ids, none), jnp.where(fits, weights, 0))
+    return usual + lax.cond(fits, nothing, in_rounds, x, ids, weights)
 
 
 def _reached(ids: jax.Array, bins: int, width: int) -> jax.Array:

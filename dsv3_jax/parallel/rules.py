@@ -81,6 +81,8 @@ PARAMETERS: dict[tuple[str, int], tuple[str | None, ...]] = {
     ("down_proj", 3): ("experts", "expert_ffn", "embed"),
     ("eh_proj", 2): (None, "embed"),
     ("e_score_correction_bias", 1): (None,),
+    ("slot_of", 2): (None, None),
+    ("copies", 1): (None,),
 } | {
     (f"{of}norm", 1): (None,) for of in ("", "e", "h", "input_layer", "post_attention_layer", "q_a_layer", "kv_a_layer")
 }

@@ -25,7 +25,7 @@ class Serving:
     devices: in all. attention_data: groups of devices that serve different sequences; the devices of a group split the
     heads of each layer. expert_groups: into how many groups the experts are dealt, by default as many as devices; the
     devices of a group split each expert's width. exchange: `all_to_all` sends tokens to their experts' devices,
-    `all_reduce` gives every device every token and sums.
+    `all_reduce` gives every device every token, sorts them all by expert, masks those of other devices' and sums.
     weight, cache: bytes a parameter and a cached number take. expanded_cache: keys and values per head instead of the
     latent. redundant: extra copies of experts of each layer, one more slot on that many devices. overlap: prefill
     alternates two microbatches, one's links behind the other's products.
@@ -159,6 +159,8 @@ def decode_step(serving: Serving, batch: int, context: int, efficiency: float | 
         active, received = busiest_group(c.n_routed_experts, s.groups, batch, c.num_experts_per_tok)
         each = routed_per_expert / width_split
         experts = c.num_moe_layers * active * product(each, received / active)
+        if s.exchange == "all_reduce":
+            experts += batch * _masked_bytes(serving) / sheet.bandwidth
     links, latency = _exchange(serving, batch, local)
     return DecodeStep(attention / e, experts / e, other / e, links / e, latency, batch, s.devices)
 
@@ -175,6 +177,17 @@ def _cache_seconds(serving: Serving, local: int, context: int) -> float:
         rows = -(-heads // sheet.matmul_rows) * sheet.matmul_rows
         flops = 2 * rows * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
     return local * context * max(per_token * s.cache / sheet.bandwidth, flops / sheet.peak("bf16"))
+
+
+def _masked_bytes(serving: Serving) -> float:
+    """Bytes that a device which holds every token moves for one of them over all layers, its own experts' or not.
+
+    K rows of the width are written in the order of experts, as the products' result (zeros where others' are), read
+    and written in the order of tokens, and read to be summed; SwiGLU reads two rows of the experts' width, writes one.
+    """
+    c, s = serving.config, serving
+    width = 5 * c.hidden_size + 3 * c.moe_intermediate_size * s.groups / s.devices
+    return 2 * c.num_moe_layers * c.num_experts_per_tok * width
 
 
 def _exchange(serving: Serving, batch: int, local: int) -> tuple[float, float]:
@@ -220,7 +233,8 @@ def prefill_tokens_per_second(serving: Serving, length: int, efficiency: float |
     flops = dataclasses.replace(forward_flops(serving.config, length / 2), head=0.0)  # a prompt needs one row
     compute = matmul_seconds(flops, sheet.peak("bf16"), linear) / serving.devices
     links = _exchange(serving, length * serving.devices, length * serving.tensor)[0] / (length * serving.devices)
-    return e / (max(compute, links) if serving.overlap else compute + links)
+    masked = _masked_bytes(serving) / sheet.bandwidth if serving.exchange == "all_reduce" else 0.0
+    return e / (masked + (max(compute, links) if serving.overlap else compute + links))
 
 
 def hops(sheet: Hardware, size: int) -> float:

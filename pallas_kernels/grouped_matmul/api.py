@@ -1,7 +1,8 @@
-"""The one entry to grouped matmul: choose an implementation by name."""
+"""The one entry to grouped matmul, and to the experts made of it: choose an implementation by name."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -46,3 +47,30 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
     if implementation == "gpu":
         require_hopper("grouped_matmul")
     return IMPLEMENTATIONS[implementation](lhs, rhs, group_sizes)
+
+
+def grouped_swiglu(
+    x: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    implementation: str,
+    keep: Callable[[jax.Array], jax.Array] = lambda a: a,
+) -> jax.Array:
+    """Experts on the rows that were sent to them: down(silu(gate(x)) * up(x)) with each group's own three matrices.
+
+    Args:
+      x: (M, D) rows, sorted by group. gate, up: (G, D, F). down: (G, F, D). group_sizes: as in `grouped_matmul`.
+      implementation: as in `grouped_matmul`. "blocked" is one loop, the others three grouped matmuls.
+      keep: applied to what gate and up make, (M, F) each, where they are arrays of their own: for a name that a
+        rematerialisation policy knows.
+
+    Returns:
+      (M, D) of `x`'s dtype. Rows past the last group are zero. Raises as `grouped_matmul`.
+    """
+    if implementation == "blocked":
+        return cpu.grouped_swiglu(x, gate, up, down, group_sizes)
+    product = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
+    return product(jax.nn.silu(keep(product(x, gate))) * keep(product(x, up)), down)

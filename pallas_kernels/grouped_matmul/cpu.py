@@ -1,34 +1,44 @@
-"""Grouped matmul for CPUs: a loop over tiles of rows, each one dense matmul with the matrix of its group.
+"""Grouped matmul, and the experts made of it, for CPUs: for each group, a loop over tiles of its rows.
 
-XLA lowers `ragged_dot` on a CPU to one masked product a group, G times the work. Here a tile starts at its
-group's first row or a multiple of `TILE` after it and always reads `TILE` rows. The rows of a tile that lie past
-its group's end come out wrong, but they belong to later groups, whose tiles are computed later and overwrite them.
-So the forward pass needs no mask; the sum over rows of the weight gradient does.
+XLA lowers `ragged_dot` on a CPU to one masked product a group, G times the work. Here a tile starts at its group's
+first row or a multiple of `TILE` after it, and rows of it that are another group's are left alone. Tiles have one
+size: near the end of the rows, where one wouldn't fit, it is moved up.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-TILE = 128
+TILE = 64
 
 
-def _tiles(group_sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Each tile's group, first row and end of valid rows, (rows // TILE + G,) int32 each; and how many tiles."""
-    groups = group_sizes.shape[0]
-    ends = jnp.cumsum(group_sizes)
-    counts = (group_sizes + TILE - 1) // TILE
-    last = jnp.cumsum(counts)
-    tile = jnp.arange(rows // TILE + groups)
-    group = jnp.minimum(jnp.searchsorted(last, tile, side="right"), groups - 1)
-    start = (ends - group_sizes)[group] + (tile - (last - counts)[group]) * TILE
-    return group, start, ends[group], last[-1]
+def _rows(x: jax.Array, at: jax.Array) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, at, min(TILE, len(x)))
 
 
-def _pad(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, ((0, TILE), (0, 0)))  # the last tile may read and write past the end
+def _write(out: jax.Array, rows: jax.Array, at: jax.Array, mine: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, rows, _rows(out, at)), at, 0)
+
+
+def _over_tiles(
+    g: jax.Array, rows: int, group_sizes: jax.Array, tile: Callable[[jax.Array, jax.Array, Any], Any], start: Any
+) -> Any:
+    """Folds `tile(first row, which of its rows are new ones of the group (TILE, 1), so far)` over group g's tiles."""
+    size = min(TILE, rows)
+    end = jnp.cumsum(group_sizes)[g]
+
+    def step(i: jax.Array, so_far: Any) -> Any:
+        first = end - group_sizes[g] + i * size
+        at = jnp.minimum(first, rows - size)
+        row = at + jnp.arange(size)[:, None]
+        return tile(at, (row >= first) & (row < end), so_far)
+
+    return lax.fori_loop(0, (group_sizes[g] + size - 1) // size, step, start)
 
 
 @jax.custom_vjp
@@ -38,33 +48,30 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> ja
 
 
 def _forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, transpose_rhs: bool) -> jax.Array:
-    rows = lhs.shape[0]
-    group, start, _, count = _tiles(group_sizes, rows)
-    padded = _pad(lhs)
     contract = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
 
-    def tile(i: jax.Array, out: jax.Array) -> jax.Array:
-        x = lax.dynamic_slice_in_dim(padded, start[i], TILE)
-        y = lax.dot_general(x, rhs[group[i]], contract)
-        return lax.dynamic_update_slice_in_dim(out, y, start[i], 0)
+    def group(g: jax.Array, out: jax.Array) -> jax.Array:
+        matrix = rhs[g]
 
-    out = jnp.zeros((rows + TILE, rhs.shape[1 if transpose_rhs else 2]), lhs.dtype)
-    out = lax.fori_loop(0, count, tile, out)[:rows]
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes), out, 0)
+        def tile(at: jax.Array, mine: jax.Array, out: jax.Array) -> jax.Array:
+            return _write(out, lax.dot_general(_rows(lhs, at), matrix, contract), at, mine)
+
+        return _over_tiles(g, len(lhs), group_sizes, tile, out)
+
+    empty = jnp.zeros((len(lhs), rhs.shape[1 if transpose_rhs else 2]), lhs.dtype)
+    return lax.fori_loop(0, len(rhs), group, empty)
 
 
 def _weight_gradient(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    group, start, end, count = _tiles(group_sizes, lhs.shape[0])
-    lhs, dout = _pad(lhs), _pad(dout)
-    offset = jnp.arange(TILE)[:, None]
+    def group(g: jax.Array, drhs: jax.Array) -> jax.Array:
+        def tile(at: jax.Array, mine: jax.Array, total: jax.Array) -> jax.Array:
+            return total + jnp.where(mine, _rows(lhs, at), 0).T @ _rows(dout, at)
 
-    def tile(i: jax.Array, drhs: jax.Array) -> jax.Array:
-        valid = start[i] + offset < end[i]
-        x = jnp.where(valid, lax.dynamic_slice_in_dim(lhs, start[i], TILE), 0)
-        dy = lax.dynamic_slice_in_dim(dout, start[i], TILE)
-        return drhs.at[group[i]].add(x.T @ dy)
+        total = _over_tiles(g, len(lhs), group_sizes, tile, jnp.zeros(drhs.shape[1:], drhs.dtype))
+        return lax.dynamic_update_index_in_dim(drhs, total, g, 0)
 
-    return lax.fori_loop(0, count, tile, jnp.zeros((group_sizes.shape[0], lhs.shape[1], dout.shape[1]), lhs.dtype))
+    empty = jnp.zeros((len(group_sizes), lhs.shape[1], dout.shape[1]), lhs.dtype)
+    return lax.fori_loop(0, len(group_sizes), group, empty)
 
 
 def _vjp_forward(lhs, rhs, group_sizes):
@@ -78,3 +85,62 @@ def _vjp_backward(residuals, dout):
 
 
 grouped_matmul.defvjp(_vjp_forward, _vjp_backward)
+
+
+@jax.custom_vjp
+def grouped_swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """See `api.grouped_swiglu`: here a tile goes through all three products while it is in the cache."""
+    return _swiglu_forward(x, gate, up, down, group_sizes, for_gradient=False)[0]
+
+
+def _swiglu_forward(x, gate, up, down, group_sizes, *, for_gradient):
+    """The result (M, D) and, for a gradient, what gate and up made of each row, (M, F) each."""
+
+    def group(g: jax.Array, out: Any) -> Any:
+        w_gate, w_up, w_down = gate[g], up[g], down[g]
+
+        def tile(at: jax.Array, mine: jax.Array, out: Any) -> Any:
+            rows = _rows(x, at)
+            a, b = rows @ w_gate, rows @ w_up
+            made = (jax.nn.silu(a) * b) @ w_down, a, b
+            return tuple(_write(o, m, at, mine) for o, m in zip(out, made, strict=False))
+
+        return _over_tiles(g, len(x), group_sizes, tile, out)
+
+    empty = lambda width: jnp.zeros((len(x), width), x.dtype)
+    out = (empty(down.shape[2]),) + (empty(gate.shape[2]), empty(gate.shape[2])) * for_gradient
+    return lax.fori_loop(0, len(gate), group, out)
+
+
+def _swiglu_vjp_forward(x, gate, up, down, group_sizes):
+    y, a, b = _swiglu_forward(x, gate, up, down, group_sizes, for_gradient=True)
+    return y, (x, gate, up, down, group_sizes, a, b)
+
+
+def _swiglu_vjp_backward(residuals, dy):
+    x, gate, up, down, group_sizes, a, b = residuals
+
+    def group(g: jax.Array, out: Any) -> Any:
+        dx, weights = out
+        w_gate, w_up, w_down = gate[g], up[g], down[g]
+
+        def tile(at: jax.Array, mine: jax.Array, out: Any) -> Any:
+            dx, dw_gate, dw_up, dw_down = out
+            dy_rows = jnp.where(mine, _rows(dy, at), 0)
+            h, swiglu_vjp = jax.vjp(lambda a, b: jax.nn.silu(a) * b, _rows(a, at), _rows(b, at))
+            da, db = swiglu_vjp(dy_rows @ w_down.T)
+            rows = _rows(x, at)
+            dx = _write(dx, da @ w_gate.T + db @ w_up.T, at, mine)
+            return dx, dw_gate + rows.T @ da, dw_up + rows.T @ db, dw_down + h.T @ dy_rows
+
+        start = (dx, *(jnp.zeros_like(w) for w in (w_gate, w_up, w_down)))
+        dx, *sums = _over_tiles(g, len(x), group_sizes, tile, start)
+        weights = tuple(lax.dynamic_update_index_in_dim(w, s, g, 0) for w, s in zip(weights, sums, strict=True))
+        return dx, weights
+
+    empty = (jnp.zeros_like(x), tuple(jnp.zeros_like(w) for w in (gate, up, down)))
+    dx, weights = lax.fori_loop(0, len(gate), group, empty)
+    return dx, *weights, None
+
+
+grouped_swiglu.defvjp(_swiglu_vjp_forward, _swiglu_vjp_backward)

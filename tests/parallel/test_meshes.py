@@ -93,7 +93,7 @@ MESHES = [
     ("node=2,expert=4", "fsdp_ep", {}),
     ("node=4,expert=2", "fsdp_ep", {"dispatch_slack": 8.0, "remat": "block"}),
     ("context=2,expert=4", "fsdp_ep", {"remat": "paper"}),
-    ("node=2,expert=2,context=2", "fsdp_ep", {"dispatch_slack": 1.0}),
+    ("node=2,expert=2,context=2", "fsdp_ep", {"dispatch_slack": 1.0, "interleave": 2}),
     ("fsdp=2,expert=4", "fsdp_ep", {"dispatch": "all_gather"}),
     ("data=2,node=2,expert=2", "fsdp_ep", {"experts_impl": "blocked"}),
     ("stage=2,expert=4", "pp_ep_dp", {"microbatches": 2}),

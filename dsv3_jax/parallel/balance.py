@@ -1,0 +1,117 @@
+"""Redundant experts and where they go, for serving: the busiest are held several times, and devices share evenly.
+
+A slot is one expert's weights on one device. Report section 3.4: in serving, experts that attract many tokens get
+more than one slot, chosen from the load that was seen, and slots are dealt out so that devices are about equally busy.
+While groups of experts divide over the nodes, a group's slots stay on one node, so that routing limited to groups still
+crosses to few nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.model.moe import PLACEMENT
+from dsv3_jax.model.transformer import Outputs
+from dsv3_jax.parallel.mesh import MeshShape
+
+
+def expert_load(outputs: Outputs) -> dict[str, np.ndarray]:
+    """Tokens that each expert got in a `forward` call: by module, (layers, E) of the stacked ones, else (E,)."""
+    load = {f"mtp_{k}": np.asarray(stats.load.sum(0)) for k, stats in enumerate(outputs.mtp_stats)}
+    if outputs.stats is not None:
+        load["moe_layers"] = np.asarray(outputs.stats.load.sum(1))
+    return load
+
+
+def with_redundant_experts(
+    variables: Mapping[str, Any], load: Mapping[str, np.ndarray], config: ModelConfig, mesh: MeshShape, redundant: int
+) -> dict[str, Any]:
+    """A model's variables with its experts' weights in slots, for `Runtime(redundant_experts=redundant)`.
+
+    Args:
+      variables: as trained or loaded, without slots.
+      load: as `expert_load` gives it, of all sparse modules; counts may be summed over any number of calls.
+      mesh: the experts' devices, node x expert.
+      redundant: slots of a layer beyond one an expert.
+
+    Raises:
+      ConfigError: experts and redundant ones together don't divide over the devices.
+    """
+    experts, devices = config.n_routed_experts, mesh.expert_parallel
+    if redundant < 0 or (experts + redundant) % devices:
+        raise ConfigError(
+            f"{experts} experts and {redundant} redundant ones don't divide over the {devices} devices of the mesh"
+        )
+    slots = (experts + redundant) // devices
+    place = lambda of: place_slots_on_nodes(of, config.n_group, mesh.node, mesh.expert, slots)
+    placed = {name: np.apply_along_axis(place, -1, np.asarray(of, float)) for name, of in load.items()}
+    params = flatten_dict(variables["params"])
+    placement = {}
+    for path, w in params.items():
+        if "experts" not in path:
+            continue
+        held = placed[path[0]]
+        stacked = held.ndim == 2
+        params[path] = w[np.arange(len(w))[:, None], held] if stacked else w[held]
+        found = [slots_of_experts(h, experts, redundant) for h in held.reshape(-1, experts + redundant)]
+        for name, values in zip(("slot_of", "copies"), zip(*found, strict=True), strict=True):
+            placement[(*path[:-1], name)] = jnp.asarray(np.stack(values) if stacked else values[0])
+    return {**variables, "params": unflatten_dict(params), PLACEMENT: unflatten_dict(placement)}
+
+
+def slots_of_experts(held: np.ndarray, experts: int, redundant: int) -> tuple[np.ndarray, np.ndarray]:
+    """From each slot's expert to each expert's slots: (E, 1 + redundant) int32, the first `copies` (E,) of a row."""
+    slot_of, copies = np.zeros((experts, 1 + redundant), np.int32), np.zeros(experts, np.int32)
+    for slot, expert in enumerate(held.tolist()):
+        slot_of[expert, copies[expert]] = slot
+        copies[expert] += 1
+    return slot_of, copies
+
+
+def place_slots(load: np.ndarray, devices: int, slots: int) -> np.ndarray:
+    """Which expert each slot holds.
+
+    The next slot goes to the expert with the most load a slot, until all are given away; then the busiest slots are
+    dealt out first, each to the device with the least load that has room, and rather to one without that expert.
+
+    Args:
+      load: (E,) tokens of each expert.
+      slots: of a device; devices * slots >= E.
+
+    Returns:
+      (devices * slots,) int32, a device's slots in a row. Every expert has at least one.
+    """
+    experts = len(load)
+    copies = np.ones(experts, int)
+    for _ in range(devices * slots - experts):
+        share = np.where(copies < devices, load / copies, -1.0)  # more copies than devices help nobody
+        copies[np.argmax(share)] += 1
+    each = np.repeat(np.arange(experts), copies)
+    order = np.argsort(-(load / copies)[each], kind="stable")
+    held: list[list[int]] = [[] for _ in range(devices)]
+    busy = np.zeros(devices)
+    for expert in each[order].tolist():
+        room = [d for d in range(devices) if len(held[d]) < slots]
+        device = min(room, key=lambda d: (expert in held[d], busy[d]))
+        held[device].append(expert)
+        busy[device] += load[expert] / copies[expert]
+    return np.array(held, np.int32).ravel()
+
+
+def place_slots_on_nodes(load: np.ndarray, groups: int, nodes: int, devices: int, slots: int) -> np.ndarray:
+    """`place_slots` for `devices` on each of `nodes`; a group stays on one node if groups divide over the nodes."""
+    if nodes == 1 or groups % nodes:
+        return place_slots(load, nodes * devices, slots)
+    width = len(load) // groups
+    of_node = place_slots(load.reshape(groups, width).sum(1), nodes, groups // nodes).reshape(nodes, -1)
+    placed = []
+    for held in of_node:
+        experts = (held[:, None] * width + np.arange(width)).ravel()
+        placed.append(experts[place_slots(load[experts], devices, slots)])
+    return np.concatenate(placed).astype(np.int32)
