@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import dataclasses
+import functools
 import io
 import re
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -27,6 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0 if arguments else 2)
     if arguments[0] not in commands:
         _fail(f"unknown command {arguments[0]!r}: the commands are {', '.join(commands)}")
+    _quiet_failed_writes()
     try:
         commands[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
@@ -36,6 +40,21 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, RuntimeError) and not _is_ours(error):
             raise  # a defect: its traceback is what helps
         _fail(" ".join(str(error).split()))
+
+
+@functools.cache
+def _quiet_failed_writes() -> None:
+    """What stops a write reaches the main thread, which says it in one line: no tracebacks of other threads before it.
+
+    Those are a thread that writes metrics, and tensorstore's, which report to an event loop that orbax has closed.
+    """
+    report, call = threading.excepthook, asyncio.BaseEventLoop.call_soon_threadsafe
+    threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else report(error)
+
+    def call_if_open(loop: Any, *args: Any, **options: Any) -> Any:
+        return None if loop.is_closed() else call(loop, *args, **options)
+
+    asyncio.BaseEventLoop.call_soon_threadsafe = call_if_open  # type: ignore[assignment]
 
 
 _USAGE = """\

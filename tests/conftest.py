@@ -1,11 +1,19 @@
 """Tests run on the CPU whatever else the machine has, with eight virtual devices for the parallel ones."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # to compile for TPUs in several workers at once
 # Compiling dominates these tests: at level 0 it takes half the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+
+# The same small programs are compiled by many tests, and by the processes that some start: once is enough.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled = tempfile.mkdtemp(prefix="dsv3_jax_tests_")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 
 import hypothesis
 import jax

@@ -118,6 +118,37 @@ def collectives(compiled: Any) -> list[Collective]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """An asynchronous collective of a compiled schedule, and the matrix products that run before it is waited for.
+
+    kind, bytes, where: as in `Collective`. products: their paths in the traced function.
+    """
+
+    kind: str
+    bytes: int
+    where: str
+    products: tuple[str, ...]
+
+
+_START = re.compile(rf"%([\w.-]+) = (.*?) ({_KINDS})-start\(")
+_PRODUCT = re.compile(r'op_name="([^"]*(?:dot_general|ragged_dot)[^"]*)"')
+
+
+def overlaps(compiled: Any) -> list[Overlap]:
+    """What a `jax.stages.Compiled`, whose instructions are printed in the order of its schedule, runs side by side."""
+    found: list[Overlap] = []
+    lines = compiled.as_text().splitlines()
+    for i, line in enumerate(lines):
+        if not (start := _START.search(line)):
+            continue
+        until = next(j for j in range(i + 1, len(lines)) if f"{start[3]}-done(%{start[1]})" in lines[j])
+        products = tuple(m[1] for between in lines[i + 1 : until] if (m := _PRODUCT.search(between)))
+        where = re.search(r'op_name="([^"]*)"', line)
+        found.append(Overlap(start[3], max(_bytes(start[2]), default=0), where[1] if where else "", products))
+    return found
+
+
 def _bytes(types: str) -> list[int]:
     """Bytes of each array that an HLO type names."""
     width = lambda kind: _WIDTHS.get(kind) or int(re.sub(r"\D", "", kind))

@@ -57,7 +57,8 @@ def one_process(tmp_path_factory):
     return losses(directory)
 
 
-@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])  # two are in the next test as well
+@pytest.mark.slow  # two are in the next test as well
+@pytest.mark.parametrize("count", [2, 4])
 def test_processes_equal_one(one_process, tmp_path, count):
     directory = tmp_path / "run"
     finish(start(directory, count))

@@ -174,6 +174,7 @@ def test_full_disk_keeps_the_last_checkpoint(straight, tmp_path):
                     break
             rest = process.stdout.read()
         assert process.returncode == 2
+        assert "Traceback" not in rest
         last = rest.strip().splitlines()[-1]
         assert "couldn't be written" in last
         assert last.startswith("error: ")
