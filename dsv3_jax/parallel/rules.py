@@ -31,7 +31,7 @@ class Rules:
     """The stacked layers of one kind."""
     vocab: Axes = ()
     embed: Axes = ()
-    """The model's width in parameters, which are put together again just before they are used."""
+    """The model's width, or the rank projected up from, in parameters, which are put together just before use."""
     heads: Axes = ()
     ffn: Axes = ()
     """Hidden width of dense feed-forwards and shared experts."""
@@ -67,10 +67,10 @@ PARAMETERS: dict[tuple[str, int], tuple[str | None, ...]] = {
     ("lm_head", 2): ("embed", "vocab"),
     ("q_proj", 3): ("embed", "heads", None),
     ("q_a_proj", 2): ("embed", None),
-    ("q_b_proj", 3): (None, "heads", None),
+    ("q_b_proj", 3): ("embed", "heads", None),
     ("kv_a_proj_with_mqa", 2): ("embed", None),
-    ("k_b_proj", 3): (None, "heads", None),
-    ("v_b_proj", 3): (None, "heads", None),
+    ("k_b_proj", 3): ("embed", "heads", None),
+    ("v_b_proj", 3): ("embed", "heads", None),
     ("o_proj", 3): ("heads", None, "embed"),
     ("weight", 2): ("embed", None),  # the router's
     ("gate_proj", 2): ("embed", "ffn"),

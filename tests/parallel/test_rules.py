@@ -1,6 +1,7 @@
 """Rules: every parameter has logical axes, and a rule that can't be is refused by the parameter's name."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +36,19 @@ def test_cuts_of_the_report_model():
     tree = rules.state_shardings(abstract("v3-671b"), mesh, rules.PRESETS["fsdp_ep"])
     moe = tree["params"]["moe_layers"]
     assert moe["mlp"]["experts"]["gate_proj"].spec == PartitionSpec(None, ("expert",), ("fsdp",), ("tensor",))
-    assert moe["self_attn"]["q_b_proj"].spec == PartitionSpec(None, None, ("tensor",), None)
+    assert moe["self_attn"]["q_b_proj"].spec == PartitionSpec(None, ("fsdp",), ("tensor",), None)
     assert tree["params"]["embed_tokens"].spec == PartitionSpec(("tensor",), ("fsdp",))
     assert tree["router"]["moe_layers"]["mlp"]["gate"]["e_score_correction_bias"].is_fully_replicated
+
+
+def test_fsdp_leaves_no_matrix_whole():
+    """Whatever is left whole takes memory on every device, with its moments."""
+    mesh = make_mesh(MeshShape(fsdp=8))
+    tree = abstract("v3-671b")["params"]
+    shardings = rules.state_shardings(tree, mesh, rules.PRESETS["fsdp"])
+    sizes = jax.tree.map(lambda leaf, s: (leaf.size, math.prod(s.shard_shape(leaf.shape))), tree, shardings)
+    for path, (whole, here) in jax.tree_util.tree_leaves_with_path(sizes, is_leaf=lambda x: isinstance(x, tuple)):
+        assert here == whole // 8 or path[-1].key.endswith("norm"), path
 
 
 def test_a_mesh_axis_used_twice_is_refused():
