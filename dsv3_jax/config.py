@@ -435,8 +435,9 @@ class Runtime:
     )
     """`gpu` and `tpu`: the kernels for Hopper and TPUs, bfloat16, one device; see `model.attention_impls`. For tests
     on a CPU: `pallas_reference` takes the same way to the kernels' plain twins, `_interpret` to the kernels, slowly."""
-    experts_impl: Literal["reference", "ragged", "blocked"] = "ragged"
-    """`ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, which is the fast way on a CPU."""
+    experts_impl: Literal["reference", "ragged", "blocked", "gpu", "tokamax"] = "ragged"
+    """`ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, which is the fast way on a CPU. For
+    bfloat16: `gpu`, our kernel for Hopper (widths multiples of 256), and `tokamax` (GPUs, TPUs: multiples of 64)."""
     remat: Literal["none", "block", "paper"] = "none"
     """What the backward pass recomputes: nothing, whole blocks, or norms and up-projections (report section 3.2.3)."""
     sharding: Literal["single", "fsdp", "fsdp_ep", "ep_tp", "pp_ep_dp"] = "single"
@@ -471,6 +472,8 @@ class Runtime:
                 f"runtime.attention_impl {self.attention_impl!r} runs on one device: with runtime.sharding "
                 f"{self.sharding!r} use 'reference'"
             )
+        if self.experts_impl in ("gpu", "tokamax") and self.dtype != "bfloat16":
+            raise ConfigError(f"runtime.experts_impl {self.experts_impl!r} takes dtype bfloat16, not {self.dtype}")
         if not self.dispatch_slack >= 1:
             raise ConfigError(f"runtime.dispatch_slack is {self.dispatch_slack!r}: it must be at least 1")
         if self.redundant_experts < 0:
@@ -484,7 +487,7 @@ _RUNTIME_CHOICES = {
     "param_dtype": ("float32", "bfloat16", "float64"),
     "attention_form": ("expanded", "absorbed"),
     "attention_impl": ("reference", "pallas_reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret"),
-    "experts_impl": ("reference", "ragged", "blocked"),
+    "experts_impl": ("reference", "ragged", "blocked", "gpu", "tokamax"),
     "remat": ("none", "block", "paper"),
     "sharding": ("single", "fsdp", "fsdp_ep", "ep_tp", "pp_ep_dp"),
     "pipeline": ("1f1b", "zero_bubble"),
