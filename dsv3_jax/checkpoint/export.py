@@ -93,7 +93,7 @@ def export_hf(
 
 def plan_export(store: Store, dtype: str = "keep") -> dict[str, list[Entry]]:
     """The files that `export_hf` would write, and the tensors in each."""
-    return _files(_entries(store, dtype, _block(store, dtype)))
+    return _files(_entries(store, dtype))
 
 
 def describe_export(store: Store, dtype: str = "keep") -> str:
@@ -110,9 +110,9 @@ def _block(store: Store, dtype: str) -> tuple[int, int] | None:
     return (store.block or BLOCK) if dtype == "fp8" else store.block if dtype == "keep" else None
 
 
-def _entries(store: Store, dtype: str, block: tuple[int, int] | None) -> list[Entry]:
+def _entries(store: Store, dtype: str) -> list[Entry]:
     """Every tensor of the new checkpoint, in the model's order."""
-    entries = []
+    entries, block = [], _block(store, dtype)
     for name, shape in names.tensor_shapes(store.config).items():
         kind = store.kind(name)
         written = _written_dtype(store, name, dtype)

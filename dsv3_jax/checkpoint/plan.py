@@ -15,7 +15,7 @@ from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.jobs import Unit
 from dsv3_jax.checkpoint.layout import FP8, Region, region_shape
 from dsv3_jax.checkpoint.names import SCALE, Leaf
-from dsv3_jax.checkpoint.store import CASTS, ArraySpec, Store, index_by_name, leaf_arrays, scale_array
+from dsv3_jax.checkpoint.store import CASTS, ArraySpec, Store, leaf_arrays, scale_array
 from dsv3_jax.quantization.fp8 import BLOCK
 
 Target = Literal["keep", "fp8", "bf16", "float32"]
@@ -160,16 +160,9 @@ class PlannedStore(Store):
     """What a plan would make, for everything but its numbers: an export of it can be planned in turn."""
 
     def __init__(self, plan: Plan) -> None:
-        source = plan.source
-        self.directory, self.config, self.fields, self.block = (
-            source.directory,
-            source.config,
-            source.fields,
-            plan.block,
-        )
-        self.leaves, self.copies = names.leaves(self.config), names.copies(self.config)
+        self.directory, self.fields, self.block = plan.source.directory, plan.source.fields, plan.block
+        self._describe(plan.source.config)
         self.manifest = {"dtype": plan.dtype, "tensors": {n: [t, None] for n, (_, t) in plan.given_back().items()}}
-        self._by_name = index_by_name(self.leaves)
         self._dtypes = {spec.path: spec.dtype for spec in plan.arrays}
 
     def dtype(self, leaf: Leaf) -> np.dtype:

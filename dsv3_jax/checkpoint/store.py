@@ -218,10 +218,8 @@ class Store:
                 f"{directory / MANIFEST} has format {self.manifest.get('format')!r}: it must be {FORMAT!r}"
             )
         self.fields = load_json((directory / "config.json").read_bytes(), str(directory / "config.json"))
-        self.config = ModelConfig.from_hf(self.fields)
-        self.leaves, self.copies = names.leaves(self.config), names.copies(self.config)
         self.block: tuple[int, int] | None = tuple(self.manifest["block"]) if self.manifest["block"] else None
-        self._by_name = index_by_name(self.leaves)
+        self._describe(ModelConfig.from_hf(self.fields))
         self._arrays = {path: open_array(directory, path) for path in self.leaves}
         self._scales = {
             leaf.scale_path: open_array(directory, leaf.scale_path)
@@ -234,6 +232,14 @@ class Store:
                 raise CheckpointError(
                     f"{directory / array_directory(leaf.path)} has shape {found}: the config makes it {leaf.shape}"
                 )
+
+    def _describe(self, config: ModelConfig) -> None:
+        """What follows from the config alone, whatever holds the numbers."""
+        self.config, self.leaves, self.copies = config, names.leaves(config), names.copies(config)
+        # The first leaf that each tensor is part of, and which of its tensors it is.
+        self._by_name = {
+            name: (leaf, i) for leaf in self.leaves.values() if not leaf.start for i, name in enumerate(leaf.names)
+        }
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """Of the leaf's array."""
@@ -346,10 +352,9 @@ class Variables(Store):
     """
 
     def __init__(self, config: ModelConfig, variables: Mapping[str, Any], directory: Path, version: str = "") -> None:
-        self.config, self.directory, self._version = config, directory, version
+        self.directory, self._version = directory, version
         self.fields, self.block, self.manifest = config.to_hf(), None, {"dtype": "memory", "tensors": {}}
-        self.leaves, self.copies = names.leaves(config), names.copies(config)
-        self._by_name = index_by_name(self.leaves)
+        self._describe(config)
         self._values = {path: np.asarray(functools.reduce(operator.getitem, path, variables)) for path in self.leaves}
         dtype = self._values["params", "norm"].dtype.name
         self.fields["torch_dtype"] = dtype
@@ -367,8 +372,3 @@ class Variables(Store):
     def small_files(self) -> list[Path]:
         tokenizer = self.directory / "tokenizer.json"
         return [tokenizer] if tokenizer.exists() else []
-
-
-def index_by_name(leaves: Mapping[TreePath, Leaf]) -> dict[str, tuple[Leaf, int]]:
-    """The first leaf that each tensor is part of, and which of its tensors it is."""
-    return {name: (leaf, i) for leaf in leaves.values() if not leaf.start for i, name in enumerate(leaf.names)}

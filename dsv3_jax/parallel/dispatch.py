@@ -170,8 +170,7 @@ def _route(
 
     nothing = lambda x, ids, weights: jnp.zeros_like(x)
     fits = _fits(ids, layout)
-    usual = once(x, jnp.where(fits, ids, none), jnp.where(fits, weights, 0))
-    return usual + lax.cond(fits, nothing, in_rounds, x, ids, weights)
+    return once(x, jnp.where(fits, ids, none), weights) + lax.cond(fits, nothing, in_rounds, x, ids, weights)
 
 
 def _reached(ids: jax.Array, bins: int, width: int) -> jax.Array:

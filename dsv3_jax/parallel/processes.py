@@ -63,7 +63,7 @@ def last_words() -> Iterator[None]:
         yield
         return
     words = (
-        f"error: process {jax.process_index()} of {jax.process_count()} died, most likely as it lost the others: "
+        f"error: process {jax.process_index()} of {jax.process_count()} lost the others, most likely, and died: "
         "start all of them again with --resume, from the newest checkpoint"
     )
     witness = subprocess.Popen([sys.executable, "-c", _WITNESS, words], stdin=subprocess.PIPE, start_new_session=True)

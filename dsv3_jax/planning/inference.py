@@ -159,8 +159,7 @@ def decode_step(serving: Serving, batch: int, context: int, efficiency: float | 
         active, received = busiest_group(c.n_routed_experts, s.groups, batch, c.num_experts_per_tok)
         each = routed_per_expert / width_split
         experts = c.num_moe_layers * active * product(each, received / active)
-        if s.exchange == "all_reduce":
-            experts += batch * _masked_bytes(serving) / sheet.bandwidth
+        experts += batch * _masked_bytes(serving) / sheet.bandwidth
     links, latency = _exchange(serving, batch, local)
     return DecodeStep(attention / e, experts / e, other / e, links / e, latency, batch, s.devices)
 
@@ -180,12 +179,14 @@ def _cache_seconds(serving: Serving, local: int, context: int) -> float:
 
 
 def _masked_bytes(serving: Serving) -> float:
-    """Bytes that a device which holds every token moves for one of them over all layers, its own experts' or not.
+    """Bytes that a device moves over all layers for a token, under `all_reduce`, its own experts' or not.
 
     K rows of the width are written in the order of experts, as the products' result (zeros where others' are), read
     and written in the order of tokens, and read to be summed; SwiGLU reads two rows of the experts' width, writes one.
     """
     c, s = serving.config, serving
+    if s.exchange != "all_reduce":
+        return 0.0
     width = 5 * c.hidden_size + 3 * c.moe_intermediate_size * s.groups / s.devices
     return 2 * c.num_moe_layers * c.num_experts_per_tok * width
 
@@ -233,7 +234,7 @@ def prefill_tokens_per_second(serving: Serving, length: int, efficiency: float |
     flops = dataclasses.replace(forward_flops(serving.config, length / 2), head=0.0)  # a prompt needs one row
     compute = matmul_seconds(flops, sheet.peak("bf16"), linear) / serving.devices
     links = _exchange(serving, length * serving.devices, length * serving.tensor)[0] / (length * serving.devices)
-    masked = _masked_bytes(serving) / sheet.bandwidth if serving.exchange == "all_reduce" else 0.0
+    masked = _masked_bytes(serving) / sheet.bandwidth
     return e / (masked + (max(compute, links) if serving.overlap else compute + links))
 
 

@@ -60,6 +60,11 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.sample_tokens < 0:
             raise ConfigError(f"sample_tokens is {self.sample_tokens}: it must not be negative")
+        if self.runtime.redundant_experts:
+            raise ConfigError(
+                f"runtime.redundant_experts is {self.runtime.redundant_experts}: copies of experts are for serving, "
+                "training takes 0"
+            )
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ConfigError(
                 f"data.sequence_length is {self.data.sequence_length}: it must be at most "

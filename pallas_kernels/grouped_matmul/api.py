@@ -36,6 +36,14 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
     Raises:
       ValueError: shapes or dtypes don't fit together or the backend, or there is no such implementation.
     """
+    _check(lhs, rhs, group_sizes, implementation)
+    if implementation == "gpu":
+        require_hopper("grouped_matmul")
+    return IMPLEMENTATIONS[implementation](lhs, rhs, group_sizes)
+
+
+def _check(lhs: jax.Array | jax.ShapeDtypeStruct, rhs: jax.Array, group_sizes: jax.Array, implementation: str) -> None:
+    """Raises ValueError as `grouped_matmul` says, but for what is a backend's own."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"no grouped matmul {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
     if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1] or group_sizes.shape != rhs.shape[:1]:
@@ -44,9 +52,6 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
         )
     if lhs.dtype != rhs.dtype:
         raise ValueError(f"grouped matmul needs one dtype, but got {lhs.dtype} rows and {rhs.dtype} matrices")
-    if implementation == "gpu":
-        require_hopper("grouped_matmul")
-    return IMPLEMENTATIONS[implementation](lhs, rhs, group_sizes)
 
 
 def grouped_swiglu(
@@ -71,6 +76,9 @@ def grouped_swiglu(
       (M, D) of `x`'s dtype. Rows past the last group are zero. Raises as `grouped_matmul`.
     """
     if implementation == "blocked":
+        hidden = jax.ShapeDtypeStruct((len(x), gate.shape[-1]), x.dtype)
+        for rows, matrices in ((x, gate), (x, up), (hidden, down)):
+            _check(rows, matrices, group_sizes, implementation)
         return cpu.grouped_swiglu(x, gate, up, down, group_sizes)
     product = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
     return product(jax.nn.silu(keep(product(x, gate))) * keep(product(x, up)), down)

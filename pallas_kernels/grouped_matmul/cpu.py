@@ -102,8 +102,8 @@ def _swiglu_forward(x, gate, up, down, group_sizes, *, for_gradient):
         def tile(at: jax.Array, mine: jax.Array, out: Any) -> Any:
             rows = _rows(x, at)
             a, b = rows @ w_gate, rows @ w_up
-            made = (jax.nn.silu(a) * b) @ w_down, a, b
-            return tuple(_write(o, m, at, mine) for o, m in zip(out, made, strict=False))
+            made = ((jax.nn.silu(a) * b) @ w_down, a, b)[: len(out)]
+            return tuple(_write(o, m, at, mine) for o, m in zip(out, made, strict=True))
 
         return _over_tiles(g, len(x), group_sizes, tile, out)
 

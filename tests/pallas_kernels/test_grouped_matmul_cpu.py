@@ -42,3 +42,12 @@ def test_any_group_sizes(what, group_sizes, unused):
         got, expected = (values_and_gradients(f(name), *arrays) for name in ("blocked", "reference"))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "reference"])
+def test_experts_that_do_not_fit_are_refused(implementation):
+    x, gate, up, down, counts = problem([3, 2], 0)
+    with pytest.raises(ValueError, match="needs one dtype"):
+        grouped_swiglu(x.astype(jnp.bfloat16), gate, up, down, counts, implementation=implementation)
+    with pytest.raises(ValueError, match=r"needs \(M, K\), \(G, K, N\) and \(G,\)"):
+        grouped_swiglu(x, gate, up, gate, counts, implementation=implementation)

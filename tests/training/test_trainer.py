@@ -117,6 +117,7 @@ def test_generate_continues_with_a_run(straight, capsys):
         (("train", "--preset", "huge"), "unknown preset 'huge'"),
         (("train", "--model.n-group", "3"), "n_group is 3, which doesn't divide n_routed_experts"),
         (("train", "--data.sequence-length", "4096"), "data.sequence_length is 4096"),
+        (("train", "--runtime.redundant-experts", "4"), "runtime.redundant_experts is 4"),
         (("train", "--data.source", "{tmp}/nowhere"), "nowhere"),
         (("train", "--data.source", "{tmp}/empty"), "empty"),
         (("train", "--model.vocab-size", "100"), "model.vocab_size is 100"),
