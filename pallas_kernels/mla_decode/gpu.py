@@ -233,8 +233,6 @@ def _kernel(
         def body(pair, carry, masked):
             acc, m = carry
             first = (begin + 2 * pair) * PAGE
-            scores = score(first + mine * PAGE, masked)
-            top = jnp.max(scores, axis=1)
 
             def add(turn, change, new=0.0):
                 # In shared memory only because nothing computed in `meanwhile` can leave it; and there from one
@@ -242,22 +240,26 @@ def _kernel(
                 old = plgpu.load(sum_smem.at[mine, turn], layout=row_layout)
                 sum_smem[mine, 1 - turn] = old * change + new
 
-            if mine == 0:
-                m0 = jnp.maximum(m, top)
-                change = jnp.exp2(m - m0)
-                new = weigh(scores, m0)
-                acc = accumulate(acc, change, 0, first, masked, lambda: add(0, change, new))
-                m1 = receive()
-                change = jnp.exp2(m0 - m1)
-                acc = accumulate(acc, change, 1, first + PAGE, masked, lambda: add(1, change))
-            else:
-                m0 = receive()
-                m1 = jnp.maximum(m0, top)
-                acc = accumulate(
-                    acc, jnp.exp2(m - m0), 0, first, masked, lambda: add(0, jnp.exp2(m - m1), weigh(scores, m1))
-                )
-                acc = accumulate(acc, jnp.exp2(m0 - m1), 1, first + PAGE, masked, lambda: add(1, 1.0))
-            return acc, m1
+            def own(acc, m):
+                """My page: its scores, its probabilities, its share."""
+                scores = score(first + mine * PAGE, masked)
+                new_m = jnp.maximum(m, jnp.max(scores, axis=1))
+                change = jnp.exp2(m - new_m)
+                new = weigh(scores, new_m)
+                acc = accumulate(acc, change, mine, first + mine * PAGE, masked, lambda: add(mine, change, new))
+                return acc, new_m
+
+            def others(acc, m):
+                """The other page's share, by the probabilities that the other warpgroup worked out."""
+                new_m = receive()
+                change = jnp.exp2(m - new_m)
+                acc = accumulate(acc, change, other, first + other * PAGE, masked, lambda: add(other, change))
+                return acc, new_m
+
+            # Page by page, so that one is fetched while the other is worked on.
+            for step in (own, others) if mine == 0 else (others, own):
+                acc, m = step(acc, m)
+            return acc, m
 
         acc = plgpu.layout_cast(jnp.zeros((ROWS, HALF), jnp.float32), plgpu.Layout.WGMMA)
         m = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), row_layout)
@@ -298,15 +300,20 @@ def _iota(dimension: int) -> jax.Array:
 def _merge(out, lse, partial_out, partial_lse, slots, *, interpret):
     """Merges the pieces of the sequences that were cut, by their log-sum-exps; leaves the others alone."""
     batch, rows = lse.shape
-    per_block, unroll = 4, 8  # several pieces are loaded at a time, to hide the latency
+    unroll = 8  # several pieces are loaded at a time, to hide the latency
+    blocks = min(rows, -(-4 * MULTIPROCESSORS // batch))  # few of them where most will find nothing to do
+    width = RANK // 4
 
     def kernel(partial_out_gmem, partial_lse_gmem, slots_gmem, out_gmem, lse_gmem):
         sequence = lax.axis_index("sequence")
-        row = lax.axis_index("row_block") * per_block + lax.axis_index("warpgroup")
+        block, part = lax.axis_index("block"), lax.axis_index("warpgroup")
         first, count = slots_gmem[sequence, 0], slots_gmem[sequence, 1]
+        columns = pl.ds(pl.multiple_of(part * width, width), width)
 
-        @pl.when(count > 1)
-        def _():
+        @pl.loop(0, jnp.where(count > 1, (rows - block + blocks - 1) // blocks, 0))
+        def _(turn):
+            row = block + turn * blocks
+
             def add(step, carry):
                 top, total, acc = carry
                 index = [step * unroll + i for i in range(unroll)]
@@ -314,7 +321,7 @@ def _merge(out, lse, partial_out, partial_lse, slots, *, interpret):
                 lses = [
                     jnp.where(i < count, partial_lse_gmem[s, row], -jnp.inf) for i, s in zip(index, slot, strict=False)
                 ]
-                values = [partial_out_gmem[s, row] for s in slot]
+                values = [partial_out_gmem[s, row, columns] for s in slot]
                 new = functools.reduce(jnp.maximum, lses, top)
                 total, acc = (x * jnp.exp(top - new) for x in (total, acc))
                 for part_lse, value in zip(lses, values, strict=False):
@@ -322,18 +329,21 @@ def _merge(out, lse, partial_out, partial_lse, slots, *, interpret):
                     total, acc = total + weight, acc + weight * value
                 return new, total, acc
 
-            start = jnp.float32(MASKED), jnp.float32(0), jnp.zeros((RANK,), jnp.float32)
+            start = jnp.float32(MASKED), jnp.float32(0), jnp.zeros((width,), jnp.float32)
             top, total, acc = lax.fori_loop(0, (count + unroll - 1) // unroll, add, start)
             seen = total > 0
-            out_gmem[sequence, row] = (acc / jnp.where(seen, total, 1.0)).astype(jnp.bfloat16)
-            lse_gmem[sequence, row] = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
+            out_gmem[sequence, row, columns] = (acc / jnp.where(seen, total, 1.0)).astype(jnp.bfloat16)
+
+            @pl.when(part == 0)
+            def _():
+                lse_gmem[sequence, row] = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
 
     def run(refs):
         plgpu.kernel(
             kernel,
-            grid=(batch, rows // per_block),
-            grid_names=("sequence", "row_block"),
-            num_threads=per_block,
+            grid=(batch, blocks),
+            grid_names=("sequence", "block"),
+            num_threads=RANK // width,
             thread_name="warpgroup",
             interpret=interpret,
         )(partial_out, partial_lse, slots, *refs)
