@@ -168,7 +168,9 @@ def report(device: str, devices: int, steps: list[dict[str, Any]], exchange: lis
         "| mesh | arrays | largest relative difference |",
         "|---|---:|---:|",
     ]
-    lines += [f"| {r['mesh']} | {r.get('arrays', '')} | {r.get('failure') or format(r['error'], '.1e')} |" for r in steps]
+    lines += [
+        f"| {r['mesh']} | {r.get('arrays', '')} | {r.get('failure') or format(r['error'], '.1e')} |" for r in steps
+    ]
     lines += [
         "",
         "The exchange at width 7168 in bfloat16. GB/s: what a device sends to others, there and back, over the time.",

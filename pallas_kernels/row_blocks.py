@@ -1,14 +1,25 @@
-"""Groups of rows of any size on hardware that works on blocks: shared by the grouped matmuls for Hopper."""
+"""Groups of rows of any size on hardware that works on blocks: shared by the grouped matmuls for Hopper.
+
+Their thread blocks have three warpgroups: two multiply, and the third fetches what they need by TMA, a few steps
+ahead. Two thread blocks whose matrix is the same form a cluster and fetch half of it each, for both: without that,
+feeding the matrix units would take more bytes from L2 than it gives.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
 BLOCK = 128
 """Rows of a block; blocks start at its multiples, as the copy engine wants."""
+SWATH = 8
+"""Row blocks that run side by side, so that they share the columns' matrix blocks in L2."""
 
 
 def visits(group_sizes: jax.Array, count: int) -> jax.Array:
@@ -50,3 +61,72 @@ def store_range(source, target, lower: jax.Array, upper: jax.Array) -> None:
             plgpu.copy_smem_to_gmem(source.at[pl.ds(done, run)], target(pl.ds(done, run)))
 
         done += length & run
+
+
+def launch(cluster: int, interpret: plgpu.InterpretGPUParams | None) -> dict:
+    """How the kernels are launched, but for their grids."""
+    return dict(
+        cluster=(cluster,),
+        cluster_names=("cluster",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
+        interpret=interpret,
+    )
+
+
+def stage_barriers(stages: int, copies: int, cluster: int) -> dict:
+    """Per stage: `copies` have arrived; both multiplying warpgroups have used them; so they have in both blocks."""
+    return dict(
+        ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        cluster_free=plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=stages) if cluster > 1 else None,
+    )
+
+
+def my_visit(work_gmem, cluster: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | bool]:
+    """A thread block's group, block, lower and upper, as in `visits`, and whether its cluster works on one matrix."""
+    peer = lax.axis_index("cluster")
+    visit = lax.axis_index("swath") * SWATH + lax.axis_index("in_swath") * cluster + peer
+    group, block, lower, upper = (work_gmem[visit, i] for i in range(4))
+    if cluster == 1:
+        return group, block, lower, upper, False
+    other = visit + 1 - 2 * peer
+    shared = (lower < upper) & (work_gmem[other, 0] == group) & (work_gmem[other, 2] < work_gmem[other, 3])
+    return group, block, lower, upper, shared
+
+
+def fetch_shared(source, target, ready, shared: jax.Array | bool) -> None:
+    """Starts copying `source` to shared memory; if the cluster's blocks share it, each half of it for both."""
+    copy = functools.partial(plgpu.copy_gmem_to_smem, source, target, ready)
+    if isinstance(shared, bool):
+        copy(collective_axes="cluster" if shared else None)
+        return
+    pl.when(shared)(lambda: copy(collective_axes="cluster"))
+    pl.when(~shared)(copy)
+
+
+def fetch_steps(
+    steps: jax.Array | int, stages: int, shared: jax.Array | bool, fetch: Callable, ready, free, cluster_free
+) -> None:
+    """The fetching warpgroup: calls `fetch(step, stage, barrier)` for every step, as soon as its stage is free."""
+    plgpu.set_max_registers(40, action="decrease")
+
+    def released(stage):
+        plgpu.barrier_wait(free.at[stage])
+        if shared is not False:  # what is fetched next lands in both blocks of the cluster
+
+            @pl.when(shared)
+            def _():
+                plgpu.barrier_arrive(cluster_free.at[stage])
+                plgpu.barrier_wait(cluster_free.at[stage])
+
+    @pl.loop(0, steps)
+    def _(step):
+        stage = lax.rem(step, stages)
+        pl.when(step >= stages)(lambda: released(stage))
+        fetch(step, stage, ready.at[stage])
+
+    @pl.loop(jnp.maximum(0, steps - stages), steps)  # a block must not end while the other may still signal it
+    def _drain(step):
+        released(lax.rem(step, stages))

@@ -17,11 +17,20 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.row_blocks import BLOCK, store_range, visits
+from pallas_kernels.row_blocks import (
+    BLOCK,
+    SWATH,
+    fetch_shared,
+    fetch_steps,
+    launch,
+    my_visit,
+    stage_barriers,
+    store_range,
+    visits,
+)
 
 ROWS = 64  # of a warpgroup
 STAGES = 5
-SWATH = 8  # row blocks that run side by side, so that they share the columns' matrix blocks in L2
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
@@ -38,25 +47,22 @@ def fp8_grouped_matmul(
     rows, depth = lhs.shape
     groups, columns, _ = rhs.shape
     tiles = -(-(rows // BLOCK + groups) // SWATH) * SWATH
+    cluster = 1 if interpret else 2  # the interpreter knows no clusters
     pad = ((0, -rows % BLOCK), (0, 0))
     work = visits(group_sizes, tiles)
     scales = jnp.swapaxes(jnp.pad(lhs_scales, pad), 0, 1)  # a step's scales are read together
     return plgpu.kernel(
-        functools.partial(_kernel, steps=depth // BLOCK),
+        functools.partial(_kernel, steps=depth // BLOCK, cluster=cluster),
         out_type=jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16),
         scratch_types=dict(
             x_smem=plgpu.SMEM((STAGES, BLOCK, BLOCK), lhs.dtype, transforms=_tiled()),
             w_smem=plgpu.SMEM((STAGES, BLOCK, BLOCK), rhs.dtype, transforms=_tiled()),
             out_smem=plgpu.SMEM((2, ROWS, BLOCK), jnp.bfloat16),
-            ready=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            free=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            **stage_barriers(STAGES, 2, cluster),
         ),
-        grid=(SWATH, columns // BLOCK, tiles // SWATH),
-        grid_names=("in_swath", "column_block", "swath"),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
+        grid=(tiles // SWATH, columns // BLOCK, SWATH // cluster),  # the last one runs fastest
+        grid_names=("swath", "column_block", "in_swath"),
+        **launch(cluster, interpret),
     )(jnp.pad(lhs, pad), scales, rhs, rhs_scales, work)
 
 
@@ -66,29 +72,21 @@ def _tiled():
 
 def _kernel(
     x_gmem, scale_gmem, w_gmem, w_scale_gmem, work_gmem, out_gmem,
-    *, x_smem, w_smem, out_smem, ready, free, steps,
+    *, x_smem, w_smem, out_smem, ready, free, cluster_free, steps, cluster,
 ):  # fmt: skip
     warpgroup = lax.axis_index("warpgroup")
-    tile = lax.axis_index("swath") * SWATH + lax.axis_index("in_swath")
     column_block = lax.axis_index("column_block")
-    group, block, lower, upper = (work_gmem[tile, i] for i in range(4))
+    group, block, lower, upper, shared = my_visit(work_gmem, cluster)
     columns = pl.ds(column_block * BLOCK, BLOCK)
+
+    def fetch(step, stage, arrived):
+        depth = pl.ds(step * BLOCK, BLOCK)
+        plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(block * BLOCK, BLOCK), depth], x_smem.at[stage], arrived)
+        fetch_shared(w_gmem.at[group, columns, depth], w_smem.at[stage], arrived, shared)
 
     @pl.when((lower < upper) & (warpgroup == 2))
     def _fetch():
-        plgpu.set_max_registers(40, action="decrease")
-
-        @pl.loop(0, steps)
-        def _(step):
-            stage = lax.rem(step, STAGES)
-            pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(free.at[stage]))
-            depth = pl.ds(step * BLOCK, BLOCK)
-            plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(block * BLOCK, BLOCK), depth], x_smem.at[stage], ready.at[stage])
-            plgpu.copy_gmem_to_smem(w_gmem.at[group, columns, depth], w_smem.at[stage], ready.at[stage])
-
-        @pl.loop(max(0, steps - STAGES), steps)
-        def _drain(step):
-            plgpu.barrier_wait(free.at[lax.rem(step, STAGES)])
+        fetch_steps(steps, STAGES, shared, fetch, ready, free, cluster_free)
 
     @pl.when((lower < upper) & (warpgroup < 2))
     def _compute():

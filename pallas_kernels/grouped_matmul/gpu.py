@@ -1,13 +1,18 @@
 """Grouped matmul on Hopper (Mosaic GPU), bfloat16: wgmma, TMA, two multiplying warpgroups and one that fetches.
 
-A thread block computes 128 rows of one group times 256 columns, 64 rows a warpgroup. A block of 128 rows may belong to
-several groups: each visits it, computes all of it and stores its own rows. The gradient of the rows reads the matrices
-as they lie: the matrix units take them contiguous along either axis, so that nothing is transposed in memory.
+A thread block computes 128 rows times 256 columns of a product, 64 rows a warpgroup, in steps of 64 along the
+contraction. Two blocks that need the same right-hand side form a cluster and fetch half of it each, for both: without
+that, feeding the matrix units would take more bytes from L2 than it gives.
+
+In the product, a block of 128 rows may belong to several groups: each visits it, computes all of it and stores its own
+rows. The gradient of the rows reads the matrices as they lie: the matrix units take them contiguous along either axis,
+so that nothing is transposed in memory. Nor is it in the gradient of the matrices, a product of transposed rows.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -15,13 +20,22 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.grouped_matmul import library
-from pallas_kernels.row_blocks import BLOCK, store_range, visits
+from pallas_kernels.row_blocks import (
+    BLOCK,
+    SWATH,
+    fetch_shared,
+    fetch_steps,
+    launch,
+    my_visit,
+    stage_barriers,
+    store_range,
+    visits,
+)
 
 ROWS, COLUMNS, DEPTH = 64, 256, 64  # of a warpgroup's product in one step
 STAGES = 4
-SWATH = 8  # row blocks that run side by side, so that they share the columns' matrix blocks in L2
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def product(
@@ -44,88 +58,168 @@ def product(
             f"grouped_matmul on Hopper takes bfloat16, a contraction of a multiple of {DEPTH} and columns of a "
             f"multiple of {COLUMNS}, but got {lhs.dtype}, {depth} and {columns}"
         )
+    cluster = 1 if interpret else 2  # the interpreter knows no clusters
     count = -(-(-(-rows // BLOCK) + rhs.shape[0]) // SWATH) * SWATH
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     w_shape = (COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS)
     return plgpu.kernel(
-        functools.partial(_kernel, steps=depth // DEPTH, transposed=transposed),
+        functools.partial(_product, steps=depth // DEPTH, transposed=transposed, cluster=cluster),
         out_type=jax.ShapeDtypeStruct((rows, columns), lhs.dtype),
-        scratch_types=dict(
-            x_smem=plgpu.SMEM((STAGES, BLOCK, DEPTH), lhs.dtype, transforms=tiled),
-            w_smem=plgpu.SMEM((STAGES, *w_shape), rhs.dtype, transforms=tiled),
-            out_smem=plgpu.SMEM((2, ROWS, COLUMNS // 2), lhs.dtype),
-            ready=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            free=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-        ),
-        grid=(SWATH, columns // COLUMNS, count // SWATH),
-        grid_names=("in_swath", "column_block", "swath"),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
-        interpret=interpret,
+        scratch_types=_scratch((BLOCK, DEPTH), w_shape, cluster, copies=2),
+        grid=(count // SWATH, columns // COLUMNS, SWATH // cluster),  # the last one runs fastest
+        grid_names=("swath", "column_block", "in_swath"),
+        **launch(cluster, interpret),
     )(jnp.pad(lhs, ((0, -rows % BLOCK), (0, 0))), rhs, visits(group_sizes, count))
 
 
-def _kernel(x_gmem, w_gmem, work_gmem, out_gmem, *, x_smem, w_smem, out_smem, ready, free, steps, transposed):
+def _product(x_gmem, w_gmem, work_gmem, out_gmem, *, x_smem, w_smem, out_smem, steps, transposed, cluster, **barriers):
     warpgroup = lax.axis_index("warpgroup")
-    visit = lax.axis_index("swath") * SWATH + lax.axis_index("in_swath")
     column = lax.axis_index("column_block") * COLUMNS
-    group, block, lower, upper = (work_gmem[visit, i] for i in range(4))
+    group, block, lower, upper, shared = my_visit(work_gmem, cluster)
 
-    @pl.when((lower < upper) & (warpgroup == 2))
-    def _fetch():
-        plgpu.set_max_registers(40, action="decrease")
+    def fetch(step, stage, ready):
+        depth, columns = pl.ds(step * DEPTH, DEPTH), pl.ds(column, COLUMNS)
+        w = w_gmem.at[group, columns, depth] if transposed else w_gmem.at[group, depth, columns]
+        plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(block * BLOCK, BLOCK), depth], x_smem.at[stage], ready)
+        fetch_shared(w, w_smem.at[stage], ready, shared)
 
-        @pl.loop(0, steps)
-        def _(step):
-            stage = lax.rem(step, STAGES)
-            pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(free.at[stage]))
-            depth, columns = pl.ds(step * DEPTH, DEPTH), pl.ds(column, COLUMNS)
-            w = w_gmem.at[group, columns, depth] if transposed else w_gmem.at[group, depth, columns]
-            plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(block * BLOCK, BLOCK), depth], x_smem.at[stage], ready.at[stage])
-            plgpu.copy_gmem_to_smem(w, w_smem.at[stage], ready.at[stage])
+    mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
 
-        @pl.loop(max(0, steps - STAGES), steps)
-        def _drain(step):
-            plgpu.barrier_wait(free.at[lax.rem(step, STAGES)])
+    def multiply(acc, step, stage):
+        w = w_smem.at[stage].transpose((1, 0)) if transposed else w_smem.at[stage]
+        plgpu.wgmma(acc, x_smem.at[stage, mine], w)
 
-    @pl.when((lower < upper) & (warpgroup < 2))
+    def store(half, columns):
+        bounds = [jnp.clip(x - warpgroup * ROWS, 0, ROWS) for x in (lower, upper)]
+        first = block * BLOCK + warpgroup * ROWS
+        target = lambda rows: out_gmem.at[pl.ds(first + rows.start, rows.size), pl.ds(column + columns.start, half)]
+        store_range(out_smem.at[warpgroup], target, *bounds)
+
+    pl.when(lower < upper)(lambda: _run(steps, shared, fetch, multiply, store, out_smem, **barriers))
+
+
+def matrix_gradient(
+    lhs: jax.Array,
+    dout: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> jax.Array:
+    """The gradient of the matrices: for each group, its rows of `lhs` (M, K) transposed times those of `dout` (M, N).
+
+    Returns (G, K, N) of their dtype, zero for groups without rows.
+
+    Raises:
+      ValueError: not bfloat16, or K and N no multiples of 256.
+    """
+    (rows, depth), columns, groups = lhs.shape, dout.shape[1], len(group_sizes)
+    if depth % COLUMNS or columns % COLUMNS or lhs.dtype != jnp.bfloat16 or dout.dtype != jnp.bfloat16:
+        raise ValueError(
+            f"the gradient of grouped_matmul's matrices on Hopper takes bfloat16 and matrices of multiples of "
+            f"{COLUMNS}, but got {lhs.dtype}, {depth} x {columns}"
+        )
+    cluster = 1 if interpret else 2
+    ends = jnp.cumsum(group_sizes)
+    spans = jnp.stack([ends - group_sizes, ends], axis=1).astype(jnp.int32)
+    pad = lambda a: jnp.pad(a, ((0, -rows % DEPTH), (0, 0)))
+    return plgpu.kernel(
+        functools.partial(_matrix_gradient, cluster=cluster),
+        out_type=jax.ShapeDtypeStruct((groups, depth, columns), lhs.dtype),
+        scratch_types=_scratch((2, DEPTH, ROWS), (DEPTH, COLUMNS), cluster, copies=3),
+        grid=(groups, columns // COLUMNS, depth // BLOCK // cluster),
+        grid_names=("group", "column_block", "row_block"),
+        **launch(cluster, interpret),
+    )(pad(lhs), pad(dout), spans)
+
+
+def _matrix_gradient(x_gmem, dy_gmem, span_gmem, out_gmem, *, x_smem, w_smem, out_smem, cluster, **barriers):
+    warpgroup, group = lax.axis_index("warpgroup"), lax.axis_index("group")
+    row = (lax.axis_index("row_block") * cluster + lax.axis_index("cluster")) * BLOCK
+    column = lax.axis_index("column_block") * COLUMNS
+    begin, end = span_gmem[group, 0], span_gmem[group, 1]
+    first = begin // DEPTH  # of the blocks of rows, each a step of the contraction
+    steps = jnp.where(begin < end, (end + DEPTH - 1) // DEPTH - first, 0)
+
+    def fetch(step, stage, ready):
+        depth = pl.ds((first + step) * DEPTH, DEPTH)
+        for w in range(2):
+            plgpu.copy_gmem_to_smem(x_gmem.at[depth, pl.ds(row + w * ROWS, ROWS)], x_smem.at[stage, w], ready)
+        fetch_shared(dy_gmem.at[depth, pl.ds(column, COLUMNS)], w_smem.at[stage], ready, cluster > 1)
+
+    def multiply(acc, step, stage):
+        x = x_smem.at[stage, warpgroup]
+        position = (first + step) * DEPTH
+
+        @pl.when((position < begin) | (position + DEPTH > end))
+        def _():  # rows of other groups add nothing
+            index = position + plgpu.broadcasted_iota(jnp.int32, (DEPTH, ROWS), 0, layout=plgpu.Layout.WGMMA)
+            x[...] = jnp.where((index >= begin) & (index < end), plgpu.load(x, layout=plgpu.Layout.WGMMA), 0)
+            plgpu.commit_smem()
+
+        plgpu.wgmma(acc, x.transpose((1, 0)), w_smem.at[stage])
+
+    def store(half, columns):
+        target = out_gmem.at[group, pl.ds(row + warpgroup * ROWS, ROWS), pl.ds(column + columns.start, half)]
+        plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], target)
+
+    _run(steps, cluster > 1, fetch, multiply, store, out_smem, **barriers)
+
+
+def _scratch(x_shape: tuple[int, ...], w_shape: tuple[int, ...], cluster: int, copies: int) -> dict:
+    return dict(
+        x_smem=plgpu.SMEM((STAGES, *x_shape), jnp.bfloat16, transforms=TILED),
+        w_smem=plgpu.SMEM((STAGES, *w_shape), jnp.bfloat16, transforms=TILED),
+        out_smem=plgpu.SMEM((2, ROWS, COLUMNS // 2), jnp.bfloat16),
+        **stage_barriers(STAGES, copies, cluster),
+    )
+
+
+def _run(
+    steps: jax.Array | int,
+    shared: jax.Array | bool,
+    fetch: Callable,
+    multiply: Callable,
+    store: Callable,
+    out_smem,
+    *,
+    ready,
+    free,
+    cluster_free,
+) -> None:
+    """The product of one thread block: `multiply(acc, step, stage)` for each step that `fetch` has brought.
+
+    `store(half, columns)` writes `out_smem` of a warpgroup, half of its columns.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+    pl.when(warpgroup == 2)(lambda: fetch_steps(steps, STAGES, shared, fetch, ready, free, cluster_free))
+
+    @pl.when(warpgroup < 2)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-        mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
 
         def accumulate(acc):
             @pl.loop(0, steps)
             def _(step):
                 stage = lax.rem(step, STAGES)
                 plgpu.barrier_wait(ready.at[stage])
-                w = w_smem.at[stage].transpose((1, 0)) if transposed else w_smem.at[stage]
-                plgpu.wgmma(acc, x_smem.at[stage, mine], w)
+                multiply(acc, step, stage)
                 plgpu.wgmma_wait(1)  # the step before is done, this one runs on
                 pl.when(step > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(step - 1, STAGES)]))
 
             return acc[...]
 
         acc = pl.run_scoped(accumulate, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
-        plgpu.barrier_arrive(free.at[(steps - 1) % STAGES])
-        first = block * BLOCK + warpgroup * ROWS
-        bounds = [jnp.clip(x - warpgroup * ROWS, 0, ROWS) for x in (lower, upper)]
-        for half in range(2):
-            width = COLUMNS // 2
-            out_smem[warpgroup] = acc[:, half * width : (half + 1) * width].astype(out_smem.dtype)
+        pl.when(steps > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(steps - 1, STAGES)]))
+        half = COLUMNS // 2
+        for start in (0, half):
+            out_smem[warpgroup] = acc[:, start : start + half].astype(out_smem.dtype)
             plgpu.commit_smem()
-            columns = pl.ds(column + half * width, width)
-
-            def target(rows, columns=columns):
-                return out_gmem.at[pl.ds(first + rows.start, rows.size), columns]
-
-            store_range(out_smem.at[warpgroup], target, *bounds)
+            store(half, slice(start, start + half))
             plgpu.wait_smem_to_gmem(0)
 
 
 @jax.custom_vjp
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """See `api.grouped_matmul`. The gradient of the matrices, a sum over rows, is tokamax's.
+    """See `api.grouped_matmul`.
 
     Raises:
       ValueError: not bfloat16, or K and N no multiples of 256 (N for the product, K for the gradient of the rows).
@@ -149,8 +243,7 @@ def _vjp_forward(lhs, rhs, group_sizes):
 def _vjp_backward(residuals, dout):
     lhs, rhs, group_sizes = residuals
     dlhs = _zero_past_the_end(product(dout, rhs, group_sizes, transposed=True), group_sizes)
-    (drhs,) = jax.vjp(lambda w: library.tokamax(lhs, w, group_sizes), rhs)[1](dout)
-    return dlhs, drhs, None
+    return dlhs, matrix_gradient(lhs, dout, group_sizes), None
 
 
 grouped_matmul.defvjp(_vjp_forward, _vjp_backward)

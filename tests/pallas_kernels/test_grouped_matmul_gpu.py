@@ -44,6 +44,24 @@ def test_lowers(depth, columns, transposed):
     assert "mosaic_gpu" in text
 
 
+@pytest.mark.parametrize(("sizes", "rows"), [([5, 0, 130, 1], 140), ([64, 67], 131)])
+def test_matrix_gradient(sizes, rows, capsys):
+    rng = np.random.default_rng()
+    x, dy = (jnp.asarray(rng.standard_normal((rows, 256)), jnp.bfloat16) for _ in range(2))
+    out = gpu.matrix_gradient(x, dy, jnp.asarray(sizes, jnp.int32), interpret=gpu.INTERPRET)
+    parts = (np.split(np.asarray(a.astype(jnp.float32), np.float64), np.cumsum(sizes))[:-1] for a in (x, dy))
+    for got, a, b in zip(np.asarray(out.astype(jnp.float32)), *parts, strict=True):
+        assert np.linalg.norm(got - a.T @ b) <= 6e-3 * np.linalg.norm(a.T @ b)
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("depth", "columns"), [(7168, 4096), (2048, 7168)])
+def test_matrix_gradient_lowers(depth, columns):
+    sd = jax.ShapeDtypeStruct
+    shapes = sd((32768, depth), jnp.bfloat16), sd((32768, columns), jnp.bfloat16), sd((32,), jnp.int32)
+    assert "mosaic_gpu" in lower_for_hopper(gpu.matrix_gradient, *shapes)
+
+
 @pytest.mark.parametrize("sizes", [[0, 0], [1, 127, 128, 5], [300, 0, 1], [128, 128], [77]])
 def test_visits_cover_every_row_once(sizes):
     rows = sum(sizes)
