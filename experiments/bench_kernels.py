@@ -6,7 +6,7 @@ Each group runs in a process of its own with a time limit and writes and prints 
 that fails or hangs costs only its own rows. The checks come first, side by side, since they mostly compile; then the
 timings, one after another. What the total leaves no time for is said in the table.
 
-Times are of many calls inside one compiled loop; where the inputs would fit in the L2 cache, the calls rotate among
+Times are of many calls in one compiled program; where the inputs would fit in the L2 cache, the calls rotate among
 several. The floors use the copy bandwidth and the matmul rate measured in the same run. Errors are
 ||out - ref|| / ||ref|| against float64 references over fresh random inputs.
 """
@@ -52,30 +52,33 @@ def relative_error(out, ref) -> float:
     return float(np.linalg.norm(out - ref) / max(np.linalg.norm(ref), 1e-30))
 
 
-def seconds_per_call(fn: Callable, varying: list, shared, budget: float = 0.25) -> float:
-    """Median over five runs of a compiled loop that calls `fn(varying[i], shared)` for each i in turn."""
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *varying)
-    empty = jax.tree.map(lambda o: jnp.zeros(o.shape, o.dtype), jax.eval_shape(fn, varying[0], shared))
+def seconds_per_call(fn: Callable, varying: list, shared, expected: float = 1e-3, budget: float = 0.25) -> float:
+    """Median over five runs of programs that call `fn(varying[i], shared)` for each i in turn, one after another.
+
+    A program holds enough calls that the device, not the host, is what it waits for: `expected` seconds each.
+    """
+    calls = int(min(16, max(1, 2e-3 / expected)))
 
     @jax.jit
-    def loop(n, stacked, shared):
-        def body(i, carry):
-            shared, _ = lax.optimization_barrier(carry)  # calls follow one another, and none is hoisted
-            mine = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i % len(varying), keepdims=False), stacked)
-            return shared, fn(mine, shared)
-
-        return lax.fori_loop(0, n, body, (shared, empty))[1]
+    def program(varying, shared):
+        outs = []
+        for i in range(calls):
+            if outs:  # calls follow one another, and none is merged with another
+                shared, outs[-1] = lax.optimization_barrier((shared, outs[-1]))
+            outs.append(fn(varying[i % len(varying)], shared))
+        return outs
 
     def run(n: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(loop(n, stacked, shared))
+        for _ in range(n):
+            outs = program(varying, shared)
+        jax.block_until_ready(outs)
         return time.perf_counter() - start
 
-    run(2)
-    base = min(run(0) for _ in range(3))
-    once = max((run(3) - base) / 3, 1e-6)
-    n = int(max(3, min(2000, budget / 5 / once)))
-    return float(np.median([(run(n) - base) / n for _ in range(5)]))
+    run(1)
+    once = min(run(1) for _ in range(2))
+    n = int(max(2, min(200, budget / 5 / once)))
+    return float(np.median([run(n) / n / calls for _ in range(5)]))
 
 
 def ceilings() -> Iterator[Row]:
@@ -195,7 +198,8 @@ def decode_timings() -> Iterator[Row]:
 
 def timed(row: Row, fn: Callable, varying: list, shared) -> Row:
     try:
-        row["seconds"] = seconds_per_call(fn, varying, shared)
+        expected = max(row["flops"] / 5e14, row["bytes"] / 2e12)
+        row["seconds"] = seconds_per_call(fn, varying, shared, expected)
     except Exception as e:
         row["failure"] = f"{type(e).__name__}: {e}"[:500]
         traceback.print_exc()
@@ -354,7 +358,7 @@ def grouped_timings() -> Iterator[Row]:
             yield timed(row, lambda _, a: fn(*a), [jnp.int32(0)], (x, w, sizes))
             if name != "xla_ragged_dot":  # ten times slower already
                 row = dict(row, case=f"{case} backward", flops=2 * flops, bytes=4 * (elements + rows * columns))
-                dout = jnp.ones((rows, columns), jnp.bfloat16)
+                dout = jax.random.normal(jax.random.key(2), (rows, columns), jnp.bfloat16)
 
                 def backward(_, a):
                     return jax.vjp(lambda x, w: fn(x, w, a[2]), a[0], a[1])[1](a[3])

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ConfigError, Runtime
-from pallas_kernels.mla_decode import PackedCache, mla_decode
-from pallas_kernels.mla_decode.tpu import pack_rope
+from pallas_kernels.mla_decode import SplitCache, mla_decode, pack
 from pallas_kernels.mla_prefill import mla_prefill
 
 PAGE = 64
@@ -87,12 +86,9 @@ def _decode(q_nope, q_rope, latent, k_rope, _, *, lengths, scale, implementation
         raise ConfigError(f"MLA decoding by a kernel needs a cache of a multiple of {PAGE} tokens, but it has {size}")
     tables = jnp.arange(batch * size // PAGE, dtype=jnp.int32).reshape(batch, -1)
     latent, k_rope = (x.reshape(-1, PAGE, x.shape[-1]) for x in (latent, k_rope))
-    # GPUs want latent and rope key side by side, which costs a copy of a layer's cache; TPUs only pack the rope keys.
-    cache = (
-        PackedCache(latent, pack_rope(k_rope))
-        if implementation.startswith("tpu")
-        else jnp.concatenate([latent, k_rope], axis=-1)
-    )
+    cache = SplitCache(latent, k_rope)
+    if implementation.startswith("tpu"):
+        cache = pack(cache)  # a copy of the rope keys
     q = jnp.concatenate([q_nope, q_rope], axis=-1)
     # Has no gradient. Saying so also lets the scan over layers drop the call where it traces for constants only, as
     # Pallas doesn't by itself: without it, decoding on TPUs fails to trace.

@@ -1,8 +1,9 @@
 """FP8 grouped matmul on Hopper (Mosaic GPU): wgmma on E4M3, partial sums promoted to scaled float32 every 128.
 
-A thread block computes 128 rows of one group times 128 columns. Two warpgroups multiply, 64 rows each; a third fetches.
-Hopper's FP8 accumulation keeps few bits, and the scales change every 128 elements of the contraction: so each step of
-128 starts from zero, and its result is scaled and added in float32 registers while the other warpgroup multiplies.
+A thread block computes 128 rows of one group times 256 columns. Two warpgroups multiply, 64 rows each; a third fetches.
+Hopper's FP8 accumulation keeps few bits, and the scales change every 128 elements of the contraction and every 128
+columns: so each step of 128 starts from zero for each half of the columns, and its result is scaled and added in
+float32 registers while the other warpgroup multiplies.
 
 A block of 128 rows may belong to several groups: each visits it, computes all of it and stores its own rows.
 """
@@ -30,7 +31,7 @@ from pallas_kernels.row_blocks import (
 )
 
 ROWS = 64  # of a warpgroup
-STAGES = 5
+STAGES = 4
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
@@ -46,21 +47,22 @@ def fp8_grouped_matmul(
     """See `api.fp8_grouped_matmul`. `interpret` runs it on a CPU, slowly."""
     rows, depth = lhs.shape
     groups, columns, _ = rhs.shape
+    width = 2 if columns % (2 * BLOCK) == 0 else 1  # of a thread block, in blocks of columns
     tiles = -(-(rows // BLOCK + groups) // SWATH) * SWATH
     cluster = 1 if interpret else 2  # the interpreter knows no clusters
     pad = ((0, -rows % BLOCK), (0, 0))
     work = visits(group_sizes, tiles)
     scales = jnp.swapaxes(jnp.pad(lhs_scales, pad), 0, 1)  # a step's scales are read together
     return plgpu.kernel(
-        functools.partial(_kernel, steps=depth // BLOCK, cluster=cluster),
+        functools.partial(_kernel, steps=depth // BLOCK, cluster=cluster, width=width),
         out_type=jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16),
         scratch_types=dict(
             x_smem=plgpu.SMEM((STAGES, BLOCK, BLOCK), lhs.dtype, transforms=_tiled()),
-            w_smem=plgpu.SMEM((STAGES, BLOCK, BLOCK), rhs.dtype, transforms=_tiled()),
+            w_smem=plgpu.SMEM((STAGES, width, BLOCK, BLOCK), rhs.dtype, transforms=_tiled()),
             out_smem=plgpu.SMEM((2, ROWS, BLOCK), jnp.bfloat16),
-            **stage_barriers(STAGES, 2, cluster),
+            **stage_barriers(STAGES, 1 + width, cluster),
         ),
-        grid=(tiles // SWATH, columns // BLOCK, SWATH // cluster),  # the last one runs fastest
+        grid=(tiles // SWATH, columns // BLOCK // width, SWATH // cluster),  # the last one runs fastest
         grid_names=("swath", "column_block", "in_swath"),
         **launch(cluster, interpret),
     )(jnp.pad(lhs, pad), scales, rhs, rhs_scales, work)
@@ -72,17 +74,18 @@ def _tiled():
 
 def _kernel(
     x_gmem, scale_gmem, w_gmem, w_scale_gmem, work_gmem, out_gmem,
-    *, x_smem, w_smem, out_smem, ready, free, cluster_free, steps, cluster,
+    *, x_smem, w_smem, out_smem, ready, free, cluster_free, steps, cluster, width,
 ):  # fmt: skip
     warpgroup = lax.axis_index("warpgroup")
-    column_block = lax.axis_index("column_block")
+    column_block = lax.axis_index("column_block") * width
     group, block, lower, upper, shared = my_visit(work_gmem, cluster)
-    columns = pl.ds(column_block * BLOCK, BLOCK)
+    columns = [pl.ds((column_block + i) * BLOCK, BLOCK) for i in range(width)]
 
     def fetch(step, stage, arrived):
         depth = pl.ds(step * BLOCK, BLOCK)
         plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(block * BLOCK, BLOCK), depth], x_smem.at[stage], arrived)
-        fetch_shared(w_gmem.at[group, columns, depth], w_smem.at[stage], arrived, shared)
+        for i in range(width):
+            fetch_shared(w_gmem.at[group, columns[i], depth], w_smem.at[stage, i], arrived, shared)
 
     @pl.when((lower < upper) & (warpgroup == 2))
     def _fetch():
@@ -97,30 +100,33 @@ def _kernel(
         def scales(step):
             rows = pl.ds(block * BLOCK + warpgroup * ROWS, ROWS)
             row = plgpu.load(scale_gmem.at[step, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-            return row * w_scale_gmem[group, column_block, step]
+            return row, [w_scale_gmem[group, column_block + i, step] for i in range(width)]
 
         def body(step, carry):
-            acc, scale = carry
+            accs, (row, w_scales) = carry
             stage = lax.rem(step, STAGES)
             following = scales(jnp.minimum(step + 1, steps - 1))  # a step ahead, to hide the latency
             plgpu.barrier_wait(ready.at[stage])
 
-            def product(ref):
-                plgpu.wgmma(ref, x_smem.at[stage, my_rows], w_smem.at[stage].transpose((1, 0)))
+            def product(ref, i):
+                plgpu.wgmma(ref, x_smem.at[stage, my_rows], w_smem.at[stage, i].transpose((1, 0)))
                 return ref[...]
 
-            part = pl.run_scoped(product, plgpu.ACC((ROWS, BLOCK), jnp.float32))
-            plgpu.barrier_arrive(free.at[stage])
-            return acc + part * lax.broadcast_in_dim(scale, part.shape, [0]), following
+            sums = []
+            for i in range(width):
+                part = pl.run_scoped(functools.partial(product, i=i), plgpu.ACC((ROWS, BLOCK), jnp.float32))
+                if i == width - 1:
+                    plgpu.barrier_arrive(free.at[stage])
+                sums.append(accs[i] + part * lax.broadcast_in_dim(row * w_scales[i], part.shape, [0]))
+            return sums, following
 
-        acc = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), plgpu.Layout.WGMMA)
-        acc, _ = lax.fori_loop(0, steps, body, (acc, scales(0)))
-        out_smem[warpgroup] = acc.astype(jnp.bfloat16)
-        plgpu.commit_smem()
+        zero = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), plgpu.Layout.WGMMA)
+        accs, _ = lax.fori_loop(0, steps, body, ([zero] * width, scales(0)))
         origin = block * BLOCK + warpgroup * ROWS
-        store_range(
-            out_smem.at[warpgroup],
-            lambda rows: out_gmem.at[pl.ds(origin + rows.start, rows.size), columns],
-            *(jnp.clip(x - warpgroup * ROWS, 0, ROWS) for x in (lower, upper)),
-        )
-        plgpu.wait_smem_to_gmem(0)
+        bounds = [jnp.clip(x - warpgroup * ROWS, 0, ROWS) for x in (lower, upper)]
+        for acc, to in zip(accs, columns, strict=True):
+            out_smem[warpgroup] = acc.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            target = lambda rows, to=to: out_gmem.at[pl.ds(origin + rows.start, rows.size), to]
+            store_range(out_smem.at[warpgroup], target, *bounds)
+            plgpu.wait_smem_to_gmem(0)

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 
 from pallas_kernels.devices import require_hopper, require_tpu
 from pallas_kernels.mla_decode import gpu, reference, tpu
+from pallas_kernels.mla_decode.cache import ROPE, SplitCache, join
 from pallas_kernels.mla_decode.schedule import Plan
-from pallas_kernels.mla_decode.tpu import PackedCache, unpack
 
 IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret")
 
 
 def mla_decode(
     q: jax.Array,
-    cache: jax.Array | PackedCache,
+    cache: jax.Array | SplitCache,
     block_tables: jax.Array,
     lengths: jax.Array,
     *,
@@ -30,13 +30,14 @@ def mla_decode(
     Args:
       q: (B, T, H, R + P): a head's query, absorbed into the latent space (R) beside its rotated part (P). The new
         tokens are the sequence's last ones, and token t sees the keys before `lengths - T + t + 1`.
-      cache: (pages, page size, R + P), `q`'s dtype: a token's latent (after its norm) beside its rotated key. On TPUs,
-        a `PackedCache` of the same, which needs no padding there.
+      cache: (pages, page size, R + P), `q`'s dtype: a token's latent (after its norm) beside its rotated key; or a
+        `SplitCache` of the same, which may have its latents in FP8. TPUs take packed `SplitCache`s only, GPUs no
+        packed ones.
       block_tables: (B, max pages) int32: the pages of a sequence, in order. Entries past its length are never
         read, nor are slots past it in its last page: either may hold anything.
       lengths: (B,) int32: tokens of each sequence in the cache, the new ones included. May be 0.
       scale: what multiplies the scores.
-      implementation: "reference" (plain; either cache), "gpu" (Hopper: bfloat16, R = 512, P = 64, pages of 64), "tpu"
+      implementation: "reference" (plain; any cache), "gpu" (Hopper: bfloat16, R = 512, P = 64, pages of 64), "tpu"
         (bfloat16, R a multiple of 128, P = 64, pages of 32 to 512). "gpu_interpret" and "tpu_interpret" run these on
         a CPU, slowly, and look for races: for tests.
       schedule: how the work is shared out, by `schedule.plan`; worked out from the lengths if None. It depends on
@@ -52,24 +53,20 @@ def mla_decode(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"no MLA decoding {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
     backend = implementation.split("_")[0]
-    if backend != "reference" and isinstance(cache, PackedCache) != (backend == "tpu"):
-        raise ValueError(f"mla_decode takes a PackedCache on TPUs and an array on GPUs, but got {type(cache).__name__}")
-    if isinstance(cache, PackedCache):
-        pages, size, rank = cache.latent.shape
-        ropes = (pages, size // 2, 2 * reference.ROPE)
-        if cache.rope.shape != ropes or cache.rope.dtype != cache.latent.dtype:
-            raise ValueError(
-                f"a PackedCache needs ropes {ropes} of the latents' dtype, but got {cache.rope.shape} "
-                f"{cache.rope.dtype} beside {cache.latent.shape} {cache.latent.dtype}"
-            )
-        shape: tuple[int, ...] = (pages, size, rank + reference.ROPE)
-        dtype = cache.latent.dtype
+    if isinstance(cache, SplitCache):
+        shape, dtype = _check_split(cache)
+        packed = cache.packed
     else:
-        shape, dtype = cache.shape, cache.dtype
-    if q.ndim != 4 or len(shape) != 3 or q.shape[3] != shape[2] or q.shape[3] <= reference.ROPE:
+        shape, dtype, packed = cache.shape, cache.dtype, False
+    if backend != "reference" and packed != (backend == "tpu"):
+        raise ValueError(
+            f"mla_decode takes a packed SplitCache on TPUs and no packed one on GPUs, but got {type(cache).__name__} "
+            f"{shape}, packed: {packed}"
+        )
+    if q.ndim != 4 or len(shape) != 3 or q.shape[3] != shape[2] or q.shape[3] <= ROPE:
         raise ValueError(
             f"mla_decode needs queries (B, T, H, R + P) and a cache (pages, page size, R + P) with P = "
-            f"{reference.ROPE}, but got {q.shape} and {shape}"
+            f"{ROPE}, but got {q.shape} and {shape}"
         )
     batch = q.shape[0]
     if block_tables.ndim != 2 or block_tables.shape[0] != batch or lengths.shape != (batch,):
@@ -83,7 +80,7 @@ def mla_decode(
             f"{q.dtype}, {dtype}, {block_tables.dtype} and {lengths.dtype}"
         )
     if backend == "reference":
-        plain = unpack(cache) if isinstance(cache, PackedCache) else cache
+        plain = join(cache) if isinstance(cache, SplitCache) else cache
         return reference.mla_decode(q, plain, block_tables, lengths, scale=scale)
     if implementation == "gpu":
         require_hopper("mla_decode")
@@ -92,3 +89,26 @@ def mla_decode(
     module: Any = {"gpu": gpu, "tpu": tpu}[backend]
     interpret = module.INTERPRET if implementation.endswith("_interpret") else None
     return module.mla_decode(q, cache, block_tables, lengths, scale=scale, schedule=schedule, interpret=interpret)
+
+
+def _check_split(cache: SplitCache) -> tuple[tuple[int, ...], Any]:
+    """The shape of the same cache in one array, and the queries' dtype. Raises ValueError as `mla_decode`."""
+    latent, rope, scales = cache
+    if latent.ndim != 3 or rope.shape not in (
+        (*latent.shape[:2], ROPE),
+        (latent.shape[0], latent.shape[1] // 2, 2 * ROPE),
+    ):
+        raise ValueError(
+            "a SplitCache needs latents (pages, page size, R) and ropes (pages, page size, 64) or packed (pages, page "
+            f"size / 2, 128), but got {latent.shape} and {rope.shape}"
+        )
+    if (latent.dtype == jnp.float8_e4m3fn) != (scales is not None) or (scales is None and rope.dtype != latent.dtype):
+        raise ValueError(
+            "a SplitCache needs latents and ropes of one dtype, or float8_e4m3fn latents with scales, but got "
+            f"{latent.dtype} and {rope.dtype} {'without' if scales is None else 'with'} scales"
+        )
+    if scales is not None and (scales.shape != latent.shape[:2] or scales.dtype != jnp.float32):
+        raise ValueError(
+            f"a SplitCache needs float32 scales {latent.shape[:2]}, one a token, but got {scales.dtype} {scales.shape}"
+        )
+    return (*latent.shape[:2], latent.shape[2] + ROPE), rope.dtype

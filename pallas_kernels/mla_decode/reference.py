@@ -5,8 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-ROPE = 64
-"""Width of the rotated part of queries and keys (qk_rope_head_dim)."""
+from pallas_kernels.mla_decode.cache import ROPE
 
 
 def mla_decode(

@@ -1,6 +1,6 @@
 """MLA decoding on TPUs (Mosaic TPU): one grid step a piece of a sequence, pages fetched by double-buffered DMAs.
 
-TPU memory is tiled by 128 columns, so that a cache of width 576 would occupy 640. `PackedCache` wastes nothing:
+TPU memory is tiled by 128 columns, so that a cache of width 576 would occupy 640. A packed `SplitCache` wastes nothing:
 latents lie apart from rope keys, and the rope keys of tokens i and i + page size / 2 share a row of 128. The kernel
 keeps that order. It fetches the pages' lower and upper halves of tokens into a buffer each, and multiplies the rows
 of rope keys by the rotated queries twice, once beside zeros on the right and once beside zeros on the left.
@@ -9,7 +9,6 @@ of rope keys by the rotated queries twice, once beside zeros on the right and on
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mla_decode.cache import ROPE, SplitCache
 from pallas_kernels.mla_decode.schedule import Plan, merge, plan
 
-ROPE = 64
 LANES = 128
 BLOCK = 512  # tokens that are worked on at a time
 CORES = 2  # of a v5p or tpu7x chip; further pieces for them to share
@@ -29,32 +28,9 @@ INTERPRET = pltpu.InterpretParams(
 )
 
 
-class PackedCache(NamedTuple):
-    """A paged cache without padding. latent: (pages, page size, R); rope: (pages, page size / 2, 128)."""
-
-    latent: jax.Array
-    rope: jax.Array
-
-
-def pack(cache: jax.Array) -> PackedCache:
-    """Packs a cache (pages, page size, R + 64)."""
-    return PackedCache(cache[..., :-ROPE], pack_rope(cache[..., -ROPE:]))
-
-
-def pack_rope(rope: jax.Array) -> jax.Array:
-    """(pages, page size, 64) -> (pages, page size / 2, 128): token i beside token i + page size / 2."""
-    return jnp.concatenate(jnp.split(rope, 2, axis=1), axis=-1)
-
-
-def unpack(cache: PackedCache) -> jax.Array:
-    """The opposite of `pack`."""
-    rope = jnp.concatenate(jnp.split(cache.rope, 2, axis=-1), axis=1)
-    return jnp.concatenate([cache.latent, rope], axis=-1)
-
-
 def mla_decode(
     q: jax.Array,
-    cache: PackedCache,
+    cache: SplitCache,
     block_tables: jax.Array,
     lengths: jax.Array,
     *,
@@ -119,7 +95,7 @@ def mla_decode(
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret or False,
-    )(schedule.work, block_tables, lengths, *queries, *cache)
+    )(schedule.work, block_tables, lengths, *queries, cache.latent, cache.rope)
     out, lse = merge(out[:, :rows], lse[:, :rows, 0], schedule)
     shape = (batch, tokens, heads)
     return out.astype(q.dtype).reshape(*shape, rank), lse.reshape(shape)

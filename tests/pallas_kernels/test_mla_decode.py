@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 
-from pallas_kernels.mla_decode import gpu, mla_decode, pack, plan, tpu, unpack
+from pallas_kernels.mla_decode import gpu, join, mla_decode, pack, plan, split, tpu
 from pallas_kernels.mla_decode.problem import random_problem
 from tests.pallas_kernels.targets import VMEM_BYTES, compile_for_tpu, lower_for_hopper, vmem_bytes
 
@@ -79,7 +79,7 @@ def test_tpu(heads, tokens, lengths, extra, capsys):
     problem = random_problem(np.random.default_rng(), lengths, tokens, heads)
     schedule = plan(problem[3], page_size=64, pieces=len(lengths) + extra)
     q, cache, *rest = problem
-    out, lse = mla_decode(q, pack(cache), *rest, scale=SCALE, implementation="tpu_interpret", schedule=schedule)
+    out, lse = mla_decode(q, pack(split(cache)), *rest, scale=SCALE, implementation="tpu_interpret", schedule=schedule)
     check(problem, out, lse)
     assert RACE not in capsys.readouterr().out
 
@@ -90,7 +90,7 @@ def test_tpu(heads, tokens, lengths, extra, capsys):
 @pytest.mark.parametrize("heads", [1, 16, 64, 128])
 def test_grid(heads, tokens, implementation):
     problem = random_problem(np.random.default_rng(), [0, 1, 63, 64, 65, 300], tokens, heads)
-    cache = pack(problem[1]) if implementation.startswith("tpu") else problem[1]
+    cache = pack(split(problem[1])) if implementation.startswith("tpu") else problem[1]
     out, lse = mla_decode(problem[0], cache, *problem[2:], scale=SCALE, implementation=implementation, schedule=None)
     check(problem, out, lse)
 
@@ -122,7 +122,7 @@ def test_tpu_race_is_caught(capsys):
     broken = without(tpu, "        each_copy(block, slot, lambda copy: copy.wait())\n")
     q, cache, *rest = random_problem(np.random.default_rng(), [100], 1, 16)
     interpret = tpu.pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
-    broken.mla_decode(q, pack(cache), *rest, scale=SCALE, interpret=interpret)[0].block_until_ready()
+    broken.mla_decode(q, pack(split(cache)), *rest, scale=SCALE, interpret=interpret)[0].block_until_ready()
     assert RACE in capsys.readouterr().out
 
 
@@ -147,7 +147,7 @@ def test_gpu_lowers(shape):
 def test_tpu_compiles(generation, record_property):
     for shape in REAL_SHAPES:
         q, cache, *rest = shapes(*shape)
-        packed = jax.eval_shape(pack, cache)
+        packed = jax.eval_shape(lambda c: pack(split(c)), cache)
         compiled = compile_for_tpu(
             generation, functools.partial(mla_decode, scale=SCALE, implementation="tpu"), q, packed, *rest
         )
@@ -156,12 +156,12 @@ def test_tpu_compiles(generation, record_property):
         assert 0 < used < VMEM_BYTES[generation]
         # The cache takes no padding: 576 columns, not 640.
         given = compiled.memory_analysis().argument_size_in_bytes
-        assert given < 1.01 * sum(a.size * a.dtype.itemsize for a in (q, *packed, *rest))
+        assert given < 1.01 * sum(a.size * a.dtype.itemsize for a in (q, packed.latent, packed.rope, *rest))
 
 
 def test_pack_and_back():
     cache = random_problem(np.random.default_rng(), [100], 1, 1)[1]
-    assert np.array_equal(unpack(pack(cache)).view(jnp.uint16), cache.view(jnp.uint16))
+    assert np.array_equal(join(pack(split(cache))).view(jnp.uint16), cache.view(jnp.uint16))
 
 
 @pytest.mark.parametrize("pieces", [5, 6, 9, 40])
@@ -183,7 +183,7 @@ def test_plan_covers_every_page_once(pieces):
     [
         (dict(implementation="cuda"), "reference, gpu"),
         (dict(implementation="gpu"), "Hopper"),
-        (dict(implementation="tpu"), "PackedCache"),
+        (dict(implementation="tpu"), "packed SplitCache"),
         (dict(implementation="gpu_interpret", page=32), "pages of 64"),
         (dict(implementation="gpu_interpret", dtype=jnp.float32), "bfloat16"),
         (dict(implementation="tpu_interpret", page=48), "pages of 32"),
@@ -196,7 +196,7 @@ def test_refusals(change, message):
     c = dict(implementation="reference", page=64, dtype=jnp.bfloat16, cache_dtype=None, width=576, lengths=2) | change
     cache = jnp.zeros((4, c["page"], 576), c["cache_dtype"] or c["dtype"])
     q = jnp.zeros((2, 1, 16, c["width"]), c["dtype"])
-    cache = pack(cache) if c["implementation"].endswith("tpu_interpret") else cache
+    cache = pack(split(cache)) if c["implementation"].endswith("tpu_interpret") else cache
     with pytest.raises(ValueError, match=message):
         mla_decode(
             q, cache, jnp.zeros((2, 2), jnp.int32), jnp.zeros((c["lengths"],), jnp.int32),
@@ -207,4 +207,4 @@ def test_refusals(change, message):
 def test_tpu_refuses_other_devices():
     q, cache, *rest = random_problem(np.random.default_rng(), [100], 1, 16)
     with pytest.raises(ValueError, match="TPU v5"):
-        mla_decode(q, pack(cache), *rest, scale=1.0, implementation="tpu")
+        mla_decode(q, pack(split(cache)), *rest, scale=1.0, implementation="tpu")

@@ -1,0 +1,70 @@
+"""The forms of a paged latent cache."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+ROPE = 64
+"""Width of the rotated part of queries and keys (qk_rope_head_dim)."""
+FP8_MAX = 448.0
+"""Largest finite float8_e4m3fn."""
+
+
+class SplitCache(NamedTuple):
+    """A paged cache whose latents and rope keys are arrays of their own.
+
+    latent: (pages, page size, R), bfloat16 or float8_e4m3fn.
+    rope: (pages, page size, 64) bfloat16; packed, for TPUs, (pages, page size / 2, 128): see `pack_rope`.
+    scales: (pages, page size) float32: what a token's FP8 latent is to be multiplied by. None for bfloat16.
+    """
+
+    latent: jax.Array
+    rope: jax.Array
+    scales: jax.Array | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether two tokens' rope keys share a row."""
+        return self.rope.shape[-1] == 2 * ROPE
+
+
+def split(cache: jax.Array) -> SplitCache:
+    """The parts of a cache (pages, page size, R + 64)."""
+    return SplitCache(cache[..., :-ROPE], cache[..., -ROPE:])
+
+
+def join(cache: SplitCache) -> jax.Array:
+    """The opposite of `split`, for every form: (pages, page size, R + 64), float32 where latents are FP8."""
+    latent, rope, scales = cache
+    if scales is not None:
+        latent, rope = latent.astype(jnp.float32) * scales[..., None], rope.astype(jnp.float32)
+    if cache.packed:
+        rope = jnp.concatenate(jnp.split(rope, 2, axis=-1), axis=1)
+    return jnp.concatenate([latent, rope], axis=-1)
+
+
+def pack(cache: SplitCache) -> SplitCache:
+    """With two tokens' rope keys a row, as TPUs want them: their memory is tiled by 128 columns."""
+    return cache._replace(rope=pack_rope(cache.rope))
+
+
+def pack_rope(rope: jax.Array) -> jax.Array:
+    """(pages, page size, 64) -> (pages, page size / 2, 128): token i beside token i + page size / 2."""
+    return jnp.concatenate(jnp.split(rope, 2, axis=1), axis=-1)
+
+
+def quantise(cache: SplitCache) -> SplitCache:
+    """With latents in FP8, each token's scaled by its largest magnitude. Rope keys stay as they are."""
+    values, scales = quantise_latent(cache.latent)
+    return SplitCache(values, cache.rope, scales)
+
+
+def quantise_latent(latent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(..., R) -> float8_e4m3fn (..., R) and float32 scales (...). A token of zeros has a scale of 1."""
+    wide = latent.astype(jnp.float32)
+    largest = jnp.abs(wide).max(-1)
+    scales = jnp.where(largest == 0, 1, largest / FP8_MAX)
+    return (wide / scales[..., None]).astype(jnp.float8_e4m3fn), scales
