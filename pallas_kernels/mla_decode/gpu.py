@@ -23,9 +23,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.mla_decode.cache import ROPE, SplitCache
 from pallas_kernels.mla_decode.schedule import WHOLE, Plan, plan
 
-RANK, ROPE, PAGE, ROWS = 512, 64, 64, 64
+RANK, PAGE, ROWS = 512, 64, 64
 WIDTH = RANK + ROPE
 HALF = RANK // 2
 MULTIPROCESSORS = 132
@@ -37,7 +38,7 @@ MASKED = -1e30
 
 def mla_decode(
     q: jax.Array,
-    cache: jax.Array,
+    cache: jax.Array | SplitCache,
     block_tables: jax.Array,
     lengths: jax.Array,
     *,
@@ -48,10 +49,12 @@ def mla_decode(
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.mla_decode`. `multicast` shares page fetches in clusters; `interpret` runs it on a CPU, slowly."""
     batch, tokens, heads, width = q.shape
-    if (width, cache.shape[1]) != (WIDTH, PAGE) or q.dtype != jnp.bfloat16 or cache.dtype != jnp.bfloat16:
+    # Latents and rope keys, and the first column of these: the same array twice if they lie side by side.
+    latent, rope, rope_column = (cache.latent, cache.rope, 0) if isinstance(cache, SplitCache) else (cache, cache, RANK)
+    if (width, latent.shape[1]) != (WIDTH, PAGE) or q.dtype != jnp.bfloat16 or latent.dtype != jnp.bfloat16:
         raise ValueError(
             f"mla_decode on GPUs takes bfloat16, width {WIDTH} and pages of {PAGE} tokens, but got {q.dtype} queries "
-            f"of width {width} and a {cache.dtype} cache with pages of {cache.shape[1]}"
+            f"of width {width} and a {latent.dtype} cache with pages of {latent.shape[1]}"
         )
     rows = tokens * heads
     padded = -(-rows // ROWS) * ROWS
@@ -63,7 +66,15 @@ def mla_decode(
 
     q = jnp.pad(q.reshape(batch, rows, width), ((0, 0), (0, padded - rows), (0, 0)))
     kernel = plgpu.kernel(
-        functools.partial(_kernel, tokens=tokens, heads=heads, scale=scale, cluster=cluster, hardware=not interpret),
+        functools.partial(
+            _kernel,
+            tokens=tokens,
+            heads=heads,
+            scale=scale,
+            rope_column=rope_column,
+            cluster=cluster,
+            hardware=not interpret,
+        ),
         out_type=(
             jax.ShapeDtypeStruct((batch, padded, RANK), q.dtype),
             jax.ShapeDtypeStruct((batch, padded), jnp.float32),
@@ -81,7 +92,7 @@ def mla_decode(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    out, lse, partial_out, partial_lse = kernel(q, cache, block_tables, lengths, schedule.work)
+    out, lse, partial_out, partial_lse = kernel(q, latent, rope, block_tables, lengths, schedule.work)
     if pieces > batch:
         out, lse = _merge(out, lse, partial_out, partial_lse, schedule.slots, interpret=interpret)
     shape = (batch, tokens, heads)
@@ -112,10 +123,11 @@ def _scratch(cluster: int) -> dict:
 
 
 def _kernel(
-    q_gmem, cache_gmem, table_gmem, lengths_gmem, work_gmem, out_gmem, lse_gmem, partial_out_gmem, partial_lse_gmem,
+    q_gmem, latent_gmem, rope_gmem, table_gmem, lengths_gmem, work_gmem,
+    out_gmem, lse_gmem, partial_out_gmem, partial_lse_gmem,
     *, q_smem, halves, ropes, row_smem, sum_smem, q_ready, half_ready, rope_ready, page_free, weights_ready, sums_ready,
     cluster_free,
-    tokens, heads, scale, cluster, hardware,
+    tokens, heads, scale, rope_column, cluster, hardware,
 ):  # fmt: skip
     warpgroup = lax.axis_index("warpgroup")
     piece = lax.axis_index("piece")
@@ -140,12 +152,12 @@ def _kernel(
         def _pair(pair):
             for i in range(2):
                 # A piece of odd length has its last page twice; the second is masked out whole.
-                source = cache_gmem.at[table_gmem[sequence, jnp.minimum(begin + 2 * pair + i, end - 1)]]
+                page = table_gmem[sequence, jnp.minimum(begin + 2 * pair + i, end - 1)]
                 pl.when(pair > 0)(lambda i=i: released(i))
                 fetch = functools.partial(plgpu.copy_gmem_to_smem, **collective)
-                fetch(source.at[:, pl.ds(RANK, ROPE)], ropes.at[i], rope_ready.at[i])
+                fetch(rope_gmem.at[page, :, pl.ds(rope_column, ROPE)], ropes.at[i], rope_ready.at[i])
                 for h in range(2):
-                    fetch(source.at[:, pl.ds(h * HALF, HALF)], halves.at[i, h], half_ready.at[2 * i + h])
+                    fetch(latent_gmem.at[page, :, pl.ds(h * HALF, HALF)], halves.at[i, h], half_ready.at[2 * i + h])
 
         @pl.when(pairs > 0)  # a block must not end while its neighbour may still signal it
         def _drain():
@@ -157,7 +169,7 @@ def _kernel(
         length = lengths_gmem[sequence]
         stop = jnp.minimum(length, end * PAGE)
         other = 1 - mine
-        columns = slice(mine * HALF, (mine + 1) * HALF)
+        columns = pl.ds(mine * HALF, HALF)
         weights = ropes  # see above
         row_layout = plgpu.Layout.WGMMA.reduce(1)
 
@@ -279,9 +291,13 @@ def _kernel(
 
         @pl.when(slot == WHOLE)
         def _whole():
-            out_gmem[sequence, pl.ds(row, ROWS), columns] = out.astype(jnp.bfloat16)
+            staged = halves.at[0, mine]  # both warpgroups are done with all pages
+            staged[...] = out.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staged, out_gmem.at[sequence, pl.ds(row, ROWS), columns])
             if mine == 0:
                 lse_gmem[sequence, pl.ds(row, ROWS)] = lse
+            plgpu.wait_smem_to_gmem(0)
 
         @pl.when(slot >= 0)
         def _part():

@@ -51,17 +51,18 @@ def test_reference_is_attention():
 
 
 @pytest.mark.parametrize(
-    ("heads", "tokens", "lengths", "extra"),
+    ("heads", "tokens", "lengths", "extra", "form"),
     [
-        (1, 1, [0, 1, 63, 64, 65], 0),
-        (16, 4, [2, 200, 0], 0),
-        (64, 2, [385, 129], 4),  # two row blocks, cut sequences
+        (1, 1, [0, 1, 63, 64, 65], 0, lambda cache: cache),
+        (16, 4, [2, 200, 0], 0, split),
+        (64, 2, [385, 129], 4, lambda cache: cache),  # two row blocks, cut sequences
     ],
 )
-def test_gpu(heads, tokens, lengths, extra, capsys):
+def test_gpu(heads, tokens, lengths, extra, form, capsys):
     problem = random_problem(np.random.default_rng(), lengths, tokens, heads)
     schedule = plan(problem[3], page_size=64, pieces=len(lengths) + extra)
-    out, lse = mla_decode(*problem, scale=SCALE, implementation="gpu_interpret", schedule=schedule)
+    q, cache, *rest = problem
+    out, lse = mla_decode(q, form(cache), *rest, scale=SCALE, implementation="gpu_interpret", schedule=schedule)
     check(problem, out, lse)
     assert RACE not in capsys.readouterr().out
 
