@@ -18,6 +18,7 @@ from jax import lax
 
 BLOCK = 128
 """Rows of a block; blocks start at its multiples, as the copy engine wants."""
+MULTIPROCESSORS = 132
 SWATH = 8
 """Row blocks that run side by side, so that they share the columns' matrix blocks in L2."""
 
@@ -63,9 +64,11 @@ def store_range(source, target, lower: jax.Array, upper: jax.Array) -> None:
         done += length & run
 
 
-def launch(cluster: int, interpret: plgpu.InterpretGPUParams | None) -> dict:
-    """How the kernels are launched, but for their grids."""
+def launch(tiles: int, cluster: int, interpret: plgpu.InterpretGPUParams | None) -> dict:
+    """How the kernels are launched: as many clusters as the device holds, each for its share of the tiles."""
     return dict(
+        grid=(min(tiles, MULTIPROCESSORS // cluster),),
+        grid_names=("worker",),
         cluster=(cluster,),
         cluster_names=("cluster",),
         num_threads=3,
@@ -84,16 +87,28 @@ def stage_barriers(stages: int, copies: int, cluster: int) -> dict:
     )
 
 
-def my_visit(work_gmem, cluster: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | bool]:
-    """A thread block's group, block, lower and upper, as in `visits`, and whether its cluster works on one matrix."""
+def each_tile(tiles: int, body: Callable, carry=None):
+    """`carry = body(tile, carry)` for this cluster's tiles: every so manieth."""
+    first, workers = lax.axis_index("worker"), lax.axis_size("worker")
+    count = (tiles - first + workers - 1) // workers
+    return lax.fori_loop(0, count, lambda i, carry: body(first + i * workers, carry), carry)
+
+
+def visit_of(tile: jax.Array, work_gmem, column_blocks: int, cluster: int):
+    """A tile's column block, its group, block, lower and upper as in `visits`, and whether the cluster shares a matrix.
+
+    Tiles run through a swath of row blocks, then through the column blocks, then through the swaths.
+    """
+    per_swath = SWATH // cluster
     peer = lax.axis_index("cluster")
-    visit = lax.axis_index("swath") * SWATH + lax.axis_index("in_swath") * cluster + peer
+    swath, rest = tile // (per_swath * column_blocks), lax.rem(tile, per_swath * column_blocks)
+    visit = swath * SWATH + lax.rem(rest, per_swath) * cluster + peer
     group, block, lower, upper = (work_gmem[visit, i] for i in range(4))
-    if cluster == 1:
-        return group, block, lower, upper, False
-    other = visit + 1 - 2 * peer
-    shared = (lower < upper) & (work_gmem[other, 0] == group) & (work_gmem[other, 2] < work_gmem[other, 3])
-    return group, block, lower, upper, shared
+    shared: jax.Array | bool = False
+    if cluster > 1:
+        other = visit + 1 - 2 * peer
+        shared = (lower < upper) & (work_gmem[other, 0] == group) & (work_gmem[other, 2] < work_gmem[other, 3])
+    return rest // per_swath, group, block, lower, upper, shared
 
 
 def fetch_shared(source, target, ready, shared: jax.Array | bool) -> None:
@@ -106,27 +121,32 @@ def fetch_shared(source, target, ready, shared: jax.Array | bool) -> None:
     pl.when(~shared)(copy)
 
 
-def fetch_steps(
-    steps: jax.Array | int, stages: int, shared: jax.Array | bool, fetch: Callable, ready, free, cluster_free
-) -> None:
-    """The fetching warpgroup: calls `fetch(step, stage, barrier)` for every step, as soon as its stage is free."""
+def fetch_tiles(tiles: int, stages: int, prepare: Callable, ready, free, cluster_free) -> None:
+    """The fetching warpgroup. It runs ahead into the next tile while the others write the last one's result.
+
+    `prepare(tile)` gives the number of steps, whether the cluster's blocks share what is fetched, and a function
+    `(step, stage, barrier)` that starts the copies of a step.
+    """
     plgpu.set_max_registers(40, action="decrease")
 
-    def released(stage):
-        plgpu.barrier_wait(free.at[stage])
-        if shared is not False:  # what is fetched next lands in both blocks of the cluster
+    def one(tile, used):
+        steps, shared, fetch = prepare(tile)
 
-            @pl.when(shared)
-            def _():
-                plgpu.barrier_arrive(cluster_free.at[stage])
-                plgpu.barrier_wait(cluster_free.at[stage])
+        def step(i, used):
+            stage = lax.rem(i, stages)
+            pl.when(stage < used)(lambda: plgpu.barrier_wait(free.at[stage]))
+            if shared is not False:  # what is fetched lands in both blocks of the cluster
 
-    @pl.loop(0, steps)
-    def _(step):
-        stage = lax.rem(step, stages)
-        pl.when(step >= stages)(lambda: released(stage))
-        fetch(step, stage, ready.at[stage])
+                @pl.when(shared)
+                def _():
+                    plgpu.barrier_arrive(cluster_free.at[stage])
+                    plgpu.barrier_wait(cluster_free.at[stage])
 
-    @pl.loop(jnp.maximum(0, steps - stages), steps)  # a block must not end while the other may still signal it
-    def _drain(step):
-        released(lax.rem(step, stages))
+            fetch(i, stage, ready.at[stage])
+            return jnp.maximum(used, stage + 1)
+
+        return lax.fori_loop(0, steps, step, used)
+
+    used = each_tile(tiles, one, jnp.int32(0))  # stages that have been filled before
+    for stage in range(stages):
+        pl.when(stage < used)(functools.partial(plgpu.barrier_wait, free.at[stage]))

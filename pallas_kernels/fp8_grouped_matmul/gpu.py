@@ -21,12 +21,13 @@ from jax import lax
 from pallas_kernels.row_blocks import (
     BLOCK,
     SWATH,
+    each_tile,
     fetch_shared,
-    fetch_steps,
+    fetch_tiles,
     launch,
-    my_visit,
     stage_barriers,
     store_range,
+    visit_of,
     visits,
 )
 
@@ -48,13 +49,14 @@ def fp8_grouped_matmul(
     rows, depth = lhs.shape
     groups, columns, _ = rhs.shape
     width = 2 if columns % (2 * BLOCK) == 0 else 1  # of a thread block, in blocks of columns
-    tiles = -(-(rows // BLOCK + groups) // SWATH) * SWATH
+    count = -(-(rows // BLOCK + groups) // SWATH) * SWATH
     cluster = 1 if interpret else 2  # the interpreter knows no clusters
     pad = ((0, -rows % BLOCK), (0, 0))
-    work = visits(group_sizes, tiles)
+    work = visits(group_sizes, count)
+    tiles = count // cluster * (columns // BLOCK // width)
     scales = jnp.swapaxes(jnp.pad(lhs_scales, pad), 0, 1)  # a step's scales are read together
     return plgpu.kernel(
-        functools.partial(_kernel, steps=depth // BLOCK, cluster=cluster, width=width),
+        functools.partial(_kernel, tiles=tiles, steps=depth // BLOCK, cluster=cluster, width=width),
         out_type=jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16),
         scratch_types=dict(
             x_smem=plgpu.SMEM((STAGES, BLOCK, BLOCK), lhs.dtype, transforms=_tiled()),
@@ -62,9 +64,7 @@ def fp8_grouped_matmul(
             out_smem=plgpu.SMEM((2, ROWS, BLOCK), jnp.bfloat16),
             **stage_barriers(STAGES, 1 + width, cluster),
         ),
-        grid=(tiles // SWATH, columns // BLOCK // width, SWATH // cluster),  # the last one runs fastest
-        grid_names=("swath", "column_block", "in_swath"),
-        **launch(cluster, interpret),
+        **launch(tiles, cluster, interpret),
     )(jnp.pad(lhs, pad), scales, rhs, rhs_scales, work)
 
 
@@ -74,33 +74,33 @@ def _tiled():
 
 def _kernel(
     x_gmem, scale_gmem, w_gmem, w_scale_gmem, work_gmem, out_gmem,
-    *, x_smem, w_smem, out_smem, ready, free, cluster_free, steps, cluster, width,
+    *, x_smem, w_smem, out_smem, ready, free, cluster_free, tiles, steps, cluster, width,
 ):  # fmt: skip
     warpgroup = lax.axis_index("warpgroup")
-    column_block = lax.axis_index("column_block") * width
-    group, block, lower, upper, shared = my_visit(work_gmem, cluster)
-    columns = [pl.ds((column_block + i) * BLOCK, BLOCK) for i in range(width)]
+    column_blocks = out_gmem.shape[1] // BLOCK // width
+    mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
 
-    def fetch(step, stage, arrived):
-        depth = pl.ds(step * BLOCK, BLOCK)
-        plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(block * BLOCK, BLOCK), depth], x_smem.at[stage], arrived)
-        for i in range(width):
-            fetch_shared(w_gmem.at[group, columns[i], depth], w_smem.at[stage, i], arrived, shared)
+    def prepare(tile):
+        column_block, group, block, lower, upper, shared = visit_of(tile, work_gmem, column_blocks, cluster)
 
-    @pl.when((lower < upper) & (warpgroup == 2))
-    def _fetch():
-        fetch_steps(steps, STAGES, shared, fetch, ready, free, cluster_free)
+        def fetch(step, stage, arrived):
+            depth = pl.ds(step * BLOCK, BLOCK)
+            plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(block * BLOCK, BLOCK), depth], x_smem.at[stage], arrived)
+            for i in range(width):
+                columns = pl.ds((column_block * width + i) * BLOCK, BLOCK)
+                fetch_shared(w_gmem.at[group, columns, depth], w_smem.at[stage, i], arrived, shared)
 
-    @pl.when((lower < upper) & (warpgroup < 2))
-    def _compute():
-        plgpu.set_max_registers(232, action="increase")
+        return jnp.where(lower < upper, steps, 0), shared, fetch
 
-        my_rows = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
+    def multiply(tile, _):
+        column_block, group, block, lower, upper, _ = visit_of(tile, work_gmem, column_blocks, cluster)
+        origin = block * BLOCK + warpgroup * ROWS
 
         def scales(step):
-            rows = pl.ds(block * BLOCK + warpgroup * ROWS, ROWS)
-            row = plgpu.load(scale_gmem.at[step, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-            return row, [w_scale_gmem[group, column_block + i, step] for i in range(width)]
+            row = plgpu.load(
+                scale_gmem.at[step, pl.ds(origin, ROWS)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
+            )
+            return row, [w_scale_gmem[group, column_block * width + i, step] for i in range(width)]
 
         def body(step, carry):
             accs, (row, w_scales) = carry
@@ -109,7 +109,7 @@ def _kernel(
             plgpu.barrier_wait(ready.at[stage])
 
             def product(ref, i):
-                plgpu.wgmma(ref, x_smem.at[stage, my_rows], w_smem.at[stage, i].transpose((1, 0)))
+                plgpu.wgmma(ref, x_smem.at[stage, mine], w_smem.at[stage, i].transpose((1, 0)))
                 return ref[...]
 
             sums = []
@@ -120,13 +120,23 @@ def _kernel(
                 sums.append(accs[i] + part * lax.broadcast_in_dim(row * w_scales[i], part.shape, [0]))
             return sums, following
 
-        zero = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), plgpu.Layout.WGMMA)
-        accs, _ = lax.fori_loop(0, steps, body, ([zero] * width, scales(0)))
-        origin = block * BLOCK + warpgroup * ROWS
-        bounds = [jnp.clip(x - warpgroup * ROWS, 0, ROWS) for x in (lower, upper)]
-        for acc, to in zip(accs, columns, strict=True):
-            out_smem[warpgroup] = acc.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            target = lambda rows, to=to: out_gmem.at[pl.ds(origin + rows.start, rows.size), to]
-            store_range(out_smem.at[warpgroup], target, *bounds)
-            plgpu.wait_smem_to_gmem(0)
+        @pl.when(lower < upper)
+        def _():
+            zero = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), plgpu.Layout.WGMMA)
+            accs, _ = lax.fori_loop(0, steps, body, ([zero] * width, scales(0)))
+            bounds = [jnp.clip(x - warpgroup * ROWS, 0, ROWS) for x in (lower, upper)]
+            for i, acc in enumerate(accs):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of what was stored before
+                out_smem[warpgroup] = acc.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                columns = pl.ds((column_block * width + i) * BLOCK, BLOCK)
+                target = lambda rows, to=columns: out_gmem.at[pl.ds(origin + rows.start, rows.size), to]
+                store_range(out_smem.at[warpgroup], target, *bounds)
+
+    pl.when(warpgroup == 2)(lambda: fetch_tiles(tiles, STAGES, prepare, ready, free, cluster_free))
+
+    @pl.when(warpgroup < 2)
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        each_tile(tiles, multiply)
+        plgpu.wait_smem_to_gmem(0)

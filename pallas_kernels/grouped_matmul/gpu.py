@@ -23,12 +23,13 @@ from jax import lax
 from pallas_kernels.row_blocks import (
     BLOCK,
     SWATH,
+    each_tile,
     fetch_shared,
-    fetch_steps,
+    fetch_tiles,
     launch,
-    my_visit,
     stage_barriers,
     store_range,
+    visit_of,
     visits,
 )
 
@@ -61,40 +62,52 @@ def product(
     cluster = 1 if interpret else 2  # the interpreter knows no clusters
     count = -(-(-(-rows // BLOCK) + rhs.shape[0]) // SWATH) * SWATH
     w_shape = (COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS)
+    tiles = count // cluster * (columns // COLUMNS)
     return plgpu.kernel(
-        functools.partial(_product, steps=depth // DEPTH, transposed=transposed, cluster=cluster),
+        functools.partial(_product, tiles=tiles, steps=depth // DEPTH, transposed=transposed, cluster=cluster),
         out_type=jax.ShapeDtypeStruct((rows, columns), lhs.dtype),
         scratch_types=_scratch((BLOCK, DEPTH), w_shape, cluster, copies=2),
-        grid=(count // SWATH, columns // COLUMNS, SWATH // cluster),  # the last one runs fastest
-        grid_names=("swath", "column_block", "in_swath"),
-        **launch(cluster, interpret),
+        **launch(tiles, cluster, interpret),
     )(jnp.pad(lhs, ((0, -rows % BLOCK), (0, 0))), rhs, visits(group_sizes, count))
 
 
-def _product(x_gmem, w_gmem, work_gmem, out_gmem, *, x_smem, w_smem, out_smem, steps, transposed, cluster, **barriers):
+def _product(
+    x_gmem, w_gmem, work_gmem, out_gmem, *, x_smem, w_smem, out_smem, tiles, steps, transposed, cluster, **barriers
+):
     warpgroup = lax.axis_index("warpgroup")
-    column = lax.axis_index("column_block") * COLUMNS
-    group, block, lower, upper, shared = my_visit(work_gmem, cluster)
-
-    def fetch(step, stage, ready):
-        depth, columns = pl.ds(step * DEPTH, DEPTH), pl.ds(column, COLUMNS)
-        w = w_gmem.at[group, columns, depth] if transposed else w_gmem.at[group, depth, columns]
-        plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(block * BLOCK, BLOCK), depth], x_smem.at[stage], ready)
-        fetch_shared(w, w_smem.at[stage], ready, shared)
-
+    column_blocks = out_gmem.shape[1] // COLUMNS
     mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
 
-    def multiply(acc, step, stage):
-        w = w_smem.at[stage].transpose((1, 0)) if transposed else w_smem.at[stage]
-        plgpu.wgmma(acc, x_smem.at[stage, mine], w)
+    def prepare(tile):
+        column_block, group, block, lower, upper, shared = visit_of(tile, work_gmem, column_blocks, cluster)
 
-    def store(half, columns):
-        bounds = [jnp.clip(x - warpgroup * ROWS, 0, ROWS) for x in (lower, upper)]
-        first = block * BLOCK + warpgroup * ROWS
-        target = lambda rows: out_gmem.at[pl.ds(first + rows.start, rows.size), pl.ds(column + columns.start, half)]
-        store_range(out_smem.at[warpgroup], target, *bounds)
+        def fetch(step, stage, ready):
+            depth, columns = pl.ds(step * DEPTH, DEPTH), pl.ds(column_block * COLUMNS, COLUMNS)
+            w = w_gmem.at[group, columns, depth] if transposed else w_gmem.at[group, depth, columns]
+            plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(block * BLOCK, BLOCK), depth], x_smem.at[stage], ready)
+            fetch_shared(w, w_smem.at[stage], ready, shared)
 
-    pl.when(lower < upper)(lambda: _run(steps, shared, fetch, multiply, store, out_smem, **barriers))
+        return jnp.where(lower < upper, steps, 0), shared, fetch
+
+    def multiply(tile):
+        column_block, _, block, lower, upper, _ = visit_of(tile, work_gmem, column_blocks, cluster)
+
+        def step(acc, _, stage):
+            w = w_smem.at[stage].transpose((1, 0)) if transposed else w_smem.at[stage]
+            plgpu.wgmma(acc, x_smem.at[stage, mine], w)
+
+        def store(columns):
+            bounds = [jnp.clip(x - warpgroup * ROWS, 0, ROWS) for x in (lower, upper)]
+            first, columns = (
+                block * BLOCK + warpgroup * ROWS,
+                pl.ds(column_block * COLUMNS + columns.start, columns.size),
+            )
+            target = lambda rows: out_gmem.at[pl.ds(first + rows.start, rows.size), columns]
+            store_range(out_smem.at[warpgroup], target, *bounds)
+
+        return jnp.where(lower < upper, steps, 0), lower < upper, step, store
+
+    _run(tiles, prepare, multiply, out_smem, **barriers)
 
 
 def matrix_gradient(
@@ -121,47 +134,61 @@ def matrix_gradient(
     ends = jnp.cumsum(group_sizes)
     spans = jnp.stack([ends - group_sizes, ends], axis=1).astype(jnp.int32)
     pad = lambda a: jnp.pad(a, ((0, -rows % DEPTH), (0, 0)))
+    tiles = groups * (columns // COLUMNS) * (depth // BLOCK // cluster)
     return plgpu.kernel(
-        functools.partial(_matrix_gradient, cluster=cluster),
+        functools.partial(_matrix_gradient, tiles=tiles, cluster=cluster),
         out_type=jax.ShapeDtypeStruct((groups, depth, columns), lhs.dtype),
         scratch_types=_scratch((2, DEPTH, ROWS), (DEPTH, COLUMNS), cluster, copies=3),
-        grid=(groups, columns // COLUMNS, depth // BLOCK // cluster),
-        grid_names=("group", "column_block", "row_block"),
-        **launch(cluster, interpret),
+        **launch(tiles, cluster, interpret),
     )(pad(lhs), pad(dout), spans)
 
 
-def _matrix_gradient(x_gmem, dy_gmem, span_gmem, out_gmem, *, x_smem, w_smem, out_smem, cluster, **barriers):
-    warpgroup, group = lax.axis_index("warpgroup"), lax.axis_index("group")
-    row = (lax.axis_index("row_block") * cluster + lax.axis_index("cluster")) * BLOCK
-    column = lax.axis_index("column_block") * COLUMNS
-    begin, end = span_gmem[group, 0], span_gmem[group, 1]
-    first = begin // DEPTH  # of the blocks of rows, each a step of the contraction
-    steps = jnp.where(begin < end, (end + DEPTH - 1) // DEPTH - first, 0)
+def _matrix_gradient(x_gmem, dy_gmem, span_gmem, out_gmem, *, x_smem, w_smem, out_smem, tiles, cluster, **barriers):
+    warpgroup = lax.axis_index("warpgroup")
+    _, depth, columns = out_gmem.shape
+    row_blocks, column_blocks = depth // BLOCK // cluster, columns // COLUMNS
 
-    def fetch(step, stage, ready):
-        depth = pl.ds((first + step) * DEPTH, DEPTH)
-        for w in range(2):
-            plgpu.copy_gmem_to_smem(x_gmem.at[depth, pl.ds(row + w * ROWS, ROWS)], x_smem.at[stage, w], ready)
-        fetch_shared(dy_gmem.at[depth, pl.ds(column, COLUMNS)], w_smem.at[stage], ready, cluster > 1)
+    def place(tile):
+        group, rest = tile // (row_blocks * column_blocks), lax.rem(tile, row_blocks * column_blocks)
+        row = (lax.rem(rest, row_blocks) * cluster + lax.axis_index("cluster")) * BLOCK
+        begin, end = span_gmem[group, 0], span_gmem[group, 1]
+        first = begin // DEPTH  # of the blocks of rows, each a step of the contraction
+        steps = jnp.where(begin < end, (end + DEPTH - 1) // DEPTH - first, 0)
+        return group, row, rest // row_blocks * COLUMNS, begin, end, first, steps
 
-    def multiply(acc, step, stage):
-        x = x_smem.at[stage, warpgroup]
-        position = (first + step) * DEPTH
+    def prepare(tile):
+        _, row, column, _, _, first, steps = place(tile)
 
-        @pl.when((position < begin) | (position + DEPTH > end))
-        def _():  # rows of other groups add nothing
-            index = position + plgpu.broadcasted_iota(jnp.int32, (DEPTH, ROWS), 0, layout=plgpu.Layout.WGMMA)
-            x[...] = jnp.where((index >= begin) & (index < end), plgpu.load(x, layout=plgpu.Layout.WGMMA), 0)
-            plgpu.commit_smem()
+        def fetch(step, stage, ready):
+            depth = pl.ds((first + step) * DEPTH, DEPTH)
+            for w in range(2):
+                plgpu.copy_gmem_to_smem(x_gmem.at[depth, pl.ds(row + w * ROWS, ROWS)], x_smem.at[stage, w], ready)
+            fetch_shared(dy_gmem.at[depth, pl.ds(column, COLUMNS)], w_smem.at[stage], ready, cluster > 1)
 
-        plgpu.wgmma(acc, x.transpose((1, 0)), w_smem.at[stage])
+        return steps, cluster > 1, fetch
 
-    def store(half, columns):
-        target = out_gmem.at[group, pl.ds(row + warpgroup * ROWS, ROWS), pl.ds(column + columns.start, half)]
-        plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], target)
+    def multiply(tile):
+        group, row, column, begin, end, first, steps = place(tile)
 
-    _run(steps, cluster > 1, fetch, multiply, store, out_smem, **barriers)
+        def step(acc, i, stage):
+            x = x_smem.at[stage, warpgroup]
+            position = (first + i) * DEPTH
+
+            @pl.when((position < begin) | (position + DEPTH > end))
+            def _():  # rows of other groups add nothing
+                index = position + plgpu.broadcasted_iota(jnp.int32, (DEPTH, ROWS), 0, layout=plgpu.Layout.WGMMA)
+                x[...] = jnp.where((index >= begin) & (index < end), plgpu.load(x, layout=plgpu.Layout.WGMMA), 0)
+                plgpu.commit_smem()
+
+            plgpu.wgmma(acc, x.transpose((1, 0)), w_smem.at[stage])
+
+        def store(columns):
+            to = out_gmem.at[group, pl.ds(row + warpgroup * ROWS, ROWS), pl.ds(column + columns.start, columns.size)]
+            plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], to)
+
+        return steps, True, step, store
+
+    _run(tiles, prepare, multiply, out_smem, **barriers)
 
 
 def _scratch(x_shape: tuple[int, ...], w_shape: tuple[int, ...], cluster: int, copies: int) -> dict:
@@ -173,48 +200,47 @@ def _scratch(x_shape: tuple[int, ...], w_shape: tuple[int, ...], cluster: int, c
     )
 
 
-def _run(
-    steps: jax.Array | int,
-    shared: jax.Array | bool,
-    fetch: Callable,
-    multiply: Callable,
-    store: Callable,
-    out_smem,
-    *,
-    ready,
-    free,
-    cluster_free,
-) -> None:
-    """The product of one thread block: `multiply(acc, step, stage)` for each step that `fetch` has brought.
+def _run(tiles: int, prepare: Callable, multiply: Callable, out_smem, *, ready, free, cluster_free) -> None:
+    """A thread block's tiles.
 
-    `store(half, columns)` writes `out_smem` of a warpgroup, half of its columns.
+    `prepare` is as in `fetch_tiles`. `multiply(tile)` gives the number of steps, whether there is anything to store, a
+    function `(acc, step, stage)` that multiplies what has been fetched, and one that stores `out_smem` as the tile's
+    columns of a slice.
     """
     warpgroup = lax.axis_index("warpgroup")
-    pl.when(warpgroup == 2)(lambda: fetch_steps(steps, STAGES, shared, fetch, ready, free, cluster_free))
+    pl.when(warpgroup == 2)(lambda: fetch_tiles(tiles, STAGES, prepare, ready, free, cluster_free))
+
+    def one(tile, _):
+        steps, busy, step, store = multiply(tile)
+
+        def accumulate(acc):
+            @pl.loop(0, steps)
+            def _(i):
+                stage = lax.rem(i, STAGES)
+                plgpu.barrier_wait(ready.at[stage])
+                step(acc, i, stage)
+                plgpu.wgmma_wait(1)  # the step before is done, this one runs on
+                pl.when(i > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(i - 1, STAGES)]))
+
+            return acc[...]
+
+        def result():
+            acc = pl.run_scoped(accumulate, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
+            pl.when(steps > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(steps - 1, STAGES)]))
+            half = COLUMNS // 2
+            for start in (0, half):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of what was stored before
+                out_smem[warpgroup] = acc[:, start : start + half].astype(out_smem.dtype)
+                plgpu.commit_smem()
+                store(pl.ds(start, half))
+
+        pl.when(busy)(result)
 
     @pl.when(warpgroup < 2)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-
-        def accumulate(acc):
-            @pl.loop(0, steps)
-            def _(step):
-                stage = lax.rem(step, STAGES)
-                plgpu.barrier_wait(ready.at[stage])
-                multiply(acc, step, stage)
-                plgpu.wgmma_wait(1)  # the step before is done, this one runs on
-                pl.when(step > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(step - 1, STAGES)]))
-
-            return acc[...]
-
-        acc = pl.run_scoped(accumulate, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
-        pl.when(steps > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(steps - 1, STAGES)]))
-        half = COLUMNS // 2
-        for start in (0, half):
-            out_smem[warpgroup] = acc[:, start : start + half].astype(out_smem.dtype)
-            plgpu.commit_smem()
-            store(half, slice(start, start + half))
-            plgpu.wait_smem_to_gmem(0)
+        each_tile(tiles, one)
+        plgpu.wait_smem_to_gmem(0)
 
 
 @jax.custom_vjp
