@@ -19,6 +19,7 @@ from jax import lax
 BLOCK = 128
 """Rows of a block; blocks start at its multiples, as the copy engine wants."""
 MULTIPROCESSORS = 132
+L2_BYTES = 50 << 20
 SWATH = 8
 """Row blocks that run side by side, so that they share the columns' matrix blocks in L2."""
 
@@ -48,26 +49,62 @@ def visits(group_sizes: jax.Array, count: int) -> jax.Array:
     return jnp.stack([group, block, lower, upper], axis=1).astype(jnp.int32)
 
 
-def store_range(source, target, lower: jax.Array, upper: jax.Array) -> None:
-    """Starts copying rows [lower, upper) of `source` (shared memory) to the same rows of `target`.
+def staging(rows: int, columns: int) -> list[plgpu.RefUnion]:
+    """Shared memory in which each warpgroup's results wait to be stored: see `store_rows`."""
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    array = functools.partial(plgpu.SMEM, (rows, columns), jnp.bfloat16)
+    return [plgpu.RefUnion(array(transforms=tiled), array()) for _ in range(2)]
 
-    Copies have fixed lengths: they go in runs of 64, 32, ... 1 rows. `target` is a function of a slice of rows.
+
+def store_rows(staged, values: jax.Array, target: Callable, span: tuple[jax.Array, jax.Array] | None = None) -> None:
+    """Starts storing a warpgroup's values, (rows, columns), or the rows of a span [lower, upper), by way of `staging`.
+
+    `target` is a function of a slice of rows. All rows go at once, from an arrangement without bank conflicts. That one
+    can't be cut between rows: a part of them goes from a plain one, in runs of 32, 16, ... 1, as copies have fixed
+    lengths.
     """
-    length, done = upper - lower, lower
-    for bit in reversed(range(source.shape[0].bit_length())):
-        run = 1 << bit
+    rows = values.shape[0]
+    lower, upper = span or (0, rows)
+    length = upper - lower
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # for what was stored before
 
-        @pl.when((length & run) != 0)
-        def _(run=run, done=done):
-            plgpu.copy_smem_to_gmem(source.at[pl.ds(done, run)], target(pl.ds(done, run)))
+    def store_all(tiled):
+        tiled[...] = values
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tiled, target(pl.ds(0, rows)))
 
-        done += length & run
+    def store_some(plain):
+        plain[...] = values
+        plgpu.commit_smem()
+        done = lower
+        for bit in reversed(range((rows - 1).bit_length())):
+            run = 1 << bit
+
+            @pl.when((length & run) != 0)
+            def _(run=run, done=done):
+                plgpu.copy_smem_to_gmem(plain.at[pl.ds(done, run)], target(pl.ds(done, run)))
+
+            done += length & run
+
+    for w, (tiled, plain) in enumerate(staged):
+        mine = lax.axis_index("warpgroup") == w
+        if span is None:
+            pl.when(mine)(functools.partial(store_all, tiled))
+        else:
+            pl.when(mine & (length == rows))(functools.partial(store_all, tiled))
+            pl.when(mine & (length < rows))(functools.partial(store_some, plain))
 
 
-def launch(tiles: int, cluster: int, interpret: plgpu.InterpretGPUParams | None) -> dict:
-    """How the kernels are launched: as many clusters as the device holds, each for its share of the tiles."""
+def launch(tiles: int, matrix_bytes: int, cluster: int, interpret: plgpu.InterpretGPUParams | None) -> dict:
+    """How the kernels are launched.
+
+    With as many clusters as the device holds, each for its share of the tiles, a tile is written while the next is
+    fetched. But clusters drift apart, and with them their places in the matrix of their group: that costs more unless
+    the matrix, of `matrix_bytes`, stays in L2. Else there is a cluster a tile.
+    """
+    stays = matrix_bytes < L2_BYTES // 2
     return dict(
-        grid=(min(tiles, MULTIPROCESSORS // cluster),),
+        grid=(min(tiles, MULTIPROCESSORS // cluster) if stays else tiles,),
         grid_names=("worker",),
         cluster=(cluster,),
         cluster_names=("cluster",),

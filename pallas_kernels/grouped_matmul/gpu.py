@@ -28,7 +28,8 @@ from pallas_kernels.row_blocks import (
     fetch_tiles,
     launch,
     stage_barriers,
-    store_range,
+    staging,
+    store_rows,
     visit_of,
     visits,
 )
@@ -67,7 +68,7 @@ def product(
         functools.partial(_product, tiles=tiles, steps=depth // DEPTH, transposed=transposed, cluster=cluster),
         out_type=jax.ShapeDtypeStruct((rows, columns), lhs.dtype),
         scratch_types=_scratch((BLOCK, DEPTH), w_shape, cluster, copies=2),
-        **launch(tiles, cluster, interpret),
+        **launch(tiles, 2 * depth * columns, cluster, interpret),
     )(jnp.pad(lhs, ((0, -rows % BLOCK), (0, 0))), rhs, visits(group_sizes, count))
 
 
@@ -96,18 +97,18 @@ def _product(
             w = w_smem.at[stage].transpose((1, 0)) if transposed else w_smem.at[stage]
             plgpu.wgmma(acc, x_smem.at[stage, mine], w)
 
-        def store(columns):
-            bounds = [jnp.clip(x - warpgroup * ROWS, 0, ROWS) for x in (lower, upper)]
+        def store(values, columns):
+            span = jnp.clip(lower - warpgroup * ROWS, 0, ROWS), jnp.clip(upper - warpgroup * ROWS, 0, ROWS)
             first, columns = (
                 block * BLOCK + warpgroup * ROWS,
                 pl.ds(column_block * COLUMNS + columns.start, columns.size),
             )
             target = lambda rows: out_gmem.at[pl.ds(first + rows.start, rows.size), columns]
-            store_range(out_smem.at[warpgroup], target, *bounds)
+            store_rows(out_smem, values, target, span)
 
         return jnp.where(lower < upper, steps, 0), lower < upper, step, store
 
-    _run(tiles, prepare, multiply, out_smem, **barriers)
+    _run(tiles, prepare, multiply, **barriers)
 
 
 def matrix_gradient(
@@ -139,7 +140,7 @@ def matrix_gradient(
         functools.partial(_matrix_gradient, tiles=tiles, cluster=cluster),
         out_type=jax.ShapeDtypeStruct((groups, depth, columns), lhs.dtype),
         scratch_types=_scratch((2, DEPTH, ROWS), (DEPTH, COLUMNS), cluster, copies=3),
-        **launch(tiles, cluster, interpret),
+        **launch(tiles, 2 * depth * columns, cluster, interpret),
     )(pad(lhs), pad(dout), spans)
 
 
@@ -182,30 +183,31 @@ def _matrix_gradient(x_gmem, dy_gmem, span_gmem, out_gmem, *, x_smem, w_smem, ou
 
             plgpu.wgmma(acc, x.transpose((1, 0)), w_smem.at[stage])
 
-        def store(columns):
-            to = out_gmem.at[group, pl.ds(row + warpgroup * ROWS, ROWS), pl.ds(column + columns.start, columns.size)]
-            plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], to)
+        def store(values, columns):
+            columns = pl.ds(column + columns.start, columns.size)
+            target = lambda rows: out_gmem.at[group, pl.ds(row + warpgroup * ROWS + rows.start, rows.size), columns]
+            store_rows(out_smem, values, target)
 
         return steps, True, step, store
 
-    _run(tiles, prepare, multiply, out_smem, **barriers)
+    _run(tiles, prepare, multiply, **barriers)
 
 
 def _scratch(x_shape: tuple[int, ...], w_shape: tuple[int, ...], cluster: int, copies: int) -> dict:
     return dict(
         x_smem=plgpu.SMEM((STAGES, *x_shape), jnp.bfloat16, transforms=TILED),
         w_smem=plgpu.SMEM((STAGES, *w_shape), jnp.bfloat16, transforms=TILED),
-        out_smem=plgpu.SMEM((2, ROWS, COLUMNS // 2), jnp.bfloat16),
+        out_smem=staging(ROWS, COLUMNS // 2),
         **stage_barriers(STAGES, copies, cluster),
     )
 
 
-def _run(tiles: int, prepare: Callable, multiply: Callable, out_smem, *, ready, free, cluster_free) -> None:
+def _run(tiles: int, prepare: Callable, multiply: Callable, *, ready, free, cluster_free) -> None:
     """A thread block's tiles.
 
     `prepare` is as in `fetch_tiles`. `multiply(tile)` gives the number of steps, whether there is anything to store, a
-    function `(acc, step, stage)` that multiplies what has been fetched, and one that stores `out_smem` as the tile's
-    columns of a slice.
+    function `(acc, step, stage)` that multiplies what has been fetched, and one that stores values as a slice of the
+    tile's columns.
     """
     warpgroup = lax.axis_index("warpgroup")
     pl.when(warpgroup == 2)(lambda: fetch_tiles(tiles, STAGES, prepare, ready, free, cluster_free))
@@ -229,10 +231,7 @@ def _run(tiles: int, prepare: Callable, multiply: Callable, out_smem, *, ready, 
             pl.when(steps > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(steps - 1, STAGES)]))
             half = COLUMNS // 2
             for start in (0, half):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of what was stored before
-                out_smem[warpgroup] = acc[:, start : start + half].astype(out_smem.dtype)
-                plgpu.commit_smem()
-                store(pl.ds(start, half))
+                store(acc[:, start : start + half].astype(jnp.bfloat16), pl.ds(start, half))
 
         pl.when(busy)(result)
 

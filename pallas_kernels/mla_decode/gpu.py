@@ -115,18 +115,18 @@ def _scratch(cluster: int) -> dict:
         q_ready=plgpu.Barrier(),
         half_ready=plgpu.Barrier(num_barriers=4),
         rope_ready=plgpu.Barrier(num_barriers=2),
-        page_free=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        half_free=plgpu.Barrier(num_barriers=4),
         top_ready=plgpu.Barrier(num_barriers=2),
         weights_ready=plgpu.Barrier(num_barriers=2),
         sums_ready=plgpu.Barrier(num_arrivals=2),
-        cluster_free=plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=2) if cluster > 1 else None,
+        cluster_free=plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=4) if cluster > 1 else None,
     )
 
 
 def _kernel(
     q_gmem, latent_gmem, rope_gmem, table_gmem, lengths_gmem, work_gmem,
     out_gmem, lse_gmem, partial_out_gmem, partial_lse_gmem,
-    *, q_smem, halves, ropes, row_smem, sum_smem, q_ready, half_ready, rope_ready, page_free, top_ready, weights_ready,
+    *, q_smem, halves, ropes, row_smem, sum_smem, q_ready, half_ready, rope_ready, half_free, top_ready, weights_ready,
     sums_ready,
     cluster_free,
     tokens, heads, scale, rope_column, cluster, hardware,
@@ -145,8 +145,8 @@ def _kernel(
         collective = dict(collective_axes="cluster") if cluster > 1 else {}
 
         def released(i):
-            plgpu.barrier_wait(page_free.at[i])
-            if cluster > 1:  # a page goes to all blocks of the cluster, so all must be done with its predecessor
+            plgpu.barrier_wait(half_free.at[i])
+            if cluster > 1:  # half a page goes to all blocks of the cluster, so all must be done with its predecessor
                 plgpu.barrier_arrive(cluster_free.at[i])
                 plgpu.barrier_wait(cluster_free.at[i])
 
@@ -155,15 +155,16 @@ def _kernel(
             for i in range(2):
                 # A piece of odd length has its last page twice; the second is masked out whole.
                 page = table_gmem[sequence, jnp.minimum(begin + 2 * pair + i, end - 1)]
-                pl.when(pair > 0)(lambda i=i: released(i))
                 fetch = functools.partial(plgpu.copy_gmem_to_smem, **collective)
-                fetch(rope_gmem.at[page, :, pl.ds(rope_column, ROPE)], ropes.at[i], rope_ready.at[i])
                 for h in range(2):
+                    pl.when(pair > 0)(functools.partial(released, 2 * i + h))
                     fetch(latent_gmem.at[page, :, pl.ds(h * HALF, HALF)], halves.at[i, h], half_ready.at[2 * i + h])
+                # The probabilities of the page before lay here, for both warpgroups.
+                fetch(rope_gmem.at[page, :, pl.ds(rope_column, ROPE)], ropes.at[i], rope_ready.at[i])
 
         @pl.when(pairs > 0)  # a block must not end while its neighbour may still signal it
         def _drain():
-            for i in range(2):
+            for i in range(4):
                 released(i)
 
     def compute(mine: int):
@@ -179,9 +180,6 @@ def _kernel(
             """The scaled scores of my page, which starts at position `first`."""
 
             def product(ref):
-                plgpu.barrier_wait(rope_ready.at[mine])
-                plgpu.wgmma(ref, q_smem.at[:, pl.ds(RANK, ROPE)], ropes.at[mine].transpose((1, 0)))
-
                 # A loop, and one whose length the compiler can't see: unrolled, its many matrix descriptors would be
                 # hoisted out of the loop over pages, spill, and be reloaded between the wgmmas.
                 @pl.loop(0, jnp.minimum(end - begin + 1, 2))
@@ -190,6 +188,8 @@ def _kernel(
                     q_half = q_smem.at[:, pl.ds(pl.multiple_of(h * HALF, HALF), HALF)]
                     plgpu.wgmma(ref, q_half, halves.at[mine, h].transpose((1, 0)))
 
+                plgpu.barrier_wait(rope_ready.at[mine])
+                plgpu.wgmma(ref, q_smem.at[:, pl.ds(RANK, ROPE)], ropes.at[mine].transpose((1, 0)))
                 return ref[...]
 
             scores = pl.run_scoped(product, plgpu.ACC((ROWS, PAGE), jnp.float32)) * (scale * LOG2E)
@@ -202,7 +202,9 @@ def _kernel(
             return jnp.where(visible, scores, -jnp.inf)
 
         def accumulate(acc, i, first, masked, meanwhile, weights=None):
-            """Adds page i's share to my columns, and gives the page back. Calls `meanwhile` while the wgmmas run.
+            """Adds page i's share to my columns, and gives my half of the page back.
+
+            Calls `meanwhile` while the wgmmas run.
 
             The probabilities come from registers if these are given, else from shared memory.
             """
@@ -225,7 +227,7 @@ def _kernel(
                 acc = pl.run_state(product)(plgpu.ACC.init(acc))
             else:  # the interpreter knows no accumulator with a start value
                 acc += pl.run_scoped(value, plgpu.ACC((ROWS, HALF), jnp.float32))
-            plgpu.barrier_arrive(page_free.at[i])
+            plgpu.barrier_arrive(half_free.at[2 * i + mine])
             return acc
 
         def body(pair, carry, masked):
