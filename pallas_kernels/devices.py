@@ -23,7 +23,7 @@ def require_hopper(kernel: str) -> None:
 
 
 def require_tpu(kernel: str) -> None:
-    """Raises ValueError unless the target is a TPU that the kernels are compiled for in the tests."""
+    """Raises ValueError unless the target is a TPU of a kind that the kernels are compiled for in the tests."""
     platform, kind = _target()
     if platform != "tpu" or kind not in TPUS:
         raise ValueError(f"{kernel} for TPUs needs one of {', '.join(TPUS)}, but the device is {kind}")

@@ -19,7 +19,6 @@ from jax import lax
 BLOCK = 128
 """Rows of a block; blocks start at its multiples, as the copy engine wants."""
 MULTIPROCESSORS = 132
-L2_BYTES = 50 << 20
 SWATH = 8
 """Row blocks that run side by side, so that they share the columns' matrix blocks in L2."""
 
@@ -95,16 +94,15 @@ def store_rows(staged, values: jax.Array, target: Callable, span: tuple[jax.Arra
             pl.when(mine & (length < rows))(functools.partial(store_some, plain))
 
 
-def launch(tiles: int, matrix_bytes: int, cluster: int, interpret: plgpu.InterpretGPUParams | None) -> dict:
-    """How the kernels are launched.
+def launch(
+    tiles: int, cluster: int, interpret: plgpu.InterpretGPUParams | None, workers: int = MULTIPROCESSORS
+) -> dict:
+    """How the kernels are launched: by default with as many thread blocks as the device holds at a time.
 
-    With as many clusters as the device holds, each for its share of the tiles, a tile is written while the next is
-    fetched. But clusters drift apart, and with them their places in the matrix of their group: that costs more unless
-    the matrix, of `matrix_bytes`, stays in L2. Else there is a cluster a tile.
+    Each cluster then has its share of the tiles, and a tile is written while the next is fetched.
     """
-    stays = matrix_bytes < L2_BYTES // 2
     return dict(
-        grid=(min(tiles, MULTIPROCESSORS // cluster) if stays else tiles,),
+        grid=(min(tiles, workers // cluster),),
         grid_names=("worker",),
         cluster=(cluster,),
         cluster_names=("cluster",),

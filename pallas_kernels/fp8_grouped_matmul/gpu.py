@@ -20,7 +20,7 @@ from jax import lax
 
 from pallas_kernels.row_blocks import (
     BLOCK,
-    L2_BYTES,
+    MULTIPROCESSORS,
     SWATH,
     each_tile,
     fetch_shared,
@@ -50,9 +50,10 @@ def fp8_grouped_matmul(
     """See `api.fp8_grouped_matmul`. `interpret` runs it on a CPU, slowly."""
     rows, depth = lhs.shape
     groups, columns, _ = rhs.shape
-    matrix_bytes = depth * columns
-    # Of a thread block, in blocks of columns. Matrices that don't stay in L2 were faster with one.
-    width = 2 if columns % (2 * BLOCK) == 0 and matrix_bytes < L2_BYTES // 2 else 1
+    # Wide tiles, and thread blocks that stay, suit matrices that stay in L2. With others, thread blocks that drift apart
+    # lost more than that gains (measured on an H100): for them there are narrow tiles, and a thread block each.
+    stays = depth * columns < 25 << 20
+    width = 2 if columns % (2 * BLOCK) == 0 and stays else 1  # of a tile, in blocks of columns
     count = -(-(rows // BLOCK + groups) // SWATH) * SWATH
     cluster = 1 if interpret else 2  # the interpreter knows no clusters
     pad = ((0, -rows % BLOCK), (0, 0))
@@ -68,7 +69,7 @@ def fp8_grouped_matmul(
             out_smem=staging(ROWS, BLOCK),
             **stage_barriers(STAGES, 1 + width, cluster),
         ),
-        **launch(tiles, matrix_bytes, cluster, interpret),
+        **launch(tiles, cluster, interpret, workers=MULTIPROCESSORS if stays else tiles * cluster),
     )(jnp.pad(lhs, pad), scales, rhs, rhs_scales, work)
 
 

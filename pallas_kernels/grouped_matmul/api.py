@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels.devices import require_hopper
+from pallas_kernels.devices import require_hopper, require_tpu
 from pallas_kernels.grouped_matmul import cpu, gpu, library, reference
 
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
@@ -27,8 +27,8 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
       rhs: (G, K, N), one matrix a group, of `lhs`'s dtype.
       group_sizes: (G,) int32, rows of each group; they sum to at most M.
       implementation: "reference" (plain, G times the work), "ragged" (`jax.lax.ragged_dot`), "blocked" (CPUs), "gpu"
-        (our own for Hopper: bfloat16, K and N multiples of 256) or "tokamax" (GPUs and TPUs: bfloat16, K and N
-        multiples of 64).
+        (our own for Hopper: bfloat16, K and N multiples of 256) or "tokamax" (TPUs: bfloat16, K and N multiples of
+        64).
 
     Returns:
       (M, N) of `lhs`'s dtype. Rows past the last group are zero.
@@ -39,6 +39,8 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
     _check(lhs, rhs, group_sizes, implementation)
     if implementation == "gpu":
         require_hopper("grouped_matmul")
+    if implementation == "tokamax":  # on Hopper its gradient of the matrices was wrong: see README.md
+        require_tpu("grouped_matmul by tokamax")
     return IMPLEMENTATIONS[implementation](lhs, rhs, group_sizes)
 
 

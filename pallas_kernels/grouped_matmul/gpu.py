@@ -68,7 +68,7 @@ def product(
         functools.partial(_product, tiles=tiles, steps=depth // DEPTH, transposed=transposed, cluster=cluster),
         out_type=jax.ShapeDtypeStruct((rows, columns), lhs.dtype),
         scratch_types=_scratch((BLOCK, DEPTH), w_shape, cluster, copies=2),
-        **launch(tiles, 2 * depth * columns, cluster, interpret),
+        **launch(tiles, cluster, interpret),
     )(jnp.pad(lhs, ((0, -rows % BLOCK), (0, 0))), rhs, visits(group_sizes, count))
 
 
@@ -140,7 +140,7 @@ def matrix_gradient(
         functools.partial(_matrix_gradient, tiles=tiles, cluster=cluster),
         out_type=jax.ShapeDtypeStruct((groups, depth, columns), lhs.dtype),
         scratch_types=_scratch((2, DEPTH, ROWS), (DEPTH, COLUMNS), cluster, copies=3),
-        **launch(tiles, 2 * depth * columns, cluster, interpret),
+        **launch(tiles, cluster, interpret),
     )(pad(lhs), pad(dout), spans)
 
 

@@ -116,7 +116,6 @@ def _scratch(cluster: int) -> dict:
         half_ready=plgpu.Barrier(num_barriers=4),
         rope_ready=plgpu.Barrier(num_barriers=2),
         half_free=plgpu.Barrier(num_barriers=4),
-        top_ready=plgpu.Barrier(num_barriers=2),
         weights_ready=plgpu.Barrier(num_barriers=2),
         sums_ready=plgpu.Barrier(num_arrivals=2),
         cluster_free=plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=4) if cluster > 1 else None,
@@ -126,8 +125,7 @@ def _scratch(cluster: int) -> dict:
 def _kernel(
     q_gmem, latent_gmem, rope_gmem, table_gmem, lengths_gmem, work_gmem,
     out_gmem, lse_gmem, partial_out_gmem, partial_lse_gmem,
-    *, q_smem, halves, ropes, row_smem, sum_smem, q_ready, half_ready, rope_ready, half_free, top_ready, weights_ready,
-    sums_ready,
+    *, q_smem, halves, ropes, row_smem, sum_smem, q_ready, half_ready, rope_ready, half_free, weights_ready, sums_ready,
     cluster_free,
     tokens, heads, scale, rope_column, cluster, hardware,
 ):  # fmt: skip
@@ -173,7 +171,7 @@ def _kernel(
         stop = jnp.minimum(length, end * PAGE)
         other = 1 - mine
         columns = pl.ds(mine * HALF, HALF)
-        shared_weights = ropes  # see above
+        weights = ropes  # see above
         row_layout = plgpu.Layout.WGMMA.reduce(1)
 
         def score(first, masked):
@@ -201,13 +199,26 @@ def _kernel(
                 visible &= position < length - tokens + 1 + (row + _iota(0)) // heads
             return jnp.where(visible, scores, -jnp.inf)
 
-        def accumulate(acc, i, first, masked, meanwhile, weights=None):
-            """Adds page i's share to my columns, and gives my half of the page back.
+        def weigh(scores, m):
+            """Hands my page's probabilities, relative to the maximum `m`, to both warpgroups; returns their sums."""
+            p = jnp.exp2(scores - lax.broadcast_in_dim(m, scores.shape, [0]))
+            row_smem[mine] = m
+            plgpu.commit_smem()  # no warp's wgmma reads the rope keys any more
+            weights[mine] = p.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(weights_ready.at[mine])
+            return jnp.sum(p, axis=1)
 
-            Calls `meanwhile` while the wgmmas run.
+        def receive():
+            """Awaits the other page and its probabilities; returns the maximum that they are relative to."""
+            plgpu.barrier_wait(rope_ready.at[other])
+            for h in range(2):
+                plgpu.barrier_wait(half_ready.at[2 * other + h])
+            plgpu.barrier_wait(weights_ready.at[other])
+            return plgpu.load(row_smem.at[other], layout=row_layout)
 
-            The probabilities come from registers if these are given, else from shared memory.
-            """
+        def accumulate(acc, alpha, i, first, masked, meanwhile=lambda: None):
+            """Adds page i's share to my columns, and gives my half back. Calls `meanwhile` while the wgmmas run."""
             if masked:  # slots past the end may hold anything, and 0 * NaN is NaN
                 for c in range(HALF // 64):
                     block = halves.at[i, mine, :, pl.ds(c * 64, 64)]
@@ -215,7 +226,7 @@ def _kernel(
                 plgpu.commit_smem()
 
             def product(ref):
-                plgpu.wgmma(ref, shared_weights.at[i] if weights is None else weights, halves.at[i, mine])
+                plgpu.wgmma(ref, weights.at[i], halves.at[i, mine])
                 meanwhile()
                 plgpu.wgmma_wait(0)
 
@@ -223,6 +234,7 @@ def _kernel(
                 product(ref)
                 return ref[...]
 
+            acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
             if hardware:
                 acc = pl.run_state(product)(plgpu.ACC.init(acc))
             else:  # the interpreter knows no accumulator with a start value
@@ -244,40 +256,17 @@ def _kernel(
                 """My page: its scores, its probabilities, its share."""
                 scores = score(first + mine * PAGE, masked)
                 new_m = jnp.maximum(m, jnp.max(scores, axis=1))
-                row_smem[mine] = new_m
-                plgpu.commit_smem()  # and no warp's wgmma reads the rope keys any more
-                plgpu.barrier_arrive(top_ready.at[mine])
                 change = jnp.exp2(m - new_m)
-                acc = acc * lax.broadcast_in_dim(change, acc.shape, [0])
-                p = jnp.exp2(scores - lax.broadcast_in_dim(new_m, scores.shape, [0]))
-                weights = p.astype(jnp.bfloat16)
-
-                def publish():
-                    shared_weights[mine] = weights
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(weights_ready.at[mine])
-
-                def meanwhile():
-                    if hardware:
-                        publish()
-                    add(mine, change, jnp.sum(p, axis=1))
-
-                if not hardware:  # the interpreter takes operands of wgmma in shared memory only
-                    publish()
-                registers = weights if hardware else None
-                return accumulate(acc, mine, first + mine * PAGE, masked, meanwhile, registers), new_m
+                new = weigh(scores, new_m)
+                acc = accumulate(acc, change, mine, first + mine * PAGE, masked, lambda: add(mine, change, new))
+                return acc, new_m
 
             def others(acc, m):
-                """The other page's share, by the probabilities that the other warpgroup works out."""
-                plgpu.barrier_wait(top_ready.at[other])
-                new_m = plgpu.load(row_smem.at[other], layout=row_layout)
+                """The other page's share, by the probabilities that the other warpgroup worked out."""
+                new_m = receive()
                 change = jnp.exp2(m - new_m)
-                acc = acc * lax.broadcast_in_dim(change, acc.shape, [0])
-                plgpu.barrier_wait(rope_ready.at[other])
-                for h in range(2):
-                    plgpu.barrier_wait(half_ready.at[2 * other + h])
-                plgpu.barrier_wait(weights_ready.at[other])
-                return accumulate(acc, other, first + other * PAGE, masked, lambda: add(other, change)), new_m
+                acc = accumulate(acc, change, other, first + other * PAGE, masked, lambda: add(other, change))
+                return acc, new_m
 
             # Page by page, so that one is fetched while the other is worked on.
             for step in (own, others) if mine == 0 else (others, own):

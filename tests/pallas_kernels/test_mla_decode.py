@@ -109,8 +109,8 @@ def without(module, line):
 
 
 def test_gpu_race_is_caught(capsys):
-    """Without waiting for the other warpgroup's row maxima."""
-    broken = without(gpu, "                plgpu.barrier_wait(top_ready.at[other])\n")
+    """Without waiting for the other warpgroup's probabilities."""
+    broken = without(gpu, "            plgpu.barrier_wait(weights_ready.at[other])\n")
     problem = random_problem(np.random.default_rng(), [100], 1, 16)
     schedule = plan(problem[3], page_size=64, pieces=1)
     broken.mla_decode(*problem, scale=SCALE, schedule=schedule, interpret=gpu.INTERPRET)[0].block_until_ready()
