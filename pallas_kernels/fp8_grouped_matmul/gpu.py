@@ -50,8 +50,8 @@ def fp8_grouped_matmul(
     """See `api.fp8_grouped_matmul`. `interpret` runs it on a CPU, slowly."""
     rows, depth = lhs.shape
     groups, columns, _ = rhs.shape
-    # Wide tiles, and thread blocks that stay, suit matrices that stay in L2. With others, thread blocks that drift apart
-    # lost more than that gains (measured on an H100): for them there are narrow tiles, and a thread block each.
+    # Wide tiles, and thread blocks that stay, suit matrices that stay in L2. With others, blocks that drift apart
+    # lost more than that gains (measured on an H100): they get narrow tiles, and a thread block each.
     stays = depth * columns < 25 << 20
     width = 2 if columns % (2 * BLOCK) == 0 and stays else 1  # of a tile, in blocks of columns
     count = -(-(rows // BLOCK + groups) // SWATH) * SWATH
