@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,17 @@ def main(out: Path = Path("runs/kernels_in_model"), steps: int = 0) -> None:
     out.mkdir(parents=True, exist_ok=True)
     found = models(cpu)
     variables = jax.jit(found["float32"].init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    results: dict[str, Any] = {
-        "documents": logits_of_documents(found, variables, batch, length),
-        "decoding": logits_of_decoding(found, variables, 4 * batch, cached),
+    parts = {
+        "documents": lambda: logits_of_documents(found, variables, batch, length),
+        "decoding": lambda: logits_of_decoding(found, variables, 4 * batch, cached),
+        "training": lambda: {name: train(found[name], steps, batch, length) for name in ("plain", "kernels")},
     }
-    results["training"] = {name: train(found[name], steps, batch, length) for name in ("plain", "kernels")}
+    results: dict[str, Any] = {}
+    for name, part in parts.items():
+        start = time.perf_counter()
+        results[name] = part()
+        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{name}, {time.perf_counter() - start:.0f} s: {results[name]}", flush=True)
     curves = np.array([results["training"][name]["losses"] for name in ("plain", "kernels")])
     results["largest_loss_difference"] = float(np.abs(curves[1] / curves[0] - 1).max())
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

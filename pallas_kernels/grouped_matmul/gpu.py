@@ -48,7 +48,7 @@ def product(
     transposed: bool = False,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
-    """See `api.grouped_matmul`; `transposed` takes matrices (G, N, K). Rows past the last group are unwritten.
+    """See `api.grouped_matmul`; `transposed` takes matrices (G, N, K).
 
     Raises:
       ValueError: not bfloat16, or K and N no multiples of 64 and 256.
@@ -61,7 +61,9 @@ def product(
             f"multiple of {COLUMNS}, but got {lhs.dtype}, {depth} and {columns}"
         )
     cluster = 1 if interpret else 2  # the interpreter knows no clusters
-    count = -(-(-(-rows // BLOCK) + rhs.shape[0]) // SWATH) * SWATH
+    # Rows past the last group are a group without a matrix.
+    group_sizes = jnp.append(group_sizes, rows - jnp.sum(group_sizes))
+    count = -(-(-(-rows // BLOCK) + len(group_sizes)) // SWATH) * SWATH
     w_shape = (COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS)
     tiles = count // cluster * (columns // COLUMNS)
     return plgpu.kernel(
@@ -76,7 +78,7 @@ def _product(
     x_gmem, w_gmem, work_gmem, out_gmem, *, x_smem, w_smem, out_smem, tiles, steps, transposed, cluster, **barriers
 ):
     warpgroup = lax.axis_index("warpgroup")
-    column_blocks = out_gmem.shape[1] // COLUMNS
+    groups, column_blocks = w_gmem.shape[0], out_gmem.shape[1] // COLUMNS
     mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
 
     def prepare(tile):
@@ -88,10 +90,10 @@ def _product(
             plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(block * BLOCK, BLOCK), depth], x_smem.at[stage], ready)
             fetch_shared(w, w_smem.at[stage], ready, shared)
 
-        return jnp.where(lower < upper, steps, 0), shared, fetch
+        return jnp.where((lower < upper) & (group < groups), steps, 0), shared, fetch
 
     def multiply(tile):
-        column_block, _, block, lower, upper, _ = visit_of(tile, work_gmem, column_blocks, cluster)
+        column_block, group, block, lower, upper, _ = visit_of(tile, work_gmem, column_blocks, cluster)
 
         def step(acc, _, stage):
             w = w_smem.at[stage].transpose((1, 0)) if transposed else w_smem.at[stage]
@@ -106,7 +108,7 @@ def _product(
             target = lambda rows: out_gmem.at[pl.ds(first + rows.start, rows.size), columns]
             store_rows(out_smem, values, target, span)
 
-        return jnp.where(lower < upper, steps, 0), lower < upper, step, store
+        return jnp.where(group < groups, steps, 0), lower < upper, step, store
 
     _run(tiles, prepare, multiply, **barriers)
 
@@ -254,11 +256,7 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> ja
             f"grouped_matmul on Hopper takes bfloat16, a contraction of a multiple of {COLUMNS}, for the sake of its "
             f"gradient, but got {rhs.shape[1]}"
         )
-    return _zero_past_the_end(product(lhs, rhs, group_sizes), group_sizes)
-
-
-def _zero_past_the_end(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    return jnp.where(jnp.arange(x.shape[0])[:, None] < jnp.sum(group_sizes), x, 0)
+    return product(lhs, rhs, group_sizes)
 
 
 def _vjp_forward(lhs, rhs, group_sizes):
@@ -267,7 +265,7 @@ def _vjp_forward(lhs, rhs, group_sizes):
 
 def _vjp_backward(residuals, dout):
     lhs, rhs, group_sizes = residuals
-    dlhs = _zero_past_the_end(product(dout, rhs, group_sizes, transposed=True), group_sizes)
+    dlhs = product(dout, rhs, group_sizes, transposed=True)
     return dlhs, matrix_gradient(lhs, dout, group_sizes), None
 
 
