@@ -433,8 +433,9 @@ class Runtime:
     attention_impl: Literal["reference", "pallas_reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret"] = (
         "reference"
     )
-    """`gpu` and `tpu`: the kernels for Hopper and TPUs, bfloat16, one device; see `model.attention_impls`. For tests
-    on a CPU: `pallas_reference` takes the same way to the kernels' plain twins, `_interpret` to the kernels, slowly."""
+    """`gpu` and `tpu`: the kernels for Hopper and TPUs, bfloat16, tokens in their order (no context parallelism); see
+    `model.attention_impls`. For tests on a CPU: `pallas_reference` takes the same way to the kernels' plain twins,
+    `_interpret` to the kernels, slowly."""
     experts_impl: Literal["reference", "ragged", "blocked", "gpu", "tokamax"] = "ragged"
     """`ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, which is the fast way on a CPU. For
     bfloat16: `gpu`, our kernel for Hopper (widths multiples of 256), and `tokamax` (TPUs: multiples of 64)."""
@@ -467,11 +468,6 @@ class Runtime:
                 raise ConfigError(f"runtime.{name} is {getattr(self, name)!r}: it must be one of {', '.join(valid)}")
         if self.attention_impl not in ("reference", "pallas_reference") and self.dtype != "bfloat16":
             raise ConfigError(f"runtime.attention_impl {self.attention_impl!r} takes dtype bfloat16, not {self.dtype}")
-        if self.attention_impl != "reference" and self.sharding != "single":
-            raise ConfigError(
-                f"runtime.attention_impl {self.attention_impl!r} runs on one device: with runtime.sharding "
-                f"{self.sharding!r} use 'reference'"
-            )
         if self.experts_impl in ("gpu", "tokamax") and self.dtype != "bfloat16":
             raise ConfigError(f"runtime.experts_impl {self.experts_impl!r} takes dtype bfloat16, not {self.dtype}")
         if not self.dispatch_slack >= 1:

@@ -1,19 +1,22 @@
 """The attention seam's fast ways: the project's kernels in place of `attention.attention`, chosen by name.
 
-Each is what `attention.attention` computes for tokens in their order on one device. The expanded form goes to
-`mla_prefill`, which wants a sequence's new tokens to be the last of the keys; the absorbed form over a cache to
-`mla_decode`, which sees the contiguous cache as pages in their order.
+Each is what `attention.attention` computes for tokens in their order. The expanded form goes to `mla_prefill`, which
+wants a sequence's new tokens to be the last of the keys; the absorbed form over a cache to `mla_decode`, which sees the
+contiguous cache as pages in their order. On a mesh each device attends for its sequences and its heads.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from dsv3_jax.config import ConfigError, Runtime
+from dsv3_jax.parallel.rules import partition_spec, rules_of
 from pallas_kernels.mla_decode import SplitCache, mla_decode, pack
 from pallas_kernels.mla_prefill import mla_prefill
 
@@ -54,14 +57,34 @@ def kernel(
     choices = _PREFILL if form == "expanded" else _DECODE
     if name not in choices:
         raise ConfigError(f"runtime.attention_impl {name!r} has no {form} form: there are {', '.join(choices)}")
+    how = dict(scale=scale, implementation=choices[name])
     if form == "expanded":
-        return functools.partial(mla_prefill, segments=segments, scale=scale, implementation=choices[name])
+        prefill = lambda arrays, segments: mla_prefill(*arrays, segments=segments, **how)
+        return lambda *arrays: _on_each_device(prefill, arrays, segments, runtime)
     if lengths is None:
         raise ConfigError(
             f"runtime.attention_impl {name!r} has the absorbed form for decoding from a cache only: use the expanded "
             "form, or 'reference'"
         )
-    return functools.partial(_decode, lengths=lengths, scale=scale, implementation=choices[name])
+    decode = lambda arrays, lengths: _decode(*arrays, lengths=lengths, **how)
+    return lambda *arrays: _on_each_device(decode, arrays, lengths, runtime)
+
+
+def _on_each_device(
+    attend: Callable[[Any, Any], jax.Array], arrays: tuple[jax.Array, ...], rows: jax.Array | None, runtime: Runtime
+) -> jax.Array:
+    """`attend(arrays, rows)`, cut over the mesh in use by sequences and heads; `rows` has a row a sequence."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or runtime.sharding == "single" or AxisType.Manual in mesh.axis_types:
+        return attend(arrays, rows)
+
+    def spec(x: jax.Array) -> PartitionSpec:
+        heads = "heads" if x.ndim == 4 and x.shape[2] > 1 else None
+        logical = ("batch", None, heads, None)[: x.ndim]
+        return partition_spec("an input of an attention kernel", x.shape, logical, rules_of(runtime), mesh)
+
+    specs = jax.tree.map(spec, (arrays, rows))
+    return jax.shard_map(attend, in_specs=specs, out_specs=specs[0][0], check_vma=False)(arrays, rows)
 
 
 def turn(latent: jax.Array, k_rope: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

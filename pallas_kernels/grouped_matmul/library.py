@@ -12,7 +12,7 @@ TILE = 64
 def tokamax(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """See `api.grouped_matmul`: tokamax's Mosaic kernels, their block shapes from its tables. Differentiable on TPUs.
 
-    On Hopper (tokamax 0.0.17) the gradient of the matrices was 4 to 5% off wherever groups weren't whole tiles.
+    On Hopper (tokamax 0.0.17) the gradient of the matrices was about 4% off wherever groups weren't whole tiles.
 
     Raises:
       ValueError: not bfloat16, or K and N no multiples of 64.

@@ -13,6 +13,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.model.attention import Index, LayerCache, MultiHeadLatentAttention
 from dsv3_jax.model.transformer import init_cache
+from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
@@ -115,6 +116,21 @@ def test_decoding_compiles(variables, compile_for):
     compile_for(lambda v, t, c: model.apply(v, t, c, method="decode"), *given)
 
 
+@pytest.mark.parametrize(("sharding", "shape"), [("ep_tp", "data=2,tensor=2"), ("fsdp", "fsdp=2,tensor=2")])
+def test_decoding_on_a_mesh(variables, sharding, shape):
+    """Sequences and heads cut over devices; the cache is where the rules put it."""
+    plain, ours = models("pallas_reference", "float32", "absorbed")
+    ours = ours.clone(runtime=dataclasses.replace(ours.runtime, sharding=sharding, experts_impl="ragged"))
+    tokens = jax.random.randint(jax.random.key(1), (4, 2), 0, 64)
+    cache = dataclasses.replace(
+        init_cache(CONFIG, plain.runtime, 4, 128), length=jnp.asarray([80, 33, 0, 64], jnp.int32)
+    )
+    decode = lambda m: jax.jit(lambda v, t, c: m.apply(v, t, c, method="decode")[0])(variables, tokens, cache)
+    expected = decode(plain)
+    with jax.set_mesh(make_mesh(MeshShape.parse(shape), jax.devices()[:4])):
+        assert_same(decode(ours), expected, "float32")
+
+
 def test_generation(variables):
     ref, out = (generate(m, variables, [[1, 2, 3], [4] * 70], 5) for m in models("pallas_reference", "float32"))
     np.testing.assert_array_equal(out, ref)
@@ -177,7 +193,6 @@ def test_refusals_by_the_backend_when_decoding(variables, form):
     [
         (dict(attention_impl="flash"), "must be one of reference"),
         (dict(attention_impl="gpu", dtype="float32"), "takes dtype bfloat16"),
-        (dict(attention_impl="tpu", sharding="fsdp"), "one device"),
     ],
 )
 def test_refusals_by_the_runtime(change, message):

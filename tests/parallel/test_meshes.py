@@ -88,7 +88,7 @@ MESHES = [
     ("fsdp=8", "fsdp", {}),
     ("data=2,tensor=4", "fsdp", {}),
     ("context=8", "fsdp", {}),
-    ("fsdp=2,expert=2,tensor=2", "fsdp_ep", {}),
+    ("fsdp=2,expert=2,tensor=2", "fsdp_ep", {"attention_impl": "pallas_reference"}),
     ("node=4,expert=2", "fsdp_ep", {"dispatch_slack": 8.0, "remat": "block"}),
     ("node=2,expert=2,context=2", "fsdp_ep", {"dispatch_slack": 1.0, "interleave": 2}),
     ("fsdp=2,expert=4", "fsdp_ep", {"dispatch": "all_gather"}),
@@ -104,6 +104,7 @@ MORE = [
     ("expert=8", "fsdp_ep", {"dispatch_slack": 16.0}),
     ("data=2,expert=2,tensor=2", "ep_tp", {}),
     ("fsdp=2,expert=2,tensor=2", "fsdp_ep", {"microbatches": 2}),
+    ("stage=2,data=2,expert=2", "pp_ep_dp", {"microbatches": 2, "attention_impl": "pallas_reference"}),
     ("stage=2,node=2,expert=2", "pp_ep_dp", {"microbatches": 2}),
     ("node=8", "fsdp_ep", {"dispatch": "all_gather"}),
 ]
