@@ -21,6 +21,8 @@ BLOCK = 128
 MULTIPROCESSORS = 132
 SWATH = 8
 """Row blocks that run side by side, so that they share the columns' matrix blocks in L2."""
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+"""How bfloat16 lies in shared memory for the matrix units."""
 
 
 def visits(group_sizes: jax.Array, count: int) -> jax.Array:
@@ -50,9 +52,8 @@ def visits(group_sizes: jax.Array, count: int) -> jax.Array:
 
 def staging(rows: int, columns: int) -> list[plgpu.RefUnion]:
     """Shared memory in which each warpgroup's results wait to be stored: see `store_rows`."""
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     array = functools.partial(plgpu.SMEM, (rows, columns), jnp.bfloat16)
-    return [plgpu.RefUnion(array(transforms=tiled), array()) for _ in range(2)]
+    return [plgpu.RefUnion(array(transforms=TILED), array()) for _ in range(2)]
 
 
 def store_rows(staged, values: jax.Array, target: Callable, span: tuple[jax.Array, jax.Array] | None = None) -> None:
@@ -123,7 +124,7 @@ def stage_barriers(stages: int, copies: int, cluster: int) -> dict:
 
 
 def each_tile(tiles: int, body: Callable, carry=None):
-    """`carry = body(tile, carry)` for this cluster's tiles: every so manieth."""
+    """`carry = body(tile, carry)` for this cluster's share of the tiles."""
     first, workers = lax.axis_index("worker"), lax.axis_size("worker")
     count = (tiles - first + workers - 1) // workers
     return lax.fori_loop(0, count, lambda i, carry: body(first + i * workers, carry), carry)

@@ -57,7 +57,7 @@ def kernel(
     choices = _PREFILL if form == "expanded" else _DECODE
     if name not in choices:
         raise ConfigError(f"runtime.attention_impl {name!r} has no {form} form: there are {', '.join(choices)}")
-    how = dict(scale=scale, implementation=choices[name])
+    how: dict[str, Any] = dict(scale=scale, implementation=choices[name])
     if form == "expanded":
         prefill = lambda arrays, segments: mla_prefill(*arrays, segments=segments, **how)
         return lambda *arrays: _on_each_device(prefill, arrays, segments, runtime)

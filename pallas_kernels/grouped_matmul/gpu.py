@@ -23,6 +23,7 @@ from jax import lax
 from pallas_kernels.row_blocks import (
     BLOCK,
     SWATH,
+    TILED,
     each_tile,
     fetch_shared,
     fetch_tiles,
@@ -37,7 +38,6 @@ from pallas_kernels.row_blocks import (
 ROWS, COLUMNS, DEPTH = 64, 256, 64  # of a warpgroup's product in one step
 STAGES = 4
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def product(
