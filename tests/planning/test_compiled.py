@@ -125,6 +125,12 @@ def test_a_small_pod():
 
 
 @pytest.mark.slow
+def test_devices_of_a_chip_share_its_memory():
+    result = compile_for_pod("tpu7x:2x2x1", "fsdp=8", "tiny", 8, length=256)
+    assert result["memory"] == 96 << 30
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5p:8x16x16", "tpu7x:8x8x16"])
 def test_the_whole_model_on_a_pod(topology):
     """671B parameters on 2,048 devices, sequences of 4,096: by the compiler's own account it fits."""
