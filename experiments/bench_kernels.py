@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.cache_update import cache_update
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul
 from pallas_kernels.grouped_matmul import gpu as grouped_gpu
 from pallas_kernels.grouped_matmul import library as grouped_library
@@ -155,6 +156,28 @@ def decode_checks() -> Iterator[Row]:
     cases += [(128, 1, [4095]), (128, 2, [130] * 40), (16, 1, rng.integers(0, 4097, 128))]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # most of the time goes into compiling
         yield from pool.map(decode_check, cases, rng.spawn(len(cases)))
+
+
+def update_checks() -> Iterator[Row]:
+    """New tokens as the reference writes them (whose own test is against float64), and nothing else changed."""
+    rng = np.random.default_rng()
+    for tokens in (1, 4):
+        row = dict(case=f"check cache_update T={tokens}", implementation="gpu")
+        try:
+            lengths = [0, 1, 2, 63, 64, 65, 4096]
+            _, cache, table, sizes = random_problem(rng, lengths, tokens, 1)
+            draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+            angle = draw(len(lengths), tokens, 32)
+            rest = draw(len(lengths), tokens, 576).astype(jnp.bfloat16), draw(512), jnp.cos(angle), jnp.sin(angle)
+            update = lambda name, *a: cache_update(*a, eps=1e-6, interleave=True, implementation=name)
+            run = lambda name: jax.jit(functools.partial(update, name))(cache, *rest, table, sizes).astype(jnp.float32)
+            out, ref = np.asarray(run("gpu")), np.asarray(run("reference"))
+            new = ~np.isnan(ref) & (ref != np.asarray(cache.astype(jnp.float32)))
+            row["error"] = relative_error(out[new], ref[new])
+            row["ok"] = bool(row["error"] < 6e-3 and np.array_equal(out[~new], ref[~new], equal_nan=True))
+        except Exception as e:
+            row.update(ok=False, failure=f"{type(e).__name__}: {e}"[:500])
+        yield row
 
 
 def decode_timings() -> Iterator[Row]:
@@ -377,6 +400,7 @@ def grouped_timings() -> Iterator[Row]:
 GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "ceilings": ceilings,
     "mla_decode_checks": decode_checks,
+    "cache_update_checks": update_checks,
     "grouped_matmul_checks": grouped_checks,
     "mla_prefill_checks": prefill_checks,
     "mla_decode": decode_timings,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.devices import require_hopper, require_tpu
 from pallas_kernels.mla_decode import gpu, reference, tpu
-from pallas_kernels.mla_decode.cache import ROPE, SplitCache, join
+from pallas_kernels.mla_decode.cache import ROPE, SplitCache, check_split, join
 from pallas_kernels.mla_decode.schedule import Plan
 
 IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret")
@@ -54,7 +54,7 @@ def mla_decode(
         raise ValueError(f"no MLA decoding {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
     backend = implementation.split("_")[0]
     if isinstance(cache, SplitCache):
-        shape, dtype = _check_split(cache)
+        shape, dtype = check_split(cache)
         packed = cache.packed
     else:
         shape, dtype, packed = cache.shape, cache.dtype, False
@@ -89,26 +89,3 @@ def mla_decode(
     module: Any = {"gpu": gpu, "tpu": tpu}[backend]
     interpret = module.INTERPRET if implementation.endswith("_interpret") else None
     return module.mla_decode(q, cache, block_tables, lengths, scale=scale, schedule=schedule, interpret=interpret)
-
-
-def _check_split(cache: SplitCache) -> tuple[tuple[int, ...], Any]:
-    """The shape of the same cache in one array, and the queries' dtype. Raises ValueError as `mla_decode`."""
-    latent, rope, scales = cache
-    if latent.ndim != 3 or rope.shape not in (
-        (*latent.shape[:2], ROPE),
-        (latent.shape[0], latent.shape[1] // 2, 2 * ROPE),
-    ):
-        raise ValueError(
-            "a SplitCache needs latents (pages, page size, R) and ropes (pages, page size, 64) or packed (pages, page "
-            f"size / 2, 128), but got {latent.shape} and {rope.shape}"
-        )
-    if (latent.dtype == jnp.float8_e4m3fn) != (scales is not None) or (scales is None and rope.dtype != latent.dtype):
-        raise ValueError(
-            "a SplitCache needs latents and ropes of one dtype, or float8_e4m3fn latents with scales, but got "
-            f"{latent.dtype} and {rope.dtype} {'without' if scales is None else 'with'} scales"
-        )
-    if scales is not None and (scales.shape != latent.shape[:2] or scales.dtype != jnp.float32):
-        raise ValueError(
-            f"a SplitCache needs float32 scales {latent.shape[:2]}, one a token, but got {scales.dtype} {scales.shape}"
-        )
-    return (*latent.shape[:2], latent.shape[2] + ROPE), rope.dtype

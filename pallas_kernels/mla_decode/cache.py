@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,3 +68,29 @@ def quantise_latent(latent: jax.Array) -> tuple[jax.Array, jax.Array]:
     largest = jnp.abs(wide).max(-1)
     scales = jnp.where(largest == 0, 1, largest / FP8_MAX)
     return (wide / scales[..., None]).astype(jnp.float8_e4m3fn), scales
+
+
+def check_split(cache: SplitCache) -> tuple[tuple[int, ...], Any]:
+    """The shape of the same cache in one array, and the dtype of queries for it.
+
+    Raises ValueError if its parts don't fit together.
+    """
+    latent, rope, scales = cache
+    if latent.ndim != 3 or rope.shape not in (
+        (*latent.shape[:2], ROPE),
+        (latent.shape[0], latent.shape[1] // 2, 2 * ROPE),
+    ):
+        raise ValueError(
+            "a SplitCache needs latents (pages, page size, R) and ropes (pages, page size, 64) or packed (pages, page "
+            f"size / 2, 128), but got {latent.shape} and {rope.shape}"
+        )
+    if (latent.dtype == jnp.float8_e4m3fn) != (scales is not None) or (scales is None and rope.dtype != latent.dtype):
+        raise ValueError(
+            "a SplitCache needs latents and ropes of one dtype, or float8_e4m3fn latents with scales, but got "
+            f"{latent.dtype} and {rope.dtype} {'without' if scales is None else 'with'} scales"
+        )
+    if scales is not None and (scales.shape != latent.shape[:2] or scales.dtype != jnp.float32):
+        raise ValueError(
+            f"a SplitCache needs float32 scales {latent.shape[:2]}, one a token, but got {scales.dtype} {scales.shape}"
+        )
+    return (*latent.shape[:2], latent.shape[2] + ROPE), rope.dtype

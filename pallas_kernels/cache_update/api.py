@@ -1,0 +1,94 @@
+"""The one entry to the cache update: checks the arguments, chooses a backend by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.cache_update import gpu, reference, tpu
+from pallas_kernels.devices import require_hopper, require_tpu
+from pallas_kernels.mla_decode.cache import ROPE, SplitCache, check_split
+
+IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret")
+MOST_TOKENS = 4
+
+
+def cache_update(
+    cache: jax.Array | SplitCache,
+    kv: jax.Array,
+    norm: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    block_tables: jax.Array,
+    lengths: jax.Array,
+    *,
+    eps: float,
+    interleave: bool,
+    implementation: str,
+) -> jax.Array | SplitCache:
+    """Norms the latents of new tokens, rotates their keys and writes both into a paged cache (report eq. 1 and 3).
+
+    Args:
+      cache: (pages, page size, R + P), or a `SplitCache`. "reference" takes every form, with FP8 latents too; "gpu"
+        (pages of 64, R = 512) bfloat16 ones that aren't packed; "tpu" (pages of a multiple of 32, R of 128) packed
+        bfloat16 ones.
+      kv: (B, T, R + P), bfloat16 but for "reference": what kv_a_proj made of the last T tokens of each sequence, at
+        most 4: the raw latent beside the raw key.
+      norm: (R,), what the normed latent is multiplied by. eps: what is added to its mean square.
+      cos, sin: (B, T, P / 2) float32, of the tokens' positions, scaled as RoPE is.
+      block_tables: (B, max pages) int32, as in `mla_decode`.
+      lengths: (B,) int32: tokens of each sequence with the new ones. Token t goes to position lengths - T + t, or
+        nowhere if that is negative.
+      interleave: a pair of RoPE is two neighbours (as in the released weights), or an element of the first half and its
+        twin in the second.
+      implementation: "reference", "gpu" (Hopper), "tpu"; "gpu_interpret" and "tpu_interpret" run these on a CPU,
+        slowly.
+
+    Returns:
+      The cache. Nothing else in it changes. Under `jit` with `cache` donated nothing is copied.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit together or the backend, or there is no such implementation.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"no cache update {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
+    backend = implementation.split("_")[0]
+    if isinstance(cache, SplitCache):
+        shape, packed, scaled = check_split(cache)[0], cache.packed, cache.scales is not None
+    else:
+        shape, packed, scaled = cache.shape, False, False
+    if backend != "reference" and packed != (backend == "tpu"):
+        raise ValueError(f"cache_update takes a packed SplitCache on TPUs and no packed one on GPUs, but got {shape}")
+    if backend != "reference" and scaled:
+        raise ValueError("cache_update writes FP8 latents in its reference only, but got a cache with scales")
+    if kv.ndim != 3 or len(shape) != 3 or kv.shape[2] != shape[2] or kv.shape[2] <= ROPE:
+        raise ValueError(
+            f"cache_update needs kv (B, T, R + P) and a cache (pages, page size, R + P) with P = {ROPE}, but got "
+            f"{kv.shape} and {shape}"
+        )
+    batch, tokens, width = kv.shape
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise ValueError(f"cache_update takes 1 to {MOST_TOKENS} new tokens a sequence, but got {tokens}")
+    expected = (width - ROPE,), (batch, tokens, ROPE // 2), (batch, tokens, ROPE // 2), (batch,)
+    given = norm.shape, cos.shape, sin.shape, lengths.shape
+    if given != expected or block_tables.ndim != 2 or len(block_tables) != batch:
+        raise ValueError(
+            f"cache_update of kv {kv.shape} needs norm, cos, sin and lengths {expected} and block_tables ({batch}, max "
+            f"pages), but got {given} and {block_tables.shape}"
+        )
+    if block_tables.dtype != jnp.int32 or lengths.dtype != jnp.int32:
+        raise ValueError(
+            f"cache_update needs int32 block_tables and lengths, but got {block_tables.dtype} and {lengths.dtype}"
+        )
+    arguments = cache, kv, norm, cos, sin, block_tables, lengths
+    if backend == "reference":
+        return reference.cache_update(*arguments, eps=eps, interleave=interleave)
+    if implementation == "gpu":
+        require_hopper("cache_update")
+    if implementation == "tpu":
+        require_tpu("cache_update")
+    module: Any = {"gpu": gpu, "tpu": tpu}[backend]
+    interpret = module.INTERPRET if implementation.endswith("_interpret") else None
+    return module.cache_update(*arguments, eps=eps, interleave=interleave, interpret=interpret)

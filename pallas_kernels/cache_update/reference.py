@@ -1,0 +1,61 @@
+"""The cache update, said plainly: norm, rotate, write where the block table says."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mla_decode.cache import ROPE, SplitCache, join, pack, quantise_latent, split
+
+
+def slots(block_tables: jax.Array, lengths: jax.Array, tokens: int, page_size: int) -> tuple[jax.Array, jax.Array]:
+    """Page and slot, (B, T) each, of every sequence's last tokens; -1 for a token before the first."""
+    position = lengths[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
+    number = jnp.maximum(position, 0) // page_size
+    page = jnp.take_along_axis(block_tables, number, axis=1)
+    real = position >= 0
+    return jnp.where(real, page, -1), jnp.where(real, position % page_size, -1)
+
+
+def partner(x: jax.Array, interleave: bool) -> jax.Array:
+    """What multiplies the sine for each element of the last axis: -b for a, and a for b, where (a, b) is a pair."""
+    pairs = (*x.shape[:-1], -1, 2) if interleave else (*x.shape[:-1], 2, -1)
+    axis = -1 if interleave else -2
+    a, b = jnp.moveaxis(x.reshape(pairs), axis, 0)
+    return jnp.stack([-b, a], axis).reshape(x.shape)
+
+
+def per_element(x: jax.Array, interleave: bool) -> jax.Array:
+    """(..., P / 2), one a pair -> (..., P), one an element."""
+    return jnp.repeat(x, 2, -1) if interleave else jnp.concatenate([x, x], -1)
+
+
+def new_entries(
+    kv: jax.Array, norm: jax.Array, cos: jax.Array, sin: jax.Array, *, eps: float, interleave: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Normed latents (B, T, R) and rotated keys (B, T, P), of `kv`'s dtype. Computes in float32, or float64."""
+    wide = kv.astype(jnp.promote_types(kv.dtype, jnp.float32))
+    latent, key = wide[..., :-ROPE], wide[..., -ROPE:]
+    latent = latent * jax.lax.rsqrt(jnp.mean(latent**2, -1, keepdims=True) + eps)
+    latent = latent.astype(kv.dtype) * norm.astype(kv.dtype)  # rounded before it is scaled, as the weights were trained
+    key = key * per_element(cos, interleave) + partner(key, interleave) * per_element(sin, interleave)
+    return latent, key.astype(kv.dtype)
+
+
+def cache_update(cache, kv, norm, cos, sin, block_tables, lengths, *, eps, interleave):
+    """See `api.cache_update`."""
+    latent, key = new_entries(kv, norm, cos, sin, eps=eps, interleave=interleave)
+    parts = cache if isinstance(cache, SplitCache) else split(cache)
+    page, slot = slots(block_tables, lengths, kv.shape[1], parts.latent.shape[1])
+    page = jnp.where(page < 0, parts.latent.shape[0], page)  # past the end, where writes are dropped
+    put = lambda to, new: to.at[page, slot].set(new.astype(to.dtype), mode="drop")
+    scales = parts.scales
+    if scales is not None:
+        latent, scale = quantise_latent(latent)
+        scales = put(scales, scale)
+    packed = parts.packed
+    rope = jnp.concatenate(jnp.split(parts.rope, 2, axis=-1), axis=1) if packed else parts.rope
+    new = SplitCache(put(parts.latent, latent), put(rope, key), scales)
+    if not isinstance(cache, SplitCache):
+        return join(new)
+    return pack(new) if packed else new
