@@ -32,8 +32,8 @@ def cache_update(
 
     Args:
       cache: (pages, page size, R + P), or a `SplitCache`. "reference" takes every form, with FP8 latents too; "gpu"
-        (pages of 64, R = 512) bfloat16 ones that aren't packed; "tpu" (pages of a multiple of 32, R of 128) packed
-        bfloat16 ones.
+        (pages of 64, R = 512) bfloat16 ones that aren't packed; "tpu" (R a multiple of 128) packed ones, pages of a
+        multiple of 32, or of 128 with FP8 latents.
       kv: (B, T, R + P), bfloat16 but for "reference": what kv_a_proj made of the last T tokens of each sequence, at
         most 4: the raw latent beside the raw key.
       norm: (R,), what the normed latent is multiplied by. eps: what is added to its mean square.
@@ -61,8 +61,8 @@ def cache_update(
         shape, packed, scaled = cache.shape, False, False
     if backend != "reference" and packed != (backend == "tpu"):
         raise ValueError(f"cache_update takes a packed SplitCache on TPUs and no packed one on GPUs, but got {shape}")
-    if backend != "reference" and scaled:
-        raise ValueError("cache_update writes FP8 latents in its reference only, but got a cache with scales")
+    if backend == "gpu" and scaled:
+        raise ValueError("cache_update on GPUs writes bfloat16, but got a cache with FP8 latents")
     if kv.ndim != 3 or len(shape) != 3 or kv.shape[2] != shape[2] or kv.shape[2] <= ROPE:
         raise ValueError(
             f"cache_update needs kv (B, T, R + P) and a cache (pages, page size, R + P) with P = {ROPE}, but got "

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.cache_update.reference import partner, per_element
-from pallas_kernels.mla_decode.cache import ROPE, SplitCache
+from pallas_kernels.mla_decode.cache import FP8_MAX, ROPE, SplitCache
 
 LANES = 128
 INTERPRET = pltpu.InterpretParams(
@@ -39,10 +39,12 @@ def cache_update(
 ) -> SplitCache:
     """See `api.cache_update`. `interpret` runs it on a CPU, slowly."""
     (_, page_size, rank), (batch, tokens, _) = cache.latent.shape, kv.shape
-    if rank % LANES or page_size % 32 or kv.dtype != jnp.bfloat16 or cache.latent.dtype != jnp.bfloat16:
+    scaled = cache.scales is not None
+    multiple = LANES if scaled else 32
+    if rank % LANES or page_size % multiple or kv.dtype != jnp.bfloat16 or cache.rope.dtype != jnp.bfloat16:
         raise ValueError(
-            f"cache_update on TPUs takes bfloat16, latents of a multiple of {LANES} and pages of a multiple of 32 "
-            f"tokens, but got {kv.dtype}, a {cache.latent.dtype} cache, {rank} and {page_size}"
+            f"cache_update on TPUs takes bfloat16, latents of a multiple of {LANES} and pages of a multiple of "
+            f"{multiple} tokens, but got {kv.dtype}, a {cache.rope.dtype} cache, {rank} and {page_size}"
         )
     key = kv[..., rank:].astype(jnp.float32)
     factors = key, per_element(cos, interleave), partner(key, interleave), per_element(sin, interleave)
@@ -51,66 +53,64 @@ def cache_update(
     def of_sequence(columns):
         return pl.BlockSpec((1, tokens, columns), lambda i, *_: (i, 0, 0))
 
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    latent, rope = pl.pallas_call(
-        functools.partial(_kernel, tokens=tokens, page_size=page_size, eps=eps),
-        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache[:2]),
+    # A row of scales of its own for each page, as the copies want.
+    pages = [cache.latent, cache.rope, *([cache.scales[:, None]] if scaled else [])]
+    anywhere = [pl.BlockSpec(memory_space=pl.ANY) for _ in pages]
+    updated = pl.pallas_call(
+        functools.partial(_kernel, tokens=tokens, page_size=page_size, eps=eps, parts=len(pages)),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch,),
             in_specs=[
                 of_sequence(rank), *(of_sequence(LANES) for _ in factors),
-                pl.BlockSpec((1, rank), lambda i, *_: (0, 0)), anywhere, anywhere,
+                pl.BlockSpec((1, rank), lambda i, *_: (0, 0)), *anywhere,
             ],
-            out_specs=(anywhere, anywhere),
-            scratch_shapes=[
-                pltpu.VMEM((page_size, rank), jnp.bfloat16),
-                pltpu.VMEM((page_size // 2, LANES), jnp.bfloat16),
-                pltpu.SemaphoreType.DMA((2,)),
-            ],
+            out_specs=anywhere,
+            scratch_shapes=[*(pltpu.VMEM(x.shape[1:], x.dtype) for x in pages), pltpu.SemaphoreType.DMA((len(pages),))],
         ),
-        input_output_aliases={8: 0, 9: 1},  # counted with the prefetched scalars
+        input_output_aliases={8 + i: i for i in range(len(pages))},  # counted with the prefetched scalars
         interpret=interpret or False,
     )(
         block_tables, lengths, kv[..., :rank].astype(jnp.float32), *map(twice, factors),
-        norm.astype(jnp.bfloat16).astype(jnp.float32)[None], cache.latent, cache.rope,
+        norm.astype(jnp.bfloat16).astype(jnp.float32)[None], *pages,
     )  # fmt: skip
-    return SplitCache(latent, rope)
+    return SplitCache(updated[0], updated[1], updated[2][:, 0] if scaled else None)
 
 
-def _kernel(
-    table, lengths, kv, key, cos, other, sin, norm, _latent_in, _rope_in, latent_hbm, rope_hbm,
-    latents, ropes, done, *, tokens, page_size, eps,
-):  # fmt: skip
+def _kernel(table, lengths, kv, key, cos, other, sin, norm, *refs, tokens, page_size, eps, parts):
+    hbm, vmem, done = refs[parts : 2 * parts], refs[2 * parts : -1], refs[-1]
     sequence = pl.program_id(0)
     first = lengths[sequence] - tokens  # position of the first new token, perhaps negative
     last = lengths[sequence] - 1
     half = page_size // 2
-    new = kv[0] * lax.rsqrt(jnp.mean(kv[0] ** 2, axis=1, keepdims=True) + eps)
-    new = new.astype(jnp.bfloat16).astype(jnp.float32) * norm[...]  # rounded as in the reference
-    rotated = key[0] * cos[0] + other[0] * sin[0]
+    latent = kv[0] * lax.rsqrt(jnp.mean(kv[0] ** 2, axis=1, keepdims=True) + eps)
+    latent = (latent.astype(jnp.bfloat16).astype(jnp.float32) * norm[...]).astype(jnp.bfloat16).astype(jnp.float32)
+    new = [latent, key[0] * cos[0] + other[0] * sin[0]]
+    if parts == 3:  # as `quantise_latent`
+        largest = jnp.max(jnp.abs(latent), axis=1, keepdims=True)
+        scale = jnp.where(largest == 0, 1, largest / FP8_MAX)
+        new = [latent / scale, new[1], scale]
+
+    def copy_all(to_vmem, number):
+        pairs = [(h.at[table[sequence, number]], v) for h, v in zip(hbm, vmem, strict=True)]
+        copies = [pltpu.make_async_copy(*(pair if to_vmem else pair[::-1]), done.at[i]) for i, pair in enumerate(pairs)]
+        for copy in copies:
+            copy.start()
+        for copy in copies:
+            copy.wait()
 
     def update(number):
-        page = table[sequence, number]
-        here = latent_hbm.at[page], rope_hbm.at[page]
-        there = latents, ropes
-
-        def both(copies):
-            for copy in copies:
-                copy.start()
-            for copy in copies:
-                copy.wait()
-
-        both([pltpu.make_async_copy(a, b, done.at[i]) for i, (a, b) in enumerate(zip(here, there, strict=True))])
-        latent, rope = latents[...].astype(jnp.float32), ropes[...].astype(jnp.float32)
-        row, rope_row = (lax.broadcasted_iota(jnp.int32, x.shape, 0) for x in (latent, rope))
-        side = lax.broadcasted_iota(jnp.int32, rope.shape, 1) // ROPE
-        for t in range(tokens):
-            slot = first + t - number * page_size  # outside the page where it isn't the token's
-            latent = jnp.where(row == slot, new[t : t + 1], latent)
-            rope = jnp.where(rope_row + side * half == slot, rotated[t : t + 1], rope)
-        latents[...], ropes[...] = latent.astype(latents.dtype), rope.astype(ropes.dtype)
-        both([pltpu.make_async_copy(b, a, done.at[i]) for i, (a, b) in enumerate(zip(here, there, strict=True))])
+        copy_all(True, number)
+        for i, ref in enumerate(vmem):
+            page = ref[...].astype(jnp.float32)
+            row, column = (lax.broadcasted_iota(jnp.int32, page.shape, d) for d in range(2))
+            here = [row, row + column // ROPE * half, column][i]  # the slot of each element
+            for t in range(tokens):
+                slot = first + t - number * page_size  # outside the page where it isn't the token's
+                page = jnp.where(here == slot, new[i][t : t + 1], page)
+            ref[...] = page.astype(ref.dtype)
+        copy_all(False, number)
 
     first_page = jnp.maximum(first, 0) // page_size
     pl.when(last >= 0)(lambda: update(first_page))

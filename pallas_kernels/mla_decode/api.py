@@ -31,8 +31,8 @@ def mla_decode(
       q: (B, T, H, R + P): a head's query, absorbed into the latent space (R) beside its rotated part (P). The new
         tokens are the sequence's last ones, and token t sees the keys before `lengths - T + t + 1`.
       cache: (pages, page size, R + P), `q`'s dtype: a token's latent (after its norm) beside its rotated key; or a
-        `SplitCache` of the same, which may have its latents in FP8. TPUs take packed `SplitCache`s only, GPUs no
-        packed ones.
+        `SplitCache` of the same. TPUs take packed `SplitCache`s only, GPUs no packed ones. Latents in FP8 are for
+        the reference, and for TPUs in pages of 256 or 512.
       block_tables: (B, max pages) int32: the pages of a sequence, in order. Entries past its length are never
         read, nor are slots past it in its last page: either may hold anything.
       lengths: (B,) int32: tokens of each sequence in the cache, the new ones included. May be 0.

@@ -49,6 +49,13 @@ def mla_decode(
         )
     rows = tokens * heads
     padded = -(-rows // 16) * 16
+    scaled = cache.scales is not None
+    if scaled and page_size % (2 * LANES):
+        raise ValueError(
+            f"mla_decode on TPUs takes FP8 latents in pages of {2 * LANES} or {BLOCK} tokens, so that the scales of "
+            f"half a page fill rows of {LANES}, but got {page_size}"
+        )
+    scales = [cache.scales[:, None]] if scaled else []  # a row of its own for each page, as the copies want
     if schedule is None:
         schedule = plan(lengths, page_size=page_size, pieces=batch + CORES)
     pieces = schedule.work.shape[0]
@@ -70,7 +77,7 @@ def mla_decode(
         return pl.BlockSpec((1, padded, columns), lambda piece, *_: (piece, 0, 0))
 
     out, lse = pl.pallas_call(
-        functools.partial(_kernel, tokens=tokens, heads=heads, scale=scale, page_size=page_size),
+        functools.partial(_kernel, tokens=tokens, heads=heads, scale=scale, page_size=page_size, scaled=scaled),
         out_shape=(
             jax.ShapeDtypeStruct((pieces, padded, rank), jnp.float32),
             jax.ShapeDtypeStruct((pieces, padded, LANES), jnp.float32),
@@ -80,8 +87,7 @@ def mla_decode(
             grid=(pieces,),
             in_specs=[
                 *(of_sequence(x.shape[-1]) for x in queries),
-                pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec(memory_space=pl.ANY),
+                *(pl.BlockSpec(memory_space=pl.ANY) for _ in (cache.latent, cache.rope, *scales)),
             ],
             out_specs=(of_piece(rank), of_piece(LANES)),
             scratch_shapes=[
@@ -91,21 +97,23 @@ def mla_decode(
                 pltpu.VMEM((padded, LANES), jnp.float32),
                 pltpu.VMEM((padded, LANES), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
+                *(pltpu.VMEM((2, group, 1, page_size), jnp.float32) for _ in scales),
             ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret or False,
-    )(schedule.work, block_tables, lengths, *queries, cache.latent, cache.rope)
+    )(schedule.work, block_tables, lengths, *queries, cache.latent, cache.rope, *scales)
     out, lse = merge(out[:, :rows], lse[:, :rows, 0], schedule)
     shape = (batch, tokens, heads)
     return out.astype(q.dtype).reshape(*shape, rank), lse.reshape(shape)
 
 
 def _kernel(
-    work, table, lengths, q, q_low, q_high, latent_hbm, rope_hbm, out, lse_out,
-    latents, ropes, acc, top, total, arrived,
-    *, tokens, heads, scale, page_size,
+    work, table, lengths, q, q_low, q_high, latent_hbm, rope_hbm, *rest,
+    tokens, heads, scale, page_size, scaled,
 ):  # fmt: skip
+    scales_hbm, rest = (rest[0], rest[1:]) if scaled else (None, rest)
+    out, lse_out, latents, ropes, acc, top, total, arrived, *scale_rows = rest
     piece = pl.program_id(0)
     sequence, begin, end = work[piece, 0], work[piece, 1], work[piece, 2]
     length = lengths[sequence]
@@ -123,6 +131,8 @@ def _kernel(
                     source = latent_hbm.at[page, pl.ds(h * half, half)]
                     do(pltpu.make_async_copy(source, latents.at[slot, h, g], arrived.at[slot]))
                 do(pltpu.make_async_copy(rope_hbm.at[page], ropes.at[slot, g], arrived.at[slot]))
+                if scaled:
+                    do(pltpu.make_async_copy(scales_hbm.at[page], scale_rows[0].at[slot, g], arrived.at[slot]))
 
     def attend(block, slot, masked):
         first = (begin + block * group) * page_size
@@ -138,10 +148,15 @@ def _kernel(
         if masked:  # slots past the end may hold anything, and 0 * NaN is NaN
             high = lax.broadcasted_iota(jnp.int32, rope.shape, 1) // ROPE
             rope = jnp.where(position(rope.shape, 0, high) < stop, rope, 0)
-        scores, values = [], []
+        scores, values, factors = [], [], []
         for h, q_rope in enumerate((q_low, q_high)):
-            keys = latents[slot, h].reshape(group * half, -1)
-            s = (dot(q[0], keys, transposed) + dot(q_rope[0], rope, transposed)) * scale
+            keys = latents[slot, h].reshape(group * half, -1).astype(q.dtype)
+            s = dot(q[0], keys, transposed)
+            if scaled:  # of the latents, a token each: of the scores here, of the weights below
+                row = jnp.concatenate([scale_rows[0][slot, g, :, h * half : (h + 1) * half] for g in range(group)], 1)
+                factors.append(jnp.where(position(row.shape, 1, h) < stop, row, 0) if masked else row)
+                s *= factors[h]
+            s = (s + dot(q_rope[0], rope, transposed)) * scale
             if masked:
                 seen = position(s.shape, 1, h)
                 limit = length - tokens + 1 + lax.broadcasted_iota(jnp.int32, s.shape, 0) // heads
@@ -155,6 +170,8 @@ def _kernel(
         change = jnp.exp(old - new)
         weights = [jnp.exp(s - new) for s in scores]
         sums = total[:, :1] * change + sum(jnp.sum(w, axis=1, keepdims=True) for w in weights)
+        if scaled:
+            weights = [w * f for w, f in zip(weights, factors, strict=True)]
         product = sum(
             dot(w.astype(v.dtype), v, (((1,), (0,)), ((), ()))) for w, v in zip(weights, values, strict=False)
         )

@@ -131,6 +131,14 @@ def test_decoding_on_a_mesh(variables, sharding, shape):
         assert_same(decode(ours), expected, "float32")
 
 
+def test_decoding_has_no_gradient(variables):
+    model = models("pallas_reference", "float32", "absorbed")[1]
+    cache = init_cache(CONFIG, model.runtime, 1, 128)
+    loss = lambda v: model.apply(v, jnp.zeros((1, 1), jnp.int32), cache, method="decode")[0].sum()
+    with pytest.raises(ConfigError, match="has no gradient: train in the expanded form"):
+        jax.grad(loss)(variables)
+
+
 def test_generation(variables):
     ref, out = (generate(m, variables, [[1, 2, 3], [4] * 70], 5) for m in models("pallas_reference", "float32"))
     np.testing.assert_array_equal(out, ref)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 
-from pallas_kernels.mla_decode import gpu, join, mla_decode, pack, plan, split, tpu
+from pallas_kernels.mla_decode import gpu, join, mla_decode, pack, plan, quantise, split, tpu
 from pallas_kernels.mla_decode.problem import random_problem
 from tests.pallas_kernels.targets import VMEM_BYTES, compile_for_tpu, lower_for_hopper, vmem_bytes
 
@@ -160,6 +160,43 @@ def test_tpu_compiles(generation, record_property):
         assert given < 1.01 * sum(a.size * a.dtype.itemsize for a in (q, packed.latent, packed.rope, *rest))
 
 
+@pytest.mark.parametrize(
+    ("heads", "tokens", "lengths"), [(1, 1, [0, 1, 255, 256, 257]), (16, 4, [2, 1300, 0, 512]), (128, 1, [577])]
+)
+def test_tpu_with_fp8_latents(heads, tokens, lengths, capsys):
+    """Dequantised in the kernel, beside the dequantised cache in float64."""
+    rng = np.random.default_rng()
+    pages = -(-np.asarray(lengths) // 256)
+    table = np.full((len(lengths), pages.max()), 1 << 30, np.int32)
+    table[np.arange(pages.max()) < pages[:, None]] = rng.permutation(pages.sum() + 3)[: pages.sum()]
+    cache = np.full((pages.sum() + 3, 256, 576), np.nan, np.float32)
+    for row, length in zip(table, lengths, strict=True):
+        for number, page in enumerate(row[: -(-length // 256)]):
+            used = min(256, length - 256 * number)
+            cache[page, :used] = rng.standard_normal((used, 576))
+    quantised = quantise(split(jnp.asarray(cache, jnp.bfloat16)))
+    q = jnp.asarray(rng.standard_normal((len(lengths), tokens, heads, 576)), jnp.bfloat16)
+    rest = jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
+    out, lse = mla_decode(q, pack(quantised), *rest, scale=SCALE, implementation="tpu_interpret")
+    check((q, join(quantised), *rest), out, lse)
+    assert RACE not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("generation", VMEM_BYTES)
+def test_tpu_compiles_with_fp8_latents(generation, record_property):
+    q, cache, table, lengths = shapes(128, 2, 128, 32768)
+    cache = jax.ShapeDtypeStruct((cache.shape[0] // 4, 256, 576), cache.dtype)
+    cache = jax.eval_shape(lambda c: pack(quantise(split(c))), cache)
+    table = jax.ShapeDtypeStruct((128, 32768 // 256), jnp.int32)
+    function = functools.partial(mla_decode, scale=SCALE, implementation="tpu")
+    compiled = compile_for_tpu(generation, function, q, cache, table, lengths)
+    used = vmem_bytes(compiled)
+    record_property(f"VMEM bytes {generation} FP8", used)
+    assert 0 < used < VMEM_BYTES[generation]
+    given = compiled.memory_analysis().argument_size_in_bytes
+    assert given < 1.01 * sum(a.size * a.dtype.itemsize for a in (q, *cache, table, lengths))
+
+
 def test_pack_and_back():
     cache = random_problem(np.random.default_rng(), [100], 1, 1)[1]
     assert np.array_equal(join(pack(split(cache))).view(jnp.uint16), cache.view(jnp.uint16))
@@ -189,6 +226,9 @@ def test_plan_covers_every_page_once(pieces):
         (dict(implementation="gpu_interpret", dtype=jnp.float32), "bfloat16"),
         (dict(implementation="tpu_interpret", page=48), "pages of 32"),
         (dict(cache_dtype=jnp.float32), "one dtype"),
+        (dict(implementation="gpu_interpret", form=lambda c: quantise(split(c))), "takes bfloat16"),
+        (dict(implementation="tpu_interpret", form=lambda c: pack(quantise(split(c)))), "pages of 256 or 512"),
+        (dict(form=lambda c: quantise(split(c))._replace(scales=None)), "float8_e4m3fn latents with scales"),
         (dict(width=512), r"\(B, T, H, R \+ P\)"),
         (dict(lengths=3), "lengths"),
     ],
@@ -197,7 +237,10 @@ def test_refusals(change, message):
     c = dict(implementation="reference", page=64, dtype=jnp.bfloat16, cache_dtype=None, width=576, lengths=2) | change
     cache = jnp.zeros((4, c["page"], 576), c["cache_dtype"] or c["dtype"])
     q = jnp.zeros((2, 1, 16, c["width"]), c["dtype"])
-    cache = pack(split(cache)) if c["implementation"].endswith("tpu_interpret") else cache
+    if "form" in c:
+        cache = c["form"](cache)
+    elif c["implementation"].endswith("tpu_interpret"):
+        cache = pack(split(cache))
     with pytest.raises(ValueError, match=message):
         mla_decode(
             q, cache, jnp.zeros((2, 2), jnp.int32), jnp.zeros((c["lengths"],), jnp.int32),
