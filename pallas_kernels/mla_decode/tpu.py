@@ -55,7 +55,9 @@ def mla_decode(
             f"mla_decode on TPUs takes FP8 latents in pages of {2 * LANES} or {BLOCK} tokens, so that the scales of "
             f"half a page fill rows of {LANES}, but got {page_size}"
         )
-    scales = [cache.scales[:, None]] if scaled else []  # a row of its own for each page, as the copies want
+    # As they are: a copy may take one row out of a tile of eight. As (pages, 1, page size) XLA would lay out all scales
+    # anew at each call, since a row of two tiles or more doesn't lie in one piece.
+    scales = [cache.scales] if scaled else []
     if schedule is None:
         schedule = plan(lengths, page_size=page_size, pieces=batch + CORES)
     pieces = schedule.work.shape[0]
@@ -132,7 +134,8 @@ def _kernel(
                     do(pltpu.make_async_copy(source, latents.at[slot, h, g], arrived.at[slot]))
                 do(pltpu.make_async_copy(rope_hbm.at[page], ropes.at[slot, g], arrived.at[slot]))
                 if scaled:
-                    do(pltpu.make_async_copy(scales_hbm.at[page], scale_rows[0].at[slot, g], arrived.at[slot]))
+                    source = scales_hbm.at[pl.ds(page, 1)]
+                    do(pltpu.make_async_copy(source, scale_rows[0].at[slot, g], arrived.at[slot]))
 
     def attend(block, slot, masked):
         first = (begin + block * group) * page_size

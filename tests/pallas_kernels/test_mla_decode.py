@@ -160,43 +160,6 @@ def test_tpu_compiles(generation, record_property):
         assert given < 1.01 * sum(a.size * a.dtype.itemsize for a in (q, packed.latent, packed.rope, *rest))
 
 
-@pytest.mark.parametrize(
-    ("heads", "tokens", "lengths"), [(1, 1, [0, 1, 255, 256, 257]), (16, 4, [2, 1300, 0, 512]), (128, 1, [577])]
-)
-def test_tpu_with_fp8_latents(heads, tokens, lengths, capsys):
-    """Dequantised in the kernel, beside the dequantised cache in float64."""
-    rng = np.random.default_rng()
-    pages = -(-np.asarray(lengths) // 256)
-    table = np.full((len(lengths), pages.max()), 1 << 30, np.int32)
-    table[np.arange(pages.max()) < pages[:, None]] = rng.permutation(pages.sum() + 3)[: pages.sum()]
-    cache = np.full((pages.sum() + 3, 256, 576), np.nan, np.float32)
-    for row, length in zip(table, lengths, strict=True):
-        for number, page in enumerate(row[: -(-length // 256)]):
-            used = min(256, length - 256 * number)
-            cache[page, :used] = rng.standard_normal((used, 576))
-    quantised = quantise(split(jnp.asarray(cache, jnp.bfloat16)))
-    q = jnp.asarray(rng.standard_normal((len(lengths), tokens, heads, 576)), jnp.bfloat16)
-    rest = jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
-    out, lse = mla_decode(q, pack(quantised), *rest, scale=SCALE, implementation="tpu_interpret")
-    check((q, join(quantised), *rest), out, lse)
-    assert RACE not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("generation", VMEM_BYTES)
-def test_tpu_compiles_with_fp8_latents(generation, record_property):
-    q, cache, table, lengths = shapes(128, 2, 128, 32768)
-    cache = jax.ShapeDtypeStruct((cache.shape[0] // 4, 256, 576), cache.dtype)
-    cache = jax.eval_shape(lambda c: pack(quantise(split(c))), cache)
-    table = jax.ShapeDtypeStruct((128, 32768 // 256), jnp.int32)
-    function = functools.partial(mla_decode, scale=SCALE, implementation="tpu")
-    compiled = compile_for_tpu(generation, function, q, cache, table, lengths)
-    used = vmem_bytes(compiled)
-    record_property(f"VMEM bytes {generation} FP8", used)
-    assert 0 < used < VMEM_BYTES[generation]
-    given = compiled.memory_analysis().argument_size_in_bytes
-    assert given < 1.01 * sum(a.size * a.dtype.itemsize for a in (q, *cache, table, lengths))
-
-
 def test_pack_and_back():
     cache = random_problem(np.random.default_rng(), [100], 1, 1)[1]
     assert np.array_equal(join(pack(split(cache))).view(jnp.uint16), cache.view(jnp.uint16))
