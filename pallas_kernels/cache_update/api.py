@@ -31,9 +31,9 @@ def cache_update(
     """Norms the latents of new tokens, rotates their keys and writes both into a paged cache (report eq. 1 and 3).
 
     Args:
-      cache: (pages, page size, R + P), or a `SplitCache`. "reference" takes every form, with FP8 latents too; "gpu"
-        (pages of 64, R = 512) bfloat16 ones that aren't packed; "tpu" (R a multiple of 128) packed ones, pages of a
-        multiple of 32, or of 128 with FP8 latents.
+      cache: (pages, page size, R + P), or a `SplitCache`. Latents may be FP8. "reference" takes every form; "gpu" (R =
+        512, pages of 64) ones that aren't packed; "tpu" (R a multiple of 128) packed ones, pages of a multiple of 32,
+        or of 128 with FP8 latents.
       kv: (B, T, R + P), bfloat16 but for "reference": what kv_a_proj made of the last T tokens of each sequence, at
         most 4: the raw latent beside the raw key.
       norm: (R,), what the normed latent is multiplied by. eps: what is added to its mean square.
@@ -56,13 +56,11 @@ def cache_update(
         raise ValueError(f"no cache update {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
     backend = implementation.split("_")[0]
     if isinstance(cache, SplitCache):
-        shape, packed, scaled = check_split(cache)[0], cache.packed, cache.scales is not None
+        shape, packed = check_split(cache)[0], cache.packed
     else:
-        shape, packed, scaled = cache.shape, False, False
+        shape, packed = cache.shape, False
     if backend != "reference" and packed != (backend == "tpu"):
         raise ValueError(f"cache_update takes a packed SplitCache on TPUs and no packed one on GPUs, but got {shape}")
-    if backend == "gpu" and scaled:
-        raise ValueError("cache_update on GPUs writes bfloat16, but got a cache with FP8 latents")
     if kv.ndim != 3 or len(shape) != 3 or kv.shape[2] != shape[2] or kv.shape[2] <= ROPE:
         raise ValueError(
             f"cache_update needs kv (B, T, R + P) and a cache (pages, page size, R + P) with P = {ROPE}, but got "

@@ -1,10 +1,15 @@
-"""The cache update on GPUs (Mosaic GPU): a warpgroup a token, four tokens a thread block.
+"""The cache update on GPUs (Mosaic GPU): a thread block of one warpgroup a token.
 
 A row of the cache is put together in shared memory and goes out as one copy, which can't be done from registers: 576 is
 no multiple of 128 threads. XLA puts each rotated element's partner beside it beforehand.
+
+Not several tokens a thread block: the reductions of all its warpgroups would share one place in shared memory, without
+a word from the compiler.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.experimental.pallas as pl
@@ -13,10 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.cache_update.reference import partner, per_element, slots
-from pallas_kernels.mla_decode.cache import ROPE, SplitCache
+from pallas_kernels.mla_decode.cache import FP8_MAX, ROPE, SplitCache
 
 RANK, PAGE, LANES = 512, 64, 128
-WARPGROUPS = 4
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
@@ -34,19 +38,18 @@ def cache_update(
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array | SplitCache:
     """See `api.cache_update`. `interpret` runs it on a CPU, slowly."""
-    parts = (cache.latent, cache.rope) if isinstance(cache, SplitCache) else (cache,)
+    parts = tuple(x for x in cache if x is not None) if isinstance(cache, SplitCache) else (cache,)
+    scaled = len(parts) == 3
     rank, page_size = kv.shape[-1] - ROPE, parts[0].shape[1]
-    if (rank, page_size) != (RANK, PAGE) or any(x.dtype != jnp.bfloat16 for x in (*parts, kv)):
+    if (rank, page_size) != (RANK, PAGE) or any(x.dtype != jnp.bfloat16 for x in (*parts[scaled : scaled + 1], kv)):
         raise ValueError(
             f"cache_update on GPUs takes bfloat16, latents of {RANK} and pages of {PAGE} tokens, but got {kv.dtype}, a "
             f"{parts[0].dtype} cache, latents of {rank} and pages of {page_size}"
         )
     batch, tokens, _ = kv.shape
     rows = batch * tokens
-    blocks = -(-rows // WARPGROUPS)
     page, slot = slots(block_tables, lengths, tokens, page_size)
     where = jnp.stack([page, slot], -1).reshape(rows, 2)
-    where = jnp.pad(where, ((0, blocks * WARPGROUPS - rows), (0, 0)), constant_values=-1)
     key = kv[..., RANK:].astype(jnp.float32)
     factors = (key, per_element(cos, interleave), partner(key, interleave), per_element(sin, interleave))
     scale = norm.astype(jnp.bfloat16).astype(jnp.float32)
@@ -54,12 +57,13 @@ def cache_update(
 
     def run(refs):
         plgpu.kernel(
-            _kernel(eps),
-            grid=(blocks,),
-            grid_names=("block",),
-            num_threads=WARPGROUPS,
-            thread_name="warpgroup",
-            scratch_types=dict(row_smem=plgpu.SMEM((WARPGROUPS, RANK + LANES), jnp.bfloat16)),
+            functools.partial(_kernel, eps=eps),
+            grid=(rows,),
+            grid_names=("row",),
+            scratch_types=dict(
+                row_smem=plgpu.SMEM((RANK + LANES,), jnp.bfloat16),
+                fp8_smem=plgpu.SMEM((RANK,), jnp.float8_e4m3fn) if scaled else None,
+            ),
             interpret=interpret,
         )(kv[..., :RANK].reshape(rows, RANK), *map(wide, factors), scale, where, *refs)
 
@@ -67,27 +71,32 @@ def cache_update(
     return SplitCache(*updated) if isinstance(cache, SplitCache) else updated[0]
 
 
-def _kernel(eps: float):
-    def kernel(latent_gmem, key_gmem, cos_gmem, partner_gmem, sin_gmem, norm_gmem, where_gmem, *cache_gmem, row_smem):
-        warpgroup = lax.axis_index("warpgroup")
-        row = lax.axis_index("block") * WARPGROUPS + warpgroup
-        page, slot = where_gmem[row, 0], where_gmem[row, 1]
+def _kernel(
+    latent_gmem, key_gmem, cos_gmem, partner_gmem, sin_gmem, norm_gmem, where_gmem, *cache_gmem, row_smem, fp8_smem, eps
+):
+    row = lax.axis_index("row")
+    page, slot = where_gmem[row, 0], where_gmem[row, 1]
 
-        @pl.when(page >= 0)
-        def _():
-            latent = latent_gmem[row].astype(jnp.float32)
-            latent = latent * lax.rsqrt(jnp.sum(latent * latent) / RANK + eps)
-            latent = latent.astype(jnp.bfloat16).astype(jnp.float32) * norm_gmem[...]  # rounded as in the reference
-            key = key_gmem[row] * cos_gmem[row] + partner_gmem[row] * sin_gmem[row]
-            mine = row_smem.at[warpgroup]
-            mine[pl.ds(0, RANK)] = latent.astype(jnp.bfloat16)
-            mine[pl.ds(RANK, LANES)] = key.astype(jnp.bfloat16)  # of which the second half is nothing
-            plgpu.commit_smem()
-            if len(cache_gmem) == 1:
-                plgpu.copy_smem_to_gmem(mine.at[pl.ds(0, RANK + ROPE)], cache_gmem[0].at[page, slot])
-            else:
-                plgpu.copy_smem_to_gmem(mine.at[pl.ds(0, RANK)], cache_gmem[0].at[page, slot])
-                plgpu.copy_smem_to_gmem(mine.at[pl.ds(RANK, ROPE)], cache_gmem[1].at[page, slot])
-            plgpu.wait_smem_to_gmem(0)
-
-    return kernel
+    @pl.when(page >= 0)
+    def _():
+        latent = latent_gmem[row].astype(jnp.float32)
+        latent = latent * lax.rsqrt(jnp.sum(latent * latent) / RANK + eps)
+        latent = latent.astype(jnp.bfloat16).astype(jnp.float32) * norm_gmem[...]  # rounded as in the reference
+        latent = latent.astype(jnp.bfloat16)
+        key = key_gmem[row] * cos_gmem[row] + partner_gmem[row] * sin_gmem[row]
+        row_smem[pl.ds(0, RANK)] = latent
+        row_smem[pl.ds(RANK, LANES)] = key.astype(jnp.bfloat16)  # of which the second half is nothing
+        if fp8_smem is not None:
+            latent = latent.astype(jnp.float32)
+            largest = jnp.max(jnp.abs(latent))
+            factor = jnp.where(largest == 0, 1.0, largest / FP8_MAX)
+            fp8_smem[...] = (latent / factor).astype(jnp.float8_e4m3fn)
+            cache_gmem[2][page, slot] = factor
+        plgpu.commit_smem()
+        if len(cache_gmem) == 1:
+            plgpu.copy_smem_to_gmem(row_smem.at[pl.ds(0, RANK + ROPE)], cache_gmem[0].at[page, slot])
+        else:
+            new = row_smem.at[pl.ds(0, RANK)] if fp8_smem is None else fp8_smem
+            plgpu.copy_smem_to_gmem(new, cache_gmem[0].at[page, slot])
+            plgpu.copy_smem_to_gmem(row_smem.at[pl.ds(RANK, ROPE)], cache_gmem[1].at[page, slot])
+        plgpu.wait_smem_to_gmem(0)
