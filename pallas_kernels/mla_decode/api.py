@@ -31,15 +31,15 @@ def mla_decode(
       q: (B, T, H, R + P): a head's query, absorbed into the latent space (R) beside its rotated part (P). The new
         tokens are the sequence's last ones, and token t sees the keys before `lengths - T + t + 1`.
       cache: (pages, page size, R + P), `q`'s dtype: a token's latent (after its norm) beside its rotated key; or a
-        `SplitCache` of the same. TPUs take packed `SplitCache`s only, GPUs no packed ones. Latents in FP8 are for
-        the reference, and for TPUs in pages of 256 or 512.
+        `SplitCache` of the same, whose latents may be FP8 (on TPUs: in pages of 256 or 512). TPUs take packed
+        `SplitCache`s only, GPUs no packed ones.
       block_tables: (B, max pages) int32: the pages of a sequence, in order. Entries past its length are never
         read, nor are slots past it in its last page: either may hold anything.
       lengths: (B,) int32: tokens of each sequence in the cache, the new ones included. May be 0.
       scale: what multiplies the scores.
-      implementation: "reference" (plain; any cache), "gpu" (Hopper: bfloat16, R = 512, P = 64, pages of 64), "tpu"
-        (bfloat16, R a multiple of 128, P = 64, pages of 32 to 512). "gpu_interpret" and "tpu_interpret" run these on
-        a CPU, slowly, and look for races: for tests.
+      implementation: "reference" (plain; any cache), "gpu" (Hopper: bfloat16 queries, R = 512, P = 64, pages of 64),
+        "tpu" (bfloat16 queries, R a multiple of 128, P = 64, pages of 32 to 512). "gpu_interpret" and "tpu_interpret"
+        run these on a CPU, slowly, and look for races: for tests.
       schedule: how the work is shared out, by `schedule.plan`; worked out from the lengths if None. It depends on
         nothing else, so that the layers of a model can share one.
 

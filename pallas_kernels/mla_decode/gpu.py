@@ -10,6 +10,9 @@ overlay their page's rope columns, which are needed for the scores alone.
 
 Blocks of the same piece (128 heads make two) form a cluster, and each fetches half of every page for both: reading
 every page twice from L2 would take longer than the arithmetic.
+
+FP8 latents land in the second half of the page's own room, as there is no other, and the fetching warpgroup widens them
+to bfloat16. A token's scale multiplies the latent's part of its scores, and its probability before the second product.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from pallas_kernels.mla_decode.schedule import WHOLE, Plan, plan
 
 RANK, PAGE, ROWS = 512, 64, 64
 WIDTH = RANK + ROPE
-HALF = RANK // 2
+HALF, QUARTER = RANK // 2, RANK // 4
 MULTIPROCESSORS = 132
 LOG2E = math.log2(math.e)
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
@@ -51,7 +54,8 @@ def mla_decode(
     batch, tokens, heads, width = q.shape
     # Latents and rope keys, and the first column of these: the same array twice if they lie side by side.
     latent, rope, rope_column = (cache.latent, cache.rope, 0) if isinstance(cache, SplitCache) else (cache, cache, RANK)
-    if (width, latent.shape[1]) != (WIDTH, PAGE) or q.dtype != jnp.bfloat16 or latent.dtype != jnp.bfloat16:
+    scales = [cache.scales] if isinstance(cache, SplitCache) and cache.scales is not None else []
+    if (width, latent.shape[1]) != (WIDTH, PAGE) or q.dtype != jnp.bfloat16:
         raise ValueError(
             f"mla_decode on GPUs takes bfloat16, width {WIDTH} and pages of {PAGE} tokens, but got {q.dtype} queries "
             f"of width {width} and a {latent.dtype} cache with pages of {latent.shape[1]}"
@@ -74,14 +78,15 @@ def mla_decode(
             rope_column=rope_column,
             cluster=cluster,
             hardware=not interpret,
+            scaled=bool(scales),
         ),
         out_type=(
             jax.ShapeDtypeStruct((batch, padded, RANK), q.dtype),
             jax.ShapeDtypeStruct((batch, padded), jnp.float32),
-            jax.ShapeDtypeStruct((pieces, padded, RANK), jnp.float32),
+            jax.ShapeDtypeStruct((pieces, padded, RANK), q.dtype),
             jax.ShapeDtypeStruct((pieces, padded), jnp.float32),
         ),
-        scratch_types=_scratch(cluster),
+        scratch_types=_scratch(cluster, bool(scales), hardware=not interpret),
         grid=(pieces, blocks // cluster),  # the last one runs fastest: a piece's pages are in L2 for all of its rows
         grid_names=("piece", "row_block"),
         cluster=(cluster,),
@@ -92,7 +97,7 @@ def mla_decode(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    out, lse, partial_out, partial_lse = kernel(q, latent, rope, block_tables, lengths, schedule.work)
+    out, lse, partial_out, partial_lse = kernel(q, latent, rope, *scales, block_tables, lengths, schedule.work)
     if pieces > batch:
         out, lse = _merge(out, lse, partial_out, partial_lse, schedule.slots, interpret=interpret)
     shape = (batch, tokens, heads)
@@ -104,17 +109,25 @@ def default_pieces(batch: int, rows: int) -> int:
     return batch + max(1, MULTIPROCESSORS // -(-rows // ROWS))
 
 
-def _scratch(cluster: int) -> dict:
+def _scratch(cluster: int, scaled: bool, hardware: bool) -> dict:
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    halves = plgpu.SMEM((2, 2, PAGE, HALF), jnp.bfloat16, transforms=tiled)
+    quarters = None
+    if scaled:  # as many bytes, of which the second half of each page is used
+        tiled_8 = (plgpu.TilingTransform((8, QUARTER)), plgpu.SwizzleTransform(128))
+        quarters = plgpu.SMEM((2, 2, 4, PAGE, QUARTER), jnp.float8_e4m3fn, transforms=tiled_8)
+    overlaid = scaled and hardware  # the interpreter takes one for a race with the other
     return dict(
         q_smem=plgpu.SMEM((ROWS, WIDTH), jnp.bfloat16, transforms=tiled),
-        halves=plgpu.SMEM((2, 2, PAGE, HALF), jnp.bfloat16, transforms=tiled),
+        pages=plgpu.RefUnion(halves, quarters) if overlaid else (halves, quarters),
+        scale_smem=plgpu.SMEM((2, PAGE), jnp.float32) if scaled else None,
         ropes=plgpu.SMEM((2, PAGE, ROPE), jnp.bfloat16, transforms=tiled),
         row_smem=plgpu.SMEM((2, ROWS), jnp.float32),
         sum_smem=plgpu.SMEM((2, 2, ROWS), jnp.float32),
         q_ready=plgpu.Barrier(),
         half_ready=plgpu.Barrier(num_barriers=4),
-        rope_ready=plgpu.Barrier(num_barriers=2),
+        rope_ready=plgpu.Barrier(num_barriers=2, num_arrivals=2 if scaled else 1),
+        landed=plgpu.Barrier(num_barriers=2, num_arrivals=4) if scaled else None,
         half_free=plgpu.Barrier(num_barriers=4),
         weights_ready=plgpu.Barrier(num_barriers=2),
         sums_ready=plgpu.Barrier(num_arrivals=2),
@@ -123,12 +136,15 @@ def _scratch(cluster: int) -> dict:
 
 
 def _kernel(
-    q_gmem, latent_gmem, rope_gmem, table_gmem, lengths_gmem, work_gmem,
-    out_gmem, lse_gmem, partial_out_gmem, partial_lse_gmem,
-    *, q_smem, halves, ropes, row_smem, sum_smem, q_ready, half_ready, rope_ready, half_free, weights_ready, sums_ready,
-    cluster_free,
-    tokens, heads, scale, rope_column, cluster, hardware,
+    q_gmem, latent_gmem, rope_gmem, *other_gmem,
+    q_smem, pages, scale_smem, ropes, row_smem, sum_smem, q_ready, landed, half_ready, rope_ready, half_free,
+    weights_ready, sums_ready, cluster_free,
+    tokens, heads, scale, rope_column, cluster, hardware, scaled,
 ):  # fmt: skip
+    *scales_gmem, table_gmem, lengths_gmem, work_gmem, out_gmem, lse_gmem, partial_out_gmem, partial_lse_gmem = (
+        other_gmem
+    )
+    halves, quarters = pages
     warpgroup = lax.axis_index("warpgroup")
     piece = lax.axis_index("piece")
     row = (lax.axis_index("row_block") * cluster + lax.axis_index("cluster")) * ROWS
@@ -137,7 +153,8 @@ def _kernel(
 
     @pl.when(warpgroup == 2)
     def _fetch():
-        plgpu.set_max_registers(40, action="decrease")
+        # All three warpgroups together: 504, what they start with. For one more the others would wait for ever.
+        plgpu.set_max_registers(56 if scaled else 40, action="decrease")
         pl.when(pairs > 0)(lambda: plgpu.copy_gmem_to_smem(q_gmem.at[sequence, pl.ds(row, ROWS)], q_smem, q_ready))
 
         collective = dict(collective_axes="cluster") if cluster > 1 else {}
@@ -148,6 +165,28 @@ def _kernel(
                 plgpu.barrier_arrive(cluster_free.at[i])
                 plgpu.barrier_wait(cluster_free.at[i])
 
+        def widen(i):
+            """Page i's FP8 latents to bfloat16, those of the first half first: its second half is where they are."""
+            plgpu.barrier_wait(landed.at[i])
+            read = lambda c: plgpu.load(quarters.at[i, 1, c], layout=plgpu.Layout.WGMMA_8BIT)
+
+            def write(c, values):
+                to = pl.ds(c % 2 * QUARTER, QUARTER)
+                halves[i, c // 2, :, to] = values.astype(jnp.float32).astype(jnp.bfloat16)
+
+            def ready(h):
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(half_ready.at[2 * i + h])
+
+            for c in range(2):
+                write(c, read(c))
+            ready(0)
+            rest = read(2), read(3)
+            plgpu.commit_smem()  # all of it is read before any is overwritten
+            for c, values in enumerate(rest):
+                write(2 + c, values)
+            ready(1)
+
         @pl.loop(0, pairs)
         def _pair(pair):
             for i in range(2):
@@ -156,9 +195,15 @@ def _kernel(
                 fetch = functools.partial(plgpu.copy_gmem_to_smem, **collective)
                 for h in range(2):
                     pl.when(pair > 0)(functools.partial(released, 2 * i + h))
-                    fetch(latent_gmem.at[page, :, pl.ds(h * HALF, HALF)], halves.at[i, h], half_ready.at[2 * i + h])
+                    if not scaled:
+                        fetch(latent_gmem.at[page, :, pl.ds(h * HALF, HALF)], halves.at[i, h], half_ready.at[2 * i + h])
+                for c in range(4 if scaled else 0):
+                    fetch(latent_gmem.at[page, :, pl.ds(c * QUARTER, QUARTER)], quarters.at[i, 1, c], landed.at[i])
                 # The probabilities of the page before lay here, for both warpgroups.
                 fetch(rope_gmem.at[page, :, pl.ds(rope_column, ROPE)], ropes.at[i], rope_ready.at[i])
+                if scaled:
+                    plgpu.copy_gmem_to_smem(scales_gmem[0].at[page], scale_smem.at[i], rope_ready.at[i])
+                    widen(i)
 
         @pl.when(pairs > 0)  # a block must not end while its neighbour may still signal it
         def _drain():
@@ -166,7 +211,7 @@ def _kernel(
                 released(i)
 
     def compute(mine: int):
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(224 if scaled else 232, action="increase")
         length = lengths_gmem[sequence]
         stop = jnp.minimum(length, end * PAGE)
         other = 1 - mine
@@ -174,10 +219,30 @@ def _kernel(
         weights = ropes  # see above
         row_layout = plgpu.Layout.WGMMA.reduce(1)
 
-        def score(first, masked):
-            """The scaled scores of my page, which starts at position `first`."""
+        def alone(shape, product):
+            """What `product` adds to the accumulator that it is given."""
 
-            def product(ref):
+            def value(ref):
+                product(ref)
+                return ref[...]
+
+            return pl.run_scoped(value, plgpu.ACC(shape, jnp.float32))
+
+        def onto(acc, product):
+            if hardware:
+                return pl.run_state(product)(plgpu.ACC.init(acc))
+            return acc + alone(acc.shape, product)  # the interpreter knows no accumulator with a start value
+
+        def page_scales(first, masked):
+            """What each token of my page is to be multiplied by, for all rows; 0 where there is none."""
+            row = plgpu.load(scale_smem.at[mine], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            scales = lax.broadcast_in_dim(row, (ROWS, PAGE), [1])
+            return jnp.where(first + _iota(1) < stop, scales, 0.0) if masked else scales
+
+        def score(first, masked):
+            """The scaled scores of my page, which starts at position `first`; and its tokens' FP8 scales."""
+
+            def latents(ref):
                 # A loop, and one whose length the compiler can't see: unrolled, its many matrix descriptors would be
                 # hoisted out of the loop over pages, spill, and be reloaded between the wgmmas.
                 @pl.loop(0, jnp.minimum(end - begin + 1, 2))
@@ -186,25 +251,37 @@ def _kernel(
                     q_half = q_smem.at[:, pl.ds(pl.multiple_of(h * HALF, HALF), HALF)]
                     plgpu.wgmma(ref, q_half, halves.at[mine, h].transpose((1, 0)))
 
-                plgpu.barrier_wait(rope_ready.at[mine])
+            def rotated(ref):
                 plgpu.wgmma(ref, q_smem.at[:, pl.ds(RANK, ROPE)], ropes.at[mine].transpose((1, 0)))
-                return ref[...]
+                plgpu.wgmma_wait(0)
 
-            scores = pl.run_scoped(product, plgpu.ACC((ROWS, PAGE), jnp.float32)) * (scale * LOG2E)
+            def both(ref):
+                latents(ref)
+                plgpu.barrier_wait(rope_ready.at[mine])
+                rotated(ref)
+
+            factors = None
+            if scaled:  # the latent's part alone is scaled
+                plgpu.barrier_wait(rope_ready.at[mine])
+                factors = page_scales(first, masked)
+                scores = onto(alone((ROWS, PAGE), latents) * factors, rotated)
+            else:
+                scores = alone((ROWS, PAGE), both)
+            scores *= scale * LOG2E
             if not masked:
-                return scores
+                return scores, factors
             position = first + _iota(1)
             visible = position < stop
             if tokens > 1:
                 visible &= position < length - tokens + 1 + (row + _iota(0)) // heads
-            return jnp.where(visible, scores, -jnp.inf)
+            return jnp.where(visible, scores, -jnp.inf), factors
 
-        def weigh(scores, m):
+        def weigh(scores, factors, m):
             """Hands my page's probabilities, relative to the maximum `m`, to both warpgroups; returns their sums."""
             p = jnp.exp2(scores - lax.broadcast_in_dim(m, scores.shape, [0]))
             row_smem[mine] = m
             plgpu.commit_smem()  # no warp's wgmma reads the rope keys any more
-            weights[mine] = p.astype(jnp.bfloat16)
+            weights[mine] = (p * factors if scaled else p).astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.barrier_arrive(weights_ready.at[mine])
             return jnp.sum(p, axis=1)
@@ -230,15 +307,7 @@ def _kernel(
                 meanwhile()
                 plgpu.wgmma_wait(0)
 
-            def value(ref):
-                product(ref)
-                return ref[...]
-
-            acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
-            if hardware:
-                acc = pl.run_state(product)(plgpu.ACC.init(acc))
-            else:  # the interpreter knows no accumulator with a start value
-                acc += pl.run_scoped(value, plgpu.ACC((ROWS, HALF), jnp.float32))
+            acc = onto(acc * lax.broadcast_in_dim(alpha, acc.shape, [0]), product)
             plgpu.barrier_arrive(half_free.at[2 * i + mine])
             return acc
 
@@ -254,10 +323,10 @@ def _kernel(
 
             def own(acc, m):
                 """My page: its scores, its probabilities, its share."""
-                scores = score(first + mine * PAGE, masked)
+                scores, factors = score(first + mine * PAGE, masked)
                 new_m = jnp.maximum(m, jnp.max(scores, axis=1))
                 change = jnp.exp2(m - new_m)
-                new = weigh(scores, new_m)
+                new = weigh(scores, factors, new_m)
                 acc = accumulate(acc, change, mine, first + mine * PAGE, masked, lambda: add(mine, change, new))
                 return acc, new_m
 
@@ -289,21 +358,18 @@ def _kernel(
         out = acc * lax.broadcast_in_dim(jnp.where(seen, 1 / jnp.where(seen, total, 1.0), 0.0), acc.shape, [0])
         lse = jnp.where(seen, m / LOG2E + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
 
-        @pl.when(slot == WHOLE)
-        def _whole():
-            staged = halves.at[0, mine]  # both warpgroups are done with all pages
-            staged[...] = out.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staged, out_gmem.at[sequence, pl.ds(row, ROWS), columns])
+        staged = halves.at[0, mine]  # both warpgroups are done with all pages
+        staged[...] = out.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+
+        def store(index, to_out, to_lse):
+            plgpu.copy_smem_to_gmem(staged, to_out.at[index, pl.ds(row, ROWS), columns])
             if mine == 0:
-                lse_gmem[sequence, pl.ds(row, ROWS)] = lse
+                to_lse[index, pl.ds(row, ROWS)] = lse
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(slot >= 0)
-        def _part():
-            partial_out_gmem[slot, pl.ds(row, ROWS), columns] = out
-            if mine == 0:
-                partial_lse_gmem[slot, pl.ds(row, ROWS)] = lse
+        pl.when(slot == WHOLE)(lambda: store(sequence, out_gmem, lse_gmem))
+        pl.when(slot >= 0)(lambda: store(slot, partial_out_gmem, partial_lse_gmem))
 
     for w in range(2):
         pl.when(warpgroup == w)(functools.partial(compute, w))
@@ -316,9 +382,9 @@ def _iota(dimension: int) -> jax.Array:
 def _merge(out, lse, partial_out, partial_lse, slots, *, interpret):
     """Merges the pieces of the sequences that were cut, by their log-sum-exps; leaves the others alone."""
     batch, rows = lse.shape
-    unroll = 8  # several pieces are loaded at a time, to hide the latency
+    unroll = 16  # several pieces are loaded at a time, to hide the latency
     blocks = min(rows, -(-4 * MULTIPROCESSORS // batch))  # few of them where most will find nothing to do
-    width = RANK // 4
+    width = RANK // 2
 
     def kernel(partial_out_gmem, partial_lse_gmem, slots_gmem, out_gmem, lse_gmem):
         sequence = lax.axis_index("sequence")
@@ -337,7 +403,7 @@ def _merge(out, lse, partial_out, partial_lse, slots, *, interpret):
                 lses = [
                     jnp.where(i < count, partial_lse_gmem[s, row], -jnp.inf) for i, s in zip(index, slot, strict=False)
                 ]
-                values = [partial_out_gmem[s, row, columns] for s in slot]
+                values = [partial_out_gmem[s, row, columns].astype(jnp.float32) for s in slot]
                 new = functools.reduce(jnp.maximum, lses, top)
                 total, acc = (x * jnp.exp(top - new) for x in (total, acc))
                 for part_lse, value in zip(lses, values, strict=False):

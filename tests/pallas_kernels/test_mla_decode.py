@@ -38,6 +38,10 @@ def check(problem, out, lse, error=6e-3):
     assert not out[dead].any()
 
 
+def in_fp8(cache):
+    return quantise(split(cache))
+
+
 def test_reference_is_attention():
     """Against jax.nn.dot_product_attention, sequence by sequence."""
     q, cache, table, lengths = random_problem(np.random.default_rng(), [5, 130, 64], tokens=3, heads=4)
@@ -56,14 +60,17 @@ def test_reference_is_attention():
         (1, 1, [0, 1, 63, 64, 65], 0, lambda cache: cache),
         (16, 4, [2, 200, 0], 0, split),
         (64, 2, [385, 129], 4, lambda cache: cache),  # two row blocks, cut sequences
+        (1, 1, [0, 1, 63, 64, 65], 0, in_fp8),
+        (64, 2, [385, 129], 4, in_fp8),
     ],
 )
 def test_gpu(heads, tokens, lengths, extra, form, capsys):
     problem = random_problem(np.random.default_rng(), lengths, tokens, heads)
     schedule = plan(problem[3], page_size=64, pieces=len(lengths) + extra)
     q, cache, *rest = problem
-    out, lse = mla_decode(q, form(cache), *rest, scale=SCALE, implementation="gpu_interpret", schedule=schedule)
-    check(problem, out, lse)
+    given = form(cache)
+    out, lse = mla_decode(q, given, *rest, scale=SCALE, implementation="gpu_interpret", schedule=schedule)
+    check((q, join(given) if form is in_fp8 else cache, *rest), out, lse)
     assert RACE not in capsys.readouterr().out
 
 
@@ -108,12 +115,20 @@ def without(module, line):
     return broken
 
 
-def test_gpu_race_is_caught(capsys):
-    """Without waiting for the other warpgroup's probabilities."""
-    broken = without(gpu, "            plgpu.barrier_wait(weights_ready.at[other])\n")
-    problem = random_problem(np.random.default_rng(), [100], 1, 16)
-    schedule = plan(problem[3], page_size=64, pieces=1)
-    broken.mla_decode(*problem, scale=SCALE, schedule=schedule, interpret=gpu.INTERPRET)[0].block_until_ready()
+@pytest.mark.parametrize(
+    ("line", "form"),
+    [
+        ("            plgpu.barrier_wait(weights_ready.at[other])\n", lambda cache: cache),
+        ("            plgpu.barrier_wait(landed.at[i])\n", in_fp8),
+    ],
+)
+def test_gpu_race_is_caught(line, form, capsys):
+    """Without waiting for the other warpgroup's probabilities, or for FP8 latents."""
+    broken = without(gpu, line)
+    q, cache, *rest = random_problem(np.random.default_rng(), [100], 1, 16)
+    schedule = plan(rest[1], page_size=64, pieces=1)
+    out = broken.mla_decode(q, form(cache), *rest, scale=SCALE, schedule=schedule, interpret=gpu.INTERPRET)
+    jax.block_until_ready(out)
     assert RACE in capsys.readouterr().out
     reset_gpu_interpret_mode_state()
 
@@ -142,6 +157,14 @@ def shapes(batch, tokens, heads, length):
 def test_gpu_lowers(shape):
     text = lower_for_hopper(functools.partial(mla_decode, scale=SCALE, implementation="gpu"), *shapes(*shape))
     assert "mosaic_gpu" in text
+
+
+def test_gpu_lowers_with_fp8_latents():
+    q, cache, *rest = shapes(128, 1, 128, 4096)
+    cache = jax.eval_shape(in_fp8, cache)
+    assert "mosaic_gpu" in lower_for_hopper(
+        functools.partial(mla_decode, scale=SCALE, implementation="gpu"), q, cache, *rest
+    )
 
 
 @pytest.mark.parametrize("generation", VMEM_BYTES)
@@ -189,9 +212,9 @@ def test_plan_covers_every_page_once(pieces):
         (dict(implementation="gpu_interpret", dtype=jnp.float32), "bfloat16"),
         (dict(implementation="tpu_interpret", page=48), "pages of 32"),
         (dict(cache_dtype=jnp.float32), "one dtype"),
-        (dict(implementation="gpu_interpret", form=lambda c: quantise(split(c))), "takes bfloat16"),
-        (dict(implementation="tpu_interpret", form=lambda c: pack(quantise(split(c)))), "pages of 256 or 512"),
-        (dict(form=lambda c: quantise(split(c))._replace(scales=None)), "float8_e4m3fn latents with scales"),
+        (dict(implementation="gpu_interpret", page=128, form=in_fp8), "pages of 64 tokens, but got"),
+        (dict(implementation="tpu_interpret", form=lambda c: pack(in_fp8(c))), "pages of 256 or 512"),
+        (dict(form=lambda c: in_fp8(c)._replace(scales=None)), "float8_e4m3fn latents with scales"),
         (dict(width=512), r"\(B, T, H, R \+ P\)"),
         (dict(lengths=3), "lengths"),
     ],
