@@ -2,9 +2,9 @@
 
     python -m experiments.kernels_in_model --out runs/kernels_in_model
 
-A small model with V3's head widths. Logits of packed documents, and of decoding from a long cache, against the plain
-model in float32; losses of the same training steps; times of a step and of decoding. On a CPU the kernels' plain twins
-take their place. Writes results.json and report.md.
+A small model with V3's head widths. Logits of packed documents, of decoding from a long cache, and gradients, against
+the plain model in float32; losses of the same training steps; times of a step and of decoding. On a CPU the kernels'
+plain twins take their place. Writes results.json as it goes, and report.md; `--only` makes single parts anew.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tyro
 
 from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.transformer import DeepSeekV3, init_cache
+from dsv3_jax.training.losses import forward_tally
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
@@ -58,6 +59,10 @@ def precision(name: str) -> Any:
     return jax.default_matmul_precision("highest" if name == "float32" else "default")
 
 
+def done(part: str, what: str) -> None:
+    print(f"{datetime.datetime.now():%H:%M:%S} {part}: {what}", flush=True)
+
+
 def relative_error(out: jax.Array, ref: jax.Array) -> float:
     out, ref = np.asarray(out, np.float64), np.asarray(ref, np.float64)
     return float(np.linalg.norm(out - ref) / np.linalg.norm(ref))
@@ -70,7 +75,8 @@ def logits_of_documents(found: dict[str, DeepSeekV3], variables: Any, batch: int
     out = {}
     for name, model in found.items():
         with precision(name):
-            out[name] = jax.jit(model.apply)(variables, tokens, segments=segments)
+            out[name] = jax.block_until_ready(jax.jit(model.apply)(variables, tokens, segments=segments))
+        done("documents", name)
     return {name: {"error": relative_error(x, out["float32"])} for name, x in out.items()}
 
 
@@ -91,14 +97,46 @@ def logits_of_decoding(found: dict[str, DeepSeekV3], variables: Any, batch: int,
             out = decode(variables, token, cache)
             expected = out if expected is None else expected
             rows[name] = {"error": relative_error(out, expected), "seconds": seconds(decode, variables, token, cache)}
+        done("decoding", f"{name}, {rows[name]}")
     return rows
 
 
-def train(model: DeepSeekV3, steps: int, batch: int, length: int) -> dict[str, Any]:
+def counting(seed: int, batch: int, length: int) -> dict[str, np.ndarray]:
+    """A batch whose every token is the one before and 1."""
+    row = (np.random.default_rng(seed).integers(0, 512, (batch, 1)) + np.arange(length + 1)) % 512
+    return {"tokens": row[:, :-1].astype(np.int32), "targets": row[:, 1:].astype(np.int32)}
+
+
+def gradients(found: dict[str, DeepSeekV3], variables: Any, batch: int, length: int) -> dict[str, Any]:
+    """Of the loss of one batch: errors against float32, of all together and of the worst parameter."""
+    data = counting(0, batch, length)
+    out: dict[str, Any] = {}
+    for name, model in found.items():
+
+        def loss(params: Any, model: DeepSeekV3 = model) -> jax.Array:
+            tally = forward_tally(model, variables | {"params": params}, data)
+            return tally.cross_entropy / tally.tokens
+
+        with precision(name):
+            found_gradients = jax.jit(jax.grad(loss))(variables["params"])
+        out[name] = {jax.tree_util.keystr(k): np.asarray(x, np.float64) for k, x in
+                     jax.tree_util.tree_leaves_with_path(found_gradients)}  # fmt: skip
+        done("gradients", name)
+    ref = out["float32"]
+    whole = lambda tree: np.concatenate([x.ravel() for x in tree.values()])
+    results = {}
+    for name, tree in out.items():
+        errors = {k: relative_error(tree[k], x) for k, x in ref.items() if np.linalg.norm(x) > 0}
+        worst = max(errors, key=lambda k: errors[k])
+        results[name] = {"error": relative_error(whole(tree), whole(ref)), "worst": [worst, errors[worst]]}
+    return results
+
+
+def train(name: str, model: DeepSeekV3, steps: int, batch: int, length: int) -> dict[str, Any]:
     """Losses of the steps on runs of counting, and the time of one."""
     schedule = Schedule(
         ScheduleConfig(
-            steps=100, batch_size=batch, warmup_steps=1, peak_learning_rate=1e-3, end_learning_rate=1e-3,
+            steps=100, batch_size=batch, warmup_steps=10, peak_learning_rate=3e-4, end_learning_rate=3e-4,
             bias_update_speed=0.01,
         )
     )  # fmt: skip
@@ -106,48 +144,60 @@ def train(model: DeepSeekV3, steps: int, batch: int, length: int) -> dict[str, A
     state = jax.jit(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
     step = jax.jit(make_train_step(model, optimizer, schedule))
     losses = []
-    for i in range(steps):
-        row = (np.random.default_rng(i).integers(0, 512, (batch, 1)) + np.arange(length + 1)) % 512
-        data = {"tokens": row[:, :-1].astype(np.int32), "targets": row[:, 1:].astype(np.int32)}
-        state, metrics = step(state, data)
-        losses.append(float(metrics["loss"]))
-    return {"losses": losses, "seconds": seconds(lambda: step(state, data))}
+    with precision(name):
+        for i in range(steps):
+            data = counting(i, batch, length)
+            state, metrics = step(state, data)
+            losses.append(float(metrics["loss"]))
+            done("training", f"{name}, step {i + 1} of {steps}: loss {losses[-1]:.4f}")
+        return {"losses": losses, "seconds": seconds(lambda: step(state, data))}
 
 
-def main(out: Path = Path("runs/kernels_in_model"), steps: int = 0) -> None:
+PARTS = "documents,decoding,gradients,training"
+
+
+def main(out: Path = Path("runs/kernels_in_model"), steps: int = 0, only: str = PARTS) -> None:
     """Compares the models.
 
     Args:
       out: folder of results.json and report.md.
-      steps: of training; by default 20, on a CPU 3.
+      steps: of training; by default 60, on a CPU 3.
+      only: parts to make, separated by commas; of the others, what results.json holds stays.
     """
+    unknown = set(only.split(",")) - set(PARTS.split(","))
+    if unknown:
+        raise SystemExit(f"no part {', '.join(sorted(unknown))}: there are {PARTS}")
     cpu = jax.default_backend() == "cpu"
     batch, length, cached = (2, 128, 256) if cpu else (8, 1024, 4096)
-    steps = steps or (3 if cpu else 20)
+    steps = steps or (3 if cpu else 60)
     out.mkdir(parents=True, exist_ok=True)
     found = models(cpu)
     variables = jax.jit(found["float32"].init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     parts = {
         "documents": lambda: logits_of_documents(found, variables, batch, length),
         "decoding": lambda: logits_of_decoding(found, variables, 4 * batch, cached),
-        "training": lambda: {name: train(found[name], steps, batch, length) for name in ("plain", "kernels")},
+        "gradients": lambda: gradients(found, variables, batch, length),
+        "training": lambda: {name: train(name, model, steps, batch, length) for name, model in found.items()},
     }
-    results: dict[str, Any] = {}
-    for name, part in parts.items():
+    file = out / "results.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if only != PARTS and file.exists() else {}
+    for name in only.split(","):
         start = time.perf_counter()
-        results[name] = part()
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        results[name] = parts[name]()
+        file.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{name}, {time.perf_counter() - start:.0f} s: {results[name]}", flush=True)
-    curves = np.array([results["training"][name]["losses"] for name in ("plain", "kernels")])
-    results["largest_loss_difference"] = float(np.abs(curves[1] / curves[0] - 1).max())
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = _report(results, curves, batch, length, cached)
+    missing = [name for name in PARTS.split(",") if name not in results]
+    if missing:
+        print(f"no report yet: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+        return
+    text = _report(results, batch, length, cached)
     (out / "report.md").write_text(text)
     print(text)
 
 
-def _report(results: dict[str, Any], curves: np.ndarray, batch: int, length: int, cached: int) -> str:
-    documents, decoding, training = (results[k] for k in ("documents", "decoding", "training"))
+def _report(results: dict[str, Any], batch: int, length: int, cached: int) -> str:
+    documents, decoding, found_gradients, training = (results[k] for k in PARTS.split(","))
+    exact, *curves = (np.array(training[name]["losses"]) for name in ("float32", "plain", "kernels"))
     lines = [
         "# The kernels in a model",
         "",
@@ -163,11 +213,12 @@ def _report(results: dict[str, Any], curves: np.ndarray, batch: int, length: int
     row(f"logits of {batch} x {length} packed tokens: error", pair(documents, "error", error))
     row(f"logits of decoding, {4 * batch} sequences of up to {cached}: error", pair(decoding, "error", error))
     row("a decoding step", pair(decoding, "seconds", ms))
+    row(f"gradients of {batch} x {length} tokens: error of all", pair(found_gradients, "error", error))
+    row("and of the worst parameter", pair(found_gradients, "worst", lambda w: f"{w[1]:.2e} `{w[0]}`"))
     row(f"a training step of {batch} x {length} tokens", pair(training, "seconds", ms))
-    row(f"loss, first of {curves.shape[1]} steps", [f"{c[0]:.4f}" for c in curves])
-    row("loss, last", [f"{c[-1]:.4f}" for c in curves])
-    lines += ["", f"The largest difference of any step's loss: {results['largest_loss_difference']:.2%}."]
-    lines += ["Errors are against the plain model in float32, ||difference|| / ||logits||."]
+    row(f"loss, last of {len(exact)} steps (float32: {exact[-1]:.4f})", [f"{c[-1]:.4f}" for c in curves])
+    row("largest difference of a step's loss from float32's, nats", [f"{np.abs(c - exact).max():.3f}" for c in curves])
+    lines += ["", "Errors are against the plain model in float32, ||difference|| / ||float32||."]
     return "\n".join(lines) + "\n"
 
 
