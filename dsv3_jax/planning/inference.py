@@ -125,9 +125,20 @@ def decode_step(serving: Serving, batch: int, context: int, efficiency: float | 
         raise ConfigError(
             f"batch {batch}, context {context}: a step needs at least one sequence, and no negative context"
         )
+    e = serving.hardware.efficiency if efficiency is None else efficiency
+    local = -(-batch // serving.attention_data)  # sequences of a device's group
+    attention, experts, other = _product_seconds(serving, batch, local, local)
+    attention += serving.config.num_hidden_layers * _cache_seconds(serving, local, context)
+    links, latency = _exchange(serving, batch, local)
+    return DecodeStep(attention / e, experts / e, other / e, links / e, latency, batch, serving.devices)
+
+
+def _product_seconds(serving: Serving, tokens: int, local: int, sampled: int) -> tuple[float, float, float]:
+    """Seconds of the products with weights over all layers: attention's, routed experts', others.
+
+    Of tokens in all, `local` of them a device's group's, `sampled` of which go through the head.
+    """
     c, s, sheet = serving.config, serving, serving.hardware
-    e = sheet.efficiency if efficiency is None else efficiency
-    local = -(-batch // s.attention_data)  # sequences of a device's group
     operand = sheet.peak("fp8" if s.weight <= 1 else "bf16")
     rows = lambda n: -(-n // sheet.matmul_rows) * sheet.matmul_rows
 
@@ -135,8 +146,7 @@ def decode_step(serving: Serving, batch: int, context: int, efficiency: float | 
         """Seconds to pass n rows through that many weights, stored on one device."""
         return max(weights * s.weight / sheet.bandwidth, 2 * weights * rows(n) / operand)
 
-    attention = c.num_hidden_layers * _cache_seconds(serving, local, context)
-    other = 0.0
+    attention = other = 0.0
     routed_per_expert = 0.0
     for leaf in leaves(c):
         last, weights = leaf.path[-1], float(leaf.size)
@@ -147,21 +157,20 @@ def decode_step(serving: Serving, batch: int, context: int, efficiency: float | 
         elif "self_attn" in leaf.path:
             attention += product(weights / (1 if "_a_proj" in last else s.tensor), local)
         elif last == "weight":  # the gate
-            other += product(weights, local if s.exchange == "all_to_all" else batch)
+            other += product(weights, local if s.exchange == "all_to_all" else tokens)
         elif "shared_experts" in leaf.path and s.exchange == "all_to_all":
-            other += product(weights, -(-batch // s.devices))
+            other += product(weights, -(-local // s.tensor))
         else:  # dense feed-forwards and head, split over the group; shared experts too under all_reduce
-            other += product(weights / s.tensor, local)
+            other += product(weights / s.tensor, sampled if last == "lm_head" else local)
 
     experts = 0.0
     if c.num_moe_layers:
         width_split = s.devices / s.groups
-        active, received = busiest_group(c.n_routed_experts, s.groups, batch, c.num_experts_per_tok)
+        active, received = busiest_group(c.n_routed_experts, s.groups, tokens, c.num_experts_per_tok)
         each = routed_per_expert / width_split
         experts = c.num_moe_layers * active * product(each, received / active)
-        experts += batch * _masked_bytes(serving) / sheet.bandwidth
-    links, latency = _exchange(serving, batch, local)
-    return DecodeStep(attention / e, experts / e, other / e, links / e, latency, batch, s.devices)
+        experts += tokens * _masked_bytes(serving) / sheet.bandwidth
+    return attention, experts, other
 
 
 def _cache_seconds(serving: Serving, local: int, context: int) -> float:
@@ -191,24 +200,24 @@ def _masked_bytes(serving: Serving) -> float:
     return 2 * c.num_moe_layers * c.num_experts_per_tok * width
 
 
-def _exchange(serving: Serving, batch: int, local: int) -> tuple[float, float]:
+def _exchange(serving: Serving, tokens: int, local: int) -> tuple[float, float]:
     """Seconds that links need for their bytes, and for their hops, over all layers."""
     c, s, sheet = serving.config, serving, serving.hardware
     links = latency = 0.0
     width = 2 * c.hidden_size
 
-    def all_reduce(tokens: float, size: int, layers: int) -> None:
+    def all_reduce(rows: float, size: int, layers: int) -> None:
         nonlocal links, latency
         if size > 1:
             rate = sheet.links if size <= sheet.domain else sheet.network
-            links += layers * 2 * tokens * width * ring(size) / rate
+            links += layers * 2 * rows * width * ring(size) / rate
             latency += layers * 2 * hops(sheet, size) * sheet.latency
 
     all_reduce(local, s.tensor, c.num_hidden_layers + c.num_dense_layers)
     if s.exchange == "all_reduce":
-        all_reduce(local if s.attention_data == 1 else batch, s.devices, c.num_moe_layers)
+        all_reduce(local if s.attention_data == 1 else tokens, s.devices, c.num_moe_layers)
     elif s.devices > 1:
-        mine = batch / s.devices
+        mine = local / s.tensor
         per_copy = 3 * c.hidden_size if sheet.peak("fp8") > sheet.peak("bf16") else 4 * c.hidden_size
         if sheet.torus_axes:
             side = s.devices ** (1 / sheet.torus_axes)
@@ -221,6 +230,22 @@ def _exchange(serving: Serving, batch: int, local: int) -> tuple[float, float]:
         links += c.num_moe_layers * seconds
         latency += c.num_moe_layers * 2 * hops(sheet, s.devices) * sheet.latency
     return links, latency
+
+
+def prefill_step(serving: Serving, prompts: int, length: int, efficiency: float | None = None) -> float:
+    """Seconds in which `prompts` prompts (over all devices) of `length` tokens pass, in expanded form.
+
+    Few prompts leave groups of devices without attention to compute, and read all experts for little work.
+    """
+    if prompts < 1 or length < 1:
+        raise ConfigError(f"prompts {prompts}, length {length}: both must be >= 1")
+    c, s, sheet = serving.config, serving, serving.hardware
+    e = sheet.efficiency if efficiency is None else efficiency
+    most = -(-prompts // s.attention_data)  # of a device's group
+    scores = forward_flops(c, length / 2).attention * most * length / s.tensor / sheet.peak("bf16")
+    compute = scores + sum(_product_seconds(serving, prompts * length, most * length, most))
+    links, latency = _exchange(serving, prompts * length, most * length)
+    return (max(compute, links) if s.overlap else compute + links) / e + latency
 
 
 def prefill_tokens_per_second(serving: Serving, length: int, efficiency: float | None = None) -> float:

@@ -196,7 +196,13 @@ def _training_row(plan: Any, args: PlanArgs) -> dict[str, Any]:
 def serving_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
     """Decoding at `args.batch` sequences of `args.length` cached tokens; FP8 weights take 1 byte, bfloat16 2."""
     from dsv3_jax.planning.hardware import hardware
-    from dsv3_jax.planning.inference import Serving, largest_batch, prefill_tokens_per_second, weight_bytes
+    from dsv3_jax.planning.inference import (
+        Serving,
+        largest_batch,
+        prefill_step,
+        prefill_tokens_per_second,
+        weight_bytes,
+    )
 
     sheet = hardware(args.hardware)
     weight = 1 if args.precision == "fp8" else 2
@@ -217,6 +223,7 @@ def serving_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
                 "weight_bytes": weight_bytes(serving),
                 "largest_batch": largest_batch(serving, args.length),
                 "prefill_tokens_per_second": prefill_tokens_per_second(serving, args.length, args.efficiency),
+                "prompt_seconds": prefill_step(serving, 1, args.length, args.efficiency),
                 "decode": [_decode_row(serving, b, args) for b in batches],
             }
         )

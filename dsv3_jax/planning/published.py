@@ -8,7 +8,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.planning.flops import model_flops
 from dsv3_jax.planning.hardware import EFFICIENCY, hardware
-from dsv3_jax.planning.inference import Serving, decode_step, prefill_tokens_per_second
+from dsv3_jax.planning.inference import Serving, decode_step, prefill_step
 from dsv3_jax.planning.mesh import TrainingPlan
 from dsv3_jax.planning.step_time import step_time
 
@@ -124,8 +124,9 @@ def _v6e_serving() -> list[Comparison]:
         step = decode_step(serving, 512, 1536).total
         missing = "converting FP8 weights block by block, launches, the host between steps"
         rows.append(Comparison(f"median decoding step, 64 v6e, {name}", _SGL, "ms", latency, step * 1e3, missing))
-        both = 512 * (1 / prefill_tokens_per_second(serving, 1024) + step / 512)
-        missing = "prefill at a few percent of peak and ahead of decoding, queues; besides the above"
+        # The server puts prompts ahead of decoding: one a sequence that ends, whose place it takes.
+        both = step + 512 * prefill_step(serving, 1, 1024) / 1024
+        missing = "prompts that wait for each other, padding of a prompt's step; besides the above"
         rows.append(
             Comparison(
                 f"a token of each of 512, prefill included, {name}", _SGL, "ms", 512e3 / rate, both * 1e3, missing

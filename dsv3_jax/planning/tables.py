@@ -118,7 +118,8 @@ def _serving(console: Console, result: dict[str, Any]) -> None:
         )
     console.print(sweep)
     layout, prefill = f"{best['attention_data']} x {best['tensor']}", best["prefill_tokens_per_second"]
-    title = f"by batch, {layout}; prefill at most {prefill:,.0f} tokens/s"
+    alone = best["prompt_seconds"] * 1e3
+    title = f"by batch, {layout}; prefill at most {prefill:,.0f} tokens/s, a prompt alone {alone:,.0f} ms"
     parts = list(best["decode"][0]["seconds"])
     table = _table(title, "batch", "ms a step", *parts, "tok/s/dev")
     for row in best["decode"]:
