@@ -116,22 +116,23 @@ def _v5e_decoding() -> list[Comparison]:
 
 
 def _v6e_serving() -> list[Comparison]:
-    """512 requests of 1,024 tokens in and out on v6e-64: on average 1,536 tokens are cached."""
+    """Requests of 1,024 tokens in and out on v6e-64: on average 1,536 tokens are cached."""
     config, sheet = ModelConfig.preset("v3-671b"), hardware("v6e")
+    besides = "prompts that wait for each other, padding of a prompt's step; besides the above"
     rows = []
-    for name, exchange, latency, rate in (("fused", "all_to_all", 57.5, 5315), ("epmoe", "all_reduce", 87.2, 3291)):
+    for name, exchange, latency, rates in (
+        ("fused", "all_to_all", 57.5, {512: 5315, 420: 5299}),
+        ("epmoe", "all_reduce", 87.2, {512: 3291, 420: 2958}),
+    ):
         serving = Serving(config, sheet, 64, 8, 64, exchange)  # type: ignore[arg-type]
-        step = decode_step(serving, 512, 1536).total
+        step = lambda batch, s=serving: decode_step(s, batch, 1536).total
         missing = "converting FP8 weights block by block, launches, the host between steps"
-        rows.append(Comparison(f"median decoding step, 64 v6e, {name}", _SGL, "ms", latency, step * 1e3, missing))
-        # The server puts prompts ahead of decoding: one a sequence that ends, whose place it takes.
-        both = step + 512 * prefill_step(serving, 1, 1024) / 1024
-        missing = "prompts that wait for each other, padding of a prompt's step; besides the above"
-        rows.append(
-            Comparison(
-                f"a token of each of 512, prefill included, {name}", _SGL, "ms", 512e3 / rate, both * 1e3, missing
-            )
-        )
+        rows.append(Comparison(f"median decoding step, 64 v6e, {name}", _SGL, "ms", latency, step(512) * 1e3, missing))
+        for batch, rate in rates.items():
+            # The server puts prompts ahead of decoding: one a sequence that ends, whose place it takes.
+            both = step(batch) + batch * prefill_step(serving, 1, 1024) / 1024
+            what = f"a token of each of {batch}, prefill included, {name}"
+            rows.append(Comparison(what, _SGL, "ms", batch * 1e3 / rate, both * 1e3, besides))
     return rows
 
 

@@ -39,7 +39,7 @@ def plan_of(config=V3, sheet="h800", mesh=MeshShape(), batch=256, **options):
 
 def test_published_measurements():
     found = published.compare()
-    assert len(found) >= 19
+    assert len(found) >= 21
     assert {c.what: c.ratio for c in found if not WITHIN[0] <= c.ratio <= WITHIN[1]} == {}
 
 
