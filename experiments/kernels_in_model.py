@@ -153,10 +153,10 @@ def train(name: str, model: DeepSeekV3, steps: int, batch: int, length: int) -> 
         return {"losses": losses, "seconds": seconds(lambda: step(state, data))}
 
 
-PARTS = "documents,decoding,gradients,training"
+PARTS = ("documents", "decoding", "gradients", "training")
 
 
-def main(out: Path = Path("runs/kernels_in_model"), steps: int = 0, only: str = PARTS) -> None:
+def main(out: Path = Path("runs/kernels_in_model"), steps: int = 0, only: str = ",".join(PARTS)) -> None:
     """Compares the models.
 
     Args:
@@ -164,9 +164,10 @@ def main(out: Path = Path("runs/kernels_in_model"), steps: int = 0, only: str = 
       steps: of training; by default 60, on a CPU 3.
       only: parts to make, separated by commas; of the others, what results.json holds stays.
     """
-    unknown = set(only.split(",")) - set(PARTS.split(","))
+    names = only.split(",")
+    unknown = [name for name in names if name not in PARTS]
     if unknown:
-        raise SystemExit(f"no part {', '.join(sorted(unknown))}: there are {PARTS}")
+        raise SystemExit(f"no part {', '.join(unknown)}: there are {', '.join(PARTS)}")
     cpu = jax.default_backend() == "cpu"
     batch, length, cached = (2, 128, 256) if cpu else (8, 1024, 4096)
     steps = steps or (3 if cpu else 60)
@@ -180,13 +181,13 @@ def main(out: Path = Path("runs/kernels_in_model"), steps: int = 0, only: str = 
         "training": lambda: {name: train(name, model, steps, batch, length) for name, model in found.items()},
     }
     file = out / "results.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if only != PARTS and file.exists() else {}
-    for name in only.split(","):
+    results: dict[str, Any] = json.loads(file.read_text()) if set(names) != set(PARTS) and file.exists() else {}
+    for name in names:
         start = time.perf_counter()
         results[name] = parts[name]()
         file.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{name}, {time.perf_counter() - start:.0f} s: {results[name]}", flush=True)
-    missing = [name for name in PARTS.split(",") if name not in results]
+    missing = [name for name in PARTS if name not in results]
     if missing:
         print(f"no report yet: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
         return
@@ -196,7 +197,7 @@ def main(out: Path = Path("runs/kernels_in_model"), steps: int = 0, only: str = 
 
 
 def _report(results: dict[str, Any], batch: int, length: int, cached: int) -> str:
-    documents, decoding, found_gradients, training = (results[k] for k in PARTS.split(","))
+    documents, decoding, found_gradients, training = (results[k] for k in PARTS)
     exact, *curves = (np.array(training[name]["losses"]) for name in ("float32", "plain", "kernels"))
     lines = [
         "# The kernels in a model",

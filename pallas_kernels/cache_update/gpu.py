@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.cache_update.reference import partner, per_element, slots
-from pallas_kernels.mla_decode.cache import FP8_MAX, ROPE, SplitCache
+from pallas_kernels.mla_decode.cache import FP8_MAX, ROPE, SplitCache, check_split
 
 RANK, PAGE, LANES = 512, 64, 128
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
@@ -39,12 +39,12 @@ def cache_update(
 ) -> jax.Array | SplitCache:
     """See `api.cache_update`. `interpret` runs it on a CPU, slowly."""
     parts = tuple(x for x in cache if x is not None) if isinstance(cache, SplitCache) else (cache,)
-    scaled = len(parts) == 3
-    rank, page_size = kv.shape[-1] - ROPE, parts[0].shape[1]
-    if (rank, page_size) != (RANK, PAGE) or any(x.dtype != jnp.bfloat16 for x in (*parts[scaled : scaled + 1], kv)):
+    shape, dtype = check_split(cache) if isinstance(cache, SplitCache) else (cache.shape, cache.dtype)
+    rank, page_size = kv.shape[-1] - ROPE, shape[1]
+    if (rank, page_size) != (RANK, PAGE) or (kv.dtype, dtype) != (jnp.bfloat16, jnp.bfloat16):
         raise ValueError(
             f"cache_update on GPUs takes bfloat16, latents of {RANK} and pages of {PAGE} tokens, but got {kv.dtype}, a "
-            f"{parts[0].dtype} cache, latents of {rank} and pages of {page_size}"
+            f"{dtype} cache, latents of {rank} and pages of {page_size}"
         )
     batch, tokens, _ = kv.shape
     rows = batch * tokens
@@ -62,7 +62,7 @@ def cache_update(
             grid_names=("row",),
             scratch_types=dict(
                 row_smem=plgpu.SMEM((RANK + LANES,), jnp.bfloat16),
-                fp8_smem=plgpu.SMEM((RANK,), jnp.float8_e4m3fn) if scaled else None,
+                fp8_smem=plgpu.SMEM((RANK,), jnp.float8_e4m3fn) if len(parts) == 3 else None,
             ),
             interpret=interpret,
         )(kv[..., :RANK].reshape(rows, RANK), *map(wide, factors), scale, where, *refs)

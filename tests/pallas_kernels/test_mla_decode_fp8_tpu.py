@@ -11,19 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels.mla_decode import mla_decode, pack, plan, problem, quantise, split
+from pallas_kernels.mla_decode import join, mla_decode, pack, plan, problem, quantise, split
 from tests.pallas_kernels.targets import VMEM_BYTES, compile_for_tpu, vmem_bytes
-
-SCALE = 576**-0.5
-RACE = "RACE DETECTED"  # what the interpreter prints
-
-
-def in_float64(q, cache, table, lengths):
-    """The reference, of the quantised cache: values times scales, in float64."""
-    with jax.enable_x64(True):
-        q, latent, rope, scales = (jnp.asarray(np.asarray(a, np.float64)) for a in (q, *cache))
-        plain = jnp.concatenate([latent * scales[..., None], rope], -1)
-        return map(np.asarray, mla_decode(q, plain, table, lengths, scale=SCALE, implementation="reference"))
+from tests.pallas_kernels.test_mla_decode import RACE, SCALE, check, in_fp8, shapes
 
 
 @pytest.mark.parametrize(
@@ -54,24 +44,12 @@ def test_fp8(page, heads, tokens, lengths, extra, monkeypatch, capsys):
         q, pack(cache), table, lengths, scale=SCALE, implementation="tpu_interpret", schedule=schedule
     )
     assert RACE not in capsys.readouterr().out
-    ref, ref_lse = in_float64(q, cache, table, lengths)
-    out, lse = np.asarray(out, np.float64), np.asarray(lse)
-    assert np.linalg.norm(out - ref) < 6e-3 * np.linalg.norm(ref)
-    dead = np.isneginf(ref_lse)
-    np.testing.assert_array_equal(np.isneginf(lse), dead)
-    np.testing.assert_allclose(lse[~dead], ref_lse[~dead], rtol=0, atol=1e-4)
-    assert not out[dead].any()
+    check((q, join(cache), table, lengths), out, lse)
 
 
 def arguments(batch, tokens, heads, length, page):
-    sd = jax.ShapeDtypeStruct
-    cache = sd((batch * length // page, page, 576), jnp.bfloat16)
-    return (
-        sd((batch, tokens, heads, 576), jnp.bfloat16),
-        jax.eval_shape(lambda c: pack(quantise(split(c))), cache),
-        sd((batch, length // page), jnp.int32),
-        sd((batch,), jnp.int32),
-    )
+    q, cache, *rest = shapes(batch, tokens, heads, length, page)
+    return q, jax.eval_shape(lambda c: pack(in_fp8(c)), cache), *rest
 
 
 @pytest.mark.parametrize(("shape", "page"), [((128, 1, 128, 4096), 256), ((128, 2, 128, 32768), 512)])
