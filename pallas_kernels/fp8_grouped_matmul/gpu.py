@@ -1,6 +1,7 @@
 """FP8 grouped matmul on Hopper (Mosaic GPU): wgmma on E4M3, partial sums promoted to scaled float32 every 128.
 
-A thread block computes 128 rows of one group times 256 columns. Two warpgroups multiply, 64 rows each; a third fetches.
+A thread block computes 128 rows of one group times 256 columns (128, where 256 doesn't divide their number). Two
+warpgroups multiply, 64 rows each; a third fetches.
 Hopper's FP8 accumulation keeps few bits, and the scales change every 128 elements of the contraction and every 128
 columns: so each step of 128 starts from zero for each half of the columns, and its result is scaled and added in
 float32 registers while the other warpgroup multiplies.
@@ -50,10 +51,10 @@ def fp8_grouped_matmul(
     """See `api.fp8_grouped_matmul`. `interpret` runs it on a CPU, slowly."""
     rows, depth = lhs.shape
     groups, columns, _ = rhs.shape
-    # Wide tiles, and thread blocks that stay, suit matrices that stay in L2. With others, blocks that drift apart
-    # lost more than that gains (measured on an H100): they get narrow tiles, and a thread block each.
+    width = 2 if columns % (2 * BLOCK) == 0 else 1  # of a tile, in blocks of columns
+    # Thread blocks that stay, and fetch the next tile while they write one, drift apart. Where a matrix doesn't stay in
+    # L2 that costs more than it gains (measured on an H100): there each tile has a thread block of its own.
     stays = depth * columns < 25 << 20
-    width = 2 if columns % (2 * BLOCK) == 0 and stays else 1  # of a tile, in blocks of columns
     count = -(-(rows // BLOCK + groups) // SWATH) * SWATH
     cluster = 1 if interpret else 2  # the interpreter knows no clusters
     pad = ((0, -rows % BLOCK), (0, 0))
