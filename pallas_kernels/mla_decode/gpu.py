@@ -287,10 +287,12 @@ def _kernel(
             return jnp.sum(p, axis=1)
 
         def receive():
-            """Awaits the other page and its probabilities; returns the maximum that they are relative to."""
+            """Awaits my half of the other page and its probabilities; returns the maximum that they are relative to.
+
+            Not the other half: it may be refilled before I look, and a barrier two phases on looks like one not ready.
+            """
             plgpu.barrier_wait(rope_ready.at[other])
-            for h in range(2):
-                plgpu.barrier_wait(half_ready.at[2 * other + h])
+            plgpu.barrier_wait(half_ready.at[2 * other + mine])
             plgpu.barrier_wait(weights_ready.at[other])
             return plgpu.load(row_smem.at[other], layout=row_layout)
 
