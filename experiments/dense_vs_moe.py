@@ -20,10 +20,10 @@ import matplotlib
 import tyro
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.planning.flops import model_flops
 from dsv3_jax.training.config import TrainConfig
 from dsv3_jax.training.metrics import read_metrics, worst_violation
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.throughput import model_flops_per_token
 from dsv3_jax.training.trainer import train
 
 matplotlib.use("Agg")
@@ -74,7 +74,7 @@ def _row(name: str, config: TrainConfig, records: list[dict]) -> dict:
     return {
         "model": name,
         "parameters": sum(x.size for x in jax.tree.leaves(tree)),
-        "training_flops_per_token": model_flops_per_token(config.model, config.data.sequence_length),
+        "training_flops_per_token": model_flops(config.model, config.data.sequence_length).total,
         "validation_loss": last["validation_loss"],
         "training_loss": last["loss"],
         "tokens_per_second_median": rates[len(rates) // 2],

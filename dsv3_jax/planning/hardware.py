@@ -222,3 +222,24 @@ def hardware(name: str) -> Hardware:
     if name not in HARDWARE:
         raise ConfigError(f"unknown hardware {name!r}: the sheets are {', '.join(HARDWARE)}")
     return HARDWARE[name]
+
+
+def hardware_of(device_kind: str) -> Hardware | None:
+    """The sheet of a device that JAX runs on, by its `device_kind`; None where there is none, as for a CPU."""
+    name = _DEVICE_KINDS.get(device_kind)
+    return HARDWARE[name] if name else None
+
+
+_DEVICE_KINDS = {
+    "NVIDIA H800": "h800",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "7x",
+}

@@ -147,7 +147,7 @@ class TrainConfig:
         ]
 
 
-_SPREAD = ("mesh.", "runtime.sharding", "runtime.dispatch", "runtime.pipeline", "microbatches")
+_SPREAD = ("mesh.", "runtime.sharding", "runtime.dispatch", "runtime.pipeline", "runtime.interleave", "microbatches")
 
 
 @dataclasses.dataclass(frozen=True)
