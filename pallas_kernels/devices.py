@@ -15,11 +15,18 @@ def _target() -> tuple[str, str]:
     return device.platform, device.device_kind
 
 
-def require_hopper(kernel: str) -> None:
-    """Raises ValueError unless the target is a Hopper GPU (compute capability 9.0)."""
+def is_hopper() -> bool:
+    """Whether the target is a Hopper GPU (compute capability 9.0)."""
     platform, kind = _target()
-    if platform not in ("gpu", "cuda") or not any(name in kind for name in HOPPER):
-        raise ValueError(f"{kernel} for GPUs needs a Hopper GPU ({', '.join(HOPPER)}), but the device is {kind}")
+    return platform in ("gpu", "cuda") and any(name in kind for name in HOPPER)
+
+
+def require_hopper(kernel: str) -> None:
+    """Raises ValueError unless the target is a Hopper GPU."""
+    if not is_hopper():
+        raise ValueError(
+            f"{kernel} for GPUs needs a Hopper GPU ({', '.join(HOPPER)}), but the device is {_target()[1]}"
+        )
 
 
 def require_tpu(kernel: str) -> None:

@@ -21,7 +21,9 @@ BLOCK = 128
 MULTIPROCESSORS = 132
 SWATH = 8
 """Row blocks that run side by side, so that they share the columns' matrix blocks in L2."""
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+TILE_ROWS = 8
+"""An array that is stored from shared memory must have a multiple of these rows."""
+TILED = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128))
 """How bfloat16 lies in shared memory for the matrix units."""
 
 

@@ -23,6 +23,7 @@ from pallas_kernels.row_blocks import (
     BLOCK,
     MULTIPROCESSORS,
     SWATH,
+    TILE_ROWS,
     each_tile,
     fetch_shared,
     fetch_tiles,
@@ -63,7 +64,7 @@ def fp8_grouped_matmul(
     scales = jnp.swapaxes(jnp.pad(lhs_scales, pad), 0, 1)  # a step's scales are read together
     return plgpu.kernel(
         functools.partial(_kernel, tiles=tiles, steps=depth // BLOCK, cluster=cluster, width=width),
-        out_type=jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct((rows + -rows % TILE_ROWS, columns), jnp.bfloat16),
         scratch_types=dict(
             x_smem=plgpu.SMEM((STAGES, BLOCK, BLOCK), lhs.dtype, transforms=_tiled()),
             w_smem=plgpu.SMEM((STAGES, width, BLOCK, BLOCK), rhs.dtype, transforms=_tiled()),
@@ -71,7 +72,7 @@ def fp8_grouped_matmul(
             **stage_barriers(STAGES, 1 + width, cluster),
         ),
         **launch(tiles, cluster, interpret, workers=MULTIPROCESSORS if stays else tiles * cluster),
-    )(jnp.pad(lhs, pad), scales, rhs, rhs_scales, work)
+    )(jnp.pad(lhs, pad), scales, rhs, rhs_scales, work)[:rows]
 
 
 def _tiled():

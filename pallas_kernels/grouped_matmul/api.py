@@ -27,8 +27,8 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
       rhs: (G, K, N), one matrix a group, of `lhs`'s dtype.
       group_sizes: (G,) int32, rows of each group; they sum to at most M.
       implementation: "reference" (plain, G times the work), "ragged" (`jax.lax.ragged_dot`), "blocked" (CPUs), "gpu"
-        (our own for Hopper: bfloat16, K and N multiples of 256) or "tokamax" (TPUs: bfloat16, K and N multiples of
-        64).
+        (our own for Hopper: bfloat16; fastest if K and N are multiples of 256, else they are filled up to such) or
+        "tokamax" (TPUs: bfloat16, K and N multiples of 64).
 
     Returns:
       (M, N) of `lhs`'s dtype. Rows past the last group are zero.

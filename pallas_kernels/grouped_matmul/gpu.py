@@ -23,6 +23,7 @@ from jax import lax
 from pallas_kernels.row_blocks import (
     BLOCK,
     SWATH,
+    TILE_ROWS,
     TILED,
     each_tile,
     fetch_shared,
@@ -68,10 +69,10 @@ def product(
     tiles = count // cluster * (columns // COLUMNS)
     return plgpu.kernel(
         functools.partial(_product, tiles=tiles, steps=depth // DEPTH, transposed=transposed, cluster=cluster),
-        out_type=jax.ShapeDtypeStruct((rows, columns), lhs.dtype),
+        out_type=jax.ShapeDtypeStruct((rows + -rows % TILE_ROWS, columns), lhs.dtype),
         scratch_types=_scratch((BLOCK, DEPTH), w_shape, cluster, copies=2),
         **launch(tiles, cluster, interpret),
-    )(jnp.pad(lhs, ((0, -rows % BLOCK), (0, 0))), rhs, visits(group_sizes, count))
+    )(jnp.pad(lhs, ((0, -rows % BLOCK), (0, 0))), rhs, visits(group_sizes, count))[:rows]
 
 
 def _product(
@@ -244,23 +245,25 @@ def _run(tiles: int, prepare: Callable, multiply: Callable, *, ready, free, clus
         plgpu.wait_smem_to_gmem(0)
 
 
-@jax.custom_vjp
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """See `api.grouped_matmul`.
+    """See `api.grouped_matmul`. Widths are filled up with zeros to multiples of 256: a copy, if there are any to add.
 
     Raises:
-      ValueError: not bfloat16, or K and N no multiples of 256 (N for the product, K for the gradient of the rows).
+      ValueError: not bfloat16.
     """
-    if rhs.shape[1] % COLUMNS:
-        raise ValueError(
-            f"grouped_matmul on Hopper takes bfloat16, a contraction of a multiple of {COLUMNS}, for the sake of its "
-            f"gradient, but got {rhs.shape[1]}"
-        )
+    _, depth, columns = rhs.shape
+    lhs = jnp.pad(lhs, ((0, 0), (0, -depth % COLUMNS)))
+    rhs = jnp.pad(rhs, ((0, 0), (0, -depth % COLUMNS), (0, -columns % COLUMNS)))
+    return _grouped_matmul(lhs, rhs, group_sizes)[:, :columns]
+
+
+@jax.custom_vjp
+def _grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
     return product(lhs, rhs, group_sizes)
 
 
 def _vjp_forward(lhs, rhs, group_sizes):
-    return grouped_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+    return product(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
 def _vjp_backward(residuals, dout):
@@ -269,4 +272,4 @@ def _vjp_backward(residuals, dout):
     return dlhs, matrix_gradient(lhs, dout, group_sizes), None
 
 
-grouped_matmul.defvjp(_vjp_forward, _vjp_backward)
+_grouped_matmul.defvjp(_vjp_forward, _vjp_backward)

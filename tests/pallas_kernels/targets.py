@@ -20,9 +20,14 @@ def _as_if(kind: str, cores: int | None, platform: str):
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
+def as_if_hopper():
+    """In its context, programs are traced as for an H100."""
+    return _as_if("NVIDIA H100 80GB HBM3", None, "gpu")
+
+
 def lower_for_hopper(function, *args) -> str:
     """The module of `function` lowered for an H100; args are arrays or ShapeDtypeStructs."""
-    with _as_if("NVIDIA H100 80GB HBM3", None, "gpu"):
+    with as_if_hopper():
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -53,13 +53,15 @@ def test_gpu(sizes, depth, columns, capsys):
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("depth", "columns"), [(7168, 4096), (2048, 7168)])
-def test_gpu_lowers(depth, columns):
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"), [(32768, 7168, 4096), (32768, 2048, 7168), (1, 128, 128), (1001, 256, 384)]
+)
+def test_gpu_lowers(rows, depth, columns):
     sd = jax.ShapeDtypeStruct
     fp8, f32 = jnp.float8_e4m3fn, jnp.float32
     text = lower_for_hopper(
         functools.partial(fp8_grouped_matmul, implementation="gpu"),
-        sd((32768, depth), fp8), sd((32768, depth // 128), f32),
+        sd((rows, depth), fp8), sd((rows, depth // 128), f32),
         sd((32, columns, depth), fp8), sd((32, columns // 128, depth // 128), f32), sd((32,), jnp.int32),
     )  # fmt: skip
     assert "mosaic_gpu" in text

@@ -47,6 +47,14 @@ def test_lowers(depth, columns, transposed):
     assert "mosaic_gpu" in text
 
 
+@pytest.mark.parametrize("rows", [1, 614, 1001])
+def test_lowers_for_any_number_of_rows(rows):
+    sd = jax.ShapeDtypeStruct
+    x, w, sizes = sd((rows, 200), jnp.bfloat16), sd((4, 200, 96), jnp.bfloat16), sd((4,), jnp.int32)
+    loss = lambda x, w, sizes: jnp.sum(gpu.grouped_matmul(x, w, sizes).astype(jnp.float32))
+    assert lower_for_hopper(jax.grad(loss, (0, 1)), x, w, sizes).count("mosaic_gpu") >= 3
+
+
 @pytest.mark.parametrize(("sizes", "rows"), [([5, 0, 130, 1], 140), ([64, 67], 131)])
 def test_matrix_gradient(sizes, rows, capsys):
     rng = np.random.default_rng()
@@ -84,11 +92,24 @@ def test_refusals(depth, columns, dtype):
         gpu.product(jnp.zeros((4, depth), dtype), jnp.zeros((1, depth, columns), dtype), jnp.zeros((1,), jnp.int32))
 
 
-def test_gradient_contraction_is_refused():
-    with pytest.raises(ValueError, match="for the sake of its gradient"):
-        gpu.grouped_matmul(
-            jnp.zeros((4, 320), jnp.bfloat16), jnp.zeros((1, 320, 256), jnp.bfloat16), jnp.zeros((1,), jnp.int32)
-        )
+@pytest.mark.parametrize(("depth", "columns"), [(192, 96), (8, 264)])
+def test_other_widths_are_filled_up(depth, columns, monkeypatch):
+    for name in ("product", "matrix_gradient"):
+        monkeypatch.setattr(gpu, name, functools.partial(getattr(gpu, name), interpret=gpu.INTERPRET))
+    rng = np.random.default_rng()
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    x, w, dy = draw(77, depth), draw(3, depth, columns), draw(77, columns)
+    sizes = jnp.asarray([5, 0, 66], jnp.int32)
+    out, vjp = jax.vjp(lambda x, w: gpu.grouped_matmul(x, w, sizes), x, w)
+    wide = lambda a: np.asarray(a.astype(jnp.float32), np.float64)
+    rows = lambda a: np.split(wide(a)[:71], [5, 5])
+    filled = np.zeros((6, columns)), np.zeros((6, depth))
+    ref = np.concatenate([*(a @ b for a, b in zip(rows(x), wide(w), strict=True)), filled[0]])
+    ref_dx = np.concatenate([*(d @ b.T for d, b in zip(rows(dy), wide(w), strict=True)), filled[1]])
+    ref_dw = np.stack([a.T @ d for a, d in zip(rows(x), rows(dy), strict=True)])
+    for got, expected in zip((out, *vjp(dy)), (ref, ref_dx, ref_dw), strict=True):
+        assert got.shape == expected.shape
+        assert np.linalg.norm(wide(got) - expected) < 6e-3 * np.linalg.norm(expected)
 
 
 def test_other_devices_are_refused():
