@@ -23,7 +23,7 @@ from pallas_kernels.mla_prefill import mla_prefill
 PAGE = 64
 """Tokens of a page of a cache: its length must be a multiple."""
 
-_PREFILL = {"pallas_reference": "reference", "gpu": "tokamax", "tpu": "splash", "tpu_interpret": "splash_interpret"}
+_PREFILL = {"pallas_reference": "reference", "gpu": "tokamax", "tpu": "tpu", "tpu_interpret": "tpu_interpret"}
 _DECODE = {
     "pallas_reference": "reference",
     "gpu": "gpu",

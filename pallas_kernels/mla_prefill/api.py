@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import require_hopper, require_tpu
-from pallas_kernels.mla_prefill import library, reference
+from pallas_kernels.mla_prefill import library, reference, tpu
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.mla_prefill,
     "tokamax": library.tokamax,
+    "tpu": tpu.mla_prefill,
+    "tpu_interpret": functools.partial(tpu.mla_prefill, interpret=True),
     "splash": library.splash,
     "splash_interpret": functools.partial(library.splash, interpret=True),
 }
@@ -40,8 +42,9 @@ def mla_prefill(
       scale: what multiplies the scores.
       segments: (B, S) int32 or None: packed documents; a token attends within its own only.
       implementation: "reference" (plain), "tokamax" (Hopper, bfloat16; given segments or a prefix it reads a mask of
-        B * T * S), "splash" (TPU, bfloat16, T and S multiples of 128), or "splash_interpret" (the same on a CPU,
-        slowly: for tests).
+        B * T * S), "tpu" (our own: bfloat16, T and S multiples of 128, P up to 64; fastest if N and V are multiples of
+        128 and P is 64, else filled up to such) or, as its peer, "splash" (TPU, bfloat16, T and S multiples of 128).
+        "tpu_interpret" and "splash_interpret" run these on a CPU, slowly.
 
     Returns:
       (B, T, H, V) of `v`'s dtype.
@@ -78,6 +81,6 @@ def mla_prefill(
         require_hopper("mla_prefill")
     if implementation.startswith("splash") and (tokens % 128 or keys % 128):
         raise ValueError(f"mla_prefill by splash takes multiples of 128 tokens and keys, but got {tokens} and {keys}")
-    if implementation == "splash":
+    if implementation in ("tpu", "splash"):
         require_tpu("mla_prefill")
     return IMPLEMENTATIONS[implementation](q_nope, q_rope, k_nope, k_rope, v, scale=scale, segments=segments)

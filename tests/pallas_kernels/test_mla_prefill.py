@@ -1,4 +1,4 @@
-"""MLA prefill: the reference against jax.nn, the libraries against the reference where a CPU can run them."""
+"""MLA prefill: the reference against jax.nn, and what a CPU can interpret of the rest against the reference."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mla_prefill import mla_prefill
-from tests.pallas_kernels.targets import TPUS, compile_for_tpu
+from pallas_kernels.mla_prefill import mla_prefill, tpu
+from tests.pallas_kernels.targets import TPUS, compile_for_tpu, vmem_bytes
 
 SCALE = 192**-0.5
 
@@ -50,22 +50,65 @@ def test_reference_is_attention(tokens, keys, packed):
     np.testing.assert_allclose(out, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize(("keys", "packed"), [(256, False), (384, True)])
-def test_splash(keys, packed):
-    a = arrays(1, 256, keys, 2)
-    segments = segments_of(1, keys) if packed else None
-    cotangent = arrays(1, 256, 256, 2)[-1].astype(jnp.float32)
+def assert_right(attend, tokens, keys, heads, segments=None, batch=1, **widths):
+    """Output and gradients of `attend` against the reference in float32."""
+    a = arrays(batch, tokens, keys, heads, **widths)
+    cotangent = arrays(batch, tokens, tokens, heads, **widths)[-1].astype(jnp.float32)
 
-    def loss(implementation, *a):
-        out = mla_prefill(*a, scale=SCALE, segments=segments, implementation=implementation)
+    def loss(attend, *a):
+        out = attend(*a, scale=SCALE, segments=segments)
         return jnp.sum(out.astype(jnp.float32) * cotangent), out
 
-    grad = functools.partial(jax.grad, argnums=(1, 2, 3, 4, 5), has_aux=True)
-    ours, out = grad(loss)("splash_interpret", *a)
-    theirs, ref = grad(loss)("reference", *(x.astype(jnp.float32) for x in a))
+    grad = functools.partial(jax.grad, argnums=range(1, 6), has_aux=True)
+    ours, out = grad(loss)(attend, *a)
+    reference = functools.partial(mla_prefill, implementation="reference")
+    theirs, ref = grad(loss)(reference, *(x.astype(jnp.float32) for x in a))
     assert error(out, ref) < 6e-3
-    for x, y in zip(ours, theirs, strict=False):
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.dtype == jnp.bfloat16
         assert error(x, y) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "keys", "heads", "packed"),
+    [
+        (1, 256, 256, 2, False),
+        (2, 128, 384, 3, True),  # an odd head, a prefix
+        (1, 1024, 1024, 1, False),  # blocks above, on and below the diagonal
+        (1, 512, 1536, 2, True),
+    ],
+)
+def test_tpu(batch, tokens, keys, heads, packed, capsys):
+    attend = functools.partial(tpu.mla_prefill, interpret=tpu.INTERPRET)
+    assert_right(attend, tokens, keys, heads, segments_of(batch, keys) if packed else None, batch)
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("implementation", ["tpu_interpret", "splash_interpret"])
+@pytest.mark.parametrize(("keys", "packed"), [(256, False), (384, True)])
+def test_for_tpus(implementation, keys, packed):
+    attend = functools.partial(mla_prefill, implementation=implementation)
+    assert_right(attend, 256, keys, 2, segments_of(1, keys) if packed else None)
+
+
+def test_tpu_with_documents_in_pieces():
+    """Whole blocks of other documents, and documents that go on after others."""
+    segments = jnp.asarray([[0] * 512 + [1] * 512 + [0] * 200 + [2] * 312], jnp.int32)
+    assert_right(functools.partial(mla_prefill, implementation="tpu_interpret"), 1024, 1536, 2, segments)
+
+
+@pytest.mark.parametrize(("nope", "rope", "wide"), [(64, 32, 64), (192, 64, 128)])
+def test_tpu_with_other_widths(nope, rope, wide):
+    attend = functools.partial(mla_prefill, implementation="tpu_interpret")
+    assert_right(attend, 128, 256, 2, nope=nope, rope=rope, wide=wide)
+
+
+def test_tpu_works_on_no_block_above_the_diagonal():
+    q_nope, q_rope, *keys = arrays(1, 1024, 1024, 2)
+    attend = functools.partial(mla_prefill, scale=SCALE, implementation="tpu_interpret")
+    spoiled = [x.at[:, 512:].set(jnp.nan) for x in keys]
+    out, ref = (attend(q_nope, q_rope, *k)[:, :512] for k in (spoiled, keys))
+    np.testing.assert_array_equal(out, ref)
 
 
 def real_shapes(tokens, keys, heads=128):
@@ -73,12 +116,39 @@ def real_shapes(tokens, keys, heads=128):
     return [sd(x.shape, x.dtype) for x in jax.eval_shape(lambda: arrays(1, tokens, keys, heads))]
 
 
+def training(implementation):
+    """Output and gradients, of packed documents."""
+
+    def run(cotangent, segments, *a):
+        attend = functools.partial(mla_prefill, scale=SCALE, segments=segments, implementation=implementation)
+        out, vjp = jax.vjp(attend, *a)
+        return out, vjp(cotangent)
+
+    return run
+
+
+@pytest.mark.parametrize("generation", TPUS)
+def test_tpu_compiles(generation, record_property):
+    given = real_shapes(4096, 4096)
+    segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+    compiled = compile_for_tpu(generation, training("tpu"), given[-1], segments, *given)
+    used = vmem_bytes(compiled)
+    record_property(f"VMEM bytes {generation}", used)
+    assert 0 < used < 16 << 20  # what a program gets without asking for more
+    for copied in ("4096,128,192]", "128,4096,192]"):  # a key with its rope part for each head
+        assert copied not in compiled.as_text()
+
+
+def test_tpu_compiles_for_a_piece_of_a_prompt():
+    attend = functools.partial(mla_prefill, scale=SCALE, implementation="tpu")
+    assert 0 < vmem_bytes(compile_for_tpu("v5p", attend, *real_shapes(1024, 8192, 16))) < 16 << 20
+
+
 @pytest.mark.parametrize("generation", TPUS)
 def test_splash_compiles(generation):
-    def loss(*a):
-        return jnp.sum(mla_prefill(*a, scale=SCALE, implementation="splash").astype(jnp.float32))
-
-    compile_for_tpu(generation, jax.grad(loss, argnums=range(5)), *real_shapes(4096, 4096, 16))
+    given = real_shapes(4096, 4096, 16)
+    segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+    compile_for_tpu(generation, training("splash"), given[-1], segments, *given)
 
 
 @pytest.mark.parametrize(
@@ -87,13 +157,17 @@ def test_splash_compiles(generation):
         (dict(implementation="flash"), "reference, tokamax"),
         (dict(implementation="tokamax"), "Hopper"),
         (dict(implementation="splash"), "TPU v5"),
+        (dict(implementation="tpu"), "TPU v5"),
+        (dict(implementation="tpu_interpret", tokens=100), "multiples of 128"),
+        (dict(implementation="tpu_interpret", rope=96), "rotated parts of up to 64"),
+        (dict(implementation="tpu_interpret", dtype=jnp.float32), "bfloat16"),
         (dict(implementation="splash_interpret", tokens=100), "multiples of 128"),
         (dict(implementation="splash_interpret", dtype=jnp.float32), "bfloat16"),
         (dict(tokens=256), "S >= T"),
     ],
 )
 def test_refusals(change, message):
-    c = dict(implementation="reference", tokens=128, dtype=jnp.bfloat16) | change
-    a = arrays(1, c["tokens"], 128, 2, c["dtype"])
+    c = dict(implementation="reference", tokens=128, dtype=jnp.bfloat16, rope=64) | change
+    a = arrays(1, c["tokens"], 128, 2, c["dtype"], rope=c["rope"])
     with pytest.raises(ValueError, match=message):
         mla_prefill(*a, scale=1.0, implementation=c["implementation"])
