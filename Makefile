@@ -30,10 +30,10 @@ train: setup
 	echo "training took $$(( $$(date +%s) - start )) s"; exit $$status
 
 test: setup lint $(LIBTPU)
-	TPU_LIBRARY_PATH=$(LIBTPU) $(RUN) -m pytest -n 2 $(ARGS)
+	$(RUN) -m pytest -n 2 $(ARGS)
 
 test-slow: setup $(LIBTPU)
-	TPU_LIBRARY_PATH=$(LIBTPU) $(RUN) -m pytest -m slow $(ARGS)
+	$(RUN) -m pytest -m slow $(ARGS)
 
 $(LIBTPU): $(STAMP)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tpu libtpu==0.0.52

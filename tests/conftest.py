@@ -2,11 +2,15 @@
 
 import atexit
 import os
+import pathlib
 import shutil
+import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # to compile for TPUs in several workers at once
+if (libtpu := pathlib.Path(sys.prefix, "tpu/libtpu/libtpu.so")).exists():  # where the Makefile puts it
+    os.environ.setdefault("TPU_LIBRARY_PATH", str(libtpu))
 # Compiling dominates these tests: at level 0 it takes half the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 

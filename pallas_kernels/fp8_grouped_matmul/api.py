@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.devices import require_hopper
-from pallas_kernels.fp8_grouped_matmul import gpu, reference
+from pallas_kernels.devices import require_hopper, require_tpu
+from pallas_kernels.fp8_grouped_matmul import gpu, library, reference
 
-IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret")
+IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret", "tokamax")
 BLOCK = reference.BLOCK
 
 
@@ -30,13 +30,14 @@ def fp8_grouped_matmul(
         contiguous along K. N is a multiple of 128.
       rhs_scales: (G, N / 128, K / 128) float32, a block of 128 x 128 each.
       group_sizes: (G,) int32, rows of each group; they sum to M.
-      implementation: "reference" (plain, G times the work), "gpu" (Hopper), "gpu_interpret" (the same on a CPU).
+      implementation: "reference" (plain, G times the work), "gpu" (Hopper), "gpu_interpret" (the same on a CPU) or
+        "tokamax" (TPUs: products of bfloat16, into which scaled rows and matrices are rounded).
 
     Returns:
-      (M, N) bfloat16; sums are float32 across tiles of 128.
+      (M, N) bfloat16; sums are float32, "gpu"'s across tiles of 128.
 
     Raises:
-      ValueError: shapes or dtypes don't fit, or there is no such implementation.
+      ValueError: shapes or dtypes don't fit together or the backend, or there is no such implementation.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"no FP8 grouped matmul {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
@@ -61,6 +62,9 @@ def fp8_grouped_matmul(
         return reference.fp8_grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, group_sizes)
     if lhs_scales.dtype != jnp.float32 or rhs_scales.dtype != jnp.float32:
         raise ValueError(f"scales must be float32, but are {lhs_scales.dtype} and {rhs_scales.dtype}")
+    if implementation == "tokamax":
+        require_tpu("fp8_grouped_matmul by tokamax")
+        return library.tokamax(lhs, lhs_scales, rhs, rhs_scales, group_sizes)
     if implementation == "gpu":
         require_hopper("fp8_grouped_matmul")
     interpret = gpu.INTERPRET if implementation == "gpu_interpret" else None

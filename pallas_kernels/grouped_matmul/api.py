@@ -15,7 +15,7 @@ IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array
     "ragged": jax.lax.ragged_dot,
     "blocked": cpu.grouped_matmul,
     "gpu": gpu.grouped_matmul,
-    "tokamax": library.tokamax,
+    "tokamax": library.tpu,
 }
 
 
@@ -28,7 +28,7 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
       group_sizes: (G,) int32, rows of each group; they sum to at most M.
       implementation: "reference" (plain, G times the work), "ragged" (`jax.lax.ragged_dot`), "blocked" (CPUs), "gpu"
         (our own for Hopper: bfloat16; fastest if K and N are multiples of 256, else they are filled up to such) or
-        "tokamax" (TPUs: bfloat16, K and N multiples of 64).
+        "tokamax" (TPUs: bfloat16).
 
     Returns:
       (M, N) of `lhs`'s dtype. Rows past the last group are zero.

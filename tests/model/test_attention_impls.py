@@ -17,7 +17,7 @@ from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
-from tests.pallas_kernels.targets import TPUS, compile_for_tpu, lower_for_hopper
+from pallas_kernels.ahead_of_time import TPUS, compile_for_tpu, lower_for_hopper
 
 CONFIG = dataclasses.replace(  # the kernels' own widths, and little else
     ModelConfig.preset("tiny"),
@@ -114,6 +114,19 @@ def test_decoding_compiles(variables, compile_for):
     given = variables, jnp.zeros((2, 1), jnp.int32), init_cache(CONFIG, model.runtime, 2, 256)
     given = jax.eval_shape(lambda *a: a, *given)
     compile_for(lambda v, t, c: model.apply(v, t, c, method="decode"), *given)
+
+
+@pytest.mark.parametrize("remat", ["none", "paper"])
+def test_training_compiles_for_a_tpu(variables, remat):
+    """Attention and experts by kernels, forward and backward, in the scan over layers."""
+    runtime = Runtime(dtype="bfloat16", attention_impl="tpu", experts_impl="tokamax", remat=remat)
+    model = DeepSeekV3(CONFIG, runtime)
+    loss = lambda v, tokens, segments: jnp.sum(model.apply(v, tokens, segments=segments))
+    tokens = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    compiled = compile_for_tpu(
+        "v5p", jax.grad(loss, allow_int=True), jax.eval_shape(lambda v: v, variables), tokens, tokens
+    )
+    assert compiled.as_text().count("tpu_custom_call") >= 9  # three of attention and at least six of the experts
 
 
 @pytest.mark.parametrize(("sharding", "shape"), [("ep_tp", "data=2,tensor=2"), ("fsdp", "fsdp=2,tensor=2")])

@@ -10,8 +10,8 @@ from dsv3_jax.config import ConfigError, ModelConfig, Runtime
 from dsv3_jax.model.moe import ExpertWeights, MoE, experts
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.training.config import TrainConfig
+from pallas_kernels.ahead_of_time import as_if_hopper, lower_for_hopper
 from pallas_kernels.grouped_matmul import api
-from tests.pallas_kernels.targets import as_if_hopper, lower_for_hopper
 
 CONFIG = dataclasses.replace(ModelConfig.preset("tiny"), hidden_size=256, moe_intermediate_size=256)
 

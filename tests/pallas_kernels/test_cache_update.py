@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.ahead_of_time import VMEM_BYTES, compile_for_tpu, lower_for_hopper, vmem_bytes
 from pallas_kernels.cache_update import cache_update
 from pallas_kernels.mla_decode import SplitCache, join, pack, quantise, split
 from pallas_kernels.mla_decode.problem import random_problem
-from tests.pallas_kernels.targets import VMEM_BYTES, compile_for_tpu, lower_for_hopper, vmem_bytes
 
 LENGTHS = [0, 1, 2, 63, 64, 65, 130]
 EPS = 1e-6

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.ahead_of_time import lower_for_hopper
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul
-from tests.pallas_kernels.targets import lower_for_hopper
 
 
 def problem(sizes, depth, columns):

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.ahead_of_time import lower_for_hopper
 from pallas_kernels.grouped_matmul import gpu, grouped_matmul, library
 from pallas_kernels.row_blocks import BLOCK, visits
-from tests.pallas_kernels.targets import lower_for_hopper
+from tests.pallas_kernels.tokamax_elsewhere import pretend_hopper
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -128,10 +129,19 @@ def test_tokamax_refusals(depth, columns, dtype):
         library.tokamax(jnp.zeros((4, depth), dtype), jnp.zeros((1, depth, columns), dtype), jnp.zeros((1,), jnp.int32))
 
 
+def test_tokamax_lowers_for_any_number_of_rows(monkeypatch):
+    pretend_hopper(monkeypatch)
+    sd = jax.ShapeDtypeStruct
+    x, w, dy = (sd(s, jnp.bfloat16) for s in ((1001, 7168), (32, 7168, 4096), (1001, 4096)))
+    backward = lambda x, w, dy, sizes: jax.vjp(lambda x, w: library.tokamax(x, w, sizes), x, w)[1](dy)
+    assert "mosaic_gpu" in lower_for_hopper(backward, x, w, dy, sd((32,), jnp.int32))
+
+
 def test_tokamax_sees_whole_tiles_of_rows(monkeypatch):
     """Its gradient for Hopper takes no other number of rows; ours are added and taken away around it."""
 
     def ragged_dot(lhs, rhs, group_sizes, *, implementation):
+        assert implementation == "mosaic_gpu"
         assert lhs.shape[0] % 64 == 0
         return jax.lax.ragged_dot(lhs, rhs, group_sizes)
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 
+from pallas_kernels.ahead_of_time import VMEM_BYTES, compile_for_tpu, lower_for_hopper, vmem_bytes
 from pallas_kernels.mla_decode import gpu, join, mla_decode, pack, plan, quantise, split, tpu
 from pallas_kernels.mla_decode.problem import random_problem
-from tests.pallas_kernels.targets import VMEM_BYTES, compile_for_tpu, lower_for_hopper, vmem_bytes
 
 SCALE = 576**-0.5
 RACE = "RACE DETECTED"  # what both interpreters print
@@ -97,10 +97,20 @@ def test_tpu(heads, tokens, lengths, extra, capsys):
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 @pytest.mark.parametrize("heads", [1, 16, 64, 128])
 def test_grid(heads, tokens, implementation):
-    problem = random_problem(np.random.default_rng(), [0, 1, 63, 64, 65, 300], tokens, heads)
+    attend_and_check([0, 1, 63, 64, 65, 4096], tokens, heads, implementation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["gpu_interpret", "tpu_interpret"])
+@pytest.mark.parametrize("batch", [1, 128])
+def test_batches(batch, implementation):
+    attend_and_check(np.random.default_rng().integers(0, 200, batch), 2, 1, implementation)
+
+
+def attend_and_check(lengths, tokens, heads, implementation):
+    problem = random_problem(np.random.default_rng(), lengths, tokens, heads)
     cache = pack(split(problem[1])) if implementation.startswith("tpu") else problem[1]
-    out, lse = mla_decode(problem[0], cache, *problem[2:], scale=SCALE, implementation=implementation, schedule=None)
-    check(problem, out, lse)
+    check(problem, *mla_decode(problem[0], cache, *problem[2:], scale=SCALE, implementation=implementation))
 
 
 def without(module, line):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from pallas_kernels.ahead_of_time import VMEM_BYTES, compile_for_tpu, vmem_bytes
 from pallas_kernels.mla_decode import join, mla_decode, pack, plan, problem, quantise, split
-from tests.pallas_kernels.targets import VMEM_BYTES, compile_for_tpu, vmem_bytes
 from tests.pallas_kernels.test_mla_decode import RACE, SCALE, check, in_fp8, shapes
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.ahead_of_time import TPUS, compile_for_tpu, lower_for_hopper, vmem_bytes
 from pallas_kernels.mla_prefill import mla_prefill, tpu
-from tests.pallas_kernels.targets import TPUS, compile_for_tpu, vmem_bytes
+from tests.pallas_kernels.tokamax_elsewhere import pretend_hopper
 
 SCALE = 192**-0.5
 
@@ -142,6 +143,14 @@ def test_tpu_compiles(generation, record_property):
 def test_tpu_compiles_for_a_piece_of_a_prompt():
     attend = functools.partial(mla_prefill, scale=SCALE, implementation="tpu")
     assert 0 < vmem_bytes(compile_for_tpu("v5p", attend, *real_shapes(1024, 8192, 16))) < 16 << 20
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokamax_lowers(packed, monkeypatch):
+    pretend_hopper(monkeypatch)
+    given = real_shapes(4096, 4096)
+    segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32) if packed else None
+    assert "mosaic_gpu" in lower_for_hopper(training("tokamax"), given[-1], segments, *given)
 
 
 @pytest.mark.parametrize("generation", TPUS)
