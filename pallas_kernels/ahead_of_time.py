@@ -36,14 +36,19 @@ def lower_for_hopper(function: Callable, *args: Any) -> str:
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def compile_for_tpu(generation: str, function: Callable, *args: Any) -> jax.stages.Compiled:
-    """`function` compiled for one chip of a TPU generation, by libtpu; args are ShapeDtypeStructs."""
+def compile_for_tpu(
+    generation: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()
+) -> jax.stages.Compiled:
+    """`function` compiled for one chip of a TPU generation, by libtpu.
+
+    Its args are ShapeDtypeStructs, of which those at the places `donate` may be overwritten.
+    """
     device: Any = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[generation]).devices[0]
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device)), args)
     # Our kernels say their precision; splash attention takes the default, and compiles with no other.
     default = jax.default_matmul_precision("default")
     with default, as_if(device.device_kind, getattr(device, "num_cores", 1), "tpu"):
-        return jax.jit(function).lower(*placed).compile()
+        return jax.jit(function, donate_argnums=donate).lower(*placed).compile()
 
 
 def vmem_of_kernels(compiled: jax.stages.Compiled) -> list[int]:

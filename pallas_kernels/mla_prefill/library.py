@@ -10,6 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+TILE = 64
+"""With a mask, tokamax's gradient for Hopper takes multiples of so many tokens and keys."""
+
 
 def _joined(q_nope, q_rope, k_nope, k_rope):
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
@@ -31,8 +34,19 @@ def tokamax(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
     from tokamax import dot_product_attention  # a dependency of this choice only
 
     q, k = _joined(q_nope, q_rope, k_nope, k_rope)
-    mask = causal_mask(q.shape[1], k.shape[1], segments)
-    return dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=scale, implementation="mosaic_gpu")
+    tokens = q.shape[1]
+    mask = causal_mask(tokens, k.shape[1], segments)
+    if mask is not None:
+        q, k, v, mask = _whole_tiles(q, k, v, mask)
+    attend = functools.partial(dot_product_attention, scale=scale, implementation="mosaic_gpu")
+    return attend(q, k, v, mask=mask, is_causal=mask is None)[:, :tokens]
+
+
+def _whole_tiles(q, k, v, mask):
+    """Filled up to multiples of `TILE` tokens and keys. No token sees the new keys; what new tokens see is dropped."""
+    fill = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE), (0, 0), (0, 0)))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, -mask.shape[2] % TILE), (0, 0)), constant_values=True)
+    return fill(q), fill(k), fill(v), jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, -mask.shape[3] % TILE)))
 
 
 def splash(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None, interpret=False):

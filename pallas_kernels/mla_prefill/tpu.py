@@ -73,14 +73,6 @@ class Problem(NamedTuple):
         pl.when(seen & whole)(lambda: do(False))
         pl.when(seen & jnp.logical_not(whole))(lambda: do(True))
 
-    def hide(self, scores: jax.Array, i, j, column, row, query_axis: int) -> jax.Array:
-        """-inf for the scores of block (i, j) that don't count. `column` and `row`: ids of the documents, if any."""
-        query = self.first_query(i) + lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
-        mask = j * self.k + lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis) <= query
-        if column is not None:
-            mask &= column[0] == row[0]
-        return jnp.where(mask, scores, -jnp.inf)
-
 
 def _block(n: int) -> int:
     return next(b for b in (512, 256, 128) if n % b == 0)
@@ -147,6 +139,22 @@ def _keys(k_nope, k_rope, head, nope):
     return jnp.concatenate([_of_head(k_nope, head, nope), k_rope[0]], axis=1)
 
 
+def _scores(p: Problem, rows, columns, i, j, masked: bool, documents, query_axis: int) -> jax.Array:
+    """The scaled scores of block (i, j) in units of log 2, -inf where they don't count.
+
+    Queries are `rows` (query_axis 0) or `columns` (1). `documents`: their ids as a column and a row, or two Nones.
+    """
+    s = _times_transposed(rows, columns) * (p.scale * LOG2E)
+    if not masked:
+        return s
+    query = p.first_query(i) + lax.broadcasted_iota(jnp.int32, s.shape, query_axis)
+    mask = j * p.k + lax.broadcasted_iota(jnp.int32, s.shape, 1 - query_axis) <= query
+    column, row = documents
+    if column is not None:
+        mask &= column[0] == row[0]
+    return jnp.where(mask, s, -jnp.inf)
+
+
 def _forward_kernel(
     p: Problem, ranges, *, q_nope, q_rope, k_nope, k_rope, v, column=None, row=None,
     out, lse, queries, acc, top, total,
@@ -163,9 +171,7 @@ def _forward_kernel(
 
     def step(masked):
         for g in range(PAIR):
-            s = _times_transposed(queries[g], _keys(k_nope, k_rope, g, p.nope)) * (p.scale * LOG2E)
-            if masked:
-                s = p.hide(s, i, j, column, row, query_axis=0)
+            s = _scores(p, queries[g], _keys(k_nope, k_rope, g, p.nope), i, j, masked, (column, row), query_axis=0)
             old = top[g, :, :1]
             new = jnp.maximum(old, jnp.max(s, axis=1, keepdims=True))
             change, weights = jnp.exp2(old - new), jnp.exp2(s - new)
@@ -200,9 +206,7 @@ def _query_gradient_kernel(
     def step(masked):
         for g in range(PAIR):
             keys = _keys(k_nope, k_rope, g, p.nope)
-            s = _times_transposed(queries[g], keys) * (p.scale * LOG2E)
-            if masked:
-                s = p.hide(s, i, j, column, row, query_axis=0)
+            s = _scores(p, queries[g], keys, i, j, masked, (column, row), query_axis=0)
             weights = jnp.exp2(s - lse_column[g, :, :1])
             dweights = _times_transposed(_of_head(dout, g, p.width), _of_head(v, g, p.width))
             ds = weights * (dweights - inner_column[g, :, :1])
@@ -238,10 +242,9 @@ def _key_gradient_kernel(
 
     def step(masked):
         for g in range(PAIR):
-            queries, dout_g = _queries(q_nope, q_rope, g, p.nope), _of_head(dout, g, p.width)
-            s = _times_transposed(_keys(k_nope, k_rope, g, p.nope), queries) * (p.scale * LOG2E)
-            if masked:
-                s = p.hide(s, i, j, column, row, query_axis=1)
+            queries, keys = _queries(q_nope, q_rope, g, p.nope), _keys(k_nope, k_rope, g, p.nope)
+            dout_g = _of_head(dout, g, p.width)
+            s = _scores(p, keys, queries, i, j, masked, (column, row), query_axis=1)
             weights = jnp.exp2(s - lse[0, 0, g : g + 1])
             dweights = _times_transposed(_of_head(v, g, p.width), dout_g)
             ds = weights * (dweights - inner[0, 0, g : g + 1])

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokamax
 
 from pallas_kernels.ahead_of_time import TPUS, compile_for_tpu, lower_for_hopper, vmem_bytes
-from pallas_kernels.mla_prefill import mla_prefill, tpu
+from pallas_kernels.mla_prefill import library, mla_prefill, tpu
 from tests.pallas_kernels.tokamax_elsewhere import pretend_hopper
 
 SCALE = 192**-0.5
@@ -145,12 +146,22 @@ def test_tpu_compiles_for_a_piece_of_a_prompt():
     assert 0 < vmem_bytes(compile_for_tpu("v5p", attend, *real_shapes(1024, 8192, 16))) < 16 << 20
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_tokamax_lowers(packed, monkeypatch):
+@pytest.mark.parametrize(("tokens", "packed"), [(4096, False), (4096, True), (100, False), (100, True)])
+def test_tokamax_lowers(tokens, packed, monkeypatch):
     pretend_hopper(monkeypatch)
-    given = real_shapes(4096, 4096)
-    segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32) if packed else None
+    given = real_shapes(tokens, tokens)
+    segments = jax.ShapeDtypeStruct((1, tokens), jnp.int32) if packed else None
     assert "mosaic_gpu" in lower_for_hopper(training("tokamax"), given[-1], segments, *given)
+
+
+@pytest.mark.parametrize(("keys", "packed"), [(128, False), (300, False), (300, True)])
+def test_tokamax_gets_the_right_mask(keys, packed, monkeypatch):
+    """By its implementation in plain XLA."""
+    plain = tokamax.dot_product_attention
+    monkeypatch.setattr(
+        tokamax, "dot_product_attention", lambda *a, implementation, **how: plain(*a, implementation="xla", **how)
+    )
+    assert_right(library.tokamax, 100 if keys > 128 else 128, keys, 2, segments_of(1, keys) if packed else None)
 
 
 @pytest.mark.parametrize("generation", TPUS)
