@@ -16,7 +16,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -36,7 +36,15 @@ from pallas_kernels.mla_prefill import mla_prefill
 
 HEADS, RANK, NOPE, ROPE, VALUE = 128, 512, 128, 64, 128  # of DeepSeek-V3
 EXPERTS, ROWS = 32, 32768
-Case = tuple[str, Callable[..., Any], list[Any]]
+
+
+class Case(NamedTuple):
+    """A program, the shapes that it is compiled for, and which of them it may overwrite."""
+
+    name: str
+    function: Callable[..., Any]
+    given: list[Any]
+    donate: tuple[int, ...] = ()
 
 
 def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -47,32 +55,35 @@ int32 = functools.partial(array, dtype=jnp.int32)
 float32 = functools.partial(array, dtype=jnp.float32)
 
 
+def packed_cache(tokens: int, fp8: bool) -> tuple[Any, int]:
+    """The shapes of a cache as TPUs take it, and its page size."""
+    page = 256 if fp8 else 64
+    form = lambda cache: pack(quantise(split(cache)) if fp8 else split(cache))
+    return jax.eval_shape(form, array(tokens // page, page, RANK + ROPE)), page
+
+
 def decode_cases() -> list[Case]:
     cases = []
     for batch, tokens, heads, length, fp8 in [
         (128, 1, 128, 4096, False), (128, 2, 128, 32768, False), (1, 4, 128, 65536, False), (128, 1, 16, 8192, False),
         (128, 2, 128, 32768, True),
     ]:  # fmt: skip
-        page = 256 if fp8 else 64
-        form = lambda cache, fp8=fp8: pack(quantise(split(cache)) if fp8 else split(cache))
-        cache = jax.eval_shape(form, array(batch * length // page, page, RANK + ROPE))
+        cache, page = packed_cache(batch * length, fp8)
         name = f"mla_decode B={batch} T={tokens} H={heads} S={length}{' FP8' if fp8 else ''}"
         attend = functools.partial(mla_decode, scale=1.0, implementation="tpu")
         given = [array(batch, tokens, heads, RANK + ROPE), cache, int32(batch, length // page), int32(batch)]
-        cases.append((name, attend, given))
+        cases.append(Case(name, attend, given))
     return cases
 
 
 def update_cases() -> list[Case]:
     cases = []
     for fp8 in (False, True):
-        page = 256 if fp8 else 64
-        form = lambda cache, fp8=fp8: pack(quantise(split(cache)) if fp8 else split(cache))
-        cache = jax.eval_shape(form, array(4096, page, RANK + ROPE))
+        cache, page = packed_cache(1 << 18, fp8)
         angles = float32(128, 2, ROPE // 2)
-        given = [cache, array(128, 2, RANK + ROPE), float32(RANK), angles, angles, int32(128, 64), int32(128)]
+        given = [cache, array(128, 2, RANK + ROPE), float32(RANK), angles, angles, int32(128, 4096 // page), int32(128)]
         update = functools.partial(cache_update, eps=1e-6, interleave=True, implementation="tpu")
-        cases.append((f"cache_update B=128 T=2{' FP8' if fp8 else ''}", update, given))
+        cases.append(Case(f"cache_update B=128 T=2{' FP8' if fp8 else ''}", update, given, donate=(0,)))
     return cases
 
 
@@ -102,9 +113,9 @@ def prefill_cases() -> list[Case]:
             array(1, tokens, RANK), arrays[3],
         ]  # fmt: skip
         name = f"mla_prefill T={tokens} H={HEADS} by {implementation}"
-        cases.append((name, attend, arrays))
-        cases.append((f"{name}, packed, with gradients", train, [int32(1, tokens), arrays[-1], *arrays]))
-        cases.append((f"{name}, between projections", layer, of_layer))
+        cases.append(Case(name, attend, arrays))
+        cases.append(Case(f"{name}, packed, with gradients", train, [int32(1, tokens), arrays[-1], *arrays]))
+        cases.append(Case(f"{name}, between projections", layer, of_layer))
     return cases
 
 
@@ -118,15 +129,15 @@ def grouped_cases() -> list[Case]:
 
         size = f"M={ROWS} E={EXPERTS} {depth}x{columns}"
         x, w, sizes = array(ROWS, depth), array(EXPERTS, depth, columns), int32(EXPERTS)
-        cases.append((f"grouped_matmul {size}", multiply, [x, w, sizes]))
-        cases.append((f"grouped_matmul {size}, gradients", train, [array(ROWS, columns), x, w, sizes]))
+        cases.append(Case(f"grouped_matmul {size}", multiply, [x, w, sizes]))
+        cases.append(Case(f"grouped_matmul {size}, gradients", train, [array(ROWS, columns), x, w, sizes]))
         e4m3 = functools.partial(array, dtype=jnp.float8_e4m3fn)
         given = [
             e4m3(ROWS, depth), float32(ROWS, depth // 128), e4m3(EXPERTS, columns, depth),
             float32(EXPERTS, columns // 128, depth // 128), sizes,
         ]  # fmt: skip
         fp8 = functools.partial(fp8_grouped_matmul, implementation="tokamax")
-        cases.append((f"fp8_grouped_matmul {size}", fp8, given))
+        cases.append(Case(f"fp8_grouped_matmul {size}", fp8, given))
     return cases
 
 
@@ -173,14 +184,13 @@ def main(args: Args) -> None:
     rows: list[dict[str, Any]] = []
     with Progress() as progress:
         task = progress.add_task("compiling", total=len(cases) * len(args.generations))
-        for program, function, given in cases:
+        for case in cases:
             for generation in args.generations:
                 start = time.perf_counter()
-                donated = (0,) if program.startswith("cache_update") else ()
-                compiled = compile_for_tpu(generation, function, *given, donate=donated)
+                compiled = compile_for_tpu(generation, case.function, *case.given, donate=case.donate)
                 rows.append(
                     dict(
-                        program=program,
+                        program=case.name,
                         generation=generation,
                         vmem=vmem_bytes(compiled),
                         temporary=compiled.memory_analysis().temp_size_in_bytes,
