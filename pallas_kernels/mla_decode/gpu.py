@@ -8,8 +8,7 @@ probabilities through shared memory. The third warpgroup fetches pages.
 Shared memory holds the queries (72 KiB) and two pages (72 KiB each); nothing is left for the probabilities, so they
 overlay their page's rope columns, which are needed for the scores alone.
 
-Blocks of the same piece (128 heads make two) form a cluster, and each fetches half of every page for both: reading
-every page twice from L2 would take longer than the arithmetic.
+Blocks of the same piece (128 heads make two) are launched side by side, so that one finds in L2 what the other fetched.
 
 FP8 latents land in the second half of the page's own room, as there is no other, and the fetching warpgroup widens them
 to bfloat16. A token's scale multiplies the latent's part of its scores, and its probability before the second product.
@@ -47,10 +46,9 @@ def mla_decode(
     *,
     scale: float,
     schedule: Plan | None = None,
-    multicast: bool = True,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.mla_decode`. `multicast` shares page fetches in clusters; `interpret` runs it on a CPU, slowly."""
+    """See `api.mla_decode`. `interpret` runs it on a CPU, slowly."""
     batch, tokens, heads, width = q.shape
     # Latents and rope keys, and the first column of these: the same array twice if they lie side by side.
     latent, rope, rope_column = (cache.latent, cache.rope, 0) if isinstance(cache, SplitCache) else (cache, cache, RANK)
@@ -63,7 +61,6 @@ def mla_decode(
     rows = tokens * heads
     padded = -(-rows // ROWS) * ROWS
     blocks = padded // ROWS
-    cluster = 2 if multicast and blocks % 2 == 0 and not interpret else 1  # the interpreter knows no clusters
     if schedule is None:
         schedule = plan(lengths, page_size=PAGE, pieces=default_pieces(batch, rows))
     pieces = schedule.work.shape[0]
@@ -76,7 +73,6 @@ def mla_decode(
             heads=heads,
             scale=scale,
             rope_column=rope_column,
-            cluster=cluster,
             hardware=not interpret,
             scaled=bool(scales),
         ),
@@ -86,11 +82,9 @@ def mla_decode(
             jax.ShapeDtypeStruct((pieces, padded, RANK), q.dtype),
             jax.ShapeDtypeStruct((pieces, padded), jnp.float32),
         ),
-        scratch_types=_scratch(cluster, bool(scales), hardware=not interpret),
-        grid=(pieces, blocks // cluster),  # the last one runs fastest: a piece's pages are in L2 for all of its rows
+        scratch_types=_scratch(bool(scales), hardware=not interpret),
+        grid=(pieces, blocks),  # the last one runs fastest: a piece's pages are in L2 for all of its rows
         grid_names=("piece", "row_block"),
-        cluster=(cluster,),
-        cluster_names=("cluster",),
         num_threads=3,
         thread_name="warpgroup",
         # The barriers that this program needs are all written down in it.
@@ -99,7 +93,7 @@ def mla_decode(
     )
     out, lse, partial_out, partial_lse = kernel(q, latent, rope, *scales, block_tables, lengths, schedule.work)
     if pieces > batch:
-        out, lse = _merge(out, lse, partial_out, partial_lse, schedule.slots, interpret=interpret)
+        out, lse = _merge(out, lse, partial_out, partial_lse, schedule.slots, rows=rows, interpret=interpret)
     shape = (batch, tokens, heads)
     return out[:, :rows].reshape(*shape, RANK), lse[:, :rows].reshape(shape)
 
@@ -109,7 +103,7 @@ def default_pieces(batch: int, rows: int) -> int:
     return batch + max(1, MULTIPROCESSORS // -(-rows // ROWS))
 
 
-def _scratch(cluster: int, scaled: bool, hardware: bool) -> dict:
+def _scratch(scaled: bool, hardware: bool) -> dict:
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     halves = plgpu.SMEM((2, 2, PAGE, HALF), jnp.bfloat16, transforms=tiled)
     quarters = None
@@ -131,15 +125,14 @@ def _scratch(cluster: int, scaled: bool, hardware: bool) -> dict:
         half_free=plgpu.Barrier(num_barriers=4),
         weights_ready=plgpu.Barrier(num_barriers=2),
         sums_ready=plgpu.Barrier(num_arrivals=2),
-        cluster_free=plgpu.ClusterBarrier(collective_axes=("cluster",), num_barriers=4) if cluster > 1 else None,
     )
 
 
 def _kernel(
     q_gmem, latent_gmem, rope_gmem, *other_gmem,
     q_smem, pages, scale_smem, ropes, row_smem, sum_smem, q_ready, landed, half_ready, rope_ready, half_free,
-    weights_ready, sums_ready, cluster_free,
-    tokens, heads, scale, rope_column, cluster, hardware, scaled,
+    weights_ready, sums_ready,
+    tokens, heads, scale, rope_column, hardware, scaled,
 ):  # fmt: skip
     *scales_gmem, table_gmem, lengths_gmem, work_gmem, out_gmem, lse_gmem, partial_out_gmem, partial_lse_gmem = (
         other_gmem
@@ -147,7 +140,7 @@ def _kernel(
     halves, quarters = pages
     warpgroup = lax.axis_index("warpgroup")
     piece = lax.axis_index("piece")
-    row = (lax.axis_index("row_block") * cluster + lax.axis_index("cluster")) * ROWS
+    row = lax.axis_index("row_block") * ROWS
     sequence, begin, end, slot = (work_gmem[piece, i] for i in range(4))
     pairs = (end - begin + 1) // 2  # 0 for an empty sequence, and for no piece
 
@@ -155,15 +148,8 @@ def _kernel(
     def _fetch():
         # All three warpgroups together: 504, what they start with. For one more the others would wait for ever.
         plgpu.set_max_registers(56 if scaled else 40, action="decrease")
-        pl.when(pairs > 0)(lambda: plgpu.copy_gmem_to_smem(q_gmem.at[sequence, pl.ds(row, ROWS)], q_smem, q_ready))
-
-        collective = dict(collective_axes="cluster") if cluster > 1 else {}
-
-        def released(i):
-            plgpu.barrier_wait(half_free.at[i])
-            if cluster > 1:  # half a page goes to all blocks of the cluster, so all must be done with its predecessor
-                plgpu.barrier_arrive(cluster_free.at[i])
-                plgpu.barrier_wait(cluster_free.at[i])
+        copy = plgpu.copy_gmem_to_smem
+        pl.when(pairs > 0)(lambda: copy(q_gmem.at[sequence, pl.ds(row, ROWS)], q_smem, q_ready))
 
         def widen(i):
             """Page i's FP8 latents to bfloat16, those of the first half first: its second half is where they are."""
@@ -192,23 +178,22 @@ def _kernel(
             for i in range(2):
                 # A piece of odd length has its last page twice; the second is masked out whole.
                 page = table_gmem[sequence, jnp.minimum(begin + 2 * pair + i, end - 1)]
-                fetch = functools.partial(plgpu.copy_gmem_to_smem, **collective)
                 for h in range(2):
-                    pl.when(pair > 0)(functools.partial(released, 2 * i + h))
+                    pl.when(pair > 0)(functools.partial(plgpu.barrier_wait, half_free.at[2 * i + h]))
                     if not scaled:
-                        fetch(latent_gmem.at[page, :, pl.ds(h * HALF, HALF)], halves.at[i, h], half_ready.at[2 * i + h])
+                        copy(latent_gmem.at[page, :, pl.ds(h * HALF, HALF)], halves.at[i, h], half_ready.at[2 * i + h])
                 for c in range(4 if scaled else 0):
-                    fetch(latent_gmem.at[page, :, pl.ds(c * QUARTER, QUARTER)], quarters.at[i, 1, c], landed.at[i])
+                    copy(latent_gmem.at[page, :, pl.ds(c * QUARTER, QUARTER)], quarters.at[i, 1, c], landed.at[i])
                 # The probabilities of the page before lay here, for both warpgroups.
-                fetch(rope_gmem.at[page, :, pl.ds(rope_column, ROPE)], ropes.at[i], rope_ready.at[i])
+                copy(rope_gmem.at[page, :, pl.ds(rope_column, ROPE)], ropes.at[i], rope_ready.at[i])
                 if scaled:
-                    plgpu.copy_gmem_to_smem(scales_gmem[0].at[page], scale_smem.at[i], rope_ready.at[i])
+                    copy(scales_gmem[0].at[page], scale_smem.at[i], rope_ready.at[i])
                     widen(i)
 
-        @pl.when(pairs > 0)  # a block must not end while its neighbour may still signal it
+        @pl.when(pairs > 0)  # the interpreter wants every arrival waited for
         def _drain():
             for i in range(4):
-                released(i)
+                plgpu.barrier_wait(half_free.at[i])
 
     def compute(mine: int):
         plgpu.set_max_registers(224 if scaled else 232, action="increase")
@@ -323,26 +308,33 @@ def _kernel(
                 old = plgpu.load(sum_smem.at[mine, turn], layout=row_layout)
                 sum_smem[mine, 1 - turn] = old * change + new
 
-            def own(acc, m):
-                """My page: its scores, its probabilities, its share."""
-                scores, factors = score(first + mine * PAGE, masked)
-                new_m = jnp.maximum(m, jnp.max(scores, axis=1))
-                change = jnp.exp2(m - new_m)
-                new = weigh(scores, factors, new_m)
-                acc = accumulate(acc, change, mine, first + mine * PAGE, masked, lambda: add(mine, change, new))
-                return acc, new_m
+            def share(acc, i, change, meanwhile):
+                return accumulate(acc, change, i, first + i * PAGE, masked, meanwhile)
 
-            def others(acc, m):
-                """The other page's share, by the probabilities that the other warpgroup worked out."""
-                new_m = receive()
-                change = jnp.exp2(m - new_m)
-                acc = accumulate(acc, change, other, first + other * PAGE, masked, lambda: add(other, change))
-                return acc, new_m
+            scores, factors = score(first + mine * PAGE, masked)
+            top = jnp.max(scores, axis=1)
+            if mine == 0:
+                m_0 = jnp.maximum(m, top)
+                to_0 = jnp.exp2(m - m_0)
+                new = weigh(scores, factors, m_0)
+                acc = share(acc, 0, to_0, lambda: add(0, to_0, new))
+                m_1 = receive()
+                to_1 = jnp.exp2(m_0 - m_1)
+                acc = share(acc, 1, to_1, lambda: add(1, to_1))
+            else:
+                # Its scores are worked out while warpgroup 0 is at its probabilities, and its own probabilities while
+                # the matrix units add page 0's share.
+                m_0 = receive()
+                m_1 = jnp.maximum(m_0, top)
+                to_0, to_1 = jnp.exp2(m - m_0), jnp.exp2(m_0 - m_1)
 
-            # Page by page, so that one is fetched while the other is worked on.
-            for step in (own, others) if mine == 0 else (others, own):
-                acc, m = step(acc, m)
-            return acc, m
+                def meanwhile():
+                    add(0, to_0)
+                    add(1, to_1, weigh(scores, factors, m_1))
+
+                acc = share(acc, 0, to_0, meanwhile)
+                acc = share(acc, 1, to_1, lambda: None)
+            return acc, m_1
 
         acc = plgpu.layout_cast(jnp.zeros((ROWS, HALF), jnp.float32), plgpu.Layout.WGMMA)
         m = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), row_layout)
@@ -381,40 +373,56 @@ def _iota(dimension: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), dimension, layout=plgpu.Layout.WGMMA)
 
 
-def _merge(out, lse, partial_out, partial_lse, slots, *, interpret):
+def _merge(out, lse, partial_out, partial_lse, slots, *, rows, interpret):
     """Merges the pieces of the sequences that were cut, by their log-sum-exps; leaves the others alone."""
-    batch, rows = lse.shape
-    unroll = 16  # several pieces are loaded at a time, to hide the latency
+    batch = lse.shape[0]
+    parts = 4  # warpgroups, each with every fourth piece, and in the end with a fourth of the columns
     blocks = min(rows, -(-4 * MULTIPROCESSORS // batch))  # few of them where most will find nothing to do
-    width = RANK // 2
+    width = RANK // parts
 
-    def kernel(partial_out_gmem, partial_lse_gmem, slots_gmem, out_gmem, lse_gmem):
+    def kernel(
+        partial_out_gmem, partial_lse_gmem, slots_gmem, out_gmem, lse_gmem, acc_smem, top_smem, total_smem, ready
+    ):  # fmt: skip
+        if not interpret:
+            plgpu.griddepcontrol_wait()  # it may be launched while the pieces are still worked on
         sequence = lax.axis_index("sequence")
         block, part = lax.axis_index("block"), lax.axis_index("warpgroup")
         first, count = slots_gmem[sequence, 0], slots_gmem[sequence, 1]
-        columns = pl.ds(pl.multiple_of(part * width, width), width)
+
+        def add(row, unroll, step, carry):
+            """`unroll` more pieces, all loaded before the first is needed."""
+            top, total, acc = carry
+            index = [(step * unroll + i) * parts + part for i in range(unroll)]
+            slot = [first + jnp.minimum(i, count - 1) for i in index]
+            lses = [jnp.where(i < count, partial_lse_gmem[s, row], -jnp.inf) for i, s in zip(index, slot, strict=True)]
+            values = [partial_out_gmem[s, row].astype(jnp.float32) for s in slot]
+            new = functools.reduce(jnp.maximum, lses, top)
+            total, acc = (x * jnp.exp(top - new) for x in (total, acc))
+            for part_lse, value in zip(lses, values, strict=True):
+                weight = jnp.exp(part_lse - new)
+                total, acc = total + weight, acc + weight * value
+            return new, total, acc
+
+        def meet():
+            plgpu.barrier_arrive(ready)
+            plgpu.barrier_wait(ready)
 
         @pl.loop(0, jnp.where(count > 1, (rows - block + blocks - 1) // blocks, 0))
         def _(turn):
             row = block + turn * blocks
-
-            def add(step, carry):
-                top, total, acc = carry
-                index = [step * unroll + i for i in range(unroll)]
-                slot = [first + jnp.minimum(i, count - 1) for i in index]
-                lses = [
-                    jnp.where(i < count, partial_lse_gmem[s, row], -jnp.inf) for i, s in zip(index, slot, strict=False)
-                ]
-                values = [partial_out_gmem[s, row, columns].astype(jnp.float32) for s in slot]
-                new = functools.reduce(jnp.maximum, lses, top)
-                total, acc = (x * jnp.exp(top - new) for x in (total, acc))
-                for part_lse, value in zip(lses, values, strict=False):
-                    weight = jnp.exp(part_lse - new)
-                    total, acc = total + weight, acc + weight * value
-                return new, total, acc
-
-            start = jnp.float32(MASKED), jnp.float32(0), jnp.zeros((width,), jnp.float32)
-            top, total, acc = lax.fori_loop(0, (count + unroll - 1) // unroll, add, start)
+            carry = jnp.float32(MASKED), jnp.float32(0), jnp.zeros((RANK,), jnp.float32)
+            mine = (count - part + parts - 1) // parts
+            for unroll, fits in ((16, mine > 4), (2, mine <= 4)):
+                steps = jnp.where(fits, (mine + unroll - 1) // unroll, 0)
+                carry = lax.fori_loop(0, steps, functools.partial(add, row, unroll), carry)
+            top_smem[part], total_smem[part], acc_smem[part] = carry
+            meet()
+            tops = [top_smem[p] for p in range(parts)]
+            top = functools.reduce(jnp.maximum, tops)
+            weights = [jnp.exp(t - top) for t in tops]
+            columns = pl.ds(pl.multiple_of(part * width, width), width)
+            total = sum(w * total_smem[p] for p, w in enumerate(weights))
+            acc = sum(w * acc_smem[p, columns] for p, w in enumerate(weights))
             seen = total > 0
             out_gmem[sequence, row, columns] = (acc / jnp.where(seen, total, 1.0)).astype(jnp.bfloat16)
 
@@ -422,13 +430,21 @@ def _merge(out, lse, partial_out, partial_lse, slots, *, interpret):
             def _():
                 lse_gmem[sequence, row] = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
 
+            meet()  # before the next row's parts overwrite these
+
     def run(refs):
         plgpu.kernel(
             kernel,
             grid=(batch, blocks),
             grid_names=("sequence", "block"),
-            num_threads=RANK // width,
+            num_threads=parts,
             thread_name="warpgroup",
+            scratch_types=dict(
+                acc_smem=plgpu.SMEM((parts, RANK), jnp.float32),
+                top_smem=plgpu.SMEM((parts,), jnp.float32),
+                total_smem=plgpu.SMEM((parts,), jnp.float32),
+                ready=plgpu.Barrier(num_arrivals=parts),
+            ),
             interpret=interpret,
         )(partial_out, partial_lse, slots, *refs)
 

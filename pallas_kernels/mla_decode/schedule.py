@@ -42,7 +42,8 @@ def plan(lengths: jax.Array, *, page_size: int, pieces: int) -> Plan:
         count = jnp.ones_like(pages)
     else:
         bound = -(-jnp.sum(pages) // (pieces - batch))
-        count = jnp.maximum(1, -(-pages // jnp.maximum(bound, 1)))
+        # One that is hardly longer stays whole: as many turns, and nothing to merge.
+        count = jnp.where(pages <= bound + bound // 8, 1, -(-pages // jnp.maximum(bound, 1)))
     ends = jnp.cumsum(count)
     slots = jnp.stack([ends - count, count], axis=1)
 
