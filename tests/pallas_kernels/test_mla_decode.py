@@ -211,6 +211,40 @@ def test_plan_covers_every_page_once(pieces):
     np.testing.assert_array_equal(seen, np.arange(32) < -(-np.asarray(lengths)[:, None] // 64))
 
 
+@pytest.mark.parametrize(("length", "count"), [(4096, 1), (5000, 2)])
+def test_plan_leaves_whole_what_is_hardly_too_long(length, count):
+    """128 sequences on 132 multiprocessors: of 4096 tokens, each is one page over an equal share, and no more."""
+    lengths = jnp.asarray([length] + [4096] * 127, jnp.int32)
+    slots = plan(lengths, page_size=64, pieces=128 + 132).slots
+    assert slots[:, 1].tolist() == [count] + [1] * 127
+
+
+def test_gpu_merge(capsys):
+    """Sequences of no, one, few and many pieces; rows past the last, and sequences not cut, are left alone."""
+    rng = np.random.default_rng()
+    counts = [1, 2, 0, 5, 17, 70]
+    ends = np.cumsum(counts)
+    rows, padded = 3, 4
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    parts, part_lse = draw(ends[-1], padded, 512).astype(jnp.bfloat16), 10 * draw(ends[-1], padded)
+    part_lse = part_lse.at[3, 0].set(-jnp.inf).at[ends[2] : ends[3], 1].set(-jnp.inf)  # one saw nothing; all did
+    before = draw(6, padded, 512).astype(jnp.bfloat16), draw(6, padded)
+    slots = jnp.asarray(np.stack([ends - counts, counts], 1), jnp.int32)
+    out, lse = gpu._merge(*before, parts, part_lse, slots, rows=rows, interpret=gpu.INTERPRET)
+    assert RACE not in capsys.readouterr().out
+    ref, ref_lse = (np.array(x.astype(jnp.float32), np.float64) for x in before)
+    for b, (count, end) in enumerate(zip(counts, ends, strict=True)):
+        if count > 1:
+            weights = np.exp(np.asarray(part_lse, np.float64)[end - count : end, :rows])
+            total = weights.sum(0)
+            values = np.asarray(parts.astype(jnp.float32), np.float64)[end - count : end, :rows]
+            ref[b, :rows] = (weights[..., None] * values).sum(0) / np.where(total > 0, total, 1)[:, None]
+            ref_lse[b, :rows] = np.log(total, where=total > 0, out=np.full(rows, -np.inf))
+    assert np.linalg.norm(out.astype(jnp.float32) - ref) < 6e-3 * np.linalg.norm(ref)
+    np.testing.assert_array_equal(out[:, rows:], before[0][:, rows:])
+    np.testing.assert_allclose(lse, ref_lse, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
