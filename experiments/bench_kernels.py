@@ -55,14 +55,13 @@ def relative_error(out, ref) -> float:
     return float(np.linalg.norm(out - ref) / max(np.linalg.norm(ref), 1e-30))
 
 
-def seconds_per_call(fn: Callable, varying: list, shared, budget: float = 0.25) -> float:
-    """Median over five runs that call `fn(varying[i], shared)` for each i in turn, one after another."""
-    program = jax.jit(fn)
+def seconds_per_call(call: Callable[[int], object], budget: float = 0.25) -> float:
+    """Median over five runs of `call(i)` for each i in turn, one after another, by the host's clock."""
 
     def run(n: int) -> float:
         start = time.perf_counter()
         for i in range(n):
-            out = program(varying[i % len(varying)], shared)
+            out = call(i)
         jax.block_until_ready(out)
         return time.perf_counter() - start
 
@@ -95,12 +94,13 @@ def device_seconds(call: Callable[[int], object], calls: int = 24) -> float:
 def ceilings() -> Iterator[Row]:
     """What the card does at best: the two numbers that every floor uses."""
     x = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.bfloat16)
-    t = seconds_per_call(lambda _, x: -x, [jnp.int32(0)], x)
+    negate = jax.jit(lambda x: -x)
+    t = seconds_per_call(lambda _: negate(x))
     yield dict(case="copy 2 GiB", implementation="xla", seconds=t, bytes=2 * x.nbytes, ceiling="bytes_per_second",
                value=2 * x.nbytes / t)  # fmt: skip
-    del x
     a, b = (jax.random.normal(jax.random.key(i), (8192, 8192), jnp.bfloat16) for i in range(2))
-    t = seconds_per_call(lambda _, ab: ab[0] @ ab[1], [jnp.int32(0)], (a, b))
+    multiply = jax.jit(jnp.matmul)
+    t = seconds_per_call(lambda _: multiply(a, b))
     yield dict(case="matmul 8192^3 bf16", implementation="xla", seconds=t, flops=2 * 8192**3,
                ceiling="flops_per_second", value=2 * 8192**3 / t)  # fmt: skip
 
@@ -213,20 +213,15 @@ def update_timings() -> Iterator[Row]:
         for name in ("gpu", "reference"):
             row = dict(case=f"cache_update B=128 T=1 {form}", implementation=name)
             row["bytes"] = 128 * (2 * 576 + (2 * 576 if form == "array" else 512 + 4 + 128))
-            try:
-                update = functools.partial(cache_update, eps=1e-6, interleave=True, implementation=name)
-                program = jax.jit(update, donate_argnums=0)
-                state = [cache + 0 if form == "array" else quantise(split(cache))]
+            update = functools.partial(cache_update, eps=1e-6, interleave=True, implementation=name)
+            program = jax.jit(update, donate_argnums=0)
+            state = [cache + 0 if form == "array" else quantise(split(cache))]
 
-                def call(_):
-                    state[0] = program(state[0], *rest)
-                    return state[0]
+            def call(_):
+                state[0] = program(state[0], *rest)
+                return state[0]
 
-                row["seconds"] = device_seconds(call)
-            except Exception as e:
-                row["failure"] = f"{type(e).__name__}: {e}"[:500]
-                traceback.print_exc()
-            yield row
+            yield measured(row, lambda: device_seconds(call))
 
 
 def decode_timings() -> Iterator[Row]:
@@ -278,12 +273,17 @@ def decode_timings() -> Iterator[Row]:
 
 
 def timed(row: Row, fn: Callable, varying: list, shared) -> Row:
+    """The row with the time of `fn(varying[i], shared)`: on the device, if the host may take longer to launch it."""
+    program = jax.jit(fn)
+    short = max(row["flops"] / 5e14, row["bytes"] / 2e12) < 1e-4
+    measure = device_seconds if short else seconds_per_call
+    return measured(row, lambda: measure(lambda i: program(varying[i % len(varying)], shared)))
+
+
+def measured(row: Row, measure: Callable[[], float]) -> Row:
+    """The row with `measure()`, or with why there is none."""
     try:
-        if max(row["flops"] / 5e14, row["bytes"] / 2e12) > 1e-4:
-            row["seconds"] = seconds_per_call(fn, varying, shared)
-        else:
-            program = jax.jit(fn)
-            row["seconds"] = device_seconds(lambda i: program(varying[i % len(varying)], shared))
+        row["seconds"] = measure()
     except Exception as e:
         row["failure"] = f"{type(e).__name__}: {e}"[:500]
         traceback.print_exc()
@@ -333,7 +333,7 @@ def prefill_checks() -> Iterator[Row]:
             wide = tuple(x.astype(jnp.float32) for x in a)
             ref = mla_prefill(*wide, scale=scale, segments=segments, implementation="reference")
             ref_grad = jax.jit(lambda *a: prefill_grad(a, scale, segments, "reference"))(*wide)
-        for name in ("tokamax", "cudnn, padded")[: 1 + (tokens % 64 == 0)]:  # cuDNN isn't filled up
+        for name in ("tokamax", "cudnn, padded") if tokens % 64 == 0 else ("tokamax",):  # cuDNN isn't filled up
             row = dict(case=f"check T={tokens} S={keys} packed={packed}", implementation=name)
             try:
                 out = prefill(*a, scale=scale, segments=segments, implementation=name)

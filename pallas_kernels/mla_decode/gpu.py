@@ -281,7 +281,7 @@ def _kernel(
             plgpu.barrier_wait(weights_ready.at[other])
             return plgpu.load(row_smem.at[other], layout=row_layout)
 
-        def accumulate(acc, alpha, i, first, masked, meanwhile=lambda: None):
+        def accumulate(acc, alpha, i, first, masked, meanwhile):
             """Adds page i's share to my columns, and gives my half back. Calls `meanwhile` while the wgmmas run."""
             if masked:  # slots past the end may hold anything, and 0 * NaN is NaN
                 for c in range(HALF // 64):
@@ -308,7 +308,7 @@ def _kernel(
                 old = plgpu.load(sum_smem.at[mine, turn], layout=row_layout)
                 sum_smem[mine, 1 - turn] = old * change + new
 
-            def share(acc, i, change, meanwhile):
+            def share(acc, i, change, meanwhile=lambda: None):
                 return accumulate(acc, change, i, first + i * PAGE, masked, meanwhile)
 
             scores, factors = score(first + mine * PAGE, masked)
@@ -333,7 +333,7 @@ def _kernel(
                     add(1, to_1, weigh(scores, factors, m_1))
 
                 acc = share(acc, 0, to_0, meanwhile)
-                acc = share(acc, 1, to_1, lambda: None)
+                acc = share(acc, 1, to_1)
             return acc, m_1
 
         acc = plgpu.layout_cast(jnp.zeros((ROWS, HALF), jnp.float32), plgpu.Layout.WGMMA)
@@ -412,7 +412,7 @@ def _merge(out, lse, partial_out, partial_lse, slots, *, rows, interpret):
             row = block + turn * blocks
             carry = jnp.float32(MASKED), jnp.float32(0), jnp.zeros((RANK,), jnp.float32)
             mine = (count - part + parts - 1) // parts
-            for unroll, fits in ((16, mine > 4), (2, mine <= 4)):
+            for unroll, fits in ((16, mine > 4), (2, mine <= 4)):  # what is past the end is loaded for nothing
                 steps = jnp.where(fits, (mine + unroll - 1) // unroll, 0)
                 carry = lax.fori_loop(0, steps, functools.partial(add, row, unroll), carry)
             top_smem[part], total_smem[part], acc_smem[part] = carry

@@ -24,7 +24,7 @@ class Plan(NamedTuple):
 
 
 def plan(lengths: jax.Array, *, page_size: int, pieces: int) -> Plan:
-    """Cuts each sequence's pages into equal pieces no longer than a common bound.
+    """Cuts each sequence's pages into equal pieces no longer than a common bound, or an eighth more if it is one piece.
 
     With the bound c = ceil(all pages / (pieces - B)) there are sum(ceil(p / c)) <= all pages / c + B <= `pieces` of
     them. An empty sequence has one piece of no pages.
