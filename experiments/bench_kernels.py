@@ -86,7 +86,9 @@ def device_seconds(call: Callable[[int], object], calls: int = 24) -> float:
         events = sorted((e.start_ns, e.start_ns + e.duration_ns) for line in lines for e in line.events)
     each, rest = divmod(len(events), calls)
     if rest or not each:
-        raise ValueError(f"{len(events)} kernels traced, which is no multiple of the {calls} calls")
+        raise ValueError(
+            f"a GPU's trace shows as many kernels for each of {calls} calls, but this one {len(events)} in all"
+        )
     spans = [events[i : i + each] for i in range(0, len(events), each)]
     return float(np.median([max(end for _, end in s) - s[0][0] for s in spans])) * 1e-9
 
