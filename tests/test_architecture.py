@@ -38,8 +38,8 @@ def test_imports_point_one_way(path):
             assert other not in TOP, name
             if parts[1] in LOW:
                 assert other not in HIGH, f"{path} is below {name}"
-            if parts[1] == "config":
-                raise AssertionError(f"config imports {name}")
+            if parts[1] == "config":  # inside from_hf and to_hf: at the top it would go round in a circle
+                assert name == "dsv3_jax.checkpoint", f"config imports {name}"
 
 
 def test_requirements_are_pinned_within_the_ranges():
