@@ -79,8 +79,10 @@ class ModelConfig:
     """Standard deviation of every weight matrix at init (report section 4.2)."""
     aux_loss_alpha: float = 1e-4
     """Factor of the sequence-wise balance loss (report section 4.2, alpha of eq. 17)."""
-    bos_token_id: int = 0
-    eos_token_id: int = 1
+    bos_token_id: int | None = 0
+    """What a text begins with; None if with nothing."""
+    eos_token_id: int | tuple[int, ...] | None = 1
+    """What ends a text; several tokens may."""
 
     # Derived sizes -------------------------------------------------------------------------------------
     @property
@@ -95,6 +97,12 @@ class ModelConfig:
     def has_router_bias(self) -> bool:
         """Whether experts are selected with `e_score_correction_bias` (V3), rather than by affinity alone (V2)."""
         return self.topk_method == "noaux_tc"
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """`eos_token_id` as a tuple: none, one or several."""
+        one = self.eos_token_id
+        return () if one is None else one if isinstance(one, tuple) else (one,)
 
     # Validation ----------------------------------------------------------------------------------------
     def __post_init__(self) -> None:
@@ -114,6 +122,12 @@ class ModelConfig:
             raise ConfigError(
                 f"q_lora_rank is {self.q_lora_rank!r}: it must be positive, or None for one full projection"
             )
+        if isinstance(self.eos_token_id, list):  # as config.json has it: a config is hashed, as a list can't be
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if self.bos_token_id is not None and not _is_token_id(self.bos_token_id):
+            raise ConfigError(f"bos_token_id is {self.bos_token_id!r}: it must be a token's id, or None")
+        if not all(map(_is_token_id, self.eos_token_ids)):
+            raise ConfigError(f"eos_token_id is {self.eos_token_id!r}: it must be a token's id, several, or None")
         if self.scoring_func not in ("sigmoid", "softmax"):
             raise ConfigError(f"scoring_func is {self.scoring_func!r}: it must be 'sigmoid' or 'softmax'")
         if self.topk_method not in ("noaux_tc", "group_limited_greedy", "greedy"):
@@ -173,6 +187,10 @@ class ModelConfig:
         return hf_config.to_fields(self)
 
 
+def _is_token_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
 def build_dataclass(kind: Any, values: Mapping[str, Any]) -> Any:
     """What `dataclasses.asdict` took apart, put together again: fields that are dataclasses, or one or None, nest.
 
@@ -180,7 +198,8 @@ def build_dataclass(kind: Any, values: Mapping[str, Any]) -> Any:
     """
     built = dict(values)
     for name, hint in typing.get_type_hints(kind).items():
-        if typing.get_origin(hint) is tuple and isinstance(built.get(name), list):  # JSON knows no tuples
+        tuples = [t for t in (hint, *typing.get_args(hint)) if typing.get_origin(t) is tuple]
+        if tuples and isinstance(built.get(name), list):  # JSON knows no tuples
             built[name] = tuple(built[name])
         nested = [t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
         if nested and isinstance(built.get(name), Mapping):

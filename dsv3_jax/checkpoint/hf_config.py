@@ -96,8 +96,9 @@ def from_fields(fields: dict[str, Any]) -> ModelConfig:
             raise ConfigError(f"{name} is {fields[name]!r}: this architecture only has {value!r}")
 
     values = {k: v for k, v in fields.items() if k in own - set(_TRAINING_FIELDS) and v is not None}
-    if "q_lora_rank" in fields:  # null says "one full projection"; absent says "the default"
-        values["q_lora_rank"] = fields["q_lora_rank"]
+    for name in ("q_lora_rank", "bos_token_id", "eos_token_id"):
+        if name in fields:  # null says "none": one full projection, no such token; absent says "the default"
+            values[name] = fields[name]
     if model_type == "deepseek_v2":
         values = _V2_DEFAULTS | values
     values["rope_theta"], values["rope_scaling"] = _rope_from_hf(fields)
@@ -156,6 +157,8 @@ def to_fields(config: ModelConfig) -> dict[str, Any]:
     v3 = config.has_router_bias
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _TRAINING_FIELDS}
     fields["rope_scaling"] = None if config.rope_scaling is None else _yarn_to_hf(config.rope_scaling)
+    if isinstance(config.eos_token_id, tuple):
+        fields["eos_token_id"] = list(config.eos_token_id)
     return fields | {
         "architectures": ["DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"],
         "model_type": "deepseek_v3" if v3 else "deepseek_v2",

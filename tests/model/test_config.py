@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Runtime, Yarn
+from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Runtime, Yarn, build_dataclass
 
 RELEASED = {  # deepseek-ai/DeepSeek-V3's config.json
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -160,3 +160,22 @@ def test_unknown_preset_and_runtime_name_the_choices():
         ModelConfig.preset("v3")
     with pytest.raises(ConfigError, match=r"runtime\.dtype is 'fp16'"):
         Runtime(dtype="fp16")
+
+
+@pytest.mark.parametrize(("stored", "ids"), [(5, (5,)), ([5, 7], (5, 7)), ([5], (5,)), (None, ()), ([], ())], ids=repr)
+def test_end_tokens_one_several_or_none(stored, ids):
+    config = ModelConfig.from_hf(RELEASED | {"eos_token_id": stored, "bos_token_id": None})
+    assert config.eos_token_ids == ids
+    assert config.bos_token_id is None
+    hash(config)  # `jit` keys its programs by it
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert json.loads(json.dumps(config.to_hf()))["eos_token_id"] == stored
+    assert build_dataclass(ModelConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("bad", ["1", True, -1, 1.0, {"a": 1}, 2**31], ids=repr)
+def test_impossible_special_tokens_are_named(name, bad):
+    for value in [bad] + [[3, bad]] * (name == "eos_token_id"):
+        with pytest.raises(ConfigError, match=f"{name} is .*: it must be a token's id"):
+            ModelConfig.from_hf(RELEASED | {name: value})
