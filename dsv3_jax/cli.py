@@ -203,6 +203,7 @@ def _convert(arguments: list[str]) -> None:
 
 
 def _plan(arguments: list[str]) -> None:
-    from dsv3_jax.planning.plan import PlanArgs, plan_command
+    from dsv3_jax.planning.options import PlanArgs
+    from dsv3_jax.planning.plan import plan_command
 
     plan_command(_parse(PlanArgs, "plan", arguments))

@@ -325,7 +325,7 @@ class Runtime:
     dispatch_slack: float = 1.2
     """Room for uneven routing, over even routing's, before the exchange takes its slower way of several rounds."""
     redundant_experts: int = 0
-    """Slots for experts beyond one each, which `parallel.balance` fills with copies of the busiest, for serving."""
+    """Slots for experts beyond one each, for serving: `inference.expert_placement` fills them with the busiest."""
     interleave: int = 1
     """Shares of a batch that a sparse block computes side by side: one's exchange may hide behind another's attention.
     """

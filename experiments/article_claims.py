@@ -20,12 +20,12 @@ from pathlib import Path
 import matplotlib
 import tyro
 
+from dsv3_jax.accounting.flops import model_flops
+from dsv3_jax.accounting.hardware import HARDWARE, hardware
+from dsv3_jax.accounting.parameters import count_parameters
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.planning.attention_designs import PUBLISHED, mla, mla_expanded, same_shape
 from dsv3_jax.planning.cost import cost, sustained_flops, tokens_for, training_hours
-from dsv3_jax.planning.flops import model_flops
-from dsv3_jax.planning.hardware import HARDWARE, hardware
-from dsv3_jax.planning.parameters import count_parameters
 from dsv3_jax.planning.published import report_plan
 from dsv3_jax.planning.step_time import step_time
 

@@ -19,8 +19,8 @@ import jax
 import matplotlib
 import tyro
 
+from dsv3_jax.accounting.flops import model_flops
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.planning.flops import model_flops
 from dsv3_jax.training.config import TrainConfig
 from dsv3_jax.training.metrics import read_metrics, worst_violation
 from dsv3_jax.training.schedule import Schedule

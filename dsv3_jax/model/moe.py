@@ -17,7 +17,7 @@ from dsv3_jax.parallel.dispatch import experts_are_spread, experts_held, spread_
 from pallas_kernels.grouped_matmul import grouped_swiglu
 
 PLACEMENT = "placement"
-"""The Linen collection that says where redundant experts are; see `parallel.balance`."""
+"""The Linen collection that says where redundant experts are; see `inference.expert_placement`."""
 
 
 class ExpertWeights(NamedTuple):

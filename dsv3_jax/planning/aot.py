@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsv3_jax.config import ConfigError, ModelConfig
-
-if TYPE_CHECKING:
-    from dsv3_jax.planning.plan import PlanArgs
+from dsv3_jax.planning.options import PlanArgs
 
 _GIB = 2**30
 
@@ -40,16 +38,16 @@ def aot_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
+    from dsv3_jax.accounting.flops import count_flops
+    from dsv3_jax.accounting.hardware import hardware
     from dsv3_jax.config import Runtime
     from dsv3_jax.model.transformer import DeepSeekV3
     from dsv3_jax.parallel.mesh import MeshShape
+    from dsv3_jax.parallel.placement import Placement
     from dsv3_jax.planning.compiled import collectives, costs, device_bytes
-    from dsv3_jax.planning.flops import count_flops
-    from dsv3_jax.planning.hardware import hardware
     from dsv3_jax.planning.memory import memory
-    from dsv3_jax.planning.mesh import TrainingPlan
+    from dsv3_jax.planning.training_plan import TrainingPlan
     from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
-    from dsv3_jax.training.placement import Placement
     from dsv3_jax.training.schedule import Schedule, ScheduleConfig
     from dsv3_jax.training.step import init_state, make_train_step
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from dsv3_jax.accounting.flops import decode_flops
+from dsv3_jax.accounting.hardware import Hardware
+from dsv3_jax.accounting.parameters import cache_bytes_per_token
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.planning.flops import decode_flops
-from dsv3_jax.planning.hardware import Hardware
-from dsv3_jax.planning.parameters import cache_bytes_per_token
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from dsv3_jax.accounting.hardware import Hardware
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.parallel.mesh import AXES, MeshShape
-from dsv3_jax.planning.hardware import Hardware
 from dsv3_jax.planning.memory import held, stages
-from dsv3_jax.planning.mesh import TrainingPlan
+from dsv3_jax.planning.training_plan import TrainingPlan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ class InfoArgs:
 
 def info(config: ModelConfig) -> dict[str, Any]:
     """The numbers of `info`, as plain values: counts of parameters, and bytes of bfloat16 cache a token."""
-    from dsv3_jax.planning.parameters import cache_bytes_per_token, count_parameters
+    from dsv3_jax.accounting.parameters import cache_bytes_per_token, count_parameters
 
     return dataclasses.asdict(count_parameters(config)) | {"cache_bytes_per_token": cache_bytes_per_token(config)}
 

@@ -6,10 +6,10 @@ import dataclasses
 import functools
 import itertools
 
+from dsv3_jax.accounting.activations import kept_by_block
+from dsv3_jax.accounting.parameters import Leaf, leaves
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.planning.activations import kept_by_block
-from dsv3_jax.planning.mesh import TrainingPlan
-from dsv3_jax.planning.parameters import Leaf, leaves
+from dsv3_jax.planning.training_plan import TrainingPlan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from dsv3_jax.accounting.flops import model_flops
+from dsv3_jax.accounting.hardware import EFFICIENCY, hardware
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.parallel.mesh import MeshShape
-from dsv3_jax.planning.flops import model_flops
-from dsv3_jax.planning.hardware import EFFICIENCY, hardware
-from dsv3_jax.planning.inference import Serving, decode_step, prefill_step
-from dsv3_jax.planning.mesh import TrainingPlan
+from dsv3_jax.planning.serving import Serving, decode_step, prefill_step
 from dsv3_jax.planning.step_time import step_time
+from dsv3_jax.planning.training_plan import TrainingPlan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from dsv3_jax.accounting.activations import kept_by_block
+from dsv3_jax.accounting.flops import matmul_seconds, model_flops, recomputed_flops
 from dsv3_jax.config import Runtime
-from dsv3_jax.planning.activations import kept_by_block
 from dsv3_jax.planning.communication import Traffic, traffic
-from dsv3_jax.planning.flops import matmul_seconds, model_flops, recomputed_flops
 from dsv3_jax.planning.memory import held, stages
-from dsv3_jax.planning.mesh import TrainingPlan
+from dsv3_jax.planning.training_plan import TrainingPlan
 
 
 @dataclasses.dataclass(frozen=True)

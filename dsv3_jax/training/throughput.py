@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
+from dsv3_jax.accounting.flops import model_flops
+from dsv3_jax.accounting.hardware import hardware_of
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.planning.flops import model_flops
-from dsv3_jax.planning.hardware import hardware_of
 
 
 class Throughput:

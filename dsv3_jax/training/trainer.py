@@ -28,11 +28,11 @@ from dsv3_jax.data import load_tokenizer, train_iterator, validation_batches
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.parallel.placement import Placement, all_processes_here, any_process
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.config import TrainConfig
 from dsv3_jax.training.metrics import MetricsLog, plot_metrics, read_metrics, worst_violation
 from dsv3_jax.training.optimizer import make_optimizer
-from dsv3_jax.training.placement import Placement, all_processes_here, any_process
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import TrainState, evaluate_tally, init_state, make_eval_step, make_train_step
 from dsv3_jax.training.throughput import Throughput

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.training import trainer
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.optimizer import make_optimizer
-from dsv3_jax.training.placement import Placement
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import init_state
 from tests.parallel.small_run import small_config

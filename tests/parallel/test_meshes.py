@@ -11,8 +11,8 @@ import pytest
 from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.mesh import MeshShape
+from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dsv3_jax.training.placement import Placement
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
 

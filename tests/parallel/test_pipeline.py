@@ -10,8 +10,8 @@ from dsv3_jax.config import ConfigError, Runtime
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.pipeline import duration, layers_of_stages
+from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dsv3_jax.training.placement import Placement
 from dsv3_jax.training.step import init_state, make_train_step
 from tests.parallel.test_meshes import BATCH, CONFIG, SCHEDULE, make_batch
 

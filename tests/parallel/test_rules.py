@@ -14,7 +14,7 @@ from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel import rules
 from dsv3_jax.parallel.context import sequence_order
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
-from dsv3_jax.training.placement import Placement
+from dsv3_jax.parallel.placement import Placement
 
 
 def abstract(name):

@@ -11,10 +11,10 @@ from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.moe import ExpertWeights, experts
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
+from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.parallel.rules import STACKS
 from dsv3_jax.planning.compiled import collectives
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dsv3_jax.training.placement import Placement
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from dsv3_jax.accounting.hardware import hardware
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.planning.attention_designs import PUBLISHED, mla, mla_expanded, same_shape
 from dsv3_jax.planning.cost import cost, sustained_flops, tokens_for, training_hours
-from dsv3_jax.planning.hardware import hardware
 
 V3 = ModelConfig.preset("v3-671b")
 

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dsv3_jax.accounting.flops import count_flops
+from dsv3_jax.accounting.hardware import hardware
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.planning.aot import aot_plan
 from dsv3_jax.planning.compiled import costs, costs_of_all_layers, device_bytes
-from dsv3_jax.planning.flops import count_flops
-from dsv3_jax.planning.hardware import hardware
 from dsv3_jax.planning.memory import memory
-from dsv3_jax.planning.mesh import TrainingPlan
-from dsv3_jax.planning.plan import PlanArgs
+from dsv3_jax.planning.options import PlanArgs
+from dsv3_jax.planning.training_plan import TrainingPlan
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step

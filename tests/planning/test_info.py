@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from dsv3_jax.accounting.parameters import cache_bytes_per_token, count_parameters
 from dsv3_jax.cli import main
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.planning.parameters import cache_bytes_per_token, count_parameters
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,17 @@ import sys
 
 import pytest
 
+from dsv3_jax.accounting.activations import kept_by_block
+from dsv3_jax.accounting.hardware import HARDWARE, hardware
+from dsv3_jax.accounting.parameters import count_parameters
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.planning import published
-from dsv3_jax.planning.activations import kept_by_block
 from dsv3_jax.planning.communication import exchange_seconds, nodes_reached, rate, traffic
-from dsv3_jax.planning.hardware import HARDWARE, hardware
-from dsv3_jax.planning.inference import (
+from dsv3_jax.planning.memory import held, memory, stages
+from dsv3_jax.planning.options import PlanArgs
+from dsv3_jax.planning.plan import plan_command
+from dsv3_jax.planning.serving import (
     Serving,
     busiest_group,
     cache_bytes,
@@ -23,11 +27,8 @@ from dsv3_jax.planning.inference import (
     prefill_tokens_per_second,
     weight_bytes,
 )
-from dsv3_jax.planning.memory import held, memory, stages
-from dsv3_jax.planning.mesh import TrainingPlan, meshes
-from dsv3_jax.planning.parameters import count_parameters
-from dsv3_jax.planning.plan import PlanArgs, plan_command
 from dsv3_jax.planning.step_time import step_time
+from dsv3_jax.planning.training_plan import TrainingPlan, meshes
 
 V3 = ModelConfig.preset("v3-671b")
 WITHIN = (0.6, 1.4)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dsv3_jax.accounting.hardware import _DEVICE_KINDS, HARDWARE, hardware_of
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.planning.hardware import _DEVICE_KINDS, HARDWARE, hardware_of
 from dsv3_jax.training import throughput
 from dsv3_jax.training.config import TrainConfig
 

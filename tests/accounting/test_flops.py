@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsv3_jax.config import ConfigError, ModelConfig, Runtime
-from dsv3_jax.planning.flops import (
+from dsv3_jax.accounting.flops import (
     count_flops,
     decode_flops,
     forward_flops,
@@ -13,6 +12,7 @@ from dsv3_jax.planning.flops import (
     model_flops,
     recomputed_flops,
 )
+from dsv3_jax.config import ConfigError, ModelConfig, Runtime
 
 
 def test_a_scan_counts_as_often_as_it_runs():

@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 
+from dsv3_jax.accounting.flops import forward_flops, matmul_seconds
+from dsv3_jax.accounting.hardware import Hardware
+from dsv3_jax.accounting.parameters import cache_bytes_per_token, leaves
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.planning.communication import nodes_reached, ring
-from dsv3_jax.planning.flops import forward_flops, matmul_seconds
-from dsv3_jax.planning.hardware import Hardware
-from dsv3_jax.planning.parameters import cache_bytes_per_token, leaves
 
 _USABLE = 0.9
 """Part of a device's memory for weights and cache; the rest is for activations and the compiler."""

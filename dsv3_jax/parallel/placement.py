@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsv3_jax.config import ConfigError, Runtime
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.rules import present, rules_of, state_shardings
-from dsv3_jax.training.step import TrainState
 
 
 class Placement:
@@ -37,28 +36,28 @@ class Placement:
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self._batch = NamedSharding(self.mesh, PartitionSpec(present(self.rules.batch, self.mesh) or None))
 
-    def init(self, init: Callable[[jax.Array], TrainState], key: jax.Array) -> TrainState:
-        """A fresh state, each device making only its part of it."""
+    def init(self, init: Callable[[jax.Array], Any], key: jax.Array) -> Any:
+        """The pytree `init(key)`, each device making only its part of it."""
         shardings = state_shardings(jax.eval_shape(init, key), self.mesh, self.rules)
         return jax.jit(init, out_shardings=shardings)(key)
 
-    def abstract(self, init: Callable[[jax.Array], TrainState], batch: dict[str, Any]) -> tuple[TrainState, Any]:
+    def abstract(self, init: Callable[[jax.Array], Any], batch: dict[str, Any]) -> tuple[Any, Any]:
         """Shapes, dtypes and shardings of the state and of a batch, for `lower`."""
         place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         state = jax.eval_shape(init, jax.random.key(0))
         shardings = state_shardings(state, self.mesh, self.rules)
         return jax.tree.map(place, state, shardings), jax.tree.map(lambda x: place(x, self._batch), batch)
 
-    def jit_step(self, step: Callable[..., Any], state: TrainState) -> Callable[..., Any]:
+    def jit_step(self, step: Callable[..., Any], state: Any) -> Callable[..., Any]:
         """The step compiled for this mesh: its new state lies as `state` does, its metrics on every device."""
         return self._within(self._jit(step, state))
 
-    def lower(self, step: Callable[..., Any], state: TrainState, batch: Any) -> jax.stages.Lowered:
+    def lower(self, step: Callable[..., Any], state: Any, batch: Any) -> jax.stages.Lowered:
         """What `jit_step` would compile, from the abstract state and batch of `abstract`."""
         with jax.set_mesh(self.mesh):
             return self._jit(step, state).lower(state, batch)
 
-    def _jit(self, step: Callable[..., Any], state: TrainState) -> Any:
+    def _jit(self, step: Callable[..., Any], state: Any) -> Any:
         shardings = jax.tree.map(lambda x: x.sharding, state)
         return jax.jit(step, out_shardings=(shardings, self.replicated), donate_argnums=0)
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
+from dsv3_jax.accounting.parameters import Leaf, activated, leaves
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime
-from dsv3_jax.planning.parameters import Leaf, activated, leaves
 
 # Counting a program ----------------------------------------------------------------------------------------
 

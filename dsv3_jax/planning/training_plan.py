@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
+from dsv3_jax.accounting.hardware import Hardware
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime
 from dsv3_jax.parallel.mesh import MeshShape
-from dsv3_jax.planning.hardware import Hardware
 
 
 @dataclasses.dataclass(frozen=True)

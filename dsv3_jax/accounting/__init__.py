@@ -1,0 +1,1 @@
+"""Parameters, FLOPs and saved activations, counted on the model itself; hardware sheets."""

@@ -1,0 +1,78 @@
+"""Options of `python -m dsv3_jax plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Literal
+
+from dsv3_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanArgs:
+    """Predict memory, time and cost of training a configuration, or with `--serve` of decoding with it.
+
+    Without `--mesh` all meshes are tried and the best few that fit are shown.
+    """
+
+    preset: str = "v3-671b"
+    """v3-671b, v2-236b, v2-lite-16b, v3-mini or tiny."""
+    config: Path | None = None
+    """A Hugging Face config.json, or its directory, instead of a preset."""
+    hardware: str = "h800"
+    """h800, h100, h200, b200, v5e, v5p, v6e or 7x."""
+    devices: int = 2048
+    """Accelerators in all."""
+    tokens: float = 14.8e12
+    """Tokens to train on."""
+    batch: int = 15360
+    """Sequences a step (training), or sequences served at a time (--serve)."""
+    length: int = 4096
+    """Tokens of a sequence; with --serve, tokens already cached."""
+    microbatch: int = 1
+    """Sequences a device takes at a time."""
+    mesh: str = ""
+    """Sizes of mesh axes, as stage=16,data=2,expert=64; empty tries them all."""
+    precision: Literal["bf16", "fp8"] = "bf16"
+    """Operands of linear layers."""
+    remat: Literal["none", "block", "paper"] = "paper"
+    """What the backward pass recomputes, as Runtime.remat."""
+    schedule: Literal["1f1b", "dualpipe"] = "1f1b"
+    """Of pipeline stages; dualpipe hides the exchange of tokens between experts."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Of Adam's two moments."""
+    mtp: bool = True
+    """Train the multi-token prediction modules too."""
+    efficiency: float | None = None
+    """Share of printed rates to count on; by default the hardware family's."""
+    dollars_per_hour: float | None = None
+    """Price of a device; by default the hardware's, where a published claim has one."""
+    serve: bool = False
+    """Plan decoding instead of training."""
+    attention_data: int = 0
+    """With --serve: groups of devices that serve different sequences; 0 picks the fastest that fits."""
+    aot: str | None = None
+    """Compile the real training step for a TPU topology that needn't be there, as v5p:8x16x16, over --mesh (one chip
+    without it), and report the compiler's memory, FLOPs and communication."""
+    validate: bool = False
+    """Print predictions beside published measurements instead, as a markdown table."""
+    top: int = 5
+    """How many meshes to show."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+
+def check(args: PlanArgs) -> None:
+    """Raises ConfigError, naming the field, for numbers that no plan can have."""
+    for name in ("devices", "tokens", "batch", "length", "microbatch", "top"):
+        value = getattr(args, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"{name} is {value}: it must be positive")
+    if args.efficiency is not None and not 0 < args.efficiency <= 1:
+        raise ConfigError(f"efficiency is {args.efficiency}: it must be above 0 and at most 1")
+    if args.dollars_per_hour is not None and not args.dollars_per_hour >= 0:
+        raise ConfigError(f"dollars_per_hour is {args.dollars_per_hour}: it must not be negative")
+    if args.attention_data < 0:
+        raise ConfigError(f"attention_data is {args.attention_data}: it must not be negative")
