@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
+    {"json_input"},
     {"config"},
     {"parallel", "quantization", "data"},
     {"model"},
