@@ -123,14 +123,13 @@ class TrainConfig:
         optimizer = OptimizerConfig(moments_dtype="bfloat16")
         return cls(model, runtime, DataConfig(sequence_length=4096), schedule, optimizer, checkpoint_every=1000)
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
     @classmethod
     def from_json(cls, path: Path) -> TrainConfig:
-        """Reads what `to_json` wrote. Raises ConfigError if the file is no such thing."""
+        """Reads the `config.json` of a run. Raises ConfigError if the file is no such thing."""
         try:
-            return build_dataclass(cls, json.loads(path.read_text()))
+            values = json.loads(path.read_text())
+            values.pop("tokenizer_files", None)  # of the directory, not of the run: `training.directory`
+            return build_dataclass(cls, values)
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ConfigError(f"{path} is not the config of a training run: {error}") from None
 

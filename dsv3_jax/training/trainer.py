@@ -31,6 +31,7 @@ from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.placement import Placement, all_processes_here, any_process
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.config import TrainConfig
+from dsv3_jax.training.directory import keep_tokenizer, kept_tokenizer, write_config
 from dsv3_jax.training.metrics import MetricsLog, plot_metrics, read_metrics, worst_violation
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import Schedule
@@ -48,8 +49,8 @@ def train(
     """Trains to the last step of the schedule, or continues a run that was stopped.
 
     Args:
-      directory: the run's own; `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `metrics.png`,
-        `sample.txt` and `report.md` go there.
+      directory: the run's own; `config.json`, the tokenizer's files, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
+        `metrics.png`, `sample.txt` and `report.md` go there.
       resume: continue the run in `directory` from its newest checkpoint, to the same numbers.
 
     Returns:
@@ -62,18 +63,19 @@ def train(
     """
     primary = jax.process_index() == 0
     console = console or Console(quiet=not primary)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_directory(config, directory, resume=resume)
+    tokenizer_path = kept_tokenizer(directory, config.data.tokenizer) if resume else config.data.tokenizer
+    tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens: "
             "the model's must be at least as large"
         )
-    check_directory(config, directory, resume=resume)
     run = _Run(config, directory, tokenizer, console)  # reads the data: a failure leaves no directory behind
     all_processes_here()  # before one of them puts something into the directory that the others look at
     if primary:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(config.to_json() + "\n")
+        write_config(directory, config, keep_tokenizer(directory, tokenizer_path))
     all_processes_here()
     return run.run(resume)
 

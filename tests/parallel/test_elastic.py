@@ -12,6 +12,7 @@ from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.training import trainer
 from dsv3_jax.training.checkpoints import Checkpoints
+from dsv3_jax.training.directory import write_config
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import init_state
@@ -81,6 +82,6 @@ def test_resume_on_another_mesh(one_device, tmp_path, monkeypatch, before, after
 def test_another_model_is_still_another_run(tmp_path):
     directory = tmp_path / "run"
     directory.mkdir()
-    (directory / "config.json").write_text(small_config("", "single", hidden_size=32).to_json())
+    write_config(directory, small_config("", "single", hidden_size=32), {})
     with pytest.raises(ConfigError, match=r"model\.hidden_size"):
         trainer.train(small_config("", "single"), directory, resume=True)
