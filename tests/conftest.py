@@ -1,11 +1,16 @@
-"""Tests run on the CPU whatever else the machine has, with eight virtual devices for the parallel ones."""
+"""Tests run on the CPU whatever else the machine has, with eight virtual devices for the parallel ones.
+
+Random numbers repeat from run to run. `pytest --seed N` gives others, to hypothesis too; a failure shows the seed.
+"""
 
 import atexit
+import collections
 import os
 import pathlib
 import shutil
 import sys
 import tempfile
+import zlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # to compile for TPUs in several workers at once
@@ -21,10 +26,46 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import hypothesis
 import jax
+import numpy as np
 import pytest
 
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=30)
-hypothesis.settings.load_profile("repeatable")
+_seed = 0
+_generators: collections.Counter[str] = collections.Counter()
+
+
+def new_rng() -> np.random.Generator:
+    """A generator of the session's seed and the running test's name. Each call in a test gives another."""
+    test = os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0]  # without the phase
+    _generators[test] += 1
+    return np.random.default_rng([_seed, zlib.crc32(test.encode()), _generators[test]])
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="of the random numbers that tests draw, 0 by default")
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis looks at its own option
+def pytest_configure(config):
+    global _seed
+    _seed = config.getoption("--seed")
+    hypothesis.settings.register_profile(
+        "tests", deadline=None, max_examples=30, print_blob=True, database=None, derandomize=not _seed
+    )
+    hypothesis.settings.load_profile("tests")
+    if _seed:
+        config.option.hypothesis_seed = _seed
+
+
+def pytest_report_header():
+    return f"random numbers: --seed {_seed}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    if report.failed:
+        report.sections.append(("Random numbers", f"of --seed {_seed}"))
+    return report
 
 
 @pytest.fixture

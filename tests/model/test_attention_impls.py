@@ -18,6 +18,7 @@ from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
 from pallas_kernels.ahead_of_time import TPUS, compile_for_tpu, lower_for_hopper
+from tests.conftest import new_rng
 
 CONFIG = dataclasses.replace(  # the kernels' own widths, and little else
     ModelConfig.preset("tiny"),
@@ -90,7 +91,7 @@ def test_continuing_from_a_cache(variables, impl, dtype, form, tokens):
 @pytest.mark.parametrize("impl", ["tpu_interpret", "gpu_interpret"])
 def test_decoding_layer(impl, capsys):
     """The interpreters' effects don't fit into a scan over layers."""
-    key = jax.random.key(int(np.random.default_rng().integers(1 << 30)))
+    key = jax.random.key(int(new_rng().integers(1 << 30)))
     ref, ours = (MultiHeadLatentAttention(CONFIG, m.runtime) for m in models(impl, "bfloat16", "absorbed"))
     x, latent, rope_key = (
         jax.random.normal(jax.random.fold_in(key, i), s, jnp.bfloat16)

@@ -13,6 +13,7 @@ from pallas_kernels.ahead_of_time import VMEM_BYTES, compile_for_tpu, lower_for_
 from pallas_kernels.cache_update import cache_update
 from pallas_kernels.mla_decode import SplitCache, join, pack, quantise, split
 from pallas_kernels.mla_decode.problem import random_problem
+from tests.conftest import new_rng
 
 LENGTHS = [0, 1, 2, 63, 64, 65, 130]
 EPS = 1e-6
@@ -26,7 +27,7 @@ FORMS = {
 
 
 def problem(tokens, page):
-    rng = np.random.default_rng()
+    rng = new_rng()
     _, cache, table, lengths = random_problem(rng, LENGTHS, tokens, 1)
     if page > 64:  # as many pages, each with NaN behind what it holds; a sequence of 130 tokens needs fewer of them
         cache = jnp.concatenate([cache] + [jnp.full_like(cache, jnp.nan)] * (page // 64 - 1), axis=1)

@@ -11,10 +11,11 @@ import pytest
 
 from pallas_kernels.ahead_of_time import lower_for_hopper
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul
+from tests.conftest import new_rng
 
 
 def problem(sizes, depth, columns):
-    rng = np.random.default_rng()
+    rng = new_rng()
     rows, groups = sum(sizes), len(sizes)
 
     def fp8(*shape):

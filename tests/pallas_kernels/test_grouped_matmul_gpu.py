@@ -14,6 +14,7 @@ import pytest
 from pallas_kernels.ahead_of_time import lower_for_hopper
 from pallas_kernels.grouped_matmul import gpu, grouped_matmul, library
 from pallas_kernels.row_blocks import BLOCK, visits
+from tests.conftest import new_rng
 from tests.pallas_kernels.tokamax_elsewhere import pretend_hopper
 
 
@@ -22,7 +23,7 @@ from tests.pallas_kernels.tokamax_elsewhere import pretend_hopper
     ("sizes", "rows", "depth"), [([5, 0, 130, 1], 140, 64), ([64, 67], 131, 448), ([3, 0], 300, 64)]
 )
 def test_product(sizes, rows, depth, transposed, capsys):
-    rng = np.random.default_rng()
+    rng = new_rng()
     shape = (len(sizes), 256, depth) if transposed else (len(sizes), depth, 256)
     x, w = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((rows, depth), shape))
     out = gpu.product(x, w, jnp.asarray(sizes, jnp.int32), transposed=transposed, interpret=gpu.INTERPRET)
@@ -58,7 +59,7 @@ def test_lowers_for_any_number_of_rows(rows):
 
 @pytest.mark.parametrize(("sizes", "rows"), [([5, 0, 130, 1], 140), ([64, 67], 131)])
 def test_matrix_gradient(sizes, rows, capsys):
-    rng = np.random.default_rng()
+    rng = new_rng()
     x, dy = (jnp.asarray(rng.standard_normal((rows, 256)), jnp.bfloat16) for _ in range(2))
     out = gpu.matrix_gradient(x, dy, jnp.asarray(sizes, jnp.int32), interpret=gpu.INTERPRET)
     parts = (np.split(np.asarray(a.astype(jnp.float32), np.float64), np.cumsum(sizes))[:-1] for a in (x, dy))
@@ -97,7 +98,7 @@ def test_refusals(depth, columns, dtype):
 def test_other_widths_are_filled_up(depth, columns, monkeypatch):
     for name in ("product", "matrix_gradient"):
         monkeypatch.setattr(gpu, name, functools.partial(getattr(gpu, name), interpret=gpu.INTERPRET))
-    rng = np.random.default_rng()
+    rng = new_rng()
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
     x, w, dy = draw(77, depth), draw(3, depth, columns), draw(77, columns)
     sizes = jnp.asarray([5, 0, 66], jnp.int32)
@@ -146,7 +147,7 @@ def test_tokamax_sees_whole_tiles_of_rows(monkeypatch):
         return jax.lax.ragged_dot(lhs, rhs, group_sizes)
 
     monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot=ragged_dot))
-    rng = np.random.default_rng()
+    rng = new_rng()
     x, w, dy = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((77, 64), (2, 64, 128), (77, 128)))
     sizes = jnp.asarray([30, 41], jnp.int32)
     ours, theirs = (

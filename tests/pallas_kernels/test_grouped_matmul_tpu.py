@@ -12,6 +12,7 @@ import pytest
 
 from pallas_kernels.ahead_of_time import VMEM_BYTES, compile_for_tpu, vmem_of_kernels
 from pallas_kernels.grouped_matmul import grouped_matmul, library
+from tests.conftest import new_rng
 from tests.pallas_kernels.tokamax_elsewhere import interpreted_tokamax
 
 by_tokamax = functools.partial(grouped_matmul, implementation="tokamax")
@@ -27,7 +28,7 @@ by_tokamax = functools.partial(grouped_matmul, implementation="tokamax")
 )
 def test_result_and_gradients(generation, sizes, rows, depth, columns, share, monkeypatch):
     monkeypatch.setattr(library, "VMEM_SHARE", share)
-    rng = np.random.default_rng()
+    rng = new_rng()
     shapes = (rows, depth), (len(sizes), depth, columns), (rows, columns)
     x, w, dy = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
     x, dy = (a.at[sum(sizes) :].set(jnp.nan) for a in (x, dy))  # what lies past the last group is nobody's

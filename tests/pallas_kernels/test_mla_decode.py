@@ -15,6 +15,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu
 from pallas_kernels.ahead_of_time import VMEM_BYTES, compile_for_tpu, lower_for_hopper, vmem_bytes
 from pallas_kernels.mla_decode import gpu, join, mla_decode, pack, plan, quantise, split, tpu
 from pallas_kernels.mla_decode.problem import random_problem
+from tests.conftest import new_rng
 
 SCALE = 576**-0.5
 RACE = "RACE DETECTED"  # what both interpreters print
@@ -44,7 +45,7 @@ def in_fp8(cache):
 
 def test_reference_is_attention():
     """Against jax.nn.dot_product_attention, sequence by sequence."""
-    q, cache, table, lengths = random_problem(np.random.default_rng(), [5, 130, 64], tokens=3, heads=4)
+    q, cache, table, lengths = random_problem(new_rng(), [5, 130, 64], tokens=3, heads=4)
     q, cache = q.astype(jnp.float32), cache.astype(jnp.float32)
     out, _ = mla_decode(q, cache, table, lengths, scale=SCALE, implementation="reference")
     for i, n in enumerate(map(int, lengths)):
@@ -65,7 +66,7 @@ def test_reference_is_attention():
     ],
 )
 def test_gpu(heads, tokens, lengths, extra, form, capsys):
-    problem = random_problem(np.random.default_rng(), lengths, tokens, heads)
+    problem = random_problem(new_rng(), lengths, tokens, heads)
     schedule = plan(problem[3], page_size=64, pieces=len(lengths) + extra)
     q, cache, *rest = problem
     given = form(cache)
@@ -84,7 +85,7 @@ def test_gpu(heads, tokens, lengths, extra, form, capsys):
     ],
 )
 def test_tpu(heads, tokens, lengths, extra, capsys):
-    problem = random_problem(np.random.default_rng(), lengths, tokens, heads)
+    problem = random_problem(new_rng(), lengths, tokens, heads)
     schedule = plan(problem[3], page_size=64, pieces=len(lengths) + extra)
     q, cache, *rest = problem
     out, lse = mla_decode(q, pack(split(cache)), *rest, scale=SCALE, implementation="tpu_interpret", schedule=schedule)
@@ -104,11 +105,11 @@ def test_grid(heads, tokens, implementation):
 @pytest.mark.parametrize("implementation", ["gpu_interpret", "tpu_interpret"])
 @pytest.mark.parametrize("batch", [1, 128])
 def test_batches(batch, implementation):
-    attend_and_check(np.random.default_rng().integers(0, 200, batch), 2, 1, implementation)
+    attend_and_check(new_rng().integers(0, 200, batch), 2, 1, implementation)
 
 
 def attend_and_check(lengths, tokens, heads, implementation):
-    problem = random_problem(np.random.default_rng(), lengths, tokens, heads)
+    problem = random_problem(new_rng(), lengths, tokens, heads)
     cache = pack(split(problem[1])) if implementation.startswith("tpu") else problem[1]
     check(problem, *mla_decode(problem[0], cache, *problem[2:], scale=SCALE, implementation=implementation))
 
@@ -135,7 +136,7 @@ def without(module, line):
 def test_gpu_race_is_caught(line, form, capsys):
     """Without waiting for the other warpgroup's probabilities, or for FP8 latents."""
     broken = without(gpu, line)
-    q, cache, *rest = random_problem(np.random.default_rng(), [100], 1, 16)
+    q, cache, *rest = random_problem(new_rng(), [100], 1, 16)
     schedule = plan(rest[1], page_size=64, pieces=1)
     out = broken.mla_decode(q, form(cache), *rest, scale=SCALE, schedule=schedule, interpret=gpu.INTERPRET)
     jax.block_until_ready(out)
@@ -146,7 +147,7 @@ def test_gpu_race_is_caught(line, form, capsys):
 def test_tpu_race_is_caught(capsys):
     """Without waiting for the pages."""
     broken = without(tpu, "        each_copy(block, slot, lambda copy: copy.wait())\n")
-    q, cache, *rest = random_problem(np.random.default_rng(), [100], 1, 16)
+    q, cache, *rest = random_problem(new_rng(), [100], 1, 16)
     interpret = tpu.pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
     broken.mla_decode(q, pack(split(cache)), *rest, scale=SCALE, interpret=interpret)[0].block_until_ready()
     assert RACE in capsys.readouterr().out
@@ -193,13 +194,13 @@ def test_tpu_compiles(generation, record_property):
 
 
 def test_pack_and_back():
-    cache = random_problem(np.random.default_rng(), [100], 1, 1)[1]
+    cache = random_problem(new_rng(), [100], 1, 1)[1]
     assert np.array_equal(join(pack(split(cache))).view(jnp.uint16), cache.view(jnp.uint16))
 
 
 @pytest.mark.parametrize("pieces", [5, 6, 9, 40])
 def test_plan_covers_every_page_once(pieces):
-    lengths = jnp.asarray(np.random.default_rng().integers(0, 2000, 5), jnp.int32)
+    lengths = jnp.asarray(new_rng().integers(0, 2000, 5), jnp.int32)
     work, slots = plan(lengths, page_size=64, pieces=pieces)
     seen = np.zeros((5, 32), int)
     for sequence, begin, end, slot in np.asarray(work):
@@ -221,7 +222,7 @@ def test_plan_leaves_whole_what_is_hardly_too_long(length, count):
 
 def test_gpu_merge(capsys):
     """Sequences of no, one, few and many pieces; rows past the last, and sequences not cut, are left alone."""
-    rng = np.random.default_rng()
+    rng = new_rng()
     counts = [1, 2, 0, 5, 17, 70]
     ends = np.cumsum(counts)
     rows, padded = 3, 4
@@ -278,6 +279,6 @@ def test_refusals(change, message):
 
 
 def test_tpu_refuses_other_devices():
-    q, cache, *rest = random_problem(np.random.default_rng(), [100], 1, 16)
+    q, cache, *rest = random_problem(new_rng(), [100], 1, 16)
     with pytest.raises(ValueError, match="TPU v5"):
         mla_decode(q, pack(split(cache)), *rest, scale=1.0, implementation="tpu")

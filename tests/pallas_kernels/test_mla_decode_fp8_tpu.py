@@ -13,6 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.ahead_of_time import VMEM_BYTES, compile_for_tpu, vmem_bytes
 from pallas_kernels.mla_decode import join, mla_decode, pack, plan, problem, quantise, split
+from tests.conftest import new_rng
 from tests.pallas_kernels.test_mla_decode import RACE, SCALE, check, in_fp8, shapes
 
 
@@ -29,7 +30,7 @@ from tests.pallas_kernels.test_mla_decode import RACE, SCALE, check, in_fp8, sha
 def test_fp8(page, heads, tokens, lengths, extra, monkeypatch, capsys):
     """Tokens differ a hundredfold in size, so that no scale can stand for another's."""
     monkeypatch.setattr(problem, "PAGE", page)
-    rng = np.random.default_rng()
+    rng = new_rng()
     q, cache, table, lengths = problem.random_problem(rng, lengths, tokens, heads)
     latent, rope, _ = split(cache)
     size = jnp.asarray(10 ** rng.uniform(-1, 1, latent.shape[:2]), latent.dtype)
