@@ -134,4 +134,10 @@ def show(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def one_line(message: str) -> str:
+    """A message with names from files in it, printable and without its middle if that makes it too long."""
+    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    return plain if len(plain) <= 1000 else f"{plain[:600]} ... {plain[-300:]}"
+
+
 _SHORT = reprlib.Repr(maxlevel=3, maxstring=80, maxother=80, maxlong=40, maxdict=3, maxlist=6)

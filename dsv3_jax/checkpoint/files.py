@@ -6,8 +6,6 @@ The format: 8 bytes with the header's length, a JSON header, then the tensors' b
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import mmap
 import os
 import struct
@@ -17,6 +15,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from dsv3_jax.json_input import check_type, field, one_line, parse_json, read_json, show
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -31,11 +31,14 @@ DTYPES: dict[str, np.dtype] = {
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_LONGEST_HEADER = 100_000_000
+_LONGEST_HEADER, _LONGEST_NAME = 100_000_000, 255
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be: the message names the file or tensor, and what would be right."""
+    """A checkpoint that can't be: the message, one line, names the file or tensor, and what would be right."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))  # names in it are those of a file that others wrote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,9 @@ class TensorFiles:
         listed = _list(directory)
         for name, file in (listed or {}).items():
             if not (directory / file).exists():
-                raise FileNotFoundError(f"{directory / file} doesn't exist, where {INDEX} puts {name}: fetch it again")
+                raise FileNotFoundError(
+                    one_line(f"{directory / file} doesn't exist, where {INDEX} puts {name}: fetch it again")
+                )
         self.tensors: dict[str, TensorInfo] = {}
         for file in dict.fromkeys(listed.values()) if listed else [SINGLE]:
             for name, info in read_header(directory / file, headers_only=headers_only).items():
@@ -113,7 +118,11 @@ class TensorFiles:
 
 
 def read_header(file: Path, *, headers_only: bool = False) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, without their bytes. Raises as `TensorFiles`."""
+    """The tensors of one safetensors file, without their bytes. Raises as `TensorFiles`.
+
+    Held to the format as the safetensors library holds it: tensors follow each other without gap or overlap, and with
+    the last one the file ends.
+    """
     try:
         with file.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
@@ -124,52 +133,47 @@ def read_header(file: Path, *, headers_only: bool = False) -> dict[str, TensorIn
         raise FileNotFoundError(f"{file} doesn't exist: the checkpoint is missing this file ({file.name})") from None
     if not text:
         raise CheckpointError(f"{file} is truncated or no safetensors file: it ends within its header")
-    header = load_json(text, str(file))
-    header.pop("__metadata__", None)
-    return {
-        name: _tensor_info(name, entry, file, 8 + length, None if headers_only else size)
-        for name, entry in header.items()
-    }
-
-
-def _tensor_info(name: str, entry: Any, file: Path, data: int, size: int | None) -> TensorInfo:
-    try:
-        dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-        start, stop = (data + int(offset) for offset in entry["data_offsets"])
-    except (TypeError, KeyError, ValueError):
+    header = parse_json(text, str(file), CheckpointError)
+    check_type(header.pop("__metadata__", None), dict[str, str] | None, f"{file}: __metadata__", CheckpointError)
+    tensors = {name: _tensor_info(name, entry, file, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start != end:
+            raise CheckpointError(
+                f"{file}: data_offsets of {name} begin at {info.start - 8 - length}: they must begin at "
+                f"{end - 8 - length}, where the tensor before it ends"
+            )
+        end = info.stop
+    if not headers_only and end > size:
         raise CheckpointError(
-            f"{file}: the header's entry of {name} is damaged: it must have dtype, shape, data_offsets"
-        ) from None
+            f"{file} is truncated: it has {size} bytes, and its tensors end at byte {end}; copy or download it again"
+        )
+    if not headers_only and end < size:
+        raise CheckpointError(f"{file} has {size} bytes, but its tensors end at byte {end}: nothing may follow them")
+    return tensors
+
+
+def _tensor_info(name: str, entry: Any, file: Path, data: int) -> TensorInfo:
+    where = f"{file}: {name}"
+    check_type(entry, dict, where, CheckpointError)
+    dtype = field(entry, "dtype", str, where, CheckpointError)
+    shape = tuple(field(entry, "shape", list[int], where, CheckpointError))
+    start, stop = field(entry, "data_offsets", tuple[int, int], where, CheckpointError)
     if dtype not in DTYPES:
         raise CheckpointError(f"{name} in {file} has dtype {dtype}: it must be one of {', '.join(DTYPES)}")
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
-    if stop - start != expected or start < data:
-        raise CheckpointError(f"{name} in {file} takes {stop - start} bytes: {dtype} of shape {shape} takes {expected}")
-    if size is not None and stop > size:
+    if any(n < 0 for n in shape):
+        raise CheckpointError(f"{where}: shape is {show(shape)}: no axis may be negative")
+    expected = 1
+    for n in shape:
+        expected *= n
+        if expected >= 2**60:
+            raise CheckpointError(f"{where}: shape is {show(shape)}: no file holds so many numbers")
+    expected *= DTYPES[dtype].itemsize
+    if stop - start != expected or start < 0:
         raise CheckpointError(
-            f"{file} is truncated: it has {size} bytes, and {name} ends at byte {stop}; copy or download it again"
+            f"{where}: data_offsets are {start}, {stop}: {dtype} of shape {show(shape)} takes {expected} bytes"
         )
-    return TensorInfo(name, file, dtype, shape, start, stop)
-
-
-def load_json(text: bytes | str, what: str) -> dict[str, Any]:
-    """A JSON object in which no name comes twice, which Python's own reader would pass over. Raises CheckpointError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise CheckpointError(f"{what} names {key!r} twice: it must name it once")
-            found[key] = value
-        return found
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{what} isn't valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{what} holds a {type(value).__name__}: it must hold a JSON object")
-    return value
+    return TensorInfo(name, file, dtype, shape, data + start, data + stop)
 
 
 def _list(directory: Path) -> dict[str, str] | None:
@@ -181,12 +185,12 @@ def _list(directory: Path) -> dict[str, str] | None:
                 f"{directory} holds no safetensors checkpoint: it must hold {SINGLE}, or {INDEX} and the files it names"
             )
         return None
-    listed = load_json(index.read_bytes(), str(index)).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise CheckpointError(f"{index} has no weight_map: it must be an object from tensor names to file names")
+    listed = field(read_json(index, CheckpointError), "weight_map", dict[str, str], str(index), CheckpointError)
+    if not listed:
+        raise CheckpointError(f"{index}: weight_map is empty: it must put every tensor in a file")
     for name, file in listed.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index} puts {name} in {file!r}: it must be the name of a file beside it")
+        if Path(file).name != file or "\0" in file or len(file.encode()) > _LONGEST_NAME:
+            raise CheckpointError(f"{index} puts {name} in {show(file)}: it must be the name of a file beside it")
     if single.exists() and SINGLE not in listed.values():
         raise CheckpointError(f"{directory} holds both {SINGLE} and {INDEX}, which doesn't name it: remove one of them")
     return listed

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.checkpoint import names
-from dsv3_jax.checkpoint.files import DTYPES, CheckpointError, TensorFiles, load_json
+from dsv3_jax.checkpoint.files import DTYPES, CheckpointError, TensorFiles
 from dsv3_jax.checkpoint.layout import (
     FP8,
     Region,
@@ -22,6 +22,7 @@ from dsv3_jax.checkpoint.layout import (
 )
 from dsv3_jax.checkpoint.names import SCALE, Layers, Leaf
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.json_input import read_json, show
 
 _FLOATS = ("F32", "BF16", "F16")
 _SCALES = ("F32", "BF16", "F8_E8M0", "U8")
@@ -50,7 +51,7 @@ class HFCheckpoint:
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory} is no directory: give one with config.json and safetensors files")
         config = ModelConfig.from_hf(directory)
-        self.fields = load_json((directory / "config.json").read_bytes(), str(directory / "config.json"))
+        self.fields = read_json(directory / "config.json", CheckpointError)
         self.block = _block_size(self.fields, directory)
         self.files = TensorFiles(directory, headers_only=headers_only)
         tensors = self.files.tensors
@@ -238,12 +239,18 @@ def _numbers(text: str, available: list[int]) -> set[int]:
     found: set[int] = set()
     for piece in text.split(","):
         first, dash, last = piece.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise CheckpointError(f"layers is {text!r}: it must be numbers and ranges, as '0-3,10'")
-        found |= set(range(int(first), int(last if dash else first) + 1))
-    unknown = sorted(found - set(available))
-    if unknown or not found:
-        raise CheckpointError(f"layers {text!r} names {unknown}: the checkpoint has layers 0 to {available[-1]}")
+        if not (first.isascii() and first.isdecimal()) or (dash and not (last.isascii() and last.isdecimal())):
+            raise CheckpointError(f"layers is {show(text)}: it must be numbers and ranges, as '0-3,10'")
+        try:
+            start, stop = int(first), int(last if dash else first)
+        except ValueError:  # thousands of digits
+            start, stop = 0, available[-1] + 1
+        if start > stop or start < available[0] or stop > available[-1]:
+            raise CheckpointError(
+                f"layers {show(text)} names {show(piece.strip())}: "
+                f"the checkpoint has layers {available[0]} to {available[-1]}"
+            )
+        found |= set(range(start, stop + 1))
     return found
 
 

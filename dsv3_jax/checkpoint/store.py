@@ -21,7 +21,7 @@ import tensorstore as ts
 import xxhash
 
 from dsv3_jax.checkpoint import names
-from dsv3_jax.checkpoint.files import DTYPES, CheckpointError, load_json
+from dsv3_jax.checkpoint.files import DTYPES, CheckpointError
 from dsv3_jax.checkpoint.jobs import JOURNAL
 from dsv3_jax.checkpoint.layout import (
     FP8,
@@ -37,6 +37,7 @@ from dsv3_jax.checkpoint.layout import (
 )
 from dsv3_jax.checkpoint.names import Kind, Leaf, TreePath
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.json_input import read_json
 
 MANIFEST = "manifest.json"
 FORMAT = "dsv3_jax checkpoint 1"
@@ -212,12 +213,12 @@ class Store:
         for needed in (MANIFEST, "config.json"):
             if not (directory / needed).exists():
                 raise FileNotFoundError(f"{directory / needed} doesn't exist: {directory} is no converted checkpoint")
-        self.manifest = load_json((directory / MANIFEST).read_bytes(), str(directory / MANIFEST))
+        self.manifest = read_json(directory / MANIFEST, CheckpointError)
         if self.manifest.get("format") != FORMAT:
             raise CheckpointError(
                 f"{directory / MANIFEST} has format {self.manifest.get('format')!r}: it must be {FORMAT!r}"
             )
-        self.fields = load_json((directory / "config.json").read_bytes(), str(directory / "config.json"))
+        self.fields = read_json(directory / "config.json", CheckpointError)
         self.block: tuple[int, int] | None = tuple(self.manifest["block"]) if self.manifest["block"] else None
         self._describe(ModelConfig.from_hf(self.fields))
         self._arrays = {path: open_array(directory, path) for path in self.leaves}

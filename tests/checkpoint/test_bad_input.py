@@ -323,7 +323,15 @@ def test_verify_finds_a_wrong_copy(source, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"workers": 0}, "workers is 0"), ({"layers": "9"}, "layers '9'"), ({"dst": None}, "no destination")],
+    [
+        ({"workers": 0}, "workers is 0"),
+        ({"layers": "9"}, "layers '9' names '9': the checkpoint has layers 0 to 2"),
+        ({"layers": "0-99999999999"}, "names '0-99999999999'"),
+        ({"layers": "0," + "9" * 5000}, "the checkpoint has layers 0 to 2"),
+        ({"layers": "2-1"}, "names '2-1'"),
+        ({"layers": "\N{SUPERSCRIPT TWO}"}, "it must be numbers and ranges"),
+        ({"dst": None}, "no destination"),
+    ],
 )
 def test_bad_options(options, message, source, tmp_path):
     with pytest.raises(ValueError, match=message):
