@@ -12,6 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import ml_dtypes  # noqa: F401  # teaches NumPy the name bfloat16
+import numpy as np
+
+from dsv3_jax.json_input import check_type
 from pallas_kernels.devices import is_hopper
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -191,19 +195,32 @@ def _is_token_id(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
-def build_dataclass(kind: Any, values: Mapping[str, Any]) -> Any:
-    """What `dataclasses.asdict` took apart, put together again: fields that are dataclasses, or one or None, nest.
+def build_dataclass(kind: Any, values: Any, what: str = "config", prefix: str = "") -> Any:
+    """What `dataclasses.asdict` took apart and JSON kept, put together again; fields that are dataclasses nest.
 
-    Raises KeyError or TypeError if `values` doesn't fit, and whatever the dataclass itself refuses.
+    Args:
+      what: the file, for errors. prefix: before the fields' names there, as "model.".
+
+    Raises ConfigError, naming the field, if one is unknown, missing or of another type than annotated, and whatever
+    the dataclass itself refuses.
     """
-    built = dict(values)
-    for name, hint in typing.get_type_hints(kind).items():
-        tuples = [t for t in (hint, *typing.get_args(hint)) if typing.get_origin(t) is tuple]
-        if tuples and isinstance(built.get(name), list):  # JSON knows no tuples
-            built[name] = tuple(built[name])
-        nested = [t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
-        if nested and isinstance(built.get(name), Mapping):
-            built[name] = build_dataclass(nested[0], built[name])
+    hints, built = typing.get_type_hints(kind), dict(check_type(values, dict, what, ConfigError))
+    for field in dataclasses.fields(kind):
+        name, hint = f"{prefix}{field.name}", hints[field.name]
+        if field.name not in built:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"{what} has no {name}")
+            continue
+        value, options = built[field.name], (hint, *typing.get_args(hint))
+        nested = [t for t in options if dataclasses.is_dataclass(t)]
+        if nested and not (value is None and type(None) in options):
+            check_type(value, dict, f"{what}: {name}", ConfigError)
+            built[field.name] = build_dataclass(nested[0], value, what, f"{name}.")
+        elif not nested:
+            check_type(value, hint, f"{what}: {name}", ConfigError)
+            built[field.name] = tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
+    if unknown := sorted(set(built) - set(hints)):
+        raise ConfigError(f"{what} has an unknown field {', '.join(repr(prefix + name) for name in unknown)}")
     return kind(**built)
 
 
@@ -298,7 +315,8 @@ class Runtime:
     """How a run computes the model. None of it changes the parameter tree or, within the dtype, the numbers."""
 
     dtype: Dtype = "float32"
-    """Of activations and of weights as they are used; router, softmax, norms and losses stay in float32."""
+    """Of activations and of weights as they are used; router, softmax, norms and losses stay in float32. In Python
+    any dtype-like is taken, here and below, such as jnp.bfloat16."""
     param_dtype: Dtype = "float32"
     """Of the parameters as they are stored and optimised."""
     attention_form: Literal["expanded", "absorbed"] = "expanded"
@@ -341,6 +359,8 @@ class Runtime:
         return cls(dtype="bfloat16", remat="paper", experts_impl="gpu" if is_hopper() else "ragged")
 
     def __post_init__(self) -> None:
+        for name in ("dtype", "param_dtype"):
+            object.__setattr__(self, name, _dtype_name(getattr(self, name)))
         for name, valid in _RUNTIME_CHOICES.items():
             if getattr(self, name) not in valid:
                 raise ConfigError(f"runtime.{name} is {getattr(self, name)!r}: it must be one of {', '.join(valid)}")
@@ -356,6 +376,14 @@ class Runtime:
             raise ConfigError(f"runtime.redundant_experts is {self.redundant_experts!r}: it must not be negative")
         if self.interleave < 1:
             raise ConfigError(f"runtime.interleave is {self.interleave!r}: it must be at least 1")
+
+
+def _dtype_name(value: Any) -> Any:
+    """The name of any dtype-like; what is none stays as it is."""
+    try:
+        return value if value is None else np.dtype(value).name  # NumPy takes None for float64
+    except (TypeError, ValueError):
+        return value
 
 
 _RUNTIME_CHOICES = {

@@ -83,7 +83,7 @@ def convert_command(args: ConvertArgs, console: Console | None = None) -> None:
 
 def _run(directory: Path) -> Variables:
     """The newest checkpoint of a training run."""
-    config, variables = runs.read_run(directory, Runtime(), None)
+    config, variables = runs.read_run(directory, Runtime())
     newest = max((directory / runs.CHECKPOINTS).iterdir(), key=lambda p: int(p.name) if p.name.isdigit() else -1)
     return Variables(config, variables, directory, f"{newest.resolve()} {newest.stat().st_mtime_ns}")
 

@@ -3,52 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from dsv3_jax.checkpoint import runs
 from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.layout import Region
-from dsv3_jax.checkpoint.names import Leaf
+from dsv3_jax.checkpoint.names import Leaf, TreePath
 from dsv3_jax.checkpoint.store import MANIFEST, Store
-from dsv3_jax.config import Runtime
+from dsv3_jax.config import ConfigError, Runtime
 from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.parallel.rules import PRESETS, parameter_axes, present
+from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.parallel.rules import PRESETS, Axes, larger, parameter_axes, present, rules_of
 
 
 def load_pretrained(
-    path: str | Path, *, dtype: str | None = None, runtime: Runtime | None = None, mesh: Mesh | None = None
+    path: str | Path, *, dtype: DTypeLike | None = None, runtime: Runtime | None = None, mesh: Mesh | None = None
 ) -> tuple[DeepSeekV3, dict[str, Any]]:
     """The model of a checkpoint, and its variables `{"params": ..., "router": ...}`.
 
     Args:
       path: a directory in Hugging Face's layout (config.json and safetensors files, FP8 blocks included), a
         converted one (`dsv3_jax.checkpoint.convert`), or that of a training run, whose newest checkpoint is taken.
-      dtype: of the parameters, "float32" or "bfloat16"; by default the runtime's, else float32, which holds every
-        number that a file can store, FP8 to one rounding. The router's bias is float32 always.
+      dtype: of the parameters, float32 or bfloat16, as any dtype-like; by default the runtime's, else float32, which
+        holds every number that a file can store, FP8 to one rounding. The router's bias is float32 always.
       runtime: how the model computes; by default in the dtype of its parameters.
-      mesh: shards the parameters over its axes `expert`, `fsdp` and `tensor`; by default all go to one device.
+      mesh: shards the parameters over its axes as the runtime's rules say (`fsdp_ep` where these are for one device):
+        `fsdp`, `node`, `expert` and `tensor`. Axes `data` and `context` are there for activations. A mesh of
+        `jax.make_mesh`, whose axes are Explicit, is taken as one of Auto axes, which the arrays then lie on. By default
+        all go to one device.
 
     Raises:
-      FileNotFoundError, CheckpointError, ConfigError: as `HFCheckpoint` and `Store`.
+      FileNotFoundError, CheckpointError, ConfigError: as `HFCheckpoint` and `Store`; ConfigError also for a mesh axis
+        that cuts nothing.
     """
     if runtime is None:
-        runtime = Runtime(dtype=dtype or "float32", param_dtype=dtype or "float32")  # type: ignore[arg-type]
+        dtype = "float32" if dtype is None else dtype
+        runtime = Runtime(dtype=dtype, param_dtype=dtype)  # type: ignore[arg-type]
     elif dtype is not None:
         runtime = dataclasses.replace(runtime, param_dtype=dtype)  # type: ignore[arg-type]
+    if runtime.param_dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ConfigError("the parameters' dtype is float64, which JAX has only with jax_enable_x64: set it first")
+    place = functools.partial(shardings, mesh=mesh, runtime=runtime)
     if (Path(path) / runs.CHECKPOINTS).is_dir():
-        config, variables = runs.read_run(Path(path), runtime, mesh)
+        config, variables = runs.read_run(Path(path), runtime, place)
         return DeepSeekV3(config, runtime), variables
     source = open_checkpoint(Path(path))
+    where = place({leaf.path: leaf.shape for leaf in source.leaves.values()})
     variables = {}
     for leaf in source.leaves.values():
         target = np.dtype(np.float32 if leaf.kind.float32 else runtime.param_dtype)
-        _put(variables, leaf, _array(source, leaf, target, mesh))
+        _put(variables, leaf, _array(source, leaf, target, where[leaf.path]))
     return DeepSeekV3(source.config, runtime), variables
 
 
@@ -61,18 +73,41 @@ def open_checkpoint(path: Path) -> HFCheckpoint | Store:
     return source
 
 
-def partition_spec(leaf: Leaf, mesh: Mesh) -> PartitionSpec:
-    """How a leaf is cut over a mesh: as training's `fsdp_ep` cuts it, where that divides the leaf's axis."""
-    rules, spec = PRESETS["fsdp_ep"], []
-    for name, size in zip(parameter_axes(leaf.path, len(leaf.shape)), leaf.shape, strict=True):
-        axes = present(getattr(rules, name), mesh) if name else ()
-        spec.append(axes if axes and size % math.prod(mesh.shape[a] for a in axes) == 0 else None)
-    return PartitionSpec(*spec)
+def shardings(shapes: runs.Shapes, mesh: Mesh | None, runtime: Runtime) -> dict[TreePath, Sharding]:
+    """Where parameters go: as training cuts them, where that divides an array's axis; without a mesh, to one device.
 
+    Args:
+      shapes: of the parameters, by their paths in the tree.
 
-def _array(source: HFCheckpoint | Store, leaf: Leaf, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
+    Raises ConfigError for an axis of the mesh that cuts nothing.
+    """
     if mesh is None:
-        return jax.device_put(source.read(leaf, tuple(slice(0, n) for n in leaf.shape), dtype))
+        return runs.one_device(shapes)
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    rules = PRESETS["fsdp_ep"] if runtime.sharding == "single" else rules_of(runtime)
+    stored = dataclasses.replace(rules, embed=rules.embed + rules.zero, layers=())
+
+    def cut(path: TreePath, shape: tuple[int, ...]) -> list[Axes | None]:
+        named = [present(getattr(stored, name), mesh) if name else () for name in parameter_axes(path, len(shape))]
+        parts = [math.prod(mesh.shape[a] for a in axes) for axes in named]
+        return [a if a and size % n == 0 else None for a, n, size in zip(named, parts, shape, strict=True)]
+
+    cuts = {path: cut(path, shape) for path, shape in shapes.items()}
+    rule = {f.name: getattr(stored, f.name) for f in dataclasses.fields(stored)}
+    of_activations = {a for name in ("batch", "sequence") for a in rule.pop(name)}
+    of_parameters = {a for axes in rule.values() for a in axes}
+    used = {a for c in cuts.values() for axes in c for a in axes or ()} | of_activations - of_parameters
+    for axis in larger(mesh.axis_names, mesh):
+        if axis not in used:
+            known = ", ".join(a for a in AXES if a in of_activations | of_parameters)
+            why = "its size divides no array" if axis in of_parameters else f"the axes that do are {known}"
+            raise ConfigError(f"mesh axis {axis!r} of {mesh.shape[axis]} devices cuts nothing: {why}")
+    return {path: NamedSharding(mesh, PartitionSpec(*c)) for path, c in cuts.items()}
+
+
+def _array(source: HFCheckpoint | Store, leaf: Leaf, dtype: np.dtype, sharding: Sharding) -> jax.Array:
+    if isinstance(sharding, SingleDeviceSharding):
+        return jax.device_put(source.read(leaf, tuple(slice(0, n) for n in leaf.shape), dtype), sharding)
     read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def piece(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -83,7 +118,7 @@ def _array(source: HFCheckpoint | Store, leaf: Leaf, dtype: np.dtype, mesh: Mesh
             read[key] = source.read(leaf, region, dtype)
         return read[key]
 
-    return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, partition_spec(leaf, mesh)), piece)
+    return jax.make_array_from_callback(leaf.shape, sharding, piece)
 
 
 def _put(tree: dict[str, Any], leaf: Leaf, value: jax.Array) -> None:

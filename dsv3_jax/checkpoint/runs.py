@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsv3_jax.checkpoint.files import CheckpointError
-from dsv3_jax.config import ModelConfig, Runtime, build_dataclass
+from dsv3_jax.checkpoint.names import TreePath
+from dsv3_jax.config import ConfigError, ModelConfig, Runtime, build_dataclass
+from dsv3_jax.json_input import read_json
 from dsv3_jax.model.transformer import DeepSeekV3
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds one checkpoint a step."""
 
 
-def read_run(directory: Path, runtime: Runtime, mesh: Mesh | None) -> tuple[ModelConfig, dict[str, Any]]:
+Shapes = Mapping[TreePath, tuple[int, ...]]
+
+
+def one_device(shapes: Shapes) -> dict[TreePath, Sharding]:
+    """Places all variables on the first device."""
+    return dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
+
+
+def read_run(
+    directory: Path, runtime: Runtime, place: Callable[[Shapes], Mapping[TreePath, Sharding]] = one_device
+) -> tuple[ModelConfig, dict[str, Any]]:
     """The config of the run's model and its variables, in the runtime's `param_dtype`; not the optimizer's state.
 
-    With a mesh every device holds all of them.
+    place: from the shapes of the variables, by their paths, to their shardings; a device reads its part of an array.
 
     Raises CheckpointError if the run has no complete checkpoint, or its files can't be read.
     """
+    file = directory / "config.json"
     try:
-        config = build_dataclass(ModelConfig, json.loads((directory / "config.json").read_text())["model"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{directory}/config.json is not the config of a training run: {error!r}") from None
+        config = build_dataclass(ModelConfig, read_json(file, ConfigError).get("model"), str(file), "model.")
+    except (OSError, ConfigError) as error:
+        raise CheckpointError(f"{directory} holds no training run that can be read: {error}") from None
     steps = sorted(int(p.name) for p in (directory / CHECKPOINTS).iterdir() if p.name.isdigit())
     if not steps:
         raise CheckpointError(f"{directory} is a training run without a complete checkpoint: let it reach one")
     model = DeepSeekV3(config, Runtime(param_dtype=runtime.param_dtype))
-    abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    place = NamedSharding(mesh, PartitionSpec()) if mesh is not None else SingleDeviceSharding(jax.devices()[0])
-    item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), dict(abstract))
+    abstract = dict(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    keys = lambda path: tuple(part.key for part in path)
+    where = place({keys(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(abstract)})
+    item = jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[keys(path)]), abstract
+    )
     path = directory.absolute() / CHECKPOINTS / str(steps[-1]) / "state"
     restore = ocp.args.PyTreeRestore(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import tyro
 
 from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Runtime, build_dataclass
 from dsv3_jax.data import DataConfig
+from dsv3_jax.json_input import read_json
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.processes import Processes
 from dsv3_jax.training.optimizer import OptimizerConfig
@@ -127,11 +127,13 @@ class TrainConfig:
     def from_json(cls, path: Path) -> TrainConfig:
         """Reads the `config.json` of a run. Raises ConfigError if the file is no such thing."""
         try:
-            values = json.loads(path.read_text())
+            values = read_json(path, ConfigError)
             values.pop("tokenizer_files", None)  # of the directory, not of the run: `training.directory`
-            return build_dataclass(cls, values)
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path} is not the config of a training run: {error}") from None
+            return build_dataclass(cls, values, str(path))
+        except OSError as error:
+            raise ConfigError(f"{path} can't be read: {error.strerror or error}") from None
+        except ConfigError as error:
+            raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
     def differences(self, other: TrainConfig) -> list[str]:
         """The fields in which two configs differ, as lines `name: mine, there other's`.

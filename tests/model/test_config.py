@@ -179,3 +179,22 @@ def test_impossible_special_tokens_are_named(name, bad):
     for value in [bad] + [[3, bad]] * (name == "eos_token_id"):
         with pytest.raises(ConfigError, match=f"{name} is .*: it must be a token's id"):
             ModelConfig.from_hf(RELEASED | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"steps": 3}, r"unknown field 'model.steps'"),
+        ({"hidden_size": "16"}, r"model.hidden_size is '16': it must be an integer"),
+        ({"norm_topk_prob": 1}, r"model.norm_topk_prob is 1: it must be true or false"),
+        ({"rope_scaling": "yarn"}, r"model.rope_scaling is 'yarn': it must be an object"),
+        ({"rope_scaling": {"factor": 2}}, r"has no model.rope_scaling.original_max_position_embeddings"),
+        ({"scoring_func": "relu"}, r"model.scoring_func is 'relu': it must be 'sigmoid' or 'softmax'"),
+        ({"num_attention_heads": None}, r"model.num_attention_heads is None"),
+    ],
+)
+def test_what_json_kept_of_a_config_is_held_to_its_types(change, named):
+    kept = json.loads(json.dumps(dataclasses.asdict(ModelConfig.preset("tiny"))))
+    assert build_dataclass(ModelConfig, kept, "f", "model.") == ModelConfig.preset("tiny")
+    with pytest.raises(ConfigError, match=named):
+        build_dataclass(ModelConfig, kept | change, "f", "model.")
