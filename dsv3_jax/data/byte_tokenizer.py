@@ -1,0 +1,44 @@
+"""Bytes as tokens: no file is needed, and none is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as RustTokenizer
+
+from dsv3_jax.data.hf_tokenizer import HuggingFaceTokenizer
+from dsv3_jax.data.tokenizer import valid_unicode
+
+
+class ByteTokenizer(HuggingFaceTokenizer):
+    """Ids 0 to 255 are the bytes of UTF-8; bos, eos and pad follow.
+
+    It is also a byte-level BPE without merges, which is what `save` writes.
+    """
+
+    vocab_size, bos_id, eos_id, pad_id = 259, 256, 257, 258
+
+    def __init__(self) -> None:
+        tokenizer = RustTokenizer(models.BPE({char: byte for byte, char in enumerate(_byte_level_alphabet())}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(
+            [AddedToken(t, special=True, normalized=False) for t in ("<bos>", "<eos>", "<pad>")]
+        )
+        config = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "add_bos_token": True}
+        super().__init__(tokenizer, config, "the byte tokenizer")
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(valid_unicode(text).encode(), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+
+def _byte_level_alphabet() -> list[str]:
+    """The character of each byte in a byte-level BPE: the byte's own where it can be seen, else one from U+0100 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = iter(range(0x100, 0x200))
+    return [chr(byte if byte in visible else next(hidden)) for byte in range(256)]

@@ -1,0 +1,162 @@
+"""A Hugging Face `tokenizer.json`, and what `tokenizer_config.json` beside it says of bos and eos."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import processors
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.data.tokenizer import valid_unicode
+from dsv3_jax.json_input import check_type, read_json
+
+TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+_USUAL = {
+    "bos": (
+        "<｜begin▁of▁sentence｜>",
+        "<s>",
+        "<|begin_of_text|>",
+        "<bos>",
+        "<|bos|>",
+        "<|startoftext|>",
+    ),
+    "eos": ("<｜end▁of▁sentence｜>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<|endoftext|>"),
+}
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of the `tokenizers` library.
+
+    Args:
+      tokenizer: the library's object, which isn't to be used elsewhere afterwards.
+      config: the fields of a tokenizer_config.json. bos and eos are those that it names, or else the usual names that
+        the vocabulary holds. Without a bos, eos stands for it, as in GPT-2. A prompt begins with bos if `add_bos_token`
+        says so; if it says nothing, with what tokenizer.json puts before a text.
+      name: what errors call it.
+
+    Raises:
+      ConfigError: there is no eos, or bos or eos isn't in the vocabulary.
+    """
+
+    def __init__(self, tokenizer: RustTokenizer, config: dict[str, Any], name: str) -> None:
+        self._tokenizer, self._config = tokenizer, config
+        tokenizer.encode_special_tokens = True  # as text
+        # What inference would need (truncation, padding) may be stored in the file; a corpus wants neither.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # Ids may have gaps, so that the number of tokens can be below the largest id.
+        self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not 0 < self.vocab_size < 2**31:
+            raise ConfigError(
+                f"{name} has ids up to {self.vocab_size - 1}: there must be tokens, their ids below 2**31"
+            )
+        self._eos, self._bos = self._special("eos", name), self._special("bos", name)
+        if self._eos is None:
+            raise ConfigError(
+                f"{name} has no known end-of-document token: name it in a {TOKENIZER_CONFIG} beside it, "
+                'as {"eos_token": "..."}'
+            )
+        self.bos_id, self.eos_id = (self._tokenizer.get_vocab()[token] for token in (self._bos or self._eos, self._eos))
+
+    @classmethod
+    def from_file(cls, path: Path) -> HuggingFaceTokenizer:
+        """Reads a tokenizer.json and the tokenizer_config.json beside it. Raises ConfigError."""
+        try:
+            tokenizer = RustTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ConfigError(f"{path} is not a Hugging Face {TOKENIZER_JSON}: {str(error)[:300]}") from None
+        return cls(tokenizer, read_tokenizer_config(path.parent), str(path))
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast([valid_unicode(t) for t in texts], add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        tokenizer, before = self._for_prompts
+        ids = tokenizer.encode(valid_unicode(text), add_special_tokens=False).ids
+        if ids[:1] != [self.bos_id]:  # a chat template's text has its own bos: two would be another prompt
+            ids = before + ids
+        return np.array(ids or [self.bos_id], np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode([int(i) for i in ids if i >= 0], skip_special_tokens=True)
+
+    def save(self, directory: Path) -> None:
+        bos, eos = self._bos or self._eos, self._eos
+        written = RustTokenizer.from_str(self._tokenizer.to_str())
+        written.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, self.bos_id)])
+        written.save(str(directory / TOKENIZER_JSON))
+        # Classes of one model's tokenizer would build it anew from its vocabulary instead of reading the file.
+        kept = {k: v for k, v in self._config.items() if k not in ("auto_map", "tokenizer_class")}
+        fields = {"tokenizer_class": "PreTrainedTokenizerFast"} | kept
+        fields |= {"bos_token": bos, "eos_token": eos, "add_bos_token": True}
+        (directory / TOKENIZER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+
+    def _special(self, kind: str, name: str) -> str | None:
+        declared = declared_token(self._config, kind)
+        if declared is not None:
+            if self._tokenizer.token_to_id(declared) is None:
+                raise ConfigError(f"{kind}_token {declared!r} of {TOKENIZER_CONFIG} is not in {name}")
+            return declared
+        return next((token for token in _USUAL[kind] if self._tokenizer.token_to_id(token) is not None), None)
+
+    @functools.cached_property
+    def _for_prompts(self) -> tuple[RustTokenizer, list[int]]:
+        """A tokenizer that knows special tokens by their names, and what goes before a prompt."""
+        tokenizer = RustTokenizer.from_str(self._tokenizer.to_str())
+        adds = self._config.get("add_bos_token")
+        if adds is not None:
+            return tokenizer, [self.bos_id] if adds else []
+        whole, text = (tokenizer.encode("a", add_special_tokens=add).ids for add in (True, False))
+        extra = range(len(whole) - len(text) + 1)
+        return tokenizer, whole[: next((i for i in extra if whole[i : i + len(text)] == text), 0)]
+
+
+def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+    """The fields of a directory's tokenizer_config.json, if there is one, bos and eos as text.
+
+    Raises:
+      ConfigError: it isn't JSON, or one of the fields that are used here is of another type than it must be.
+    """
+    config: dict[str, Any] = {}
+    # Files by older versions of transformers have the special tokens in special_tokens_map.json alone.
+    for path in (directory / "special_tokens_map.json", directory / TOKENIZER_CONFIG):
+        if path.exists():
+            read = read_json(path, ConfigError)
+            _check(read, path)
+            kept = {"bos_token", "eos_token"} if path.name != TOKENIZER_CONFIG else set(read)
+            config |= {k: v for k, v in read.items() if k in kept and v is not None}
+    return config
+
+
+def declared_token(config: dict[str, Any], kind: str) -> str | None:
+    """The text of "bos" or "eos" as a tokenizer_config.json has it: plain, or the fields of an AddedToken."""
+    token = config.get(f"{kind}_token")
+    return (token["content"] if isinstance(token, dict) else token) or None
+
+
+def _check(config: dict[str, Any], path: Path) -> None:
+    for kind in ("bos", "eos"):
+        token, where = config.get(f"{kind}_token"), f"{path}: {kind}_token"
+        if isinstance(token, dict):
+            check_type(token.get("content"), str, f"{where}.content", ConfigError)
+        else:
+            check_type(token, str | None, where, ConfigError)
+    check_type(config.get("add_bos_token"), bool | None, f"{path}: add_bos_token", ConfigError)
+    check_type(config.get("tokenizer_class"), str | None, f"{path}: tokenizer_class", ConfigError)
+    check_type(
+        config.get("added_tokens_decoder"),
+        dict[str, dict[str, Any]] | None,
+        f"{path}: added_tokens_decoder",
+        ConfigError,
+    )

@@ -1,0 +1,62 @@
+"""Which tokenizer a path names: bytes, a `tokenizer.json`, a `tiktoken.model`, or the folder that holds one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.data.byte_tokenizer import ByteTokenizer
+from dsv3_jax.data.hf_tokenizer import TOKENIZER_JSON, HuggingFaceTokenizer
+from dsv3_jax.data.tiktoken_tokenizer import TIKTOKEN_MODEL, TiktokenTokenizer
+from dsv3_jax.data.tokenizer import Tokenizer
+
+BYTES = "bytes"
+
+_NAMES = (TOKENIZER_JSON, TIKTOKEN_MODEL)
+_ELSEWHERE = {
+    "tokenizer.model": "SentencePiece",
+    "spiece.model": "SentencePiece",
+    "vocab.json": "the older format, of two files",
+    "vocab.txt": "WordPiece",
+}
+"""Other formats of tokenizers, which transformers turns into a tokenizer.json."""
+
+
+def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
+    """Makes a tokenizer: bytes for None or "bytes", else what is in a file or folder.
+
+    Args:
+      path: a `tokenizer.json` or `tiktoken.model`, or the folder that holds one; `tokenizer_config.json` beside it
+        names bos and eos.
+
+    Raises:
+      ConfigError: there is no such file, it can't be read, or has no end-of-document token.
+    """
+    if path is None or str(path) == BYTES:
+        return ByteTokenizer()
+    path = Path(path)
+    file = _file_in(path) if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"no tokenizer at {file}: give the path of a {TOKENIZER_JSON}, or {BYTES!r}")
+    return TiktokenTokenizer(file) if file.name == TIKTOKEN_MODEL else HuggingFaceTokenizer.from_file(file)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer that `load_tokenizer` reads."""
+    return any((directory / name).is_file() for name in _NAMES)
+
+
+def _file_in(directory: Path) -> Path:
+    for name in _NAMES:
+        if (directory / name).is_file():
+            return directory / name
+    for name, kind in _ELSEWHERE.items():
+        if (directory / name).is_file():
+            raise ConfigError(
+                f"{directory} has no {TOKENIZER_JSON}, only {name} ({kind}), which isn't read here: "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes the one of the other"
+            )
+    raise ConfigError(
+        f"no tokenizer in {directory} (neither {TOKENIZER_JSON} nor {TIKTOKEN_MODEL}): give the path of one, "
+        f"or {BYTES!r} if tokens are bytes"
+    )
