@@ -70,7 +70,10 @@ class HuggingFaceTokenizer:
         """Reads a tokenizer.json and the tokenizer_config.json beside it. Raises ConfigError."""
         try:
             tokenizer = RustTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+            tokenizer.encode("a")  # a template without its tokens fails only now
+        except BaseException as error:  # the library raises nothing narrower than Exception, and panics besides
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise ConfigError(f"{path} is not a Hugging Face {TOKENIZER_JSON}: {str(error)[:300]}") from None
         return cls(tokenizer, read_tokenizer_config(path.parent), str(path))
 

@@ -34,7 +34,7 @@ def tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> Corpus:
     """Tokenises documents, each as bos, text, eos; only eos and text where the two are one token.
 
     Raises:
-      ConfigError: the tokenizer gives an id outside its vocabulary.
+      ConfigError: the tokenizer fails on a document, or gives an id outside its vocabulary.
     """
     size, bos, eos = tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id
     dtype = np.uint16 if size <= 2**16 else np.int32
@@ -42,7 +42,7 @@ def tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> Corpus:
 
     pieces = []
     for texts in itertools.batched(documents, 256):  # a library's encodings are far larger than their ids
-        for encoded in tokenizer.encode_batch(texts):
+        for encoded in _encode(texts, tokenizer):
             ids = np.concatenate([[bos], encoded, end]).astype(np.int64)
             if ids.min() < 0 or ids.max() >= size:
                 bad = ids[(ids < 0) | (ids >= size)][0]
@@ -50,6 +50,18 @@ def tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> Corpus:
             pieces.append(ids.astype(dtype))
     offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
     return Corpus(np.concatenate(pieces) if pieces else np.empty(0, dtype), offsets)
+
+
+def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    try:
+        return tokenizer.encode_batch(texts)
+    except Exception:  # libraries raise nothing narrower
+        for text in texts:
+            try:
+                tokenizer.encode(text)
+            except Exception as error:
+                raise ConfigError(f"the tokenizer fails on the document that begins {text[:60]!r}: {error}") from None
+        raise
 
 
 class PackedSequences(grain.MapDataset):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.data.tokenizer import valid_unicode
 
 STDLIB = "stdlib"
 
@@ -38,13 +39,13 @@ def load_documents(
       max_characters: cut longer documents, at line ends where possible.
 
     Returns:
-      Documents that aren't blank; at least one.
+      Documents that aren't blank; at least one. Lone surrogates, which JSON can hold and UTF-8 can't, are U+FFFD.
 
     Raises:
       ConfigError: no such source, a file that can't be read (named, with its line), or no documents.
     """
     texts = _stdlib() if source == STDLIB else _files(Path(source), text_field)
-    documents = [piece for text in texts for piece in _cut(text, max_characters) if piece.strip()]
+    documents = [piece for text in texts for piece in _cut(valid_unicode(text), max_characters) if piece.strip()]
     if not documents:
         known = "" if source == STDLIB else f" (files read: {', '.join(_READABLE)})"
         raise ConfigError(f"data source {str(source)!r} holds no text{known}")
@@ -130,9 +131,13 @@ def _jsonl(path: Path, text_field: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            text = json.loads(line)[text_field]
-        except json.JSONDecodeError as error:
+            document = json.loads(line)
+        except RecursionError:
+            raise ConfigError(f"{path}, line {number} is not JSON of text: it is nested too deeply") from None
+        except ValueError as error:  # also of integers of thousands of digits
             raise ConfigError(f"{path}, line {number} is not JSON: {error}") from None
+        try:
+            text = document[text_field]
         except (KeyError, TypeError, IndexError):
             raise ConfigError(f"{path}, line {number} has no field {text_field!r}: set data.text_field") from None
         if not isinstance(text, str):
@@ -155,5 +160,7 @@ def _parquet(path: Path, text_field: str) -> Iterator[str]:
                 raise ConfigError(f"{path}: column {text_field!r} holds {kind}, not text")
             for batch in file.iter_batches(columns=[text_field]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: column {text_field!r} holds text that is not UTF-8: {error}") from None
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"can't read {path} as parquet: {error}") from None

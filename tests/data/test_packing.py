@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_jax.config import ConfigError
 from dsv3_jax.data import ByteTokenizer, Corpus, PackedSequences, tokenize
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)
@@ -108,6 +109,17 @@ def test_large_vocabulary_keeps_ids():
 def test_id_outside_vocabulary_is_named(bad):
     with pytest.raises(ValueError, match=rf"token id {bad}, outside its vocab_size of 259"):
         tokenize(["a"], Strange([1, bad]))
+
+
+def test_a_document_that_a_tokenizer_fails_on_is_named():
+    class Picky(ByteTokenizer):
+        def encode(self, text):
+            if "!" in text:
+                raise Exception("no token for '!'")
+            return super().encode(text)
+
+    with pytest.raises(ConfigError, match=r"the document that begins 'b! and': no token for '!'"):
+        tokenize(["a", "b! and", "c"], Picky())
 
 
 def test_fingerprint_tells_tokens_and_boundaries():

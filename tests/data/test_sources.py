@@ -55,6 +55,12 @@ def test_other_text_field(tmp_path):
         ("a.jsonl", b"7\n", r"a\.jsonl, line 1 has no field 'text'"),
         ("a.jsonl", b'\n{"text": "x"\n', r"a\.jsonl, line 2 is not JSON"),
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: field 'text' is 5, not text"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n' + b"[" * 100_000,
+            r"a\.jsonl, line 2 is not JSON of text: it is nested too deeply",
+        ),
+        ("a.jsonl", b'{"text": "x", "n": ' + b"1" * 5000 + b"}", r"a\.jsonl, line 1 is not JSON"),
         ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 \(byte 3\)"),
         ("a.parquet", b"not parquet", r"can't read .*a\.parquet as parquet"),
         ("a.csv", b"x", r"holds no text \(files read: \.txt"),
@@ -66,6 +72,20 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as error:
         load_documents(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_lone_surrogates_are_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "cut emoji \\ud83d here"}\n{"text": "\\ud83d\\ude00"}\n')
+    documents = load_documents(tmp_path)
+    assert documents == ["cut emoji \ufffd here", "\N{GRINNING FACE}"]
+    assert len("".join(documents).encode())
+
+
+def test_parquet_text_that_is_not_utf8_is_named(tmp_path):
+    array = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+    pq.write_table(pa.table({"text": array}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: column 'text' holds text that is not UTF-8"):
+        load_documents(tmp_path)
 
 
 def test_bad_sources_are_named(tmp_path):

@@ -268,6 +268,31 @@ def test_impossible_tokenizer_configs_name_file_and_field(kind, content, named, 
     assert len(str(raised.value)) < 600
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        (("model", "vocab"), {}),
+        (("model", "vocab", "a"), 2**31),
+        (("model", "vocab", "a"), -1),
+        (("model", "merges"), [["a", "no such"]]),
+        (("model", "continuing_subword_prefix"), "xxxxxxxxxx"),  # makes the library panic
+        (("post_processor", "special_tokens"), {}),  # as this does, when a text is encoded
+        (("added_tokens",), [[]]),
+        (("version",), [[[[]]]]),
+    ],
+)
+def test_damaged_tokenizer_json_is_named(part, value, tmp_path):
+    make_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    inner = content = json.loads(path.read_text())
+    for key in part[:-1]:
+        inner = inner[key]
+    inner[part[-1]] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        load_tokenizer(path)
+
+
 def test_null_means_that_nothing_is_said(tmp_path):
     make_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": null, "bos_token": "", "add_bos_token": null}')
