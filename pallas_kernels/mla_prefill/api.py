@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import require_hopper, require_tpu
-from pallas_kernels.mla_prefill import library, reference, tpu
+from pallas_kernels.mla_prefill import blockwise, library, reference, tpu
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.mla_prefill,
+    "blockwise": blockwise.mla_prefill,
     "tokamax": library.tokamax,
     "tpu": tpu.mla_prefill,
     "tpu_interpret": functools.partial(tpu.mla_prefill, interpret=True),
@@ -41,10 +42,11 @@ def mla_prefill(
       v: (B, S, H, V).
       scale: what multiplies the scores.
       segments: (B, S) int32 or None: packed documents; a token attends within its own only.
-      implementation: "reference" (plain), "tokamax" (Hopper, bfloat16; given segments or a prefix it reads a mask of
-        B * T * S), "tpu" (our own: bfloat16, T and S multiples of 128, P up to 64; fastest if N and V are multiples of
-        128 and P is 64, else filled up to such) or, as its peer, "splash" (TPU, bfloat16, T and S multiples of 128).
-        "tpu_interpret" and "splash_interpret" run these on a CPU, slowly.
+      implementation: "reference" (plain), "blockwise" (plain JAX in memory linear in T and S, on any device and in any
+        dtype; `blockwise.attention` takes tokens out of their order too), "tokamax" (Hopper, bfloat16; given segments
+        or a prefix it reads a mask of B * T * S), "tpu" (our own: bfloat16, T and S multiples of 128, P up to 64;
+        fastest if N and V are multiples of 128 and P is 64, else filled up to such) or, as its peer, "splash" (TPU,
+        bfloat16, T and S multiples of 128). "tpu_interpret" and "splash_interpret" run these on a CPU, slowly.
 
     Returns:
       (B, T, H, V) of `v`'s dtype.
@@ -75,7 +77,7 @@ def mla_prefill(
         raise ValueError(f"segments must be int32 {(batch, keys)}, but are {segments.dtype} {segments.shape}")
     if len({a.dtype for a in (q_nope, q_rope, k_nope, k_rope, v)}) > 1:
         raise ValueError("mla_prefill needs one dtype for its five arrays")
-    if implementation != "reference" and v.dtype != jnp.bfloat16:
+    if implementation not in ("reference", "blockwise") and v.dtype != jnp.bfloat16:
         raise ValueError(f"mla_prefill by {implementation} takes bfloat16, but got {v.dtype}")
     if implementation == "tokamax":
         require_hopper("mla_prefill")
