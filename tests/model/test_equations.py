@@ -1,0 +1,65 @@
+"""The model in float64 against the report's equations in NumPy. Frequencies of RoPE are float32: hence 1e-6."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax import DeepSeekV3, Runtime
+from tests.conftest import new_rng
+from tests.model import equations
+from tests.training.test_losses import SMALL
+
+DOUBLE = dict(dtype="float64", param_dtype="float64")
+V3 = dataclasses.replace(
+    SMALL, num_hidden_layers=3, n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3, n_shared_experts=2
+)
+V2 = dict(scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False, num_nextn_predict_layers=0)
+
+
+def random_variables(model, rng):
+    """As training could leave them: no scale of a norm is one, biases are large enough to change choices."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))
+
+    def draw(path, leaf):
+        mean, deviation = (1, 0.3) if path[-1].key.endswith("norm") else (0, 0.4)
+        return (mean + deviation * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.mark.parametrize(
+    ("change", "runtime"),
+    [
+        ({}, {}),
+        ({"n_group": 1, "topk_group": 1, "n_shared_experts": 0}, {"experts_impl": "blocked"}),
+        (V2 | {"q_lora_rank": None}, {"attention_form": "absorbed", "experts_impl": "reference"}),
+        ({"num_hidden_layers": 1, "rms_norm_eps": 1e-2}, {"remat": "paper", "interleave": 2}),
+        ({"first_k_dense_replace": 0}, {"remat": "block"}),
+    ],
+    ids=["v3", "no groups, no shared experts", "v2", "one dense layer", "no dense layer"],
+)
+def test_the_model_is_the_equations(x64, change, runtime):
+    config = dataclasses.replace(V3, **change)
+    model, rng, depths = DeepSeekV3(config, Runtime(**DOUBLE, **runtime)), new_rng(), config.num_nextn_predict_layers
+    variables = random_variables(model, rng)
+    rows = rng.integers(0, config.vocab_size, (2, 10 + depths))
+    tokens, *further = (rows[:, k : k + 10] for k in range(depths + 1))
+    segments = np.array([[1] * 10, [1] * 4 + [2] * 6])
+    positions = np.array([np.arange(10) + 3, [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    forward = lambda v: model.apply(v, tokens, further, positions=positions, segments=segments, method="forward")
+    out = jax.jit(forward)(variables)
+    trees = equations.float64(variables["params"]), equations.float64(variables.get("router", {}))
+    for b in range(2):
+        ahead = [f[b] for f in further]
+        logits, routing = equations.forward(*trees, tokens[b], ahead, config, positions[b], segments[b])
+        for got, expected in zip((out.logits, *out.mtp_logits), logits, strict=True):
+            np.testing.assert_allclose(got[b], expected, rtol=1e-6, atol=1e-6)
+        stats = {} if out.stats is None else {"moe_layers": out.stats}
+        stats |= {f"mtp_{k}": jax.tree.map(lambda a: a[None], s) for k, s in enumerate(out.mtp_stats)}
+        assert stats.keys() == routing.keys()
+        for name, (loads, balance) in routing.items():
+            np.testing.assert_array_equal(stats[name].load[:, b], loads)
+            f_p = np.asarray(stats[name].fraction[:, b] * stats[name].affinity[:, b]).sum(-1)
+            np.testing.assert_allclose(f_p, balance, rtol=1e-6)
