@@ -37,6 +37,8 @@ class ConvertArgs:
     """Only these layers, numbered as in the source: 0-3,60 (MTP modules have the numbers after the last layer)."""
     verify: bool = False
     """Read everything back and compare it with the source, bit for bit, before DST appears."""
+    check_hashes: bool = True
+    """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
     workers: int = 4
     """How many tensors are worked on at once; each takes up to a few times 32 MB."""
     dry_run: bool = False
@@ -63,7 +65,7 @@ def convert_command(args: ConvertArgs, console: Console | None = None) -> None:
             raise CheckpointError(
                 f"{source} holds the model's own arrays: --layers and --no-mtp need a Hugging Face directory"
             )
-        store = Store(source) if converted else _run(source)
+        store = Store(source, check_hashes=args.check_hashes) if converted else _run(source, args.check_hashes)
         if args.dry_run:
             print(f"{source} -> {describe_export(store, args.dtype)}")
             return
@@ -81,9 +83,9 @@ def convert_command(args: ConvertArgs, console: Console | None = None) -> None:
     console.print(f"done: {args.dst}")
 
 
-def _run(directory: Path) -> Variables:
+def _run(directory: Path, check_hashes: bool) -> Variables:
     """The newest checkpoint of a training run."""
-    config, variables = runs.read_run(directory, Runtime())
+    config, variables = runs.read_run(directory, Runtime(), check_hashes=check_hashes)
     newest = max((directory / runs.CHECKPOINTS).iterdir(), key=lambda p: int(p.name) if p.name.isdigit() else -1)
     return Variables(config, variables, directory, f"{newest.resolve()} {newest.stat().st_mtime_ns}")
 

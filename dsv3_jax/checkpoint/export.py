@@ -25,6 +25,7 @@ from dsv3_jax.checkpoint.layout import FP8, quantise_matrix
 from dsv3_jax.checkpoint.names import SCALE
 from dsv3_jax.checkpoint.store import MANIFEST, Store
 from dsv3_jax.checkpoint.verify import verify_files
+from dsv3_jax.json_input import is_type
 from dsv3_jax.quantization.fp8 import BLOCK
 
 _FILE_BYTES = 5_000_000_000
@@ -77,14 +78,22 @@ def export_hf(
             for file, content in files.items():
                 out[file].start(content)
 
-            def work(unit: Unit) -> None:
+            def work(unit: Unit) -> dict[str, str]:
+                hashes: dict[str, str] = {}
                 for name in unit.what:
-                    _write_tensor(store, entries, name, block, out)
+                    hashes |= _write_tensor(store, entries, name, block, out)
                 for file in {entries[name].file for name in unit.what}:
                     out[file].sync()  # the journal must not say more than the disk holds
+                return hashes
+
+            def intact(unit: Unit, hashes: Any) -> bool:
+                written = {n for name in unit.what for n in (name, name + SCALE) if n in entries}
+                return is_type(hashes, dict[str, str]) and all(
+                    hashes.get(n) == out[entries[n].file].hash(entries[n].offset, entries[n].nbytes) for n in written
+                )
 
             title = f"exporting {store.directory.name}"
-            run_units(workspace, _units(entries), work, title=title, workers=workers, console=console)
+            run_units(workspace, _units(entries), work, intact, title=title, workers=workers, console=console)
         _describe(store, workspace.directory, entries, dtype, block)
         if verify:
             verify_files(store, HFCheckpoint(workspace.directory), workers=workers, console=console)
@@ -193,6 +202,13 @@ class _OutFile:
         # Sends the bytes on to the disk now, beside the work on the next ones, and not all of them at the end.
         os.posix_fadvise(self._handle, start, size, os.POSIX_FADV_DONTNEED)
 
+    def hash(self, offset: int, nbytes: int) -> str:
+        """Of bytes that were written before."""
+        digest = xxhash.xxh3_128()
+        for start in range(offset, offset + nbytes, _UNIT_BYTES):
+            digest.update(os.pread(self._handle, min(_UNIT_BYTES, offset + nbytes - start), start))
+        return digest.hexdigest()
+
     def sync(self) -> None:
         os.fsync(self._handle)
 
@@ -221,26 +237,33 @@ def _units(entries: dict[str, Entry]) -> list[Unit]:
 
 def _write_tensor(
     store: Store, entries: dict[str, Entry], name: str, block: tuple[int, int] | None, out: dict[str, _OutFile]
-) -> None:
-    entry = entries[name]
+) -> dict[str, str]:
+    """Writes a tensor, and its scales if it is in FP8. Returns the hashes of their bytes."""
+    entry, scale = entries[name], entries.get(name + SCALE)
     dtype = DTYPES[entry.dtype]
     if dtype == FP8 and not store.is_fp8(name):
         assert block is not None
-        values, scales = quantise_matrix(store.matrix(name), block)
-        out[entry.file].write(values, entry.offset)
-        out[entries[name + SCALE].file].write(scales, entries[name + SCALE].offset)
-        return
+        assert scale is not None
+        made = zip((entry, scale), quantise_matrix(store.matrix(name), block), strict=True)
+        hashes = {}
+        for e, data in made:
+            out[e.file].write(data, e.offset)
+            hashes[e.name] = xxhash.xxh3_128_hexdigest(_bytes(data))
+        return hashes
     digest, offset = xxhash.xxh3_128(), entry.offset
     for rows in store.bands(name):
         data = _bytes(store.matrix(name, rows, dtype))
         digest.update(data)
         out[entry.file].write(data, offset)
         offset += data.nbytes
-    _check_hash(store, name, entry.dtype, digest.hexdigest())
-    if dtype == FP8:
-        grid, scale = _bytes(store.scales(name)), entries[name + SCALE]
+    hashes = {name: digest.hexdigest()}
+    if scale is not None:
+        grid = _bytes(store.scales(name))
         out[scale.file].write(grid, scale.offset)
-        _check_hash(store, scale.name, scale.dtype, xxhash.xxh3_128_hexdigest(grid))
+        hashes[scale.name] = xxhash.xxh3_128_hexdigest(grid)
+    for written, found in hashes.items():
+        _check_hash(store, written, entries[written].dtype, found)
+    return hashes
 
 
 def _check_hash(store: Store, name: str, dtype: str, digest: str) -> None:

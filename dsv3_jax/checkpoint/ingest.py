@@ -13,14 +13,26 @@ import xxhash
 from rich.console import Console
 
 from dsv3_jax.checkpoint import names
-from dsv3_jax.checkpoint.files import INDEX
+from dsv3_jax.checkpoint.files import INDEX, CheckpointError
+from dsv3_jax.checkpoint.hashes import FileHashes, hash_file, hash_files, write_sealed
 from dsv3_jax.checkpoint.hf import HFCheckpoint, converted_fields
-from dsv3_jax.checkpoint.jobs import Unit, check_target, open_workspace, run_units
+from dsv3_jax.checkpoint.jobs import JOURNAL, Unit, check_target, open_workspace, run_units
 from dsv3_jax.checkpoint.layout import FP8, Region, from_file_axes, quantise_matrix, region_shape, tensor_box
 from dsv3_jax.checkpoint.names import SCALE
 from dsv3_jax.checkpoint.plan import Piece, Plan
-from dsv3_jax.checkpoint.store import CASTS, FORMAT, MANIFEST, Store, create_array, write_orbax_metadata
+from dsv3_jax.checkpoint.store import (
+    ARRAY_METADATA,
+    CASTS,
+    FORMAT,
+    MANIFEST,
+    Store,
+    array_directory,
+    create_array,
+    shard_file,
+    write_orbax_metadata,
+)
 from dsv3_jax.checkpoint.verify import verify_store
+from dsv3_jax.json_input import is_type
 
 
 def import_hf(
@@ -36,10 +48,16 @@ def import_hf(
         stores = {spec.path: create_array(directory, spec) for spec in plan.arrays}
 
         def work(unit: Unit) -> dict[str, Any]:
-            return _write_piece(plan, unit.what, stores)
+            return _write_piece(plan, unit.what, stores, directory)
 
         run_units(
-            workspace, plan.units, work, title=f"converting {source.directory.name}", workers=workers, console=console
+            workspace,
+            plan.units,
+            work,
+            lambda _, result: _intact(directory, result),
+            title=f"converting {source.directory.name}",
+            workers=workers,
+            console=console,
         )
         _write_description(plan, directory, workspace.done)
         if verify:
@@ -47,9 +65,9 @@ def import_hf(
         workspace.finish()
 
 
-def _write_piece(plan: Plan, piece: Piece, stores: dict[names.TreePath, Any]) -> dict[str, Any]:
-    """Writes a unit; returns {"tensors": hashes of what was read, "shards": hashes of what was written}."""
-    source, hashes, shards = plan.source, {}, {}
+def _write_piece(plan: Plan, piece: Piece, stores: dict[names.TreePath, Any], directory: Path) -> dict[str, Any]:
+    """Writes a unit; returns {"tensors": hashes of what was read, "files": hashes of what was written}."""
+    source, hashes, written = plan.source, {}, []
     quantise = plan.stored_dtype(piece.leaves[0]) == FP8 and source.dtype(piece.leaves[0]) != FP8
     taken = [name + SCALE if piece.is_scale else name for name in piece.names]
     taken = [name for name in taken if name in source.files.tensors]
@@ -69,9 +87,21 @@ def _write_piece(plan: Plan, piece: Piece, stores: dict[names.TreePath, Any]) ->
             else:
                 data = source.read(piece.leaves[i], region, spec.dtype)
             stores[spec.path][region].write(data, can_reference_source_data_indefinitely=True).result()
-            place = ",".join(str(s.start // n) for s, n in zip(region, spec.shard, strict=True))
-            shards[f"{'.'.join(spec.path)}/{place}"] = xxhash.xxh3_128_hexdigest(_bytes(data.transpose(spec.order)))
-    return {"tensors": hashes, "shards": shards}
+            written.append(shard_file(spec.path, (s.start // n for s, n in zip(region, spec.shard, strict=True))))
+    files = {name: hash_file(directory / name) for name in written if (directory / name).exists()}  # zeros have none
+    return {"tensors": hashes, "files": files}
+
+
+def _intact(directory: Path, result: Any) -> bool:
+    """Whether the files of a unit that was done before an interruption are still what was written."""
+    if not is_type(result, dict[str, Any]) or not is_type(result.get("files"), dict[str, tuple[int, str]]):
+        return False
+    expected = {name: (size, digest) for name, (size, digest) in result["files"].items()}
+    try:
+        FileHashes(directory, expected, JOURNAL).check(expected)
+    except (OSError, CheckpointError):
+        return False
+    return is_type(result.get("tensors"), dict[str, str])
 
 
 def _quantise(plan: Plan, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -113,20 +143,11 @@ def _identity(plan: Plan) -> dict[str, Any]:
 
 
 def _write_description(plan: Plan, directory: Path, done: dict[str, Any]) -> None:
-    """config.json, the manifest, orbax's metadata, and the small files beside the source's weights."""
+    """config.json, orbax's metadata, the small files beside the source's weights, and the manifest."""
     source = plan.source
-    hashes = {n: h for key in done for n, h in done[key]["tensors"].items()}
+    results = [done[unit.key] for unit in plan.units]
+    hashes = {n: h for result in results for n, h in result["tensors"].items()}
     tensors = {new: [dtype, hashes.get(source.copies.get(old, old))] for new, (old, dtype) in plan.given_back().items()}
-    manifest = {
-        "format": FORMAT,
-        "hash": "xxh3_128",
-        "dtype": plan.dtype,
-        "block": plan.block,
-        "source_layers": dataclasses.asdict(source.layers),
-        "tensors": dict(sorted(tensors.items())),
-        "shards": dict(sorted((s, h) for key in done for s, h in done[key]["shards"].items())),
-    }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
     cast = CASTS[plan.dtype].name if plan.dtype in CASTS else None
     fields = converted_fields(source.fields, source.config, cast, plan.block)
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
@@ -135,3 +156,16 @@ def _write_description(plan: Plan, directory: Path, done: dict[str, Any]) -> Non
         small = file.is_file() and file.suffix != ".safetensors" and file.stat().st_size < 64 << 20
         if small and file.name not in ("config.json", INDEX, MANIFEST):
             shutil.copyfile(file, directory / file.name)
+    described = [f.name for f in directory.iterdir() if f.is_file() and f.name not in (JOURNAL, MANIFEST)]
+    described += [f"{array_directory(spec.path)}/{ARRAY_METADATA}" for spec in plan.arrays]
+    files = {n: h for result in results for n, h in result["files"].items()} | hash_files(directory, described)
+    manifest = {
+        "format": FORMAT,
+        "hash": "xxh3_128",
+        "dtype": plan.dtype,
+        "block": plan.block,
+        "source_layers": dataclasses.asdict(source.layers),
+        "tensors": dict(sorted(tensors.items())),
+        "files": dict(sorted(files.items())),
+    }
+    write_sealed(directory / MANIFEST, manifest)

@@ -34,6 +34,7 @@ from rich.progress import (
 )
 
 from dsv3_jax.checkpoint.files import CheckpointError
+from dsv3_jax.json_input import is_type
 
 JOURNAL = "journal.jsonl"
 
@@ -126,22 +127,34 @@ def run_units(
     workspace: Workspace,
     units: Iterable[Unit],
     work: Callable[[Unit], Any],
+    intact: Callable[[Unit, Any], bool],
     *,
     title: str,
     workers: int,
     console: Console | None = None,
 ) -> None:
-    """Does every unit that isn't done, `workers` at a time, showing progress. The first failure ends it."""
-    units = list(units)
-    total, left = sum(u.nbytes for u in units), [u for u in units if u.key not in workspace.done]
+    """Does every unit that isn't done, `workers` at a time, showing progress. The first failure ends it.
+
+    work: of a unit; what it returns is noted in the journal. intact: whether what a unit wrote before an interruption,
+    of which `work` returned that, is still there unchanged; if not, the unit is done again.
+    """
+    console, units = console or Console(stderr=True), list(units)
+    left = {u.key: u for u in units if u.key not in workspace.done}
+    if done := [u for u in units if u.key in workspace.done]:
+        console.print(f"{len(done):,} of {len(units):,} parts are done already: checking them")
+        check = lambda u: None if intact(u, workspace.done[u.key]) else left.update({u.key: u})
+        in_parallel(check, done, workers)
+        if damaged := len(left) + len(done) - len(units):
+            console.print(f"{damaged:,} of them are damaged or lost: they are done again")
+    total = sum(u.nbytes for u in units)
     with show_progress(console) as progress:
-        bar = progress.add_task(title, total=total, completed=total - sum(u.nbytes for u in left))
+        bar = progress.add_task(title, total=total, completed=total - sum(u.nbytes for u in left.values()))
 
         def do(unit: Unit) -> None:
             workspace.note(unit.key, work(unit))
             progress.advance(bar, unit.nbytes)
 
-        in_parallel(do, left, workers)
+        in_parallel(do, list(left.values()), workers)
 
 
 def in_parallel(do: Callable[[Any], Any], items: Iterable[Any], workers: int) -> None:
@@ -193,7 +206,7 @@ def _read_journal(directory: Path, mark: str) -> dict[str, Any]:
         if directory.exists() and any(directory.iterdir()):
             raise CheckpointError(f"{directory} holds something else than an interrupted conversion: remove it")
         return {}
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
     if not lines:
         return {}
     if lines[0] != json.dumps(mark):
@@ -204,10 +217,11 @@ def _read_journal(directory: Path, mark: str) -> dict[str, Any]:
     done = {}
     for line in lines[1:]:
         try:
-            key, result = json.loads(line)
-        except ValueError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             continue
-        done[key] = result
+        if is_type(entry, tuple[str, Any]):
+            done[entry[0]] = entry[1]
     return done
 
 

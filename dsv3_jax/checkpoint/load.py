@@ -25,7 +25,12 @@ from dsv3_jax.parallel.rules import PRESETS, Axes, larger, parameter_axes, prese
 
 
 def load_pretrained(
-    path: str | Path, *, dtype: DTypeLike | None = None, runtime: Runtime | None = None, mesh: Mesh | None = None
+    path: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    runtime: Runtime | None = None,
+    mesh: Mesh | None = None,
+    check_hashes: bool = True,
 ) -> tuple[DeepSeekV3, dict[str, Any]]:
     """The model of a checkpoint, and its variables `{"params": ..., "router": ...}`.
 
@@ -39,6 +44,7 @@ def load_pretrained(
         `fsdp`, `node`, `expert` and `tensor`. Axes `data` and `context` are there for activations. A mesh of
         `jax.make_mesh`, whose axes are Explicit, is taken as one of Auto axes, which the arrays then lie on. By default
         all go to one device.
+      check_hashes: compares the files of a converted checkpoint or a run with the hashes that were written with them.
 
     Raises:
       FileNotFoundError, CheckpointError, ConfigError: as `HFCheckpoint` and `Store`; ConfigError also for a mesh axis
@@ -53,9 +59,9 @@ def load_pretrained(
         raise ConfigError("the parameters' dtype is float64, which JAX has only with jax_enable_x64: set it first")
     place = functools.partial(shardings, mesh=mesh, runtime=runtime)
     if (Path(path) / runs.CHECKPOINTS).is_dir():
-        config, variables = runs.read_run(Path(path), runtime, place)
+        config, variables = runs.read_run(Path(path), runtime, place, check_hashes=check_hashes)
         return DeepSeekV3(config, runtime), variables
-    source = open_checkpoint(Path(path))
+    source = open_checkpoint(Path(path), check_hashes=check_hashes)
     where = place({leaf.path: leaf.shape for leaf in source.leaves.values()})
     variables = {}
     for leaf in source.leaves.values():
@@ -64,10 +70,13 @@ def load_pretrained(
     return DeepSeekV3(source.config, runtime), variables
 
 
-def open_checkpoint(path: Path) -> HFCheckpoint | Store:
-    """A checkpoint of either layout."""
+def open_checkpoint(path: Path, *, check_hashes: bool = True) -> HFCheckpoint | Store:
+    """A checkpoint of either layout. Its files are checked as they are read; by several processes here, shared out."""
     if (path / MANIFEST).exists():
-        return Store(path)
+        store = Store(path, check_hashes=check_hashes)
+        if jax.process_count() > 1:
+            store.hashes.check_together()
+        return store
     source = HFCheckpoint(path)
     source.check_copies()
     return source

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsv3_jax.checkpoint.files import CheckpointError
+from dsv3_jax.checkpoint.hashes import FileHashes, Unchecked, file_hashes, read_sealed
 from dsv3_jax.checkpoint.names import TreePath
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime, build_dataclass
 from dsv3_jax.json_input import read_json
@@ -20,6 +21,8 @@ from dsv3_jax.model.transformer import DeepSeekV3
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds one checkpoint a step."""
 
+HASHES = "hashes.json"
+"""The file of a step with the hashes of its other files."""
 
 Shapes = Mapping[TreePath, tuple[int, ...]]
 
@@ -29,8 +32,21 @@ def one_device(shapes: Shapes) -> dict[TreePath, Sharding]:
     return dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
 
 
+def step_hashes(step: Path, *, check_hashes: bool = True) -> FileHashes:
+    """What the files of a checkpoint must be. step: its directory."""
+    if not check_hashes:
+        return Unchecked(step, "asked for")
+    if not (step / HASHES).exists():
+        return Unchecked(step, f"it has no {HASHES}, as those of earlier versions")
+    return file_hashes(step, read_sealed(step / HASHES), HASHES)
+
+
 def read_run(
-    directory: Path, runtime: Runtime, place: Callable[[Shapes], Mapping[TreePath, Sharding]] = one_device
+    directory: Path,
+    runtime: Runtime,
+    place: Callable[[Shapes], Mapping[TreePath, Sharding]] = one_device,
+    *,
+    check_hashes: bool = True,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """The config of the run's model and its variables, in the runtime's `param_dtype`; not the optimizer's state.
 
@@ -53,12 +69,18 @@ def read_run(
     item = jax.tree_util.tree_map_with_path(
         lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[keys(path)]), abstract
     )
-    path = directory.absolute() / CHECKPOINTS / str(steps[-1]) / "state"
+    step = directory.absolute() / CHECKPOINTS / str(steps[-1])
+    path = step / "state"
     restore = ocp.args.PyTreeRestore(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with (
+            step_hashes(step, check_hashes=check_hashes).checking(),
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+        ):
             return config, checkpointer.restore(path, args=restore)
+    except (CheckpointError, FileNotFoundError):
+        raise
     except Exception as error:  # orbax and tensorstore raise many kinds
         raise CheckpointError(f"{path} can't be read: {str(error).splitlines()[0][:300]}") from error

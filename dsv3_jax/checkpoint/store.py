@@ -1,19 +1,21 @@
 """The converted checkpoint: the model's own tree as orbax arrays (zarr3 through tensorstore), read slice by slice.
 
-Beside the arrays lie config.json, orbax's `_METADATA`, and `manifest.json` with a hash for each tensor. One file of an
-array (a zarr shard) holds a few tensors or a band of one; inside it chunks of at most a megabyte can be read alone.
+Beside the arrays lie config.json, orbax's `_METADATA`, and `manifest.json` with a hash for each tensor of the source,
+and one for each file here, which reading checks. One file of an array (a zarr shard) holds a few tensors or a band of
+one; inside it chunks of at most a megabyte can be read alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +24,7 @@ import xxhash
 
 from dsv3_jax.checkpoint import names
 from dsv3_jax.checkpoint.files import DTYPES, CheckpointError
+from dsv3_jax.checkpoint.hashes import FileHashes, Unchecked, file_hashes, read_sealed
 from dsv3_jax.checkpoint.jobs import JOURNAL
 from dsv3_jax.checkpoint.layout import (
     FP8,
@@ -37,10 +40,11 @@ from dsv3_jax.checkpoint.layout import (
 )
 from dsv3_jax.checkpoint.names import Kind, Leaf, TreePath
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.json_input import read_json
+from dsv3_jax.json_input import field, read_json, show
 
 MANIFEST = "manifest.json"
-FORMAT = "dsv3_jax checkpoint 1"
+FORMAT = "dsv3_jax checkpoint 2"
+_FORMAT_WITHOUT_HASHES = "dsv3_jax checkpoint 1"
 
 CASTS = {"bf16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 """Target dtypes of a conversion that aren't the source's."""
@@ -48,6 +52,8 @@ CASTS = {"bf16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 _SHARD_BYTES = 32 << 20
 """At most this much of an array goes to one file, except a matrix that can't be cut evenly: what a worker holds."""
 _CHUNK_BYTES = 1 << 20
+
+ARRAY_METADATA = "zarr.json"
 
 _DICT_KEY = 2
 """orbax's mark of a dictionary's key in `_METADATA`."""
@@ -143,8 +149,13 @@ def array_directory(path: TreePath) -> str:
     return ".".join(path)
 
 
+def shard_file(path: TreePath, index: Iterable[int]) -> str:
+    """The file below the checkpoint's directory of an array's shard: zarr3's default key of a chunk."""
+    return "/".join((array_directory(path), "c", *map(str, index)))
+
+
 def create_array(directory: Path, spec: ArraySpec) -> ts.TensorStore:
-    """Creates an array, or opens the one that an interrupted conversion left."""
+    """Creates an array; shards of it that an interrupted conversion left become its own."""
     plain: list[dict[str, Any]] = [
         {"name": "bytes"} | ({"configuration": {"endian": "little"}} if spec.dtype.itemsize > 1 else {})
     ]
@@ -155,11 +166,14 @@ def create_array(directory: Path, spec: ArraySpec) -> ts.TensorStore:
     metadata = {
         "shape": spec.shape,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": spec.shard}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "data_type": spec.dtype.name,
         "fill_value": 0,
     }
-    return _open(directory, spec.path, metadata=metadata, create=True, open=True)
+    # What an interruption left of the description isn't trusted; the shards stay.
+    (directory / array_directory(spec.path) / ARRAY_METADATA).unlink(missing_ok=True)
+    return _open(directory, spec.path, metadata=metadata, create=True)
 
 
 def open_array(directory: Path, path: TreePath) -> ts.TensorStore:
@@ -198,41 +212,74 @@ def write_orbax_metadata(directory: Path, specs: Iterable[ArraySpec]) -> None:
 # Reading -------------------------------------------------------------------------------------------------
 
 
+def _read_manifest(directory: Path, check_hashes: bool) -> tuple[dict[str, Any], FileHashes]:
+    """The manifest, its fields of the right types, and the hashes in it."""
+    file = directory / MANIFEST
+    manifest = read_json(file, CheckpointError)
+    kept = field(manifest, "format", str, str(file), CheckpointError)
+    if kept == FORMAT:
+        manifest = read_sealed(file)
+    elif kept != _FORMAT_WITHOUT_HASHES:
+        raise CheckpointError(f"{file} has format {show(kept)}: it must be {FORMAT!r}")
+    field(manifest, "dtype", Literal["keep", "fp8", "bf16", "float32"], str(file), CheckpointError)
+    field(manifest, "block", tuple[int, int] | None, str(file), CheckpointError)
+    if manifest["block"] and min(manifest["block"]) < 1:
+        raise CheckpointError(f"{file}: block is {manifest['block']}: it must be two positive numbers")
+    tensors = field(manifest, "tensors", dict[str, tuple[str, str | None]], str(file), CheckpointError)
+    for name, (dtype, _) in tensors.items():
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{file}: {name} is of {show(dtype)}: it must be one of {', '.join(DTYPES)}")
+    if not check_hashes:
+        return manifest, Unchecked(directory, "asked for")
+    if kept != FORMAT:
+        return manifest, Unchecked(directory, "it was converted before files had hashes; convert it again to have them")
+    return manifest, file_hashes(directory, manifest, MANIFEST)
+
+
 class Store:
     """A converted checkpoint, seen as the model's arrays and as the tensors that they came from.
 
-    Attributes: `config`, `fields`, `leaves`, `copies` and `block` as `HFCheckpoint` has them; `manifest`.
+    Attributes: `config`, `fields`, `leaves`, `copies` and `block` as `HFCheckpoint` has them; `manifest`; `hashes`.
 
-    Raises, on opening:
+    Raises, on opening and when arrays are read:
       FileNotFoundError: the directory or a file of it is missing.
-      CheckpointError: it isn't such a checkpoint, or its parts contradict each other.
+      CheckpointError: it isn't such a checkpoint, its parts contradict each other, or a file isn't what was written.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, check_hashes: bool = True) -> None:
+        """check_hashes: compares each file with its hash in the manifest, when something is read from it first."""
         self.directory = directory
         for needed in (MANIFEST, "config.json"):
             if not (directory / needed).exists():
                 raise FileNotFoundError(f"{directory / needed} doesn't exist: {directory} is no converted checkpoint")
-        self.manifest = read_json(directory / MANIFEST, CheckpointError)
-        if self.manifest.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{directory / MANIFEST} has format {self.manifest.get('format')!r}: it must be {FORMAT!r}"
-            )
+        self.manifest, self.hashes = _read_manifest(directory, check_hashes)
+        self.hashes.check(n for n in self.hashes.expected if "/" not in n or n.endswith(f"/{ARRAY_METADATA}"))
         self.fields = read_json(directory / "config.json", CheckpointError)
         self.block: tuple[int, int] | None = tuple(self.manifest["block"]) if self.manifest["block"] else None
         self._describe(ModelConfig.from_hf(self.fields))
-        self._arrays = {path: open_array(directory, path) for path in self.leaves}
-        self._scales = {
-            leaf.scale_path: open_array(directory, leaf.scale_path)
-            for leaf in self.leaves.values()
-            if self.dtype(leaf) == FP8
-        }
+        self._arrays = {leaf.path: self._open(leaf.path, leaf.shape) for leaf in self.leaves.values()}
         for leaf in self.leaves.values():
-            if tuple(self._arrays[leaf.path].shape) != leaf.shape:
-                found = tuple(self._arrays[leaf.path].shape)
+            if self.dtype(leaf) != FP8:
+                continue
+            if self.block is None:
                 raise CheckpointError(
-                    f"{directory / array_directory(leaf.path)} has shape {found}: the config makes it {leaf.shape}"
+                    f"{directory / array_directory(leaf.path)} is in FP8: {MANIFEST} must have a block"
                 )
+            rows, columns = leaf.tensor_shape
+            shape = (*leaf.shape[: leaf.stack], *names.scale_shape((rows, columns), self.block))
+            self._arrays[leaf.scale_path] = self._open(leaf.scale_path, shape)
+
+    def _open(self, path: TreePath, shape: tuple[int, ...]) -> ts.TensorStore:
+        array = open_array(self.directory, path)
+        if tuple(array.shape) != shape:
+            raise CheckpointError(
+                f"{self.directory / array_directory(path)} has shape {tuple(array.shape)}: the config makes it {shape}"
+            )
+        if array.dtype.numpy_dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"{self.directory / array_directory(path)} is of {array.dtype.name}, which no tensor is"
+            )
+        return array
 
     def _describe(self, config: ModelConfig) -> None:
         """What follows from the config alone, whatever holds the numbers."""
@@ -257,7 +304,9 @@ class Store:
         """A box of a leaf as a stack of tensors, (*stack, *out, *in)."""
         view = self._arrays[leaf.path][region].transpose(file_axes(leaf))
         stored = np.empty(view.shape, view.dtype.numpy_dtype)
-        ts.array(stored).write(view).result()  # NumPy's memory comes in huge pages, that of `read` in small ones
+        reading = ts.array(stored).write(view)  # NumPy's memory comes in huge pages, that of `read` in small ones
+        self._check(leaf.path, region)  # meanwhile
+        self._finish(reading, leaf.path)
         dtype = dtype or stored.dtype
         if stored.dtype == dtype:
             return stored
@@ -268,11 +317,29 @@ class Store:
         assert self.block is not None
         stack = region[: leaf.stack]
         rows, columns = block_rows(leaf, tensor_box(leaf, region[leaf.stack :]), self.block)
-        grids = decode_scales(self._scales[leaf.scale_path][stack].read().result())
+        grids = decode_scales(self._read_scales(leaf, stack))
         for index in np.ndindex(*region_shape(stack)):
             shape = (len(rows), len(columns))
             copy_matrix(stored[index].reshape(shape), out[index].reshape(shape), (grids[index], rows, columns))
         return out
+
+    def _read_scales(self, leaf: Leaf, stack: Region) -> np.ndarray:
+        array = self._arrays[leaf.scale_path]
+        self._check(leaf.scale_path, (*stack, *full_region(array.shape[leaf.stack :])))
+        return self._finish(array[stack].read(), leaf.scale_path)
+
+    def _check(self, path: TreePath, region: Region) -> None:
+        """Compares the files that hold a box of an array with their hashes, those that weren't yet."""
+        shard: Any = self._arrays[path].chunk_layout.write_chunk.shape
+        boxes = (range(s.start // n, -(-s.stop // n)) for s, n in zip(region, shard, strict=True))
+        self.hashes.check(shard_file(path, index) for index in itertools.product(*boxes))
+
+    def _finish(self, reading: Any, path: TreePath) -> Any:
+        try:
+            return reading.result()
+        except ValueError as error:
+            where = self.directory / array_directory(path)
+            raise CheckpointError(f"{where} can't be read: {str(error)[:200]}") from None
 
     def file_dtype(self, name: str) -> str:
         """What a tensor, or a scale grid, is in a file that keeps the store's numbers: what it was in the source.
@@ -316,7 +383,7 @@ class Store:
         """The scale grid of an FP8 tensor, in the file's orientation and as stored."""
         leaf, i = self._leaf(name)
         place = np.unravel_index(i, leaf.shape[: leaf.stack]) if leaf.stack else ()
-        return self._scales[leaf.scale_path][tuple(int(n) for n in place)].read().result()
+        return self._read_scales(leaf, tuple(slice(int(n), int(n) + 1) for n in place))[(0,) * leaf.stack]
 
     def matrix(self, name: str, rows: slice | None = None, dtype: np.dtype | None = None) -> np.ndarray:
         """A tensor in the file's layout, or some of its rows: entries of its first output axis."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import errno
 import logging
@@ -13,17 +14,47 @@ import jax
 import orbax.checkpoint as ocp
 
 from dsv3_jax.checkpoint.files import CheckpointError
+from dsv3_jax.checkpoint.hashes import hash_files, write_sealed
+from dsv3_jax.checkpoint.runs import HASHES, step_hashes
 from dsv3_jax.training.step import TrainState
+
+_ORBAX_METADATA = "_CHECKPOINT_METADATA"
+"""Times and the kinds of the items: orbax writes it last, and nothing that is restored comes from it."""
+
+
+class _HashedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint's temporary directory: its files are hashed before it gets its name.
+
+    orbax calls `finalize` in one process, when all have written their files.
+    """
+
+    async def finalize(self) -> None:
+        directory = Path(self.get())
+        if (directory / "state").is_dir():  # its parts, state and data, come here too
+            await asyncio.to_thread(_write_hashes, directory)
+        await super().finalize()
+
+
+def _write_hashes(directory: Path) -> None:
+    files = (f for f in directory.rglob("*") if f.is_file() and f.name != _ORBAX_METADATA)
+    hashes = hash_files(directory, [str(f.relative_to(directory)) for f in files])
+    write_sealed(directory / HASHES, {"hash": "xxh3_128", "files": hashes})
 
 
 class Checkpoints:
-    """The checkpoints under a directory: one a step, the newest few kept."""
+    """The checkpoints under a directory: one a step, the newest few kept.
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    check_hashes: whether restoring compares a checkpoint's files with the hashes that were saved with them.
+    """
+
+    def __init__(self, directory: Path, keep: int, *, check_hashes: bool = True) -> None:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+            temporary_path_class=_HashedPath,
         )
-        self.directory = directory.absolute()
+        self.directory, self._check_hashes = directory.absolute(), check_hashes
         # The threads of a failed write log their tracebacks before we say in one line what they mean.
         for name in ("absl", "asyncio", "concurrent.futures"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
@@ -56,7 +87,10 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _with_raw_key(like))
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         try:
-            restored = self._manager.restore(step, args=items)
+            with step_hashes(self.directory / str(step), check_hashes=self._check_hashes).checking():
+                restored = self._manager.restore(step, args=items)
+        except (CheckpointError, FileNotFoundError):
+            raise
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} can't be read: {_first_line(error)}"

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from dsv3_jax import ModelConfig
-from dsv3_jax.checkpoint import ingest, load_pretrained
+from dsv3_jax.checkpoint import load_pretrained
 from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
 from dsv3_jax.checkpoint.files import DTYPES, read_header
+from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
 
 TINY = dataclasses.replace(
@@ -293,7 +294,7 @@ def test_damaged_store(source, tmp_path):
     data = bytearray(shard.read_bytes())
     data[5] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(ValueError, match=r"lm_head.weight in .* isn't what manifest.json says"):
+    with pytest.raises(ValueError, match=r"params.lm_head/c/0/0 isn't what manifest.json says"):
         convert_command(ConvertArgs(str(tmp_path / "store"), tmp_path / "back"))
     assert not (tmp_path / "back").exists()
 
@@ -301,21 +302,20 @@ def test_damaged_store(source, tmp_path):
 def test_store_with_a_part_missing(source, tmp_path):
     convert_command(ConvertArgs(str(source), tmp_path / "store"))
     (tmp_path / "store" / "params.norm" / "zarr.json").unlink()
-    with pytest.raises(ValueError, match=r"params.norm can't be read"):
+    with pytest.raises(FileNotFoundError, match=r"params.norm/zarr.json is missing"):
         load_pretrained(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"params.norm can't be read"):
+        load_pretrained(tmp_path / "store", check_hashes=False)
 
 
 def test_verify_finds_a_wrong_copy(source, tmp_path, monkeypatch):
-    original = ingest._write_piece
+    original = HFCheckpoint.read
 
-    def damaged(plan, piece, stores):
-        result = original(plan, piece, stores)
-        if piece.leaves[0].path[1:] == ("dense_layers", "self_attn", "o_proj") and not piece.is_scale:
-            array = stores[piece.arrays[0].path]
-            array[0, 0, 0, 0].write(-array[0, 0, 0, 0].read().result()).result()
-        return result
+    def damaged(self, leaf, region, dtype=None):
+        data = original(self, leaf, region, dtype)
+        return -data if leaf.path[1:] == ("dense_layers", "self_attn", "o_proj") else data
 
-    monkeypatch.setattr(ingest, "_write_piece", damaged)
+    monkeypatch.setattr(HFCheckpoint, "read", damaged)
     with pytest.raises(ValueError, match=r"o_proj.weight differs after the conversion"):
         convert_command(ConvertArgs(str(source), tmp_path / "target", verify=True))
     assert not (tmp_path / "target").exists()

@@ -117,8 +117,10 @@ def test_length_of_the_header(tmp_path):
 
 values = st.one_of(
     st.integers(-5, 40),
+    st.builds(dict),
+    st.builds(list),
     st.sampled_from(
-        [2**31, 2**32, 2**62, 2**63, 2**64 - 1, 2**64, 10**30, -1, 0.0, 4.0, 1e999, True, None, "4", "F32", [], {}]
+        [2**31, 2**32, 2**62, 2**63, 2**64 - 1, 2**64, 10**30, -1, 0.0, 4.0, 1e999, True, None, "4", "F32"]
     ),
     st.lists(st.integers(-2, 40), max_size=4),
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4),
@@ -182,14 +184,14 @@ def test_as_the_library_refuses_bytes(folder, changes):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=30_000)
+@hypothesis.settings(max_examples=20_000)
 @hypothesis.given(made=headers())
 def test_as_the_library_refuses_at_length(folder, made):
     check_header(folder, made)
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=30_000)
+@hypothesis.settings(max_examples=20_000)
 @hypothesis.given(changes=bytes_changed)
 def test_as_the_library_refuses_bytes_at_length(folder, changes):
     check_bytes(folder, changes)

@@ -1,0 +1,170 @@
+"""Hashes of a checkpoint's files: written beside them, checked while they are read.
+
+A file's hash is xxh3_128 of its bytes. Files are what copies and disks damage or lose, and a file is the same whoever
+reads which part of which array from it: shards, other meshes and several devices need nothing of their own.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import logging
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import xxhash
+
+from dsv3_jax.checkpoint.files import CheckpointError
+from dsv3_jax.checkpoint.jobs import in_parallel
+from dsv3_jax.json_input import field, read_json
+from dsv3_jax.parallel.placement import any_process
+
+FileHash = tuple[int, str]
+"""A file's size in bytes, and its hash in hexadecimal digits."""
+
+_SEAL = "seal"
+_SMALL = 1 << 20
+_WORKERS = 4
+
+_log = logging.getLogger(__name__)
+
+
+def hash_file(file: Path) -> FileHash:
+    """Of a file's bytes, streamed."""
+    digest, buffer, size = xxhash.xxh3_128(), bytearray(1 << 18), 0
+    with file.open("rb", buffering=0) as opened:
+        while n := opened.readinto(buffer):
+            digest.update(memoryview(buffer)[:n])
+            size += n
+    return size, digest.hexdigest()
+
+
+def hash_files(directory: Path, names: Iterable[str]) -> dict[str, FileHash]:
+    """Of several files below a directory, in parallel."""
+    found: dict[str, FileHash] = {}
+    in_parallel(lambda name: found.update({name: hash_file(directory / name)}), names, _WORKERS)
+    return dict(sorted(found.items()))
+
+
+class FileHashes:
+    """What the files below a directory must be. Each is checked once, by whoever needs it first.
+
+    expected: by name below the directory. where: the name of the file that says so.
+    """
+
+    def __init__(self, directory: Path, expected: Mapping[str, FileHash], where: str) -> None:
+        self.directory, self.expected, self.where = directory, expected, where
+        self._checks: dict[str, concurrent.futures.Future[None]] = {}
+        self._lock, self._checked = threading.Lock(), False
+
+    def check(self, names: Iterable[str]) -> None:
+        """Checks the files that nobody has checked yet, and waits for those that somebody is checking.
+
+        Raises:
+          FileNotFoundError: one is missing.
+          CheckpointError: one isn't what it was when it was written.
+        """
+        if self._checked:
+            return
+        theirs = []
+        for name in names:
+            with self._lock:
+                mine = name not in self._checks
+                future = self._checks.setdefault(name, concurrent.futures.Future())
+            if not mine:
+                theirs.append(future)
+                continue
+            try:
+                self._check(name)
+                future.set_result(None)
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+        for future in theirs:
+            future.result()
+
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        """Checks every file: small ones first, the others beside the work of the `with` block. Raises as `check`.
+
+        Of several processes each checks its share first, since a failure in the middle would leave the others waiting.
+        """
+        if jax.process_count() > 1:
+            self.check_together()
+            yield
+            return
+        small = [n for n, (size, _) in self.expected.items() if size <= _SMALL]
+        self.check(small)  # descriptions: what they say is used before their reading ends
+        with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
+            running = [pool.submit(self.check, [n]) for n in sorted(set(self.expected) - set(small))]
+            try:
+                yield
+            finally:
+                for future in running:
+                    future.result()  # says more than what the block made of damaged bytes
+
+    def check_together(self) -> None:
+        """Checks every file, each of them by one process, and raises in all if one fails."""
+        share, failure = sorted(self.expected)[jax.process_index() :: jax.process_count()], None
+        try:
+            in_parallel(lambda name: self.check([name]), share, _WORKERS)
+        except (OSError, CheckpointError) as error:
+            failure = error
+        if any_process(failure is not None):
+            raise failure or CheckpointError(f"another process found a file of {self.directory} missing or damaged")
+        self._checked = True
+
+    def _check(self, name: str) -> None:
+        file, expected = self.directory / name, self.expected.get(name)
+        if expected is None:
+            if file.exists():
+                raise CheckpointError(f"{file} isn't listed in {self.where}: it is of another checkpoint; remove it")
+            return  # an array's part that is zero has no file
+        try:
+            found = hash_file(file)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise FileNotFoundError(
+                f"{file} is missing, which {self.where} lists: the checkpoint is incomplete; copy it again"
+            ) from None
+        if found != expected:
+            what = f"has {found[0]} bytes of {expected[0]}" if found[0] != expected[0] else "has other bytes"
+            raise CheckpointError(f"{file} isn't what {self.where} says: it {what}; it is damaged, copy it again")
+
+
+class Unchecked(FileHashes):
+    """Hashes that nobody checks, which is said in the log."""
+
+    def __init__(self, directory: Path, why: str) -> None:
+        super().__init__(directory, {}, "")
+        self._checked = True
+        _log.warning("%s is read unchecked: %s", directory, why)
+
+
+# Descriptions that hold hashes ---------------------------------------------------------------------------
+
+
+def write_sealed(file: Path, fields: Mapping[str, Any]) -> None:
+    """Writes a JSON object and, as its last field, the hash of the others."""
+    file.write_text(json.dumps({**fields, _SEAL: _seal(fields)}, indent=1))
+
+
+def read_sealed(file: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote. Raises CheckpointError if it isn't that, FileNotFoundError."""
+    fields = read_json(file, CheckpointError)
+    if fields.pop(_SEAL, None) != _seal(fields):
+        raise CheckpointError(f"{file} isn't what was written: it is damaged, copy it again")
+    return fields
+
+
+def _seal(fields: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
+
+
+def file_hashes(directory: Path, fields: Mapping[str, Any], where: str) -> FileHashes:
+    """The hashes in the field `files` of a description."""
+    files = field(fields, "files", dict[str, tuple[int, str]], str(directory / where), CheckpointError)
+    return FileHashes(directory, {name: (size, digest) for name, (size, digest) in files.items()}, where)
