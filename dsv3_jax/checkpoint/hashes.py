@@ -20,13 +20,13 @@ import xxhash
 
 from dsv3_jax.checkpoint.files import CheckpointError
 from dsv3_jax.checkpoint.jobs import in_parallel
-from dsv3_jax.json_input import field, read_json
+from dsv3_jax.json_input import Raise, field
 from dsv3_jax.parallel.placement import any_process
 
 FileHash = tuple[int, str]
 """A file's size in bytes, and its hash in hexadecimal digits."""
 
-_SEAL = "seal"
+SEAL = "seal"
 _SMALL = 1 << 20
 _WORKERS = 4
 
@@ -147,20 +147,20 @@ class Unchecked(FileHashes):
 # Descriptions that hold hashes ---------------------------------------------------------------------------
 
 
-def write_sealed(file: Path, fields: Mapping[str, Any]) -> None:
-    """Writes a JSON object and, as its last field, the hash of the others."""
-    file.write_text(json.dumps({**fields, _SEAL: _seal(fields)}, indent=1))
+def seal(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the hash of all fields as the last one."""
+    return {**fields, SEAL: _hash_fields(fields)}
 
 
-def read_sealed(file: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote. Raises CheckpointError if it isn't that, FileNotFoundError."""
-    fields = read_json(file, CheckpointError)
-    if fields.pop(_SEAL, None) != _seal(fields):
-        raise CheckpointError(f"{file} isn't what was written: it is damaged, copy it again")
-    return fields
+def unseal(fields: Mapping[str, Any], file: Path, error: Raise = CheckpointError) -> dict[str, Any]:
+    """What `seal` was given. Raises `error` if a field isn't what it was."""
+    kept = {name: value for name, value in fields.items() if name != SEAL}
+    if fields.get(SEAL) != _hash_fields(kept):
+        raise error(f"{file} isn't what was written: it is damaged or was changed, and its field {SEAL!r} doesn't fit")
+    return kept
 
 
-def _seal(fields: Mapping[str, Any]) -> str:
+def _hash_fields(fields: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
 
 

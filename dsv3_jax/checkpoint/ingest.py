@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dsv3_jax.checkpoint import names
 from dsv3_jax.checkpoint.files import INDEX, CheckpointError
-from dsv3_jax.checkpoint.hashes import FileHashes, hash_file, hash_files, write_sealed
+from dsv3_jax.checkpoint.hashes import FileHashes, hash_file, hash_files, seal
 from dsv3_jax.checkpoint.hf import HFCheckpoint, converted_fields
 from dsv3_jax.checkpoint.jobs import JOURNAL, Unit, check_target, open_workspace, run_units
 from dsv3_jax.checkpoint.layout import FP8, Region, from_file_axes, quantise_matrix, region_shape, tensor_box
@@ -168,4 +168,4 @@ def _write_description(plan: Plan, directory: Path, done: dict[str, Any]) -> Non
         "tensors": dict(sorted(tensors.items())),
         "files": dict(sorted(files.items())),
     }
-    write_sealed(directory / MANIFEST, manifest)
+    (directory / MANIFEST).write_text(json.dumps(seal(manifest), indent=1))

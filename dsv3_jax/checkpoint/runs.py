@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsv3_jax.checkpoint.files import CheckpointError
-from dsv3_jax.checkpoint.hashes import FileHashes, Unchecked, file_hashes, read_sealed
+from dsv3_jax.checkpoint.hashes import SEAL, FileHashes, Unchecked, file_hashes, unseal
 from dsv3_jax.checkpoint.names import TreePath
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime, build_dataclass
 from dsv3_jax.json_input import read_json
@@ -32,13 +32,19 @@ def one_device(shapes: Shapes) -> dict[TreePath, Sharding]:
     return dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """The config of a run as JSON. Raises ConfigError, or FileNotFoundError."""
+    fields = read_json(file, ConfigError)
+    return unseal(fields, file, ConfigError) if SEAL in fields else fields  # those of earlier versions have none
+
+
 def step_hashes(step: Path, *, check_hashes: bool = True) -> FileHashes:
     """What the files of a checkpoint must be. step: its directory."""
     if not check_hashes:
         return Unchecked(step, "asked for")
     if not (step / HASHES).exists():
         return Unchecked(step, f"it has no {HASHES}, as those of earlier versions")
-    return file_hashes(step, read_sealed(step / HASHES), HASHES)
+    return file_hashes(step, unseal(read_json(step / HASHES, CheckpointError), step / HASHES), HASHES)
 
 
 def read_run(
@@ -56,7 +62,7 @@ def read_run(
     """
     file = directory / "config.json"
     try:
-        config = build_dataclass(ModelConfig, read_json(file, ConfigError).get("model"), str(file), "model.")
+        config = build_dataclass(ModelConfig, read_config(file).get("model"), str(file), "model.")
     except (OSError, ConfigError) as error:
         raise CheckpointError(f"{directory} holds no training run that can be read: {error}") from None
     steps = sorted(int(p.name) for p in (directory / CHECKPOINTS).iterdir() if p.name.isdigit())

@@ -24,7 +24,7 @@ import xxhash
 
 from dsv3_jax.checkpoint import names
 from dsv3_jax.checkpoint.files import DTYPES, CheckpointError
-from dsv3_jax.checkpoint.hashes import FileHashes, Unchecked, file_hashes, read_sealed
+from dsv3_jax.checkpoint.hashes import FileHashes, Unchecked, file_hashes, unseal
 from dsv3_jax.checkpoint.jobs import JOURNAL
 from dsv3_jax.checkpoint.layout import (
     FP8,
@@ -218,7 +218,7 @@ def _read_manifest(directory: Path, check_hashes: bool) -> tuple[dict[str, Any],
     manifest = read_json(file, CheckpointError)
     kept = field(manifest, "format", str, str(file), CheckpointError)
     if kept == FORMAT:
-        manifest = read_sealed(file)
+        manifest = unseal(manifest, file)
     elif kept != _FORMAT_WITHOUT_HASHES:
         raise CheckpointError(f"{file} has format {show(kept)}: it must be {FORMAT!r}")
     field(manifest, "dtype", Literal["keep", "fp8", "bf16", "float32"], str(file), CheckpointError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dsv3_jax.checkpoint.files import CheckpointError
-from dsv3_jax.checkpoint.hashes import hash_files, write_sealed
+from dsv3_jax.checkpoint.hashes import hash_files, seal
 from dsv3_jax.checkpoint.runs import HASHES, step_hashes
 from dsv3_jax.training.step import TrainState
 
@@ -38,7 +39,7 @@ class _HashedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 def _write_hashes(directory: Path) -> None:
     files = (f for f in directory.rglob("*") if f.is_file() and f.name != _ORBAX_METADATA)
     hashes = hash_files(directory, [str(f.relative_to(directory)) for f in files])
-    write_sealed(directory / HASHES, {"hash": "xxh3_128", "files": hashes})
+    (directory / HASHES).write_text(json.dumps(seal({"hash": "xxh3_128", "files": hashes}), indent=1))
 
 
 class Checkpoints:

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from dsv3_jax.checkpoint.runs import read_config
 from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Runtime, build_dataclass
 from dsv3_jax.data import DataConfig
-from dsv3_jax.json_input import read_json
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.processes import Processes
 from dsv3_jax.training.optimizer import OptimizerConfig
@@ -127,7 +127,7 @@ class TrainConfig:
     def from_json(cls, path: Path) -> TrainConfig:
         """Reads the `config.json` of a run. Raises ConfigError if the file is no such thing."""
         try:
-            values = read_json(path, ConfigError)
+            values = read_config(path)
             values.pop("tokenizer_files", None)  # of the directory, not of the run: `training.directory`
             return build_dataclass(cls, values, str(path))
         except OSError as error:

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
+from dsv3_jax.checkpoint.hashes import seal
+from dsv3_jax.checkpoint.runs import read_config
 from dsv3_jax.config import ConfigError
+from dsv3_jax.json_input import check_type
 from dsv3_jax.training.config import TrainConfig
 
 CONFIG = "config.json"
@@ -38,8 +40,8 @@ def hashes(files: dict[str, Path]) -> dict[str, str]:
 
 
 def write_config(directory: Path, config: TrainConfig, tokenizer: dict[str, str]) -> None:
-    """Writes `config.json`: the run's config, and under `tokenizer_files` the hashes of its tokenizer's files."""
-    content = dataclasses.asdict(config) | {"tokenizer_files": tokenizer}
+    """Writes `config.json`: the run's config, under `tokenizer_files` its tokenizer's hashes, under `seal` its own."""
+    content = seal(dataclasses.asdict(config) | {"tokenizer_files": tokenizer})
     _replace(directory / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -56,10 +58,8 @@ def kept_tokenizer(directory: Path, path: str | Path | None) -> str | Path | Non
 
     Raises ConfigError if the copy isn't what it was when the run began, or `path` holds another tokenizer.
     """
-    try:
-        recorded: Any = json.loads((directory / CONFIG).read_bytes()).get("tokenizer_files") or {}
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise ConfigError(f"{directory / CONFIG} is not the config of a training run: {error}") from None
+    recorded = read_config(directory / CONFIG).get("tokenizer_files") or {}
+    check_type(recorded, dict[str, str], f"{directory / CONFIG}: tokenizer_files", ConfigError)
     kept = hashes({name: directory / name for name in recorded if (directory / name).is_file()})
     for name, digest in recorded.items():
         if kept.get(name) != digest:
