@@ -72,15 +72,16 @@ class PackedSequences(grain.MapDataset):
     fewer than T tokens at the epoch's end.
 
     Elements are dicts of (T,) int32: `tokens`; `targets`, one token ahead; `segments`, the number of the token's
-    document within the sequence, from 1; `positions`, the token's index within its segment.
+    document within the sequence, from 1; `positions`, the token's index within its segment. With `mask_documents`, a
+    last target that is of another document is -100: the sequence's segments can't tell.
 
     Raises:
       ConfigError: the corpus is shorter than one sequence and its last target.
     """
 
-    def __init__(self, corpus: Corpus, sequence_length: int, seed: int) -> None:
+    def __init__(self, corpus: Corpus, sequence_length: int, seed: int, *, mask_documents: bool = True) -> None:
         super().__init__()
-        self._corpus, self._length, self._seed = corpus, sequence_length, seed
+        self._corpus, self._length, self._seed, self._mask_documents = corpus, sequence_length, seed, mask_documents
         self._lengths = np.diff(corpus.offsets)
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
         if len(self) < 1:
@@ -108,9 +109,12 @@ class PackedSequences(grain.MapDataset):
         tokens = np.concatenate(pieces).astype(np.int32)
         segments = np.searchsorted(starts[first : last + 1], where, side="right")
         positions = where - np.maximum(starts[first + segments - 1], begin)
+        targets = tokens[1:].copy()
+        if self._mask_documents and starts[last] == end - 1:
+            targets[-1] = -100
         return {
             "tokens": tokens[:-1],
-            "targets": tokens[1:],
+            "targets": targets,
             "segments": segments.astype(np.int32),
             "positions": positions.astype(np.int32),
         }

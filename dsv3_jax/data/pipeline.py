@@ -137,7 +137,7 @@ def _sequences(config: DataConfig, tokenizer: Tokenizer, *, validation: bool) ->
         )
     corpus = tokenize(side, tokenizer)
     try:
-        packed = PackedSequences(corpus, config.sequence_length, config.seed)
+        packed = PackedSequences(corpus, config.sequence_length, config.seed, mask_documents=config.mask_documents)
     except ConfigError as error:
         raise ConfigError(f"the {name} part of {config.source!r}: {error}") from None
     return packed, f"{corpus.fingerprint()}-{config.sequence_length}-{config.seed}"

@@ -38,3 +38,23 @@ def linear(x: jax.Array, w: jax.Array, *, contract: int = 1) -> jax.Array:
     inputs, outputs = math.prod(w.shape[:contract]), w.shape[contract:]
     y = x.reshape(*batch, inputs).astype(w.dtype) @ w.reshape(inputs, -1)
     return y.reshape(*batch, *outputs)
+
+
+@jax.custom_vjp
+def wide_linear(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`linear` whose result stays as it was summed up: (..., I) and (I, O) of one dtype -> (..., O), float32 or wider.
+
+    The products of its gradient are as `linear`'s: they take the cotangent in `x`'s dtype.
+    """
+    return jnp.matmul(x, w, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _wide_linear_forward(x, w):
+    return wide_linear(x, w), (x, w)
+
+
+def _wide_linear_backward(residuals, g):
+    return jax.vjp(linear, *residuals)[1](g.astype(residuals[0].dtype))
+
+
+wide_linear.defvjp(_wide_linear_forward, _wide_linear_backward)

@@ -14,6 +14,7 @@ from dsv3_jax.model.linear import linear, weight
 from dsv3_jax.model.remat import kept
 from dsv3_jax.model.router import Router, RouterStats
 from dsv3_jax.parallel.dispatch import experts_are_spread, experts_held, spread_experts
+from dsv3_jax.parallel.rows import collect, spread
 from pallas_kernels.grouped_matmul import grouped_swiglu
 
 PLACEMENT = "placement"
@@ -52,9 +53,11 @@ def experts_grouped(
     tokens, k = ids.shape
     order = jnp.argsort(ids.ravel())[:rows]  # of the N K (token, choice) pairs; those without an expert come last
     sizes = jnp.bincount(ids.ravel(), length=w.gate_proj.shape[0]).astype(jnp.int32)
-    out = grouped_swiglu(x[order // k], *w, sizes, implementation=implementation, keep=kept)
-    weighted = out * weights.ravel()[order][:, None]
-    return jnp.zeros((tokens, x.shape[1]), weighted.dtype).at[order // k].add(weighted).astype(x.dtype)
+    place = jnp.full((tokens * k,), rows, order.dtype).at[order].set(jnp.arange(rows, dtype=order.dtype))
+    maps = order // k, place.reshape(tokens, k)
+    out = grouped_swiglu(spread(x, *maps), *w, sizes, implementation=implementation, keep=kept)
+    weighted = out * spread(weights.reshape(-1, 1), order, place[:, None])
+    return collect(weighted, *maps).astype(x.dtype)
 
 
 def experts(

@@ -20,4 +20,24 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * scale.astype(x.dtype)
+    return _scaled(y.astype(x.dtype), scale)
+
+
+@jax.custom_vjp
+def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
+    """`y * scale` in `y`'s dtype. The gradient of the scale is summed over the tokens in float32 or wider."""
+    return y * scale.astype(y.dtype)
+
+
+def _scaled_forward(y, scale):
+    return _scaled(y, scale), (y, scale)
+
+
+def _scaled_backward(residuals, g):
+    y, scale = residuals
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    d_scale = jnp.sum(g.astype(wide) * y.astype(wide), axis=tuple(range(y.ndim - 1)))
+    return g * scale.astype(y.dtype), d_scale.astype(scale.dtype)
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward)

@@ -33,6 +33,11 @@ def affinities(logits: jax.Array, config: ModelConfig) -> jax.Array:
     return jax.nn.sigmoid(logits) if config.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
 
 
+def normalised_affinities(logits: jax.Array, config: ModelConfig) -> jax.Array:
+    """s' of eq. 19, s / sum(s): float32 (..., E) -> (..., E). By logarithms, also where float32 has no such small s."""
+    return jax.nn.softmax(jax.nn.log_sigmoid(logits) if config.scoring_func == "sigmoid" else logits, axis=-1)
+
+
 def select_experts(scores: jax.Array, bias: jax.Array | None, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Top-K experts of each token under group-limited routing (eq. 14 and 16).
 
@@ -58,7 +63,12 @@ def select_experts(scores: jax.Array, bias: jax.Array | None, config: ModelConfi
     ids = jax.lax.top_k(choice, c.num_experts_per_tok)[1]
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if c.norm_topk_prob:
-        weights /= weights.sum(-1, keepdims=True) + 1e-20
+        # First scaled to about 1, exactly, by a power of two: the quotient's gradient divides by the square of the sum,
+        # which isn't a float32 number where all affinities are small.
+        size = jax.lax.stop_gradient(jnp.maximum(weights.max(-1, keepdims=True), 1e-30))
+        size = jax.lax.reduce_precision(size, jnp.finfo(size.dtype).nexp, 0)
+        weights /= size
+        weights /= weights.sum(-1, keepdims=True) + 1e-20 / size
     return ids, weights * c.routed_scaling_factor
 
 
@@ -93,6 +103,6 @@ class Router(nn.Module):
         stats = RouterStats(
             load=_count(ids, experts),
             fraction=_count(top_k, experts) * (experts / (k * tokens)),  # eq. 18, of s without the bias as written
-            affinity=jnp.mean(scores / scores.sum(-1, keepdims=True), axis=1),  # eq. 19 and 20
+            affinity=jnp.mean(normalised_affinities(logits, c), axis=1),  # eq. 19 and 20
         )
         return ids, weights, stats

@@ -11,7 +11,7 @@ from flax import struct
 from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.attention import Index, LayerCache
 from dsv3_jax.model.block import Block
-from dsv3_jax.model.linear import linear, weight
+from dsv3_jax.model.linear import weight, wide_linear
 from dsv3_jax.model.moe import PLACEMENT
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.norm import norm_scale, rms_norm
@@ -62,7 +62,9 @@ class DeepSeekV3(nn.Module):
 
     def setup(self) -> None:
         c, r = self.config, self.runtime
-        self.embed_tokens = weight(self, "embed_tokens", c.vocab_size, c.hidden_size)
+        # Looked up before it is rounded: so the gradient of a row, which may have many thousand addends, is float32.
+        wide = jnp.promote_types(r.dtype, jnp.float32)
+        self.embed_tokens = weight(self, "embed_tokens", c.vocab_size, c.hidden_size, dtype=wide)
         if c.num_dense_layers:
             self.dense_layers = _stack(c.num_dense_layers, c, r, is_moe=False)
         if c.num_moe_layers:
@@ -161,8 +163,8 @@ class DeepSeekV3(nn.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         check_token_ids(tokens, self.config.vocab_size)
-        x = jnp.take(self.embed_tokens, tokens, axis=0, mode="fill")
-        return constrain(x, self.runtime, "batch", "sequence", None)
+        x = self.embed_tokens.at[tokens].get(mode="fill", wrap_negative_indices=False)  # NaN where there is no row
+        return constrain(x.astype(self.runtime.dtype), self.runtime, "batch", "sequence", None)
 
     def _trunk(
         self, tokens: jax.Array, index: Index, cache: Cache | None
@@ -190,8 +192,7 @@ class DeepSeekV3(nn.Module):
         return further, tuple(stats)
 
     def _head(self, hidden: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(self.runtime.dtype, jnp.float32)
-        return constrain(linear(hidden, self.lm_head), self.runtime, "batch", "sequence", "vocab").astype(wide)
+        return constrain(wide_linear(hidden, self.lm_head), self.runtime, "batch", "sequence", "vocab")
 
 
 def init_cache(config: ModelConfig, runtime: Runtime, batch: int, length: int) -> Cache:

@@ -25,6 +25,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType
 
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.parallel.rows import collect, spread
 from dsv3_jax.parallel.rules import larger, partition_spec, rules_of
 
 LocalExperts = Callable[..., jax.Array]
@@ -260,24 +261,18 @@ Sender = tuple[Callable[[jax.Array, Any], jax.Array], Callable[[jax.Array], jax.
 
 def _padded(axis: str, reached: jax.Array, place: jax.Array, size: int, room: int) -> Sender:
     """One `all_to_all` of equal pieces of `room` tokens, those that aren't needed filled up."""
-    tokens = len(reached)
-    row = jnp.where(reached, jnp.arange(size) * room + place, size * room)
-    token = jnp.full((size * room,), tokens).at[row].set(jnp.arange(tokens)[:, None], mode="drop")
+    places = jnp.where(reached, jnp.arange(size) * room + place, size * room)
+    source = _source(places, size * room)
     swap = lambda a: lax.all_to_all(a, axis, 0, 0, tiled=True)
 
     def there(a: jax.Array, fill: Any) -> jax.Array:
-        return swap(jnp.take(a, token, axis=0, mode="fill", fill_value=fill))
+        return swap(_send(a, source, places, fill))
 
-    def back(y: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(y.dtype, jnp.float32)
-        return jnp.zeros((tokens, y.shape[1]), wide).at[token].add(swap(y).astype(wide), mode="drop")
-
-    return there, back
+    return there, lambda y: collect(swap(y), source, places)
 
 
 def _ragged(axis: str, reached: jax.Array, place: jax.Array, size: int, room: int) -> Sender:
     """One `ragged_all_to_all`: pieces of exactly the tokens that are needed, end to end."""
-    tokens = len(reached)
     sent = reached.sum(0, dtype=jnp.int32)  # to each position
     starts = jnp.cumsum(sent) - sent
     swap = lambda a: lax.all_to_all(a, axis, 0, 0, tiled=True)
@@ -285,17 +280,28 @@ def _ragged(axis: str, reached: jax.Array, place: jax.Array, size: int, room: in
     ends_there = jnp.cumsum(received) - received
     lands = swap(ends_there)  # where my piece begins at its receiver
     came_from = swap(starts)  # and where the pieces that I received began at their senders
-    row = jnp.where(reached, starts + place, size * room)
-    token = jnp.full((size * room,), tokens).at[row].set(jnp.arange(tokens)[:, None], mode="drop")
+    places = jnp.where(reached, starts + place, size * room)
+    source = _source(places, size * room)
 
     def there(a: jax.Array, fill: Any) -> jax.Array:
-        rows = jnp.take(a, token, axis=0, mode="fill", fill_value=fill)
+        rows = _send(a, source, places, fill)
         empty = jnp.full_like(rows, fill)
         return lax.ragged_all_to_all(rows, empty, starts, sent, lands, received, axis_name=axis)
 
     def back(y: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(y.dtype, jnp.float32)
         home = lax.ragged_all_to_all(y, jnp.zeros_like(y), ends_there, received, came_from, sent, axis_name=axis)
-        return jnp.zeros((tokens, y.shape[1]), wide).at[token].add(home.astype(wide), mode="drop")
+        return collect(home, source, places)
 
     return there, back
+
+
+def _source(places: jax.Array, count: int) -> jax.Array:
+    """The token that each of `count` places gets, as `parallel.rows` has it, from where each token goes (N, size)."""
+    tokens = len(places)
+    return jnp.full((count,), tokens).at[places].set(jnp.arange(tokens)[:, None], mode="drop")
+
+
+def _send(a: jax.Array, source: jax.Array, places: jax.Array, fill: Any) -> jax.Array:
+    """The rows of `a` in their places; `fill`, if it isn't 0, in those that no token took."""
+    rows = spread(a, source, places)
+    return rows if fill == 0 else jnp.where((source < len(places))[:, None], rows, fill)

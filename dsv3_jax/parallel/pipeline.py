@@ -75,7 +75,8 @@ def pipeline_gradients(
       activation: of one microbatch on one device, between stages.
 
     Returns:
-      gradients of `own` and of `shared`, cut as these are, `total`, and `local` with a leading axis of stages.
+      gradients of `own` and of `shared`, cut as these are, float32 or wider, `total`, and `local` with a leading axis
+      of stages.
     """
     stages = jax.sharding.get_abstract_mesh().shape[STAGE]
     microbatches = len(jax.tree.leaves(pieces)[0])
@@ -140,7 +141,8 @@ def pipeline_gradients(
         first = jax.tree.map(lambda a: a[0], pieces)
         (_, objective), measured = jax.eval_shape(evaluate, own, shared, activation, first)
         one = jnp.ones((), objective.dtype)
-        zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
+        wide = lambda a: jnp.promote_types(a.dtype, jnp.float32)  # of sums over microbatches and devices
+        zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a)), tree)
         buffer = jnp.zeros((slots, *activation.shape), activation.dtype)
         start = (buffer, buffer, zeros(((own, shared), measured)))
         ticks = jnp.arange(microbatches + 2 * (stages - 1))

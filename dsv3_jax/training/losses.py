@@ -14,8 +14,13 @@ from dsv3_jax.model.transformer import DeepSeekV3, Outputs
 from dsv3_jax.parallel.context import sequence_order
 
 Batch = Mapping[str, jax.Array]
-"""`tokens` and `targets` (B, T) int32, the latter one token ahead; `segments` and `positions` (B, T) int32 if
-attention stays within documents."""
+"""`tokens` and `targets` (B, T) int32, the latter one token ahead, or `IGNORE` where nothing is to be predicted;
+`segments` and `positions` (B, T) int32 if attention stays within documents."""
+
+_KEYS = ("tokens", "targets", "segments", "positions")
+
+IGNORE = -100
+"""The target of a position that isn't trained: PyTorch's and transformers' value."""
 
 
 @struct.dataclass
@@ -39,9 +44,13 @@ class Tally:
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p(target), in nats: logits (..., V) float, targets (...) int32 -> (...) float32 or wider."""
+    """-log p(target), in nats: logits (..., V) float, targets (...) int32 -> (...) float32 or wider.
+
+    NaN for a target outside the vocabulary, `IGNORE` too: that is for the caller to mask.
+    """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    index = jnp.where(targets < 0, logits.shape[-1], targets)  # negative ones would count from the end
+    chosen = jnp.take_along_axis(logits, index[..., None], axis=-1, mode="fill")[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
@@ -56,38 +65,47 @@ def shift_left(x: jax.Array, by: int) -> jax.Array:
 
 
 def predictable(batch: Batch, ahead: int) -> jax.Array:
-    """Which positions (B, T) have a target `ahead` tokens on: within the sequence and, with segments, the document."""
-    tokens = batch["tokens"]
-    inside = jnp.arange(tokens.shape[1]) < tokens.shape[1] - (ahead - 1)
-    segments = batch.get("segments")
-    if segments is None:
-        return jnp.broadcast_to(inside, tokens.shape)
-    last_is_open = jnp.arange(tokens.shape[1]) == tokens.shape[1] - ahead  # its target lies just past the row
-    return inside & ((shift_left(segments, ahead) == segments) | last_is_open)
+    """Which positions (B, T) have a target `ahead` tokens on: within the sequence and, with segments, the document.
+
+    The row's last target, which lies just past it, counts to the document of the row's last token, unless it is
+    `IGNORE`. Nor does any other target that is.
+    """
+    tokens, segments, targets = batch["tokens"], batch.get("segments"), batch.get("targets")
+    there = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < tokens.shape[1] - (ahead - 1), tokens.shape)
+    if segments is not None:
+        there &= shift_left(segments, ahead) == segments
+    if targets is not None:
+        there &= shift_left(targets, ahead - 1) != IGNORE
+    return there
 
 
 @struct.dataclass
 class LaidOut:
     """A batch as the model takes it: its tokens in the order in which they lie over devices.
 
-    targets, masks: (B, T) each, of the next token and of the one k further, for k up to the depth of MTP; `masks` says
-    which of them there are. where: `positions`, `segments` and `order`, as the model's methods take them.
+    further_tokens: (B, T) each, the tokens 1 to D ahead, which the MTP modules take. targets, masks: (B, T) each, of
+    the next token and of the one k further, for k up to D; `masks` says which of them there are. where: `positions`,
+    `segments` and `order`, as the model's methods take them.
     """
 
     tokens: jax.Array
+    further_tokens: tuple[jax.Array, ...]
     targets: tuple[jax.Array, ...]
     masks: tuple[jax.Array, ...]
     where: dict[str, Any]
 
-    @property
-    def further_tokens(self) -> tuple[jax.Array, ...]:
-        """What the MTP modules take: the tokens 1 to D ahead, which are targets of the depths before."""
-        return self.targets[:-1]
-
 
 def lay_out(model: DeepSeekV3, batch: Batch) -> LaidOut:
-    """Everything that looks along the sequence, which comes before its tokens are laid out over devices."""
+    """Everything that looks along the sequence, which comes before its tokens are laid out over devices.
+
+    Raises:
+      ValueError: the batch has a key that isn't known: what it is meant to change would be left out in silence.
+    """
+    if unknown := sorted(set(batch) - set(_KEYS)):
+        raise ValueError(f"a batch has {unknown[0]!r}: its keys are {', '.join(_KEYS)}")
     tokens, ahead = batch["tokens"], range(model.config.num_nextn_predict_layers + 1)
+    last = batch["targets"][:, -1:]
+    following = jnp.concatenate([tokens[:, 1:], jnp.where(last == IGNORE, tokens[:, -1:], last)], axis=1)
     order = sequence_order(tokens.shape[1], model.runtime)
     lie = lambda x: x if order is None else x[:, order]
     positions, segments = batch.get("positions"), batch.get("segments")
@@ -95,6 +113,7 @@ def lay_out(model: DeepSeekV3, batch: Batch) -> LaidOut:
         positions = jnp.broadcast_to(jnp.arange(len(order), dtype=jnp.int32), tokens.shape)
     return LaidOut(
         lie(tokens),
+        tuple(lie(shift_left(following, k)) for k in ahead[:-1]),
         tuple(lie(shift_left(batch["targets"], k)) for k in ahead),
         tuple(lie(predictable(batch, k + 1)) for k in ahead),
         {
@@ -115,11 +134,12 @@ def forward_tally(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch)
 def tally_of(out: Outputs, laid: LaidOut) -> Tally:
     """Sums over a batch what the model made of it."""
     mask, depths = laid.masks[0], len(out.mtp_logits)
-    nll = jnp.sum(cross_entropy(out.logits, laid.targets[0]) * mask)
+    total = lambda logits, targets, mask: jnp.sum(jnp.where(mask, cross_entropy(logits, targets), 0))
+    nll = total(out.logits, laid.targets[0], mask)
     zero = jnp.zeros_like(nll)
     mtp_nll, mtp_count, mtp_correct = zero, zero, zero
     for logits, target, mask_k in zip(out.mtp_logits, laid.targets[1:], laid.masks[1:], strict=True):
-        mtp_nll += jnp.sum(cross_entropy(logits, target) * mask_k) / depths
+        mtp_nll += total(logits, target, mask_k) / depths
         mtp_count += jnp.sum(mask_k)
         mtp_correct += jnp.sum((logits.argmax(-1) == target) & mask_k)
 
@@ -141,6 +161,8 @@ def objective(tally: Tally, alpha: float, mtp_weight: jax.Array | float, tokens:
     """The training loss: CE + lambda/D sum_k CE_k (eq. 24, 25) + alpha sum over layers of the balance loss (eq. 17).
 
     Each CE_k is divided by the number of next-token targets, as eq. 24 divides by T; the balance loss is a mean
-    over sequences. `tokens` and `sequences` are those of the whole batch, of which `tally` may be a piece.
+    over sequences. `tokens` and `sequences` are those of the whole batch, of which `tally` may be a piece. Without any
+    target there is no CE to learn from: 0.
     """
-    return (tally.cross_entropy + mtp_weight * tally.mtp_cross_entropy) / tokens + alpha * tally.balance / sequences
+    predicted = (tally.cross_entropy + mtp_weight * tally.mtp_cross_entropy) / jnp.maximum(tokens, 1)
+    return predicted + alpha * tally.balance / sequences

@@ -46,19 +46,21 @@ def decays(params: Any) -> Any:
 
 
 def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` whose two moments are stored in `moments_dtype` and computed in float32."""
+    """`optax.scale_by_adam` whose two moments are stored in `moments_dtype` and computed in float32.
+
+    Whatever the dtype of parameters and gradients: optax's own take the parameters'.
+    """
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    if config.moments_dtype == "float32":
-        return adam
+    stored = jnp.dtype(config.moments_dtype)
 
     def cast(state: optax.ScaleByAdamState, dtype: Any) -> optax.ScaleByAdamState:
         return state._replace(mu=optax.tree.cast(state.mu, dtype), nu=optax.tree.cast(state.nu, dtype))
 
     def init(params: Any) -> optax.ScaleByAdamState:
-        return cast(adam.init(params), jnp.bfloat16)
+        return cast(adam.init(params), stored)
 
     def update(updates: Any, state: optax.ScaleByAdamState, params: Any = None):
-        updates, state = adam.update(updates, cast(state, jnp.float32), params)
-        return updates, cast(state, jnp.bfloat16)
+        updates, state = adam.update(optax.tree.cast(updates, jnp.float32), cast(state, jnp.float32), params)
+        return updates, cast(state, stored)
 
     return optax.GradientTransformation(init, update)

@@ -55,7 +55,7 @@ def pipelined_gradients(
     layers = layers_of_stages(config.num_moe_layers, stages)  # (S, most)
     spread = lambda stack: jax.tree.map(lambda a: jnp.take(a, layers, axis=0, mode="fill", fill_value=0), stack)
     shared = dict(variables["params"])
-    own, gather_gradients = jax.vjp(spread, shared.pop(SPARSE))
+    own = spread(stack := shared.pop(SPARSE))
     router = dict(variables[ROUTER])
     bias = spread(router.pop(SPARSE, {}))
     exists = jnp.asarray(layers < config.num_moe_layers)
@@ -110,7 +110,9 @@ def pipelined_gradients(
     )
     place = np.argsort(layers, axis=None, kind="stable")[: config.num_moe_layers]
     sparse_load = load.reshape(-1, load.shape[-1])[place]
-    return d_shared | {SPARSE: gather_gradients(d_own)[0]}, tally.replace(load=tally.load | {SPARSE: sparse_load})
+    wide = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32))
+    d_stack = jax.linear_transpose(spread, jax.tree.map(wide, stack))(d_own)[0]
+    return d_shared | {SPARSE: d_stack}, tally.replace(load=tally.load | {SPARSE: sparse_load})
 
 
 def _specs(tree: Any, leading: tuple[str | None, ...], model: DeepSeekV3) -> Any:

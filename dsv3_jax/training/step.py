@@ -88,12 +88,13 @@ def make_train_step(
 
 
 def _accumulate(grad: Callable, params: Any, batch: Batch, microbatches: int) -> tuple[Any, Tally]:
-    """Sums gradients and tallies over pieces of the batch, one piece in memory at a time."""
+    """Sums gradients and tallies over pieces of the batch, one piece in memory at a time, in float32 or wider."""
+    of_piece = lambda piece: jax.tree.map(lambda x: x.astype(jnp.promote_types(x, jnp.float32)), grad(params, piece))
     if microbatches == 1:
-        return grad(params, batch)
+        return of_piece(batch)
     pieces = _cut(batch, microbatches)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], pieces)))
-    add = lambda total, piece: (jax.tree.map(jnp.add, total, grad(params, piece)), None)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_piece, jax.tree.map(lambda x: x[0], pieces)))
+    add = lambda total, piece: (jax.tree.map(jnp.add, total, of_piece(piece)), None)
     return jax.lax.scan(add, zeros, pieces)[0]
 
 
@@ -115,11 +116,12 @@ def update_bias(router: Any, load: dict[str, jax.Array], speed: jax.Array) -> An
 
 
 def evaluate_tally(tally: Tally) -> Metrics:
-    """Readable means: losses in nats a token, accuracy, and each layer's load violation, max / mean - 1."""
-    metrics = {"loss": tally.cross_entropy / tally.tokens}
-    if "mtp_0" in tally.load:
-        metrics["mtp_loss"] = tally.mtp_cross_entropy / tally.tokens
-        metrics["mtp_accuracy"] = tally.mtp_correct / jnp.maximum(tally.mtp_tokens, 1)
+    """Readable means: losses in nats a predicted token, accuracy, and each layer's load violation, max / mean - 1."""
+    metrics = {"loss": tally.cross_entropy / jnp.maximum(tally.tokens, 1)}
+    if depths := sum(name.startswith("mtp_") for name in tally.load):
+        predicted = jnp.maximum(tally.mtp_tokens, 1)  # of all depths, over which `mtp_cross_entropy` is a mean
+        metrics["mtp_loss"] = depths * tally.mtp_cross_entropy / predicted
+        metrics["mtp_accuracy"] = tally.mtp_correct / predicted
     if tally.load:
         metrics["balance_loss"] = tally.balance / tally.sequences
     for name, load in tally.load.items():

@@ -2,7 +2,8 @@
 
 XLA lowers `ragged_dot` on a CPU to one masked product a group, G times the work. Here a tile starts at its group's
 first row or a multiple of `TILE` after it, and rows of it that are another group's are left alone. Tiles have one
-size: near the end of the rows, where one wouldn't fit, it is moved up.
+size: near the end of the rows, where one wouldn't fit, it is moved up. A matrix's gradient is summed over the tiles in
+float32 or wider, whatever the dtype of the operands.
 """
 
 from __future__ import annotations
@@ -23,6 +24,14 @@ def _rows(x: jax.Array, at: jax.Array) -> jax.Array:
 
 def _write(out: jax.Array, rows: jax.Array, at: jax.Array, mine: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, rows, _rows(out, at)), at, 0)
+
+
+def _wide_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _wide_zeros(w: jax.Array) -> jax.Array:
+    return jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
 
 
 def _over_tiles(
@@ -65,10 +74,10 @@ def _forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, transpos
 def _weight_gradient(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array) -> jax.Array:
     def group(g: jax.Array, drhs: jax.Array) -> jax.Array:
         def tile(at: jax.Array, mine: jax.Array, total: jax.Array) -> jax.Array:
-            return total + jnp.where(mine, _rows(lhs, at), 0).T @ _rows(dout, at)
+            return total + _wide_product(jnp.where(mine, _rows(lhs, at), 0).T, _rows(dout, at))
 
-        total = _over_tiles(g, len(lhs), group_sizes, tile, jnp.zeros(drhs.shape[1:], drhs.dtype))
-        return lax.dynamic_update_index_in_dim(drhs, total, g, 0)
+        total = _over_tiles(g, len(lhs), group_sizes, tile, _wide_zeros(drhs[0]))
+        return lax.dynamic_update_index_in_dim(drhs, total.astype(drhs.dtype), g, 0)
 
     empty = jnp.zeros((len(group_sizes), lhs.shape[1], dout.shape[1]), lhs.dtype)
     return lax.fori_loop(0, len(group_sizes), group, empty)
@@ -131,12 +140,13 @@ def _swiglu_vjp_backward(residuals, dy):
             da, db = swiglu_vjp(dy_rows @ w_down.T)
             rows = _rows(x, at)
             dx = _write(dx, da @ w_gate.T + db @ w_up.T, at, mine)
-            return dx, dw_gate + rows.T @ da, dw_up + rows.T @ db, dw_down + h.T @ dy_rows
+            new = (_wide_product(rows.T, da), _wide_product(rows.T, db), _wide_product(h.T, dy_rows))
+            return dx, dw_gate + new[0], dw_up + new[1], dw_down + new[2]
 
-        start = (dx, *(jnp.zeros_like(w) for w in (w_gate, w_up, w_down)))
+        start = (dx, *map(_wide_zeros, (w_gate, w_up, w_down)))
         dx, *sums = _over_tiles(g, len(x), group_sizes, tile, start)
-        weights = tuple(lax.dynamic_update_index_in_dim(w, s, g, 0) for w, s in zip(weights, sums, strict=True))
-        return dx, weights
+        store = lambda w, s: lax.dynamic_update_index_in_dim(w, s.astype(w.dtype), g, 0)
+        return dx, tuple(map(store, weights, sums))
 
     empty = (jnp.zeros_like(x), tuple(jnp.zeros_like(w) for w in (gate, up, down)))
     dx, weights = lax.fori_loop(0, len(gate), group, empty)

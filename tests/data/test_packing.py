@@ -22,19 +22,19 @@ def epoch_stream(corpus, order):
     return np.concatenate([corpus.tokens[corpus.offsets[d] : corpus.offsets[d + 1]] for d in order])
 
 
-def packed_or_none(corpus, length, seed=0):
+def packed_or_none(corpus, length, seed=0, **how):
     if len(corpus.tokens) <= length:
         with pytest.raises(ValueError, match="too few"):
-            PackedSequences(corpus, length, seed)
+            PackedSequences(corpus, length, seed, **how)
         return None
-    return PackedSequences(corpus, length, seed)
+    return PackedSequences(corpus, length, seed, **how)
 
 
 @given(lengths, st.integers(1, 16), st.integers(0, 2**32 - 1), st.integers(0, 3))
 @settings(deadline=None)
 def test_every_token_in_order_once(lengths, length, seed, epoch):
     data = corpus(lengths)
-    packed = packed_or_none(data, length, seed)
+    packed = packed_or_none(data, length, seed, mask_documents=False)
     if packed is None:
         return
     rows = [packed[epoch * len(packed) + i] for i in range(len(packed))]
@@ -48,6 +48,13 @@ def test_every_token_in_order_once(lengths, length, seed, epoch):
     np.testing.assert_array_equal(tokens, stream[:-1])
     np.testing.assert_array_equal(targets, stream[1:])
     assert data.offsets[-1] - 1 - len(tokens) < length  # what is dropped is less than a sequence
+    # With documents masked, a last target of another document isn't one.
+    masked = PackedSequences(data, length, seed)
+    for i, row in enumerate(rows):
+        expected = row["targets"].copy()
+        if document[(i + 1) * length] != document[(i + 1) * length - 1]:
+            expected[-1] = -100
+        np.testing.assert_array_equal(masked[epoch * len(packed) + i]["targets"], expected)
 
 
 @given(lengths, st.integers(1, 16), st.integers(0, 3))

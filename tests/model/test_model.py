@@ -154,4 +154,5 @@ def test_bad_tokens_are_refused(case):
         model.apply(variables, jnp.zeros((1, 65), jnp.int32))
     with pytest.raises(ValueError, match=r"exceeds max_position_embeddings \(64\)"):
         init_cache(config, model.runtime, 1, 65)
-    assert bool(jnp.isnan(run(model, variables, jnp.full((1, 3), 64))).all())  # never a wrong number
+    for bad in (64, -1, -100):  # never a wrong number
+        assert bool(jnp.isnan(run(model, variables, jnp.full((1, 3), bad))).all())

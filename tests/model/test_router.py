@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from dsv3_jax import ModelConfig, Runtime
 from dsv3_jax.model.moe import ExpertWeights, experts, experts_reference
-from dsv3_jax.model.router import Router, select_experts
+from dsv3_jax.model.router import Router, affinities, normalised_affinities, select_experts
+from dsv3_jax.training.losses import balance_loss
+from tests.conftest import new_rng
 
 BASE = dataclasses.replace(
     ModelConfig.preset("tiny"), n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2
@@ -68,6 +70,49 @@ def test_statistics_are_those_of_the_equations():
             assert stats.load[b, e] == np.sum(np.asarray(ids)[b] == e)
             np.testing.assert_allclose(stats.fraction[b, e], 8 / (2 * 7) * np.sum(top[b] == e), rtol=1e-6)
     np.testing.assert_allclose(stats.affinity, (s / s.sum(-1, keepdims=True)).mean(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("base", [10.0, 0.0, -20.0, -44.0, -50.0, -80.0, -120.0, -300.0])
+def test_gradients_of_saturated_affinities(base):
+    """Of sum_i a_i s_i / sum(s) over all experts and over the chosen ones, in float64 by hand."""
+    config = dataclasses.replace(BASE, n_routed_experts=4, n_group=1, topk_group=1)
+    logits = np.float32(base) + np.array([0, 0.3, 0.7, 1], np.float32)
+    z, of_all, of_chosen = np.float64(logits), np.arange(4.0), np.arange(1.0, 3.0)
+    s, ds = 1 / (1 + np.exp(-z)), 1 / (1 + np.exp(-z)) / (1 + np.exp(z))
+    chosen = np.argsort(-s)[:2] if base > -100 else np.arange(2)  # in float32 all are 0 there, and so are the weights
+    expected = ds * (of_all - (of_all * s).sum() / s.sum()) / s.sum()
+    total, weights = s[chosen].sum() + 1e-20, np.zeros(4)
+    weights[chosen] = ds[chosen] * (of_chosen - (of_chosen * s[chosen]).sum() / total) / total
+    got = jax.grad(lambda z: jnp.sum(normalised_affinities(z, config) * of_all))(jnp.asarray(logits))
+    np.testing.assert_allclose(got, expected, rtol=2e-5)
+    f = lambda z: jnp.sum(select_experts(affinities(z, config)[None], None, config)[1] * of_chosen)
+    got = jax.grad(f)(jnp.asarray(logits))
+    rtol = 1e-3 if base > 0 else 2e-5  # near 1 the float32 affinity has no more digits of 1 - s
+    np.testing.assert_allclose(got, weights * config.routed_scaling_factor, rtol=rtol, atol=1e-30)
+
+
+def test_scaling_changes_no_bit_of_the_weights():
+    scores = jnp.asarray(new_rng().uniform(size=(1000, 8)), jnp.float32)
+    ids, weights = select_experts(scores, None, BASE)
+    chosen = jnp.take_along_axis(scores, ids, 1)
+    plain = chosen / (chosen.sum(-1, keepdims=True) + 1e-20) * BASE.routed_scaling_factor
+    np.testing.assert_array_equal(weights, plain)
+
+
+def test_a_saturated_token_among_others_leaves_the_router_a_gradient():
+    config = dataclasses.replace(BASE, hidden_size=8)
+    router, x = Router(config, Runtime()), jax.random.normal(jax.random.key(0), (1, 5, 8))
+    variables = router.init(jax.random.key(1), x)
+    weight = jax.random.normal(jax.random.key(2), (8, 8)) - 1.0
+
+    def loss(weight, x):
+        _, weights, stats = router.apply({**variables, "params": {"weight": weight}}, x)
+        return jnp.sum(balance_loss(stats)) + jnp.sum(weights * jnp.arange(1.0, 3.0))
+
+    for size in (1.0, 6.0, 8.0, 30.0):
+        for g in jax.grad(loss, (0, 1))(weight, x.at[0, 2].set(size)):
+            assert jnp.isfinite(g).all()
+            assert jnp.any(g != 0)
 
 
 @pytest.mark.parametrize("impl", ["ragged", "blocked"])

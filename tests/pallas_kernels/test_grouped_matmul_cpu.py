@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from tests.conftest import new_rng
 
 D, F = 6, 5
 sizes = st.lists(st.sampled_from([0, 1, 3, 63, 64, 65, 130]), min_size=1, max_size=5)
@@ -42,6 +43,25 @@ def test_any_group_sizes(what, group_sizes, unused):
         got, expected = (values_and_gradients(f(name), *arrays) for name in ("blocked", "reference"))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("what", ["product", "experts"])
+def test_gradients_of_bfloat16_matrices_are_summed_in_float32(what):
+    """Over 128 tiles. What is left is the rounding of operands and of the sum, 2^-9 at most of each."""
+    rng, rows = new_rng(), 8192
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape) + 0.2, jnp.bfloat16)
+    x, gate, up, down, dy = draw(rows, 32), draw(1, 32, 16), draw(1, 32, 16), draw(1, 16, 32), draw(rows, 32)
+    counts = jnp.array([rows], jnp.int32)
+    if what == "product":
+        f, arrays = lambda x, w: grouped_matmul(x, w, counts, implementation="blocked"), (x, draw(1, 32, 32))
+        exact = [np.einsum("mk,mn->kn", np.float64(x), np.float64(dy))]
+    else:
+        f, arrays = lambda *a: grouped_swiglu(*a, counts, implementation="blocked"), (x, gate, up, down)
+        plain = lambda x, g, u, d: (jax.nn.silu(x @ g[0]) * (x @ u[0])) @ d[0]
+        exact = jax.vjp(plain, *(jnp.float32(a) for a in arrays))[1](jnp.float32(dy))[1:]
+    got = jax.jit(lambda *a: jax.vjp(f, *a)[1](dy))(*arrays)[1:]
+    for a, b in zip(got, exact, strict=True):
+        assert np.linalg.norm(np.float64(a).squeeze() - np.float64(b).squeeze()) < 5e-3 * np.linalg.norm(np.float64(b))
 
 
 @pytest.mark.parametrize("implementation", ["blocked", "reference"])

@@ -10,9 +10,20 @@ import pytest
 from jax.test_util import check_grads
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
+from dsv3_jax.data import Corpus, PackedSequences
 from dsv3_jax.model.attention import Index, MultiHeadLatentAttention
 from dsv3_jax.model.router import Router
-from dsv3_jax.training.losses import balance_loss, cross_entropy, forward_tally, objective, shift_left
+from dsv3_jax.training.losses import (
+    IGNORE,
+    balance_loss,
+    cross_entropy,
+    forward_tally,
+    objective,
+    predictable,
+    shift_left,
+)
+from dsv3_jax.training.step import evaluate_tally
+from tests.conftest import new_rng
 
 SMALL = dataclasses.replace(
     ModelConfig.preset("tiny"),
@@ -104,6 +115,8 @@ def test_mtp_loss_is_eq_24(small):
                 count += 1
     np.testing.assert_allclose(tally.mtp_cross_entropy, expected, rtol=1e-5)
     assert (int(tally.mtp_correct), int(tally.mtp_tokens), int(tally.tokens)) == (correct, count, 2 * length)
+    depths = SMALL.num_nextn_predict_layers
+    np.testing.assert_allclose(evaluate_tally(tally)["mtp_loss"], expected * depths / count, rtol=1e-5)
     whole = objective(tally, 1e-2, 0.3, tally.tokens, tally.sequences)
     parts = tally.cross_entropy / 16 + 0.3 * tally.mtp_cross_entropy / 16 + 1e-2 * tally.balance / 2
     np.testing.assert_allclose(whole, parts, rtol=1e-6)
@@ -121,6 +134,68 @@ def test_documents_bound_what_is_predicted(small):
     changed = {**batch, "targets": targets.at[0, 2].set((targets[0, 2] + 1) % SMALL.vocab_size)}
     again = jax.jit(lambda v, b: forward_tally(model, v, b))(variables, changed)
     chex.assert_trees_all_close(tally.cross_entropy, again.cross_entropy)
+
+
+def test_predictable_is_the_definition():
+    """Packed rows of short documents: both ends of a prediction in one document, also past the row's end."""
+    rng = new_rng()
+    lengths = rng.integers(1, 12, 200)
+    packed = PackedSequences(Corpus(np.arange(lengths.sum(), dtype=np.uint16), np.cumsum([0, *lengths])), 16, 0)
+    order, _ = packed._epoch_order(0)
+    document = np.repeat(np.arange(len(order)), lengths[order])
+    rows = [packed[r] for r in range(len(packed))]
+    batch = {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
+    for ahead in (1, 2, 3):
+        place = np.arange(len(rows))[:, None] * 16 + np.arange(16)
+        inside = np.arange(16) + ahead <= 16  # the row's targets go one token further than its tokens
+        there = document[np.minimum(place + ahead, len(document) - 1)]
+        np.testing.assert_array_equal(predictable(batch, ahead), inside & (there == document[place]))
+
+
+def tally_and_gradient(small, batch):
+    model, variables, _ = small
+
+    @jax.jit
+    def f(params):
+        tally = forward_tally(model, {**variables, "params": params}, batch)
+        return objective(tally, 1e-2, 0.3, tally.tokens, tally.sequences), tally
+
+    return jax.grad(f, has_aux=True)(variables["params"])[::-1]
+
+
+def test_ignored_targets_are_as_if_masked(small):
+    """At any depth: neither in the count nor in the sum, and without a gradient that isn't finite."""
+    _, _, row = small
+    tokens, targets = row[:, :-1], row[:, 1:]
+    ignored = targets.at[0, 3:6].set(IGNORE).at[1, -1].set(IGNORE)
+    tally, gradient = tally_and_gradient(small, {"tokens": tokens, "targets": ignored})
+    assert (int(tally.tokens), int(tally.mtp_tokens)) == (16 - 4, (14 - 4) + (12 - 4))
+    there = np.asarray(predictable({"tokens": tokens, "targets": ignored}, 1))
+    np.testing.assert_array_equal(there, np.asarray(ignored) != IGNORE)
+    model, variables, _ = small
+    nll = cross_entropy(jax.jit(model.apply)(variables, tokens), targets)
+    np.testing.assert_allclose(tally.cross_entropy, np.sum(np.asarray(nll), where=there), rtol=1e-5)
+    chex.assert_tree_all_finite(gradient)
+    # An MTP module still sees the tokens whose targets are ignored, as attention does.
+    whole, _ = tally_and_gradient(small, {"tokens": tokens, "targets": targets})
+    chex.assert_trees_all_equal(tally.load["moe_layers"], whole.load["moe_layers"])
+    nothing, gradient = tally_and_gradient(small, {"tokens": tokens, "targets": jnp.full_like(targets, IGNORE)})
+    assert float(evaluate_tally(nothing)["loss"]) == float(evaluate_tally(nothing)["mtp_loss"]) == 0
+    chex.assert_tree_all_finite(gradient)
+
+
+@pytest.mark.parametrize("bad", [-1, -99, -101, SMALL.vocab_size])
+def test_other_targets_outside_the_vocabulary_give_nan(small, bad):
+    _, _, row = small
+    tally, _ = tally_and_gradient(small, {"tokens": row[:, :-1], "targets": row[:, 1:].at[1, 2].set(bad)})
+    assert np.isnan([tally.cross_entropy, tally.mtp_cross_entropy]).all()
+
+
+def test_an_unknown_key_of_a_batch_is_refused(small):
+    model, variables, row = small
+    batch = {"tokens": row[:, :-1], "targets": row[:, 1:], "mask": row[:, 1:]}
+    with pytest.raises(ValueError, match="a batch has 'mask': its keys are tokens, targets, segments, positions"):
+        forward_tally(model, variables, batch)
 
 
 def test_shift_left():

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from dsv3_jax import DeepSeekV3, Runtime
 from dsv3_jax.training.optimizer import OptimizerConfig, decays, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
-from dsv3_jax.training.step import TrainState, init_state, make_train_step, update_bias
+from dsv3_jax.training.step import TrainState, _accumulate, init_state, make_train_step, update_bias
 from tests.conftest import new_rng
 from tests.model import equations
 from tests.model.test_equations import DOUBLE, random_variables
@@ -64,6 +64,28 @@ def test_accumulated_microbatches_equal_the_whole_batch():
     chex.assert_trees_all_equal(a.router, b.router)
     # Adam's first step is a sign: compare its moments, which are the gradients.
     chex.assert_trees_all_close(a.opt_state, b.opt_state, atol=1e-6)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_moments_have_their_dtype_whatever_the_parameters(param_dtype, moments):
+    optimizer = make_optimizer(OptimizerConfig(moments_dtype=moments), SCHEDULE)
+    params = {"w": jnp.ones((3, 2), param_dtype), "norm": jnp.ones(3, param_dtype)}
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, params), state, params)
+        assert {x.dtype.name for x in jax.tree.leaves(state) if x.ndim} == {moments}
+        assert {x.dtype.name for x in jax.tree.leaves(optax.apply_updates(params, updates))} == {param_dtype}
+
+
+def test_gradients_of_microbatches_are_summed_in_float32():
+    """Also those of bfloat16 parameters, whose own sums of 64 would be some 1% off."""
+    made = jnp.asarray(new_rng().normal(size=(64, 200)) + 0.2, jnp.bfloat16)
+    gradient = lambda params, piece: ({"w": piece["tokens"][0]}, jnp.float32(1))
+    total, tally = jax.jit(lambda: _accumulate(gradient, None, {"tokens": made}, 64))()
+    assert (total["w"].dtype, float(tally)) == (jnp.float32, 64)
+    np.testing.assert_allclose(total["w"], np.float64(made).sum(0), rtol=1e-5, atol=1e-5)
+    assert _accumulate(gradient, None, {"tokens": made[:1]}, 1)[0]["w"].dtype == jnp.float32
 
 
 def test_bias_rises_for_the_idle_expert_and_falls_for_the_busy_one():
