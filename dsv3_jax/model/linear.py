@@ -44,9 +44,9 @@ def linear(x: jax.Array, w: jax.Array, *, contract: int = 1) -> jax.Array:
 def wide_linear(x: jax.Array, w: jax.Array) -> jax.Array:
     """`linear` whose result stays as it was summed up: (..., I) and (I, O) of one dtype -> (..., O), float32 or wider.
 
-    The products of its gradient are as `linear`'s: they take the cotangent in `x`'s dtype.
+    The products of its gradient take the cotangent in `x`'s dtype, as `linear`'s do, and are rounded once.
     """
-    return jnp.matmul(x, w, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    return _wide_einsum("...i,io->...o", x, w)
 
 
 def _wide_linear_forward(x, w):
@@ -54,7 +54,17 @@ def _wide_linear_forward(x, w):
 
 
 def _wide_linear_backward(residuals, g):
-    return jax.vjp(linear, *residuals)[1](g.astype(residuals[0].dtype))
+    x, w = residuals
+    g = g.astype(x.dtype)
+    dx, dw = (
+        _wide_einsum("...o,io->...i", g, w),
+        _wide_einsum("ni,no->io", *(a.reshape(-1, a.shape[-1]) for a in (x, g))),
+    )
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+def _wide_einsum(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(formula, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 wide_linear.defvjp(_wide_linear_forward, _wide_linear_backward)
