@@ -106,7 +106,7 @@ def test_bad_sources_are_named(tmp_path):
 def test_stdlib_leaves_out_what_some_distributions_leave_out():
     outside = Path(sysconfig.get_path("stdlib")) / "tkinter" / "constants.py"
     if not outside.exists():
-        pytest.skip("this Python has no tkinter")
+        pytest.skip("needs a Python with tkinter")
     assert outside.read_text(encoding="utf-8") not in load_documents()
 
 
