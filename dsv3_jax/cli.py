@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import io
 import re
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import tyro
 
@@ -133,55 +132,10 @@ def _train(arguments: list[str]) -> None:
 # generate ------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Generate:
-    """Continue a text with a model from a training run, a Hugging Face directory, or a converted checkpoint."""
-
-    model: Annotated[Path, tyro.conf.Positional]
-    """Directory of the run or checkpoint."""
-    prompt: str = ""
-    """What to continue."""
-    max_new_tokens: int = 200
-    """How many tokens to add at most."""
-    temperature: float = 0.7
-    """0 takes the most likely token each time."""
-    top_k: int | None = None
-    """Draw among this many most likely tokens."""
-    top_p: float = 0.95
-    """Draw among the fewest tokens that together have this probability."""
-    seed: int = 0
-    """Of the draws."""
-    tokenizer: Path | None = None
-    """A tokenizer.json; by default the one in the directory, else the run's, else bytes."""
-
-
 def _generate(arguments: list[str]) -> None:
-    chosen = _parse(Generate, "generate", arguments)
-    import jax
+    from dsv3_jax.inference.command import GenerateArgs, generate_command
 
-    from dsv3_jax.checkpoint import load_pretrained
-    from dsv3_jax.data import load_tokenizer
-    from dsv3_jax.inference.generate import stream
-    from dsv3_jax.inference.sampling import Sampling
-
-    sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
-    model, variables = load_pretrained(chosen.model)
-    beside = chosen.model / "tokenizer.json"
-    tokenizer = load_tokenizer(chosen.tokenizer or (beside if beside.exists() else None))
-    prompt = [tokenizer.bos_id, *map(int, tokenizer.encode(chosen.prompt))]
-    tokens: list[int] = []
-    shown = 0
-    print(chosen.prompt, end="", flush=True)
-    key = jax.random.key(chosen.seed)
-    for token in stream(model, variables, [prompt], chosen.max_new_tokens, sampling=sampling, key=key):
-        if int(token[0]) == tokenizer.eos_id:
-            break
-        tokens.append(int(token[0]))
-        text = tokenizer.decode(tokens)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of a character may still come
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
-    print(tokenizer.decode(tokens)[shown:])
+    generate_command(_parse(GenerateArgs, "generate", arguments))
 
 
 # info ----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.ingest import import_hf
 from dsv3_jax.checkpoint.jobs import keep_freed_memory
 from dsv3_jax.checkpoint.plan import Plan, PlannedStore, Target
+from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
 from dsv3_jax.checkpoint.store import MANIFEST, Store, Variables
 from dsv3_jax.config import Runtime
 
@@ -87,7 +88,11 @@ def _run(directory: Path, check_hashes: bool) -> Variables:
     """The newest checkpoint of a training run."""
     config, variables = runs.read_run(directory, Runtime(), check_hashes=check_hashes)
     newest = max((directory / runs.CHECKPOINTS).iterdir(), key=lambda p: int(p.name) if p.name.isdigit() else -1)
-    return Variables(config, variables, directory, f"{newest.resolve()} {newest.stat().st_mtime_ns}")
+    version = f"{newest.resolve()} {newest.stat().st_mtime_ns}"
+    tokenizer = run_tokenizer(directory)
+    # What a preset's ids were for is another tokenizer.
+    config = dataclasses.replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    return Variables(config, variables, directory, version, tokenizer)
 
 
 def _local(source: str) -> Path:

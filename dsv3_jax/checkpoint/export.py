@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import struct
 import threading
 from pathlib import Path
@@ -284,5 +283,4 @@ def _describe(
     if set(where.values()) != {SINGLE}:
         index = {"metadata": {"total_size": sum(e.nbytes for e in entries.values())}, "weight_map": where}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for file in store.small_files():
-        shutil.copyfile(file, directory / file.name)
+    store.write_small_files(directory)

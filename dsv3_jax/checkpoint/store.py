@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import operator
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,7 @@ from dsv3_jax.checkpoint.layout import (
 )
 from dsv3_jax.checkpoint.names import Kind, Leaf, TreePath
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.data import Tokenizer
 from dsv3_jax.json_input import field, read_json, show
 
 MANIFEST = "manifest.json"
@@ -354,10 +356,12 @@ class Store:
         """What makes two exports ones of the same checkpoint."""
         return xxhash.xxh3_128_hexdigest((self.directory / MANIFEST).read_bytes())
 
-    def small_files(self) -> list[Path]:
-        """Files that came with the source's weights, as its tokenizer."""
+    def write_small_files(self, directory: Path) -> None:
+        """Copies the files that came with the source's weights, as its tokenizer."""
         own = {MANIFEST, "config.json", "_METADATA", JOURNAL}
-        return [f for f in sorted(self.directory.iterdir()) if f.is_file() and f.name not in own]
+        for file in sorted(self.directory.iterdir()):
+            if file.is_file() and file.name not in own:
+                shutil.copyfile(file, directory / file.name)
 
     def kind(self, name: str) -> Kind:
         """The row of the table that a tensor belongs to; of MTP's copies, the original's."""
@@ -417,10 +421,18 @@ class Variables(Store):
 
     config: of the model. variables: its two collections; arrays of float32 or bfloat16.
     directory: where they come from: the export's name, and its identity together with `version`.
+    tokenizer: what an export has beside the weights, or None.
     """
 
-    def __init__(self, config: ModelConfig, variables: Mapping[str, Any], directory: Path, version: str = "") -> None:
-        self.directory, self._version = directory, version
+    def __init__(
+        self,
+        config: ModelConfig,
+        variables: Mapping[str, Any],
+        directory: Path,
+        version: str = "",
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.directory, self._version, self._tokenizer = directory, version, tokenizer
         self.fields, self.block, self.manifest = config.to_hf(), None, {"dtype": "memory", "tensors": {}}
         self._describe(config)
         self._values = {path: np.asarray(functools.reduce(operator.getitem, path, variables)) for path in self.leaves}
@@ -437,6 +449,6 @@ class Variables(Store):
     def identity(self) -> str:
         return self._version
 
-    def small_files(self) -> list[Path]:
-        tokenizer = self.directory / "tokenizer.json"
-        return [tokenizer] if tokenizer.exists() else []
+    def write_small_files(self, directory: Path) -> None:
+        if self._tokenizer is not None:
+            self._tokenizer.save(directory)

@@ -66,8 +66,11 @@ class HuggingFaceTokenizer:
         self.bos_id, self.eos_id = (self._tokenizer.get_vocab()[token] for token in (self._bos or self._eos, self._eos))
 
     @classmethod
-    def from_file(cls, path: Path) -> HuggingFaceTokenizer:
-        """Reads a tokenizer.json and the tokenizer_config.json beside it. Raises ConfigError."""
+    def from_file(cls, path: Path, config: dict[str, Any]) -> HuggingFaceTokenizer:
+        """Reads a tokenizer.json, and beside it tokenizer_config.json, whose fields `config` overrides.
+
+        Raises ConfigError.
+        """
         try:
             tokenizer = RustTokenizer.from_file(str(path))
             tokenizer.encode("a")  # a template without its tokens fails only now
@@ -75,7 +78,7 @@ class HuggingFaceTokenizer:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise ConfigError(f"{path} is not a Hugging Face {TOKENIZER_JSON}: {str(error)[:300]}") from None
-        return cls(tokenizer, read_tokenizer_config(path.parent), str(path))
+        return cls(tokenizer, read_tokenizer_config(path.parent) | config, str(path))
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]

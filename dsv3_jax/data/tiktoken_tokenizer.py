@@ -48,6 +48,10 @@ _CHUNK, _RUN = 400_000, 25_000
 class TiktokenTokenizer:
     """A `tiktoken.model`, and the names of its special tokens from the tokenizer_config.json beside it.
 
+    Args:
+      path: of the file.
+      config: the fields of its tokenizer_config.json.
+
     bos and eos are `[BOS]` and `[EOS]` unless that file says otherwise. A prompt begins with bos only if
     `add_bos_token` says so.
 
@@ -55,7 +59,7 @@ class TiktokenTokenizer:
       ConfigError: the file can't be read, is of another model, or the tiktoken library isn't installed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
         try:
             import tiktoken
             from tiktoken.load import load_tiktoken_bpe
@@ -63,8 +67,8 @@ class TiktokenTokenizer:
             raise ConfigError(
                 f"reading {path} needs the tiktoken library: pip install tiktoken, or give a {TOKENIZER_JSON}"
             ) from None
-        self._path, self._config = path, read_tokenizer_config(path.parent)
-        _check_kind(path, self._config)
+        self._path, self._config = path, config
+        _check_kind(path, config)
         try:
             ranks = load_tiktoken_bpe(str(path))
         except Exception as error:  # of base64, of int, of the library
@@ -77,6 +81,11 @@ class TiktokenTokenizer:
         )
         self._ordinary, self.vocab_size = len(ranks), len(ranks) + _SPECIAL_TOKENS
         self.bos_id, self.eos_id = (_special_id(kind, special, self._config, path) for kind in ("bos", "eos"))
+
+    @classmethod
+    def from_file(cls, path: Path, config: dict[str, Any]) -> TiktokenTokenizer:
+        """Reads a tiktoken.model, and beside it tokenizer_config.json, whose fields `config` overrides."""
+        return cls(path, read_tokenizer_config(path.parent) | config)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]

@@ -22,12 +22,13 @@ _ELSEWHERE = {
 """Other formats of tokenizers, which transformers turns into a tokenizer.json."""
 
 
-def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path | None = None, *, add_bos_token: bool | None = None) -> Tokenizer:
     """Makes a tokenizer: bytes for None or "bytes", else what is in a file or folder.
 
     Args:
       path: a `tokenizer.json` or `tiktoken.model`, or the folder that holds one; `tokenizer_config.json` beside it
         names bos and eos.
+      add_bos_token: whether prompts begin with bos; by default as the files say.
 
     Raises:
       ConfigError: there is no such file, it can't be read, or has no end-of-document token.
@@ -38,7 +39,8 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     file = _file_in(path) if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"no tokenizer at {file}: give the path of a {TOKENIZER_JSON}, or {BYTES!r}")
-    return TiktokenTokenizer(file) if file.name == TIKTOKEN_MODEL else HuggingFaceTokenizer.from_file(file)
+    read = TiktokenTokenizer.from_file if file.name == TIKTOKEN_MODEL else HuggingFaceTokenizer.from_file
+    return read(file, {} if add_bos_token is None else {"add_bos_token": add_bos_token})
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import jax
@@ -28,8 +28,9 @@ def stream(
     sampling: Sampling = _GREEDY,
     key: jax.Array | None = None,
     cache_length: int | None = None,
+    end_ids: Collection[int] = (),
 ) -> Iterator[np.ndarray]:
-    """Yields the next token of every prompt, `max_new_tokens` times.
+    """Draws the next token of every prompt, `max_new_tokens` times, or until each prompt has come to an end token.
 
     Args:
       prompts: B token sequences, each of at least one token; lengths may differ.
@@ -37,9 +38,10 @@ def stream(
       sampling: how; greedy by default.
       key: a typed key; needed unless greedy.
       cache_length: tokens that the cache has room for; by default as many as are needed.
+      end_ids: tokens that end a text, as `config.eos_token_ids`; a prompt that has come to one repeats it.
 
-    Yields:
-      (B,) int32.
+    Returns:
+      An iterator over (B,) int32, each drawn when it is asked for.
 
     Raises:
       ConfigError: an empty prompt, a token outside the vocabulary, or prompt and continuation that exceed the
@@ -76,20 +78,39 @@ def stream(
         row[: len(prompt)] = prompt
     check_token_ids(tokens, model.config.vocab_size)
 
-    cache = init_cache(model.config, model.runtime, len(prompts), room)
+    return _steps(model, variables, tokens, lengths, room, max_new_tokens, sampling, key, list(end_ids))
+
+
+def _steps(
+    model: DeepSeekV3,
+    variables: Mapping[str, Any],
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    room: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: jax.Array,
+    end_ids: list[int],
+) -> Iterator[np.ndarray]:
+    """Prefill, then one step a token. tokens: (B, width), padded on the right to `lengths` (B,). room: the cache's."""
+    cache = init_cache(model.config, model.runtime, len(tokens), room)
     key, first = jax.random.split(key)
     token, cache = _prefill(_in_form(model, "expanded"), sampling, variables, tokens, lengths, cache, first)
-    yield np.asarray(token)
-    for _ in range(max_new_tokens - 1):
+    ended, last = np.zeros(len(tokens), bool), np.asarray(token)
+    for left in reversed(range(max_new_tokens)):
+        last = np.where(ended, last, token)
+        yield last
+        ended |= np.isin(last, end_ids)
+        if not left or ended.all():
+            return
         key, now = jax.random.split(key)
         token, cache = _decode(_in_form(model, "absorbed"), sampling, variables, token, cache, now)
-        yield np.asarray(token)
 
 
 def generate(
     model: DeepSeekV3, variables: Mapping[str, Any], prompts: Any, max_new_tokens: int, **how: Any
 ) -> np.ndarray:
-    """What `stream` yields, as one array (B, max_new_tokens) int32. Arguments and errors are those of `stream`."""
+    """What `stream` yields, as one array (B, at most max_new_tokens) int32. Arguments and errors are those of that."""
     return np.stack(list(stream(model, variables, prompts, max_new_tokens, **how)), axis=1)
 
 

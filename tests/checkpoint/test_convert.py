@@ -329,7 +329,8 @@ def test_a_training_run_becomes_a_checkpoint(tmp_path):
 
     _, loaded = load_pretrained(convert(run, tmp_path / "hf", verify=True))
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
-    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
+    tokenizer = ["tokenizer.json", "tokenizer_config.json"]  # of bytes: the run's config names none
+    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors", *tokenizer]
     _, rounded = load_pretrained(convert(run, tmp_path / "fp8", dtype="fp8", verify=True))
     assert HFCheckpoint(tmp_path / "fp8").block == (128, 128)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=2**-4 * np.abs(b).max())

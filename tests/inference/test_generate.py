@@ -33,6 +33,20 @@ def test_greedy_generation_equals_full_passes_for_prompts_of_any_length(model):
     assert generate(model, variables, prompts, 6).tolist() == expected
 
 
+def test_end_tokens_end_each_prompt_and_then_all(model):
+    prompts = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
+    free = generate(*model, prompts, 8)
+    for ends in ([int(free[0, 2])], [int(free[0, 2]), int(free[1, 3])], sorted({int(row[4]) for row in free})):
+        drawn = generate(*model, prompts, 8, end_ids=ends)
+        length = 0
+        for row, whole in zip(drawn, free, strict=True):
+            at = next((i for i, token in enumerate(whole) if token in ends), 7)
+            assert row[: at + 1].tolist() == whole[: at + 1].tolist()
+            assert set(row[at + 1 :].tolist()) <= {int(whole[at])}
+            length = max(length, at + 1)
+        assert drawn.shape == (3, length)
+
+
 def test_draws_depend_on_the_key_alone(model):
     model, variables = model
     draw = lambda seed: generate(model, variables, [[1, 2]], 8, sampling=Sampling(), key=jax.random.key(seed)).tolist()
@@ -53,7 +67,7 @@ def test_draws_depend_on_the_key_alone(model):
 )
 def test_bad_requests_are_named(model, prompts, new, how, named):
     with pytest.raises(ValueError, match=named):
-        next(iter(stream(*model, prompts, new, **how)))
+        stream(*model, prompts, new, **how)
 
 
 PROBABILITIES = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
