@@ -96,7 +96,7 @@ def train_iterator(config: DataConfig, tokenizer: Tokenizer, batch_size: int) ->
       batch_size: sequences of a batch; `next_batch` takes another.
 
     Raises:
-      ConfigError: unreadable data, too little of it for one sequence, or a batch that shards can't share evenly.
+      ConfigError: unreadable data, or too little of it for one sequence.
     """
     packed, fingerprint = _sequences(config, tokenizer, validation=False)
     # Neighbours are mostly of one long document: without a second shuffle a batch would hold little else.
