@@ -32,19 +32,21 @@ ROOT = Path(__file__).resolve().parents[1]
 EQUATIONS = "tests/model/test_equations.py"
 EDGES = f"{EQUATIONS} tests/model/test_model.py -k 'equations or refused or holds or (v3 and decoding)'"
 TESTS = {  # arguments of pytest: the tests that should notice, the fastest first
-    "dsv3_jax/model/attention.py": EDGES,
+    "dsv3_jax/model/attention.py": f"{EQUATIONS} tests/model/test_model.py tests/model/test_attention_impls.py "
+    "-k 'equations or (v3 and decoding) or (continuing and reference)'",
     "dsv3_jax/model/attention_impls.py": "tests/model/test_attention_impls.py -k 'not interpret and not compiles'",
     "dsv3_jax/model/block.py": EQUATIONS,
-    "dsv3_jax/model/linear.py": EQUATIONS,
+    "dsv3_jax/model/linear.py": f"{EQUATIONS} tests/training/test_step.py -k 'equations or gradient'",
     "dsv3_jax/model/moe.py": f"{EQUATIONS} tests/model/test_router.py tests/inference/test_expert_placement.py",
     "dsv3_jax/model/mtp.py": EQUATIONS,
-    "dsv3_jax/model/norm.py": EQUATIONS,
+    "dsv3_jax/model/norm.py": f"{EQUATIONS} tests/training/test_step.py -k 'equations or gradient'",
     "dsv3_jax/model/remat.py": EQUATIONS,
     "dsv3_jax/model/rope.py": f"{EQUATIONS} tests/checkpoint/test_parity.py -k 'equations or yarn'",
     "dsv3_jax/model/router.py": f"{EQUATIONS} tests/model/test_router.py -k 'not drop'",
     "dsv3_jax/model/transformer.py": EDGES,
     "dsv3_jax/training/losses.py": "tests/training/test_losses.py tests/training/test_step.py -k 'not learns'",
     "dsv3_jax/training/step.py": "tests/training/test_step.py -k 'not learns and not skewed'",
+    "dsv3_jax/parallel/rows.py": "tests/model/test_router.py -k drop",
     "dsv3_jax/parallel/dispatch.py": "tests/parallel/test_dispatch.py tests/parallel/test_wire.py -k 'not gathers'",
 }
 
