@@ -122,35 +122,33 @@ def forward(p, router, tokens, further, c, positions=None, segments=None):
     return logits, routing
 
 
-def objective(p, router, rows, c, alpha, mtp_weight, segments=None, positions=None):
+def objective(p, router, rows, c, alpha, mtp_weight, segments, trained):
     """Eq. 17 and 24 to 25 over a batch of rows (B, T + 1), each of T tokens and the one that follows.
 
-    A target counts if it is in the row and of the document of the token that predicts it; the row's last token goes
-    on with the last document. A depth that looks past the row takes the last token again: its predictions don't count.
+    A target counts if it is in the row, is trained and is of the document of the token that predicts it; the row's last
+    token goes on with the last document. A depth that looks past what there is takes the last token again.
 
-    Returns the objective, {name: loads (L, E) or (E,)}, and the parts: sums of CE and of the mean over depths of CE_k,
-    the number of next-token targets, the sum of balance losses.
+    Args: segments, trained (B, T): documents, and which of the tokens rows[:, 1:] are to be predicted.
+
+    Returns the objective, {name: loads (L, E) or (E,)}, and for each depth the sum of CE, how many targets it has and
+    how many of them the largest logit hits; and the sum of balance losses.
     """
     length, depths = rows.shape[1] - 1, c.num_nextn_predict_layers
-    ce, further_ce, count, balance, loads = 0.0, 0.0, 0, 0.0, {}
-    for b, row in enumerate(rows):
-        document = np.zeros(length) if segments is None else segments[b]
-        document = np.append(document, document[-1])
-        shifted = [row[np.minimum(np.arange(length) + k, length)] for k in range(depths + 2)]
-        where = dict(segments=document[:-1], positions=None if positions is None else positions[b])
-        logits, routing = forward(p, router, row[:-1], shifted[1 : depths + 1], c, **where)
+    ce, count, hits = np.zeros(depths + 1), np.zeros(depths + 1), np.zeros(depths + 1)
+    balance, loads = 0.0, {}
+    for row, segment, train in zip(rows, segments, trained, strict=True):
+        document = np.append(segment, segment[-1])
+        known = row if train[-1] else row[:-1]
+        further = [known[np.minimum(np.arange(length) + k, len(known) - 1)] for k in range(1, depths + 1)]
+        logits, routing = forward(p, router, row[:-1], further, c, segments=segment)
         for k, z in enumerate(logits):
-            log_p = np.log(softmax(z))
             for i in range(length - k):
-                if document[i] != document[i + k + 1]:
-                    continue
-                nll = -log_p[i, row[i + k + 1]]
-                if k:
-                    further_ce += nll / depths
-                else:
-                    ce, count = ce + nll, count + 1
+                if document[i] == document[i + k + 1] and train[i + k]:
+                    ce[k] -= np.log(softmax(z[i]))[row[i + k + 1]]
+                    count[k] += 1
+                    hits[k] += z[i].argmax() == row[i + k + 1]
         for name, (load, losses) in routing.items():
             loads[name] = loads.get(name, 0) + np.squeeze(np.array(load), 0 if name.startswith("mtp") else ())
             balance += sum(losses)
-    total = (ce + mtp_weight * further_ce) / count + alpha * balance / len(rows)
-    return total, loads, dict(cross_entropy=ce, mtp_cross_entropy=further_ce, tokens=count, balance=balance)
+    total = (ce[0] + mtp_weight * ce[1:].sum() / depths) / count[0] + alpha * balance / len(rows)
+    return total, loads, (ce, count, hits, balance)

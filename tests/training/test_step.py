@@ -175,6 +175,7 @@ ALPHA = 0.1  # large enough that a balance loss of the wrong size can't hide
 SPARSE = dataclasses.replace(SMALL, num_hidden_layers=3, aux_loss_alpha=ALPHA)  # one dense layer, two sparse
 PAPER = Schedule(ScheduleConfig(steps=148, batch_size=4))  # a step is 0.1T of the report's 14.8T tokens
 SEGMENTS = np.array([[1] * 9, [1] * 4 + [2] * 5, [1] * 2 + [2] * 2 + [3] * 5, [1, 2] + [3] * 7], np.int32)
+TRAINED = np.arange(36).reshape(4, 9) % 7 > 0
 
 DOUBLE_MODEL = DeepSeekV3(SPARSE, Runtime(**DOUBLE, experts_impl="reference"))
 DOUBLE_STEP = jax.jit(make_train_step(DOUBLE_MODEL, optax.sgd(1.0), PAPER))  # SGD of rate 1: minus the gradient
@@ -187,26 +188,33 @@ def step_once(step):
     params = variables["params"]
     before = TrainState(jnp.int32(step), params, variables["router"], optax.sgd(1.0).init(params), jax.random.key(0))
     rows = rng.integers(0, SPARSE.vocab_size, (4, 10), np.int32)
-    after, metrics = DOUBLE_STEP(before, {"tokens": rows[:, :-1], "targets": rows[:, 1:], "segments": SEGMENTS})
+    batch = {"tokens": rows[:, :-1], "targets": np.where(TRAINED, rows[:, 1:], -100), "segments": SEGMENTS}
+    after, metrics = DOUBLE_STEP(before, batch)
     return before, after, metrics, rows
 
 
 def right_objective(params, router, rows, step):
     """Section 4.2: lambda is 0.3 for the first 10T tokens, 0.1 for the remaining 4.8T."""
     mtp_weight = 0.3 if step < 100 else 0.1
-    return equations.objective(params, router, rows, SPARSE, ALPHA, mtp_weight, SEGMENTS)
+    return equations.objective(params, router, rows, SPARSE, ALPHA, mtp_weight, SEGMENTS, TRAINED)
 
 
 @pytest.mark.parametrize("step", [0, 99, 101, 142, 144])
 def test_objective_and_bias(x64, step):
     """Gamma is 0.001 for the first 14.3T tokens, zero for the remaining 500B."""
     before, after, metrics, rows = step_once(step)
-    total, loads, parts = right_objective(
-        equations.float64(before.params), equations.float64(before.router), rows, step
-    )
-    np.testing.assert_allclose(metrics["objective"], total, rtol=1e-6)
-    np.testing.assert_allclose(metrics["loss"], parts["cross_entropy"] / parts["tokens"], rtol=1e-6)
-    np.testing.assert_allclose(metrics["balance_loss"], parts["balance"] / len(rows), rtol=1e-6)
+    params, router = equations.float64(before.params), equations.float64(before.router)
+    total, loads, (ce, count, hits, balance) = right_objective(params, router, rows, step)
+    expected = {
+        "objective": total,
+        "loss": ce[0] / count[0],
+        "mtp_loss": SPARSE.num_nextn_predict_layers * ce[1:].mean() / count[1:].sum(),
+        "mtp_accuracy": hits[1:].sum() / count[1:].sum(),
+        "balance_loss": balance / len(rows),
+        "learning_rate": PAPER.learning_rate(step),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
     assert after.step == step + 1
     gamma = 0.001 if step < 143 else 0.0
     assert after.router.keys() == loads.keys() == {"moe_layers", "mtp_0", "mtp_1"}
