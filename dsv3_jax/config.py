@@ -15,7 +15,7 @@ from typing import Any, Literal
 import ml_dtypes  # noqa: F401  # teaches NumPy the name bfloat16
 import numpy as np
 
-from dsv3_jax.json_input import check_type
+from dsv3_jax.json_input import check_type, show
 from pallas_kernels.devices import is_hopper
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -43,6 +43,7 @@ class Yarn:
     truncate: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, "rope_scaling.")
         for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"rope_scaling.{name} is {getattr(self, name)!r}: it must be positive")
@@ -110,34 +111,34 @@ class ModelConfig:
 
     # Validation ----------------------------------------------------------------------------------------
     def __post_init__(self) -> None:
+        if isinstance(self.eos_token_id, list):  # as config.json has it: a config is hashed, as a list can't be
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if self.bos_token_id is not None and not _is_token_id(self.bos_token_id):
+            raise ConfigError(f"bos_token_id is {show(self.bos_token_id)}: it must be a token's id, or None")
+        if not all(map(_is_token_id, self.eos_token_ids)):
+            raise ConfigError(f"eos_token_id is {show(self.eos_token_id)}: it must be a token's id, several, or None")
+        check_fields(self)
         positive = (
             "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
             "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok n_group "
             "topk_group routed_scaling_factor max_position_embeddings rope_theta rms_norm_eps initializer_range"
         )
         for name in positive.split():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ConfigError(f"{name} is {value!r}: it must be a positive number")
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be positive")
         for name in ("n_shared_experts", "num_nextn_predict_layers", "aux_loss_alpha"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: it must not be negative")
+        for field in dataclasses.fields(self):
+            value, most = getattr(self, field.name), _MOST.get(field.name, 2**31 - 1)
+            if type(value) is int and value > most:
+                raise ConfigError(f"{field.name} is {value}: it must be at most {most}")
         if self.q_lora_rank is not None and self.q_lora_rank <= 0:
             raise ConfigError(
                 f"q_lora_rank is {self.q_lora_rank!r}: it must be positive, or None for one full projection"
             )
-        if isinstance(self.eos_token_id, list):  # as config.json has it: a config is hashed, as a list can't be
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        if self.bos_token_id is not None and not _is_token_id(self.bos_token_id):
-            raise ConfigError(f"bos_token_id is {self.bos_token_id!r}: it must be a token's id, or None")
-        if not all(map(_is_token_id, self.eos_token_ids)):
-            raise ConfigError(f"eos_token_id is {self.eos_token_id!r}: it must be a token's id, several, or None")
-        if self.scoring_func not in ("sigmoid", "softmax"):
-            raise ConfigError(f"scoring_func is {self.scoring_func!r}: it must be 'sigmoid' or 'softmax'")
-        if self.topk_method not in ("noaux_tc", "group_limited_greedy", "greedy"):
-            raise ConfigError(
-                f"topk_method is {self.topk_method!r}: it must be 'noaux_tc', 'group_limited_greedy' or 'greedy'"
-            )
+        if self.rope_scaling is not None and not self.rope_theta > 1:
+            raise ConfigError(f"rope_theta is {self.rope_theta!r}: under YaRN it must be greater than 1")
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
             raise ConfigError(
                 f"first_k_dense_replace is {self.first_k_dense_replace}: "
@@ -163,7 +164,7 @@ class ModelConfig:
     # Presets -------------------------------------------------------------------------------------------
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
-        """A named configuration: `v3-671b`, `v2-236b`, `v2-lite-16b`, `v3-mini` or `tiny`."""
+        """A named configuration, one of `PRESETS`."""
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}")
         return PRESETS[name]
@@ -173,19 +174,24 @@ class ModelConfig:
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
         """Reads a Hugging Face `config.json`: its path, its directory, or its content.
 
+        `model_type` is one of `checkpoint.hf_config.FAMILIES`: DeepSeek-V3 and V2, and models of the same arithmetic.
         Every field must be known and possible here; `initializer_range` and `aux_loss_alpha` of the file are
         accepted but not taken, since they contradict the report (0.02 and 0.001 against 0.006 and 1e-4).
 
         Raises:
-          ConfigError: a field is unknown, contradicts another, or asks for what this architecture doesn't have.
+          ConfigError: a field is unknown, of a wrong type, contradicts another, or asks for what this architecture
+            doesn't have.
           FileNotFoundError: there is no such file.
         """
         from dsv3_jax.checkpoint import hf_config  # which makes a ModelConfig, so not before there is one
 
-        return hf_config.from_fields(hf_config.read_fields(source))
+        return hf_config.read(source)
 
     def to_hf(self) -> dict[str, Any]:
-        """The fields of a Hugging Face `config.json` for this architecture (`from_hf` reads them back)."""
+        """The fields of a Hugging Face `config.json` for this architecture (`from_hf` reads them back).
+
+        Raises ConfigError if transformers has no class that computes this model.
+        """
         from dsv3_jax.checkpoint import hf_config
 
         return hf_config.to_fields(self)
@@ -193,6 +199,16 @@ class ModelConfig:
 
 def _is_token_id(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**31
+
+
+_MOST = {"num_hidden_layers": 10_000, "num_nextn_predict_layers": 100}
+"""Limits far beyond any model, of what is listed or built layer by layer. Other sizes must fit in 31 bits."""
+
+
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Raises ConfigError, naming the field after `prefix`, if a value isn't of its annotation's type."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        check_type(getattr(config, name), kind, prefix + name, ConfigError)
 
 
 def build_dataclass(kind: Any, values: Any, what: str = "config", prefix: str = "") -> Any:
@@ -262,6 +278,72 @@ _V2_LITE = dataclasses.replace(
     topk_method="greedy",
     rope_scaling=Yarn(factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707),
 )
+_KIMI_K2 = ModelConfig(  # Kimi-K2-Instruct's config.json
+    vocab_size=163840,
+    first_k_dense_replace=1,
+    num_attention_heads=64,
+    n_routed_experts=384,
+    n_group=1,
+    topk_group=1,
+    routed_scaling_factor=2.827,
+    num_nextn_predict_layers=0,
+    max_position_embeddings=131072,
+    rope_theta=50000.0,
+    rope_scaling=Yarn(
+        factor=32.0,
+        original_max_position_embeddings=4096,
+        beta_fast=1.0,
+        beta_slow=1.0,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    ),
+    bos_token_id=163584,
+    eos_token_id=163585,
+)
+_GLM_FLASH = ModelConfig(  # GLM-4.7-Flash's
+    vocab_size=154880,
+    hidden_size=2048,
+    intermediate_size=10240,
+    moe_intermediate_size=1536,
+    num_hidden_layers=47,
+    first_k_dense_replace=1,
+    num_attention_heads=20,
+    q_lora_rank=768,
+    qk_nope_head_dim=192,
+    v_head_dim=256,
+    n_routed_experts=64,
+    num_experts_per_tok=4,
+    n_group=1,
+    topk_group=1,
+    routed_scaling_factor=1.8,
+    max_position_embeddings=202752,
+    rope_theta=1e6,
+    rms_norm_eps=1e-5,
+    bos_token_id=None,
+    eos_token_id=(154820, 154827, 154829),
+)
+_MOONLIGHT = ModelConfig(  # Moonlight-16B-A3B-Instruct's
+    vocab_size=163840,
+    hidden_size=2048,
+    intermediate_size=11264,
+    moe_intermediate_size=1408,
+    num_hidden_layers=27,
+    first_k_dense_replace=1,
+    num_attention_heads=16,
+    q_lora_rank=None,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    n_group=1,
+    topk_group=1,
+    routed_scaling_factor=2.446,
+    num_nextn_predict_layers=0,
+    max_position_embeddings=8192,
+    rope_theta=50000.0,
+    rms_norm_eps=1e-5,
+    bos_token_id=163584,
+    eos_token_id=163586,
+)
 _MINI = ModelConfig(  # about 100M parameters: an afternoon on one GPU
     vocab_size=32768,
     hidden_size=512,
@@ -302,6 +384,9 @@ PRESETS: dict[str, ModelConfig] = {
     "v3-671b": _V3,
     "v2-236b": _V2,
     "v2-lite-16b": _V2_LITE,
+    "kimi-k2-1t": _KIMI_K2,
+    "glm-4.7-flash": _GLM_FLASH,
+    "moonlight-16b": _MOONLIGHT,
     "v3-mini": _MINI,
     "tiny": _TINY,
 }

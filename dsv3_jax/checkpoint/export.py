@@ -243,7 +243,9 @@ def _write_tensor(
     if dtype == FP8 and not store.is_fp8(name):
         assert block is not None
         assert scale is not None
-        made = zip((entry, scale), quantise_matrix(store.matrix(name), block), strict=True)
+        made = zip(
+            (entry, scale), quantise_matrix(store.matrix(name), block, power_of_two=store.power_of_two), strict=True
+        )
         hashes = {}
         for e, data in made:
             out[e.file].write(data, e.offset)

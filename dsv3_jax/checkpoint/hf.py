@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsv3_jax.checkpoint import names
+from dsv3_jax.checkpoint import hf_config, names
 from dsv3_jax.checkpoint.files import DTYPES, CheckpointError, TensorFiles
 from dsv3_jax.checkpoint.layout import (
     FP8,
@@ -22,10 +25,17 @@ from dsv3_jax.checkpoint.layout import (
 )
 from dsv3_jax.checkpoint.names import SCALE, Layers, Leaf
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.json_input import read_json, show
+from dsv3_jax.json_input import is_type, show
 
 _FLOATS = ("F32", "BF16", "F16")
 _SCALES = ("F32", "BF16", "F8_E8M0", "U8")
+
+_TEXT = "language_model."
+"""What the tensors of the language model begin with where a vision model wraps it; those of the rest as follows."""
+_VISION = ("vision_tower.", "mm_projector.")
+_MTP_OWN = re.compile(r"^model\.layers\.\d+\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)\.")
+"""What only an MTP module has, beside its block."""
+_NO_MTP = "; without MTP (--no-mtp, mtp=False) it isn't needed"
 
 
 class HFCheckpoint:
@@ -33,33 +43,48 @@ class HFCheckpoint:
 
     Attributes:
       config: of the model that the chosen layers make.
-      fields: config.json as it is.
+      fields: config.json as it is; where it wraps a language model, that model's.
       leaves: the model's arrays, by path.
       block: rows and columns of an FP8 block, from `quantization_config`; None without one.
+      power_of_two: whether scales are powers of two by `quantization_config`.
 
     Raises, on opening:
       FileNotFoundError: config.json or a safetensors file is missing.
       ConfigError: config.json describes no model of this family, or contradicts itself.
       CheckpointError: a tensor is missing, unknown, or of a wrong shape or dtype; a file is truncated or damaged.
+
+    Tensors that can't change a number are left out of `files`, and that is said once: RoPE's frequencies, scales of
+    weights that aren't in FP8, a vision model around the language model.
     """
 
     def __init__(
         self, directory: Path, *, layers: str | None = None, mtp: bool = True, headers_only: bool = False
     ) -> None:
-        """layers: which to take, as "0-3,10": numbers of the files; all by default. mtp: with the MTP modules."""
+        """layers: which to take, as "0-3,10": numbers of the files; all by default. mtp: with the MTP modules, if
+        config.json and files have them; without, nothing of theirs is looked at."""
         self.directory = directory
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory} is no directory: give one with config.json and safetensors files")
         config = ModelConfig.from_hf(directory)
-        self.fields = read_json(directory / "config.json", CheckpointError)
+        fields = hf_config.read_fields(directory / "config.json")
+        self.fields = hf_config.text_fields(fields)
         self.block = _block_size(self.fields, directory)
+        self.power_of_two = hf_config.power_of_two_scales(self.fields)
         self.files = TensorFiles(directory, headers_only=headers_only)
+        self._layers_end = config.num_hidden_layers
+        self._set_aside(config, mtp, wrapped=fields["model_type"] == hf_config.WRAPPER)
         tensors = self.files.tensors
         whole = Layers.all(config)
-        if not any((names.layer_number(n) or 0) >= config.num_hidden_layers for n in tensors):
+        if not any(self._is_mtp(n) for n in tensors):
             whole = Layers(whole.main, ())  # the config announces MTP, but nobody saved it, as transformers doesn't
+        experts = config.n_routed_experts * (config.num_moe_layers + len(whole.mtp))
+        if experts > 2 * len(tensors) + 10_000:
+            raise CheckpointError(
+                f"{directory} holds {len(tensors)} tensors, too few for {config.num_hidden_layers} layers with "
+                f"{config.n_routed_experts} experts each, of which config.json speaks"
+            )
         self.whole = whole.select(config)
-        self.layers = _choose(whole, layers, mtp)
+        self.layers = _choose(whole, layers)
         self.config = self.layers.select(config)
         self.leaves = names.leaves(self.config, self.layers)
         self.copies = names.copies(self.config, self.layers)
@@ -151,7 +176,46 @@ class HFCheckpoint:
             self.files.release(name)
             self.files.release(original)
             if not same:
-                raise CheckpointError(f"{name} differs from {original}: the released format repeats it unchanged")
+                raise CheckpointError(
+                    f"{name} differs from {original}: the released format repeats it unchanged{_NO_MTP}"
+                )
+
+    # What says nothing about the model ------------------------------------------------------------------
+
+    def _set_aside(self, config: ModelConfig, mtp: bool, wrapped: bool) -> None:
+        """Takes tensors out of `files` that can't change a number, and the language model's out of their wrapper."""
+        tensors, vision = self.files.tensors, 0
+        if wrapped:
+            text = {n.removeprefix(_TEXT): i for n, i in tensors.items() if n.startswith(_TEXT)}
+            other = [n for n in tensors if not n.startswith((_TEXT, *_VISION))]
+            if other:
+                raise CheckpointError(
+                    f"{other[0]} in {tensors[other[0]].file.name} is unknown: tensors of a {hf_config.WRAPPER} begin "
+                    f"with one of {', '.join((_TEXT, *_VISION))}"
+                )
+            vision = len(tensors) - len(text)
+            tensors = {n: dataclasses.replace(i, name=n) for n, i in text.items()}
+        own = {names.layer_number(n) for n in tensors if self._is_mtp(n) and _MTP_OWN.search(n)}
+        modules = own | set(Layers.all(config).mtp)
+        kept, ignored = {}, collections.Counter({"tensors of the vision model": vision})
+        for name, info in tensors.items():
+            weight = tensors.get(name.removesuffix(SCALE))
+            if name.endswith(".rotary_emb.inv_freq"):
+                ignored["RoPE's frequencies (rotary_emb.inv_freq), which follow from config.json"] += 1
+            elif name.endswith(SCALE) and weight is not None and weight.dtype in _FLOATS:
+                ignored[f"scales ({SCALE}) of weights that aren't in FP8"] += 1
+            elif mtp or names.layer_number(name) not in modules:
+                kept[name] = info
+        self.files.tensors = kept
+        for what, count in (+ignored).items():
+            hf_config.say_once(f"{self.directory}: left out {count:,} {what}")
+
+    def _is_mtp(self, name: str) -> bool:
+        """Whether a tensor belongs to a layer after the model's own."""
+        return (names.layer_number(name) or 0) >= self._layers_end
+
+    def _way_out(self, name: str) -> str:
+        return _NO_MTP if self._is_mtp(name) else ""
 
     # Checks on opening ---------------------------------------------------------------------------------
 
@@ -161,10 +225,14 @@ class HFCheckpoint:
             if name not in tensors:
                 raise CheckpointError(
                     f"{name} is missing from {self.directory}: the config asks for it, of shape {shape}"
+                    f"{self._way_out(name)}"
                 )
             info = tensors[name]
             if info.shape != shape:
-                raise CheckpointError(f"{name} in {info.file.name} has shape {info.shape}: the config makes it {shape}")
+                raise CheckpointError(
+                    f"{name} in {info.file.name} has shape {info.shape}: the config makes it {shape}"
+                    f"{self._way_out(name)}"
+                )
             self._check_dtype(name)
         for name, info in tensors.items():
             if name in shapes:
@@ -172,11 +240,7 @@ class HFCheckpoint:
             if not name.endswith(SCALE) or name.removesuffix(SCALE) not in shapes:
                 raise CheckpointError(
                     f"{name} in {info.file.name} is unknown: a model of this config has no such tensor"
-                )
-            if tensors[name.removesuffix(SCALE)].dtype != "F8_E4M3":
-                raise CheckpointError(
-                    f"{name} in {info.file.name} scales a tensor of dtype "
-                    f"{tensors[name.removesuffix(SCALE)].dtype}: only F8_E4M3 has scales"
+                    f"{self._way_out(name)}"
                 )
 
     def _check_dtype(self, name: str) -> None:
@@ -216,23 +280,27 @@ def _block_size(fields: dict[str, Any], directory: Path) -> tuple[int, int] | No
     where = f"{directory / 'config.json'}: quantization_config"
     if not isinstance(quantised, dict) or quantised.get("quant_method") != "fp8":
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise CheckpointError(f"{where}.quant_method is {method!r}: it must be 'fp8'")
+        raise CheckpointError(f"{where}.quant_method is {show(method)}: it must be 'fp8'")
     if quantised.get("fmt", "e4m3") != "e4m3":
-        raise CheckpointError(f"{where}.fmt is {quantised['fmt']!r}: it must be 'e4m3'")
+        raise CheckpointError(f"{where}.fmt is {show(quantised['fmt'])}: it must be 'e4m3'")
     block = quantised.get("weight_block_size")
-    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise CheckpointError(f"{where}.weight_block_size is {block!r}: it must be two positive numbers, as [128, 128]")
+    if quantised.get("scale_fmt") not in (None, "ue8m0"):
+        raise CheckpointError(f"{where}.scale_fmt is {show(quantised['scale_fmt'])}: it must be 'ue8m0', or left out")
+    if not isinstance(block, list) or not is_type(block, tuple[int, int]) or not all(0 < n < 2**31 for n in block):
+        raise CheckpointError(
+            f"{where}.weight_block_size is {show(block)}: it must be two positive numbers, as [128, 128]"
+        )
     return block[0], block[1]
 
 
-def _choose(whole: Layers, text: str | None, mtp: bool) -> Layers:
-    """The layers that `text` names ("0-3,61"), in order, with or without MTP. Raises CheckpointError."""
+def _choose(whole: Layers, text: str | None) -> Layers:
+    """The layers that `text` names ("0-3,61"), in order. Raises CheckpointError."""
     available = [*whole.main, *whole.mtp]
     chosen = set(available) if text is None else _numbers(text, available)
     main = tuple(n for n in whole.main if n in chosen)
     if not main:
         raise CheckpointError(f"layers {text!r} leave the model without a layer: name one of 0 to {whole.main[-1]}")
-    return Layers(main, tuple(n for n in whole.mtp if n in chosen) if mtp else ())
+    return Layers(main, tuple(n for n in whole.mtp if n in chosen))
 
 
 def _numbers(text: str, available: list[int]) -> set[int]:
@@ -262,10 +330,7 @@ def converted_fields(
     fields: config.json of the source. config: of the layers taken. dtype: "bfloat16" or "float32" of a cast, or None.
     block: of the FP8 blocks, or None.
     """
-    written = dict(fields)
-    for name in ("num_hidden_layers", "first_k_dense_replace", "num_nextn_predict_layers"):
-        if written.get(name, getattr(ModelConfig, name)) != getattr(config, name):
-            written[name] = getattr(config, name)
+    written = hf_config.with_layers(fields, config)
     if dtype is not None:
         written["dtype" if "dtype" in written else "torch_dtype"] = dtype
     if block is None:

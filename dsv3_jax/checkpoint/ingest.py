@@ -106,7 +106,7 @@ def _intact(directory: Path, result: Any) -> bool:
 
 def _quantise(plan: Plan, name: str) -> tuple[np.ndarray, np.ndarray]:
     assert plan.block is not None
-    return quantise_matrix(plan.source.files.array(name), plan.block)
+    return quantise_matrix(plan.source.files.array(name), plan.block, power_of_two=plan.source.power_of_two)
 
 
 def _from_quantised(piece: Piece, i: int, region: Region, made: dict[str, np.ndarray]) -> np.ndarray:

@@ -83,14 +83,16 @@ def copy_matrix(
         target[start:stop] = band.astype(target.dtype, copy=False)
 
 
-def quantise_matrix(matrix: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def quantise_matrix(matrix: np.ndarray, block: tuple[int, int], *, power_of_two: bool) -> tuple[np.ndarray, np.ndarray]:
     """`quantise_blocks` of a matrix of any float dtype, a row of blocks at a time: little memory beside the result."""
     values = np.empty(matrix.shape, FP8)
     rows = range(0, len(matrix), block[0])
     scales = np.empty((len(rows), -(-matrix.shape[1] // block[1])), np.float32)
     for i, start in enumerate(rows):
         band = slice(start, start + block[0])
-        values[band], scales[i : i + 1] = quantise_blocks(matrix[band].astype(np.float32), block)
+        values[band], scales[i : i + 1] = quantise_blocks(
+            matrix[band].astype(np.float32), block, power_of_two=power_of_two
+        )
     return values, scales
 
 

@@ -30,6 +30,7 @@ def load_pretrained(
     dtype: DTypeLike | None = None,
     runtime: Runtime | None = None,
     mesh: Mesh | None = None,
+    mtp: bool = True,
     check_hashes: bool = True,
 ) -> tuple[DeepSeekV3, dict[str, Any]]:
     """The model of a checkpoint, and its variables `{"params": ..., "router": ...}`.
@@ -40,6 +41,8 @@ def load_pretrained(
       dtype: of the parameters, float32 or bfloat16, as any dtype-like; by default the runtime's, else float32, which
         holds every number that a file can store, FP8 to one rounding. The router's bias is float32 always.
       runtime: how the model computes; by default in the dtype of its parameters.
+      mtp: with the modules of multi-token prediction; without them, in a directory of Hugging Face's layout nothing of
+        theirs is looked at.
       mesh: shards the parameters over its axes as the runtime's rules say (`fsdp_ep` where these are for one device):
         `fsdp`, `node`, `expert` and `tensor`. Axes `data` and `context` are there for activations. A mesh of
         `jax.make_mesh`, whose axes are Explicit, is taken as one of Auto axes, which the arrays then lie on. By default
@@ -60,26 +63,38 @@ def load_pretrained(
     place = functools.partial(shardings, mesh=mesh, runtime=runtime)
     if (Path(path) / runs.CHECKPOINTS).is_dir():
         config, variables = runs.read_run(Path(path), runtime, place, check_hashes=check_hashes)
-        return DeepSeekV3(config, runtime), variables
-    source = open_checkpoint(Path(path), check_hashes=check_hashes)
-    where = place({leaf.path: leaf.shape for leaf in source.leaves.values()})
-    variables = {}
-    for leaf in source.leaves.values():
-        target = np.dtype(np.float32 if leaf.kind.float32 else runtime.param_dtype)
-        _put(variables, leaf, _array(source, leaf, target, where[leaf.path]))
-    return DeepSeekV3(source.config, runtime), variables
+    else:
+        source = open_checkpoint(Path(path), mtp=mtp, check_hashes=check_hashes)
+        leaves = [leaf for leaf in source.leaves.values() if mtp or not _is_mtp(leaf.path[1])]
+        where = place({leaf.path: leaf.shape for leaf in leaves})
+        config, variables = source.config, {}
+        for leaf in leaves:
+            target = np.dtype(np.float32 if leaf.kind.float32 else runtime.param_dtype)
+            _put(variables, leaf, _array(source, leaf, target, where[leaf.path]))
+    if not mtp:
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+        variables = {c: {k: v for k, v in tree.items() if not _is_mtp(k)} for c, tree in variables.items()}
+    return DeepSeekV3(config, runtime), variables
 
 
-def open_checkpoint(path: Path, *, check_hashes: bool = True) -> HFCheckpoint | Store:
-    """A checkpoint of either layout. Its files are checked as they are read; by several processes here, shared out."""
+def open_checkpoint(path: Path, *, mtp: bool = True, check_hashes: bool = True) -> HFCheckpoint | Store:
+    """A checkpoint of either layout. Its files are checked as they are read; by several processes here, shared out.
+
+    mtp: as in `HFCheckpoint`.
+    """
     if (path / MANIFEST).exists():
         store = Store(path, check_hashes=check_hashes)
         if jax.process_count() > 1:
             store.hashes.check_together()
         return store
-    source = HFCheckpoint(path)
+    source = HFCheckpoint(path, mtp=mtp)
     source.check_copies()
     return source
+
+
+def _is_mtp(name: str) -> bool:
+    """Whether a part of the variables, by its name below the collection, is a module of multi-token prediction."""
+    return name.startswith("mtp_")
 
 
 def shardings(shapes: runs.Shapes, mesh: Mesh | None, runtime: Runtime) -> dict[TreePath, Sharding]:

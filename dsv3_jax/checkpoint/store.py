@@ -23,7 +23,7 @@ import numpy as np
 import tensorstore as ts
 import xxhash
 
-from dsv3_jax.checkpoint import names
+from dsv3_jax.checkpoint import hf_config, names
 from dsv3_jax.checkpoint.files import DTYPES, CheckpointError
 from dsv3_jax.checkpoint.hashes import FileHashes, Unchecked, file_hashes, unseal
 from dsv3_jax.checkpoint.jobs import JOURNAL
@@ -258,7 +258,7 @@ class Store:
         self.hashes.check(n for n in self.hashes.expected if "/" not in n or n.endswith(f"/{ARRAY_METADATA}"))
         self.fields = read_json(directory / "config.json", CheckpointError)
         self.block: tuple[int, int] | None = tuple(self.manifest["block"]) if self.manifest["block"] else None
-        self._describe(ModelConfig.from_hf(self.fields))
+        self._describe(ModelConfig.from_hf(directory))
         self._arrays = {leaf.path: self._open(leaf.path, leaf.shape) for leaf in self.leaves.values()}
         for leaf in self.leaves.values():
             if self.dtype(leaf) != FP8:
@@ -290,6 +290,11 @@ class Store:
         self._by_name = {
             name: (leaf, i) for leaf in self.leaves.values() if not leaf.start for i, name in enumerate(leaf.names)
         }
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether config.json says that scales of FP8 blocks are powers of two."""
+        return hf_config.power_of_two_scales(self.fields)
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """Of the leaf's array."""

@@ -29,7 +29,7 @@ def verify_store(source: HFCheckpoint, store: Store, *, workers: int, console: C
         fp8 = source.files.array(old).dtype == FP8
         if store.is_fp8(new) and not fp8:
             assert store.block is not None
-            values, scales = quantise_matrix(source.files.array(old), store.block)
+            values, scales = quantise_matrix(source.files.array(old), store.block, power_of_two=store.power_of_two)
             same = _equal(store.matrix(new), values) and _equal(store.scales(new), scales)
         else:
             per_entry = math.prod(store.tensor_out(new)[1:])
@@ -53,7 +53,7 @@ def verify_files(store: Store, files: HFCheckpoint, *, workers: int, console: Co
         written = files.files.array(name)
         if written.dtype == FP8 and not store.is_fp8(name):
             assert files.block is not None
-            values, scales = quantise_matrix(store.matrix(name), files.block)
+            values, scales = quantise_matrix(store.matrix(name), files.block, power_of_two=store.power_of_two)
             same = _equal(written, values) and _equal(files.files.array(name + SCALE), scales)
         else:
             per_entry = math.prod(store.tensor_out(name)[1:])

@@ -164,11 +164,6 @@ CASES = {
         ValueError,
         "model.layers.7.input_layernorm.weight in .* is unknown",
     ),
-    "scale of nothing": (
-        put("model.norm.weight_scale_inv", lambda _: np.ones(1, np.float32), beside=O_PROJ),
-        ValueError,
-        "model.norm.weight_scale_inv .* scales a tensor of dtype BF16",
-    ),
     "wrong dtype": (put(O_PROJ, lambda w: w.view(np.int8)), ValueError, f"{O_PROJ} .* has dtype I8"),
     "FP8 norm": (
         put("model.norm.weight", lambda w: w.astype(ml_dtypes.float8_e4m3fn)),

@@ -151,7 +151,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json doesn't exist"):
         ModelConfig.from_hf(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
+    with pytest.raises(ConfigError, match="isn't valid JSON"):
         ModelConfig.from_hf(tmp_path)
 
 
