@@ -4,7 +4,8 @@
 
 Makes FP8 checkpoints with DeepSeek-V3's names and true matrix sizes (more or fewer experts and layers give the size),
 then converts them to orbax (every number kept) and back, each in a process of its own, in turn with a plain copy of
-what it reads. Writes docs/results/convert.md and convert.json. Needs twice the largest size of disk under --work.
+what it reads. Then loads the converted one, and a training run's checkpoint of the same size, with and without checking
+hashes. Writes docs/results/convert.md and convert.json. Needs twice the largest size of disk under --work.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class Args:
     results: Path = ROOT / "docs" / "results"
 
 
+_LARGEST_LOADED = 4.0
+"""GB: a larger one isn't loaded, which takes twice as much memory in bfloat16."""
+
+
 def config_of(gigabytes: float) -> ModelConfig:
     """DeepSeek-V3's widths with as many layers and experts as make the size, and a small vocabulary."""
     base = ModelConfig.preset("v3-671b")
@@ -81,6 +86,59 @@ seconds = time.perf_counter() - start
 status = Path("/proc/self/status").read_text()  # Linux: the peak of this very program
 print(seconds, int(status.split("VmHWM:")[1].split()[0]) * 1024)
 """
+
+
+_LOAD = """
+import sys, time
+from pathlib import Path
+import jax
+from dsv3_jax import load_pretrained
+from dsv3_jax.checkpoint.jobs import keep_freed_memory
+keep_freed_memory()
+start, used = time.perf_counter(), time.process_time()
+jax.block_until_ready(load_pretrained(sys.argv[1], dtype="bfloat16", check_hashes=sys.argv[2] == "True"))
+print(time.perf_counter() - start, time.process_time() - used)
+"""
+
+_RUN = """
+import dataclasses, json, sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from dsv3_jax import load_pretrained
+from dsv3_jax.training.checkpoints import Checkpoints
+from dsv3_jax.training.step import TrainState
+model, variables = load_pretrained(sys.argv[1], dtype="bfloat16")
+state = TrainState(jnp.int32(1), variables["params"], variables["router"], {}, jax.random.key(0))
+checkpoints = Checkpoints(Path(sys.argv[2]) / "checkpoints", keep=1)
+checkpoints.save(state, {})
+checkpoints.wait()
+checkpoints.close()
+(Path(sys.argv[2]) / "config.json").write_text(json.dumps({"model": dataclasses.asdict(model.config)}))
+"""
+
+
+def python(script: str, *arguments: object) -> list[float]:
+    """Runs a script in a process of its own; the numbers on its last line."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True)
+    return [float(n) for n in (done.stdout.split("\n")[-2].split() if done.stdout else [])]
+
+
+def readings(directory: Path, args: Args) -> list[dict[str, Any]]:
+    """Loads a checkpoint with and without checking hashes in turn, out of the system's cache and from it."""
+    measured: list[dict[str, Any]] = []
+    for i in range(args.repeats):
+        for cached in (False, True):
+            pair: dict[str, Any] = {"cached": cached}
+            for check in (True, False) if i % 2 == 0 else (False, True):
+                if not cached:
+                    forget(directory)
+                    time.sleep(args.rest)
+                seconds, used = python(_LOAD, directory, check)
+                pair["checked" if check else "unchecked"] = {"seconds": seconds, "cpu_seconds": used}
+            print(f"{directory.name}: {pair}", flush=True)
+            measured.append(pair)
+    return measured
 
 
 def copy(source: Path, target: Path) -> dict[str, float]:
@@ -120,6 +178,12 @@ def one_size(gigabytes: float, args: Args) -> dict[str, Any]:
         result["import"] = pairs(source, store, copied, args)
         shutil.rmtree(source)
         result["export"] = pairs(store, back, copied, args)
+        shutil.rmtree(back)
+        if gigabytes <= _LARGEST_LOADED:
+            result["load"] = readings(store, args)
+            (run := Path(scratch) / "run").mkdir()
+            python(_RUN, store, run)
+            result["load run"] = readings(run, args)
         return result
 
 
@@ -174,6 +238,31 @@ def report(results: dict[str, dict[str, Any]], args: Args) -> str:
                 f"| {gigabytes / seconds:.2f} | {statistics.median(ratios):.0%} "
                 f"| {min(ratios):.0%} to {max(ratios):.0%} | {peak / 2**20:,.0f} MiB |"
             )
+    loaded = {r["bytes"]: r for r in results.values() if "load" in r}
+    if loaded:
+        lines += [
+            "",
+            "## Reading with hashes checked and without",
+            "",
+            "`load_pretrained` in bfloat16, with the check and without it in changing order, each in its own process:",
+            f"{args.repeats} pairs each. Seconds are medians; the cost is the median of the pairs, then the least and",
+            "the greatest. CPU time is that of the whole process.",
+            "",
+            "| checkpoint | files | unchecked, s | checked, s | cost | pairs | cost in CPU time |",
+            "|---|---|---|---|---|---|---|",
+        ]
+    for size, r in loaded.items():
+        for step, what in (("load", "converted"), ("load run", "run")):
+            for cached, where in ((False, "from the disk"), (True, "cached")):
+                of = [p for p in r[step] if p["cached"] == cached]
+                cost = lambda unit, of=of: [p["checked"][unit] / p["unchecked"][unit] - 1 for p in of]
+                median = lambda kind, of=of: statistics.median(p[kind]["seconds"] for p in of)
+                costs = cost("seconds")
+                lines.append(
+                    f"| {what}, of {size / 1e9:.2f} GB | {where} | {median('unchecked'):.2f} | {median('checked'):.2f} "
+                    f"| {statistics.median(costs):+.0%} | {min(costs):+.0%} to {max(costs):+.0%} "
+                    f"| {statistics.median(cost('cpu_seconds')):+.0%} |"
+                )
     return "\n".join(lines) + "\n"
 
 

@@ -392,6 +392,56 @@ def test_killed_and_resumed(fp8, way, tmp_path, monkeypatch):
     assert 0 < len(resumed) < len(counted)
 
 
+@pytest.mark.parametrize("way", ["import", "export"])
+def test_what_was_damaged_meanwhile_is_done_again(fp8, way, tmp_path, monkeypatch, capfd):
+    """A resumed conversion checks the parts that were done: a flipped bit, a lost file, a journal that lies."""
+
+    def broken(*_):
+        raise RuntimeError("stop")
+
+    source = fp8 if way == "import" else convert(fp8, tmp_path / "store")
+    monkeypatch.setattr("dsv3_jax.checkpoint.export._UNIT_BYTES", 2000)
+    reference, unfinished = convert(source, tmp_path / "straight"), tmp_path / "target.incomplete"
+    with monkeypatch.context() as patched:
+        last = "ingest._write_description" if way == "import" else "export._describe"
+        patched.setattr(f"dsv3_jax.checkpoint.{last}", broken)
+        with pytest.raises(RuntimeError, match="stop"):
+            convert(source, tmp_path / "target")
+    damaged = 2
+    if way == "import":
+        first, second, *_ = sorted(f for f in unfinished.rglob("c/**/*") if f.is_file())
+        flip(first, 7)
+        second.unlink()
+        description = unfinished / "params.norm/zarr.json"
+        description.write_text(description.read_text().replace("bfloat16", "float32"))
+        damaged += change_journal(unfinished / JOURNAL)
+    else:
+        file = next(unfinished.glob("*.safetensors"))
+        flip(file, file.stat().st_size - 3)
+        flip(file, file.stat().st_size // 2)
+    capfd.readouterr()
+    convert(source, tmp_path / "target")
+    said = capfd.readouterr().err
+    assert f"{damaged} of them are damaged or lost" in said, said
+    assert_same_trees(reference, tmp_path / "target")
+
+
+def flip(file, place):
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+
+
+def change_journal(journal):
+    """Spoils the last three results in it; returns how many."""
+    lines = journal.read_text().splitlines()
+    for i, spoil in enumerate([lambda r: [], lambda r: r | {"files": 3}, lambda r: r | {"tensors": {"a": None}}]):
+        key, result = json.loads(lines[-1 - i])
+        lines[-1 - i] = json.dumps([key, spoil(result)])
+    journal.write_text("\n".join([*lines, "3", "[" * 100_000, '["x"]']) + "\n")
+    return 3
+
+
 def test_an_interruption_of_other_work_is_not_continued(fp8, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("stop")
