@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import re
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -106,25 +107,39 @@ def _train(arguments: list[str]) -> None:
 
     from dsv3_jax.parallel.processes import Processes, join, last_words
     from dsv3_jax.training.config import TrainArgs, TrainConfig
+    from dsv3_jax.training.directory import CONFIG
     from dsv3_jax.training.trainer import train
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="tiny")
+    first.error = lambda message: _fail(message)  # type: ignore[method-assign]
+    first.add_argument("--preset")
+    first.add_argument("--run-dir", "--run_dir", type=Path)
+    first.add_argument("--resume", action=argparse.BooleanOptionalAction)
     first.add_argument("--processes.coordinator", dest="coordinator")
     first.add_argument("--processes.count", dest="count", type=int)
     first.add_argument("--processes.index", dest="index", type=int)
     known = first.parse_known_args(arguments)[0]
-    preset = known.preset
+    preset = known.preset or "tiny"
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}")
     join(Processes(known.coordinator, known.count, known.index))  # before JAX is asked for its devices
-    default = TrainArgs(TrainConfig.preset(preset, jax.default_backend()), preset=preset, run_dir=Path("runs") / preset)
+    run_dir = known.run_dir or Path("runs") / preset
+    default = TrainArgs(TrainConfig.preset(preset, jax.default_backend()), preset=preset, run_dir=run_dir)
+    if known.resume and (run_dir / CONFIG).exists():
+        own = TrainConfig.from_json(run_dir / CONFIG)
+        if known.preset:
+            differences = _parse(TrainArgs, "train", arguments, default).config.differences(own)
+            if others := [line for line in differences if line.startswith("model.")]:
+                raise ConfigError(f"{run_dir} holds a run of another model than --preset {preset}: {'; '.join(others)}")
+        default = dataclasses.replace(default, config=own)
     chosen = _parse(TrainArgs, "train", arguments, default)
     with last_words():
         result = train(chosen.config, chosen.run_dir, resume=chosen.resume)
     if result["stopped"]:
-        again = " ".join(["python -m dsv3_jax train", *(a for a in arguments if a != "--resume"), "--resume"])
-        print(f"stopped and saved at step {result['step']}; continue with: {again}")
+        again = ["python", "-m", "dsv3_jax", "train", "--run-dir", str(chosen.run_dir), "--resume"]
+        for name, value in dataclasses.asdict(chosen.processes).items():
+            again += [] if value is None else [f"--processes.{name}", str(value)]
+        print(f"stopped and saved at step {result['step']}; continue with: {shlex.join(again)}")
         sys.exit(_INTERRUPTED)
     print(f"done: {chosen.run_dir}/report.md")
 

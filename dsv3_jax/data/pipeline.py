@@ -13,6 +13,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.data.packing import PackedSequences, tokenize
 from dsv3_jax.data.sources import load_documents, split_documents
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.json_input import check_type, field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +82,17 @@ class TrainIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where `get_state` was called. Raises ConfigError if the data isn't what it was then."""
-        if state["fingerprint"] != self._fingerprint:
+        what = "the data's position"
+        fingerprint = field(check_type(state, dict, what, ConfigError), "fingerprint", str, what, ConfigError)
+        position = field(state, "next_sequence", int, what, ConfigError)
+        if position < 0:
+            raise ConfigError(f"{what}: next_sequence is {position}: it must not be negative")
+        if fingerprint != self._fingerprint:
             raise ConfigError(
                 f"the data is not what it was when the state was saved (fingerprint {self._fingerprint}, then "
-                f"{state['fingerprint']}): go on with the same files, tokenizer, Python version and data settings"
+                f"{fingerprint}): go on with the same files, tokenizer, Python version and data settings"
             )
-        self._next_sequence = int(state["next_sequence"])
+        self._next_sequence = position
 
 
 def train_iterator(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> TrainIterator:
@@ -105,20 +111,28 @@ def train_iterator(config: DataConfig, tokenizer: Tokenizer, batch_size: int) ->
 
 
 def validation_batches(
-    config: DataConfig, tokenizer: Tokenizer, batch_size: int, count: int
+    config: DataConfig, tokenizer: Tokenizer, batch_size: int, count: int, *, multiple_of: int = 1
 ) -> list[dict[str, np.ndarray]]:
     """The same batches of held-out documents at every call.
+
+    Args:
+      multiple_of: what a batch's size must be a multiple of, as `batch_size` is: parts that devices take.
 
     Returns:
       `count` batches of (batch_size, T), or as many full ones as there are; a single smaller one if there is not
       even one full batch.
 
     Raises:
-      ConfigError: no documents are held out, or too few for one sequence.
+      ConfigError: no documents are held out, or too few for one sequence, or for `multiple_of`.
     """
     packed, _ = _sequences(config, tokenizer, validation=True)
     sequences = packed.shuffle(config.seed)
-    batch_size = min(batch_size, len(sequences))
+    batch_size = min(batch_size, len(sequences) // multiple_of * multiple_of)
+    if not batch_size:
+        raise ConfigError(
+            f"the validation part of {config.source!r} has {len(sequences)} sequences, too few for the {multiple_of} "
+            "parts that devices take of a batch: raise data.validation_fraction, or set it to 0 for no validation"
+        )
     batches = range(min(count, len(sequences) // batch_size))
     return [_stack([sequences[b * batch_size + i] for i in range(batch_size)]) for b in batches]
 

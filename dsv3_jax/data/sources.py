@@ -14,6 +14,7 @@ import numpy as np
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import valid_unicode
+from dsv3_jax.json_input import show
 
 STDLIB = "stdlib"
 
@@ -141,7 +142,7 @@ def _jsonl(path: Path, text_field: str) -> Iterator[str]:
         except (KeyError, TypeError, IndexError):
             raise ConfigError(f"{path}, line {number} has no field {text_field!r}: set data.text_field") from None
         if not isinstance(text, str):
-            raise ConfigError(f"{path}, line {number}: field {text_field!r} is {text!r:.40}, not text")
+            raise ConfigError(f"{path}, line {number}: field {text_field!r} is {show(text)}, not text")
         yield text
 
 

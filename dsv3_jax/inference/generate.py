@@ -56,9 +56,8 @@ def stream(
         if sampling.temperature != 0:
             raise ConfigError("sampling at a temperature needs a key: pass key=jax.random.key(seed)")
         key = jax.random.key(0)
-    # Kernels work on whole tiles of keys and queries: prompts and the cache get some padding.
-    tile = 1 if model.runtime.attention_impl == "reference" else _TILE
-    width, limit = -(-int(lengths.max()) // tile) * tile, model.config.max_position_embeddings
+    tile, limit = _tile(model), model.config.max_position_embeddings
+    width = -(-int(lengths.max()) // tile) * tile
     needed = int(lengths.max()) + max_new_tokens
     room = -(-max(needed, width) // tile) * tile if cache_length is None else cache_length
     if room % tile:
@@ -112,6 +111,17 @@ def generate(
 ) -> np.ndarray:
     """What `stream` yields, as one array (B, at most max_new_tokens) int32. Arguments and errors are those of that."""
     return np.stack(list(stream(model, variables, prompts, max_new_tokens, **how)), axis=1)
+
+
+def longest(model: DeepSeekV3) -> int:
+    """The most tokens that a prompt and its continuation may have together."""
+    tile = _tile(model)
+    return model.config.max_position_embeddings // tile * tile
+
+
+def _tile(model: DeepSeekV3) -> int:
+    """Kernels work on whole tiles of keys and queries: prompts and the cache get some padding."""
+    return 1 if model.runtime.attention_impl == "reference" else _TILE
 
 
 def _in_form(model: DeepSeekV3, form: Literal["expanded", "absorbed"]) -> DeepSeekV3:

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ConfigError, Runtime
-from dsv3_jax.parallel.mesh import MeshShape, make_mesh
+from dsv3_jax.parallel.mesh import AXES, MeshShape, make_mesh
 from dsv3_jax.parallel.rules import present, rules_of, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """A jitted function that is called where `mesh` is in use."""
+
+    jitted: Any
+    mesh: Mesh
+
+    def __call__(self, *arguments: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.jitted(*arguments)
+
+    def check(self, *arguments: Any) -> None:
+        """Traces the function for (abstract) arguments, as a call would, and raises what that call would raise then."""
+        with jax.set_mesh(self.mesh):
+            self.jitted.eval_shape(*arguments)
 
 
 class Placement:
@@ -23,16 +41,24 @@ class Placement:
     """
 
     def __init__(self, shape: MeshShape, runtime: Runtime, devices: list[jax.Device] | None = None) -> None:
-        """Raises ConfigError if the mesh doesn't suit the devices, or the rules use none of a larger mesh.
+        """Raises ConfigError if the mesh doesn't suit the devices, or the rules cut nothing over one of its axes.
 
         `devices` may be of a topology that isn't there, to compile for.
         """
         if shape.devices > 1 and runtime.sharding == "single":
             raise ConfigError(f"mesh {shape} with runtime.sharding 'single': choose fsdp, fsdp_ep, ep_tp or pp_ep_dp")
+        rules = rules_of(runtime)
+        used = {axis for name in dataclasses.asdict(rules) for axis in getattr(rules, name)}
+        for axis, size in dataclasses.asdict(shape).items():
+            if size > 1 and axis not in used:
+                raise ConfigError(
+                    f"mesh.{axis} is {size}, but runtime.sharding {runtime.sharding!r} cuts nothing over it, so that "
+                    f"these devices would all do the same: it cuts over {', '.join(a for a in AXES if a in used)}"
+                )
         if devices is None:
             devices = jax.local_devices()[:1] if shape.devices == 1 else jax.devices()
         self.mesh = make_mesh(shape, devices)
-        self.rules = rules_of(runtime)
+        self.rules = rules
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self._batch = NamedSharding(self.mesh, PartitionSpec(present(self.rules.batch, self.mesh) or None))
 
@@ -48,9 +74,9 @@ class Placement:
         shardings = state_shardings(state, self.mesh, self.rules)
         return jax.tree.map(place, state, shardings), jax.tree.map(lambda x: place(x, self._batch), batch)
 
-    def jit_step(self, step: Callable[..., Any], state: Any) -> Callable[..., Any]:
+    def jit_step(self, step: Callable[..., Any], state: Any) -> OnMesh:
         """The step compiled for this mesh: its new state lies as `state` does, its metrics on every device."""
-        return self._within(self._jit(step, state))
+        return OnMesh(self._jit(step, state), self.mesh)
 
     def lower(self, step: Callable[..., Any], state: Any, batch: Any) -> jax.stages.Lowered:
         """What `jit_step` would compile, from the abstract state and batch of `abstract`."""
@@ -61,16 +87,9 @@ class Placement:
         shardings = jax.tree.map(lambda x: x.sharding, state)
         return jax.jit(step, out_shardings=(shardings, self.replicated), donate_argnums=0)
 
-    def jit_evaluation(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    def jit_evaluation(self, evaluate: Callable[..., Any]) -> OnMesh:
         """Compiled, its result on every device."""
-        return self._within(jax.jit(evaluate, out_shardings=self.replicated))
-
-    def _within(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            with jax.set_mesh(self.mesh):
-                return compiled(*arguments)
-
-        return call
+        return OnMesh(jax.jit(evaluate, out_shardings=self.replicated), self.mesh)
 
     @property
     def parts(self) -> int:
@@ -82,6 +101,12 @@ class Placement:
         self._check(batch_size)
         slices = self._batch.addressable_devices_indices_map((batch_size,)).values()
         return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
+
+    def abstract_batch(self, names: Iterable[str], batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `batch` makes, without its numbers."""
+        self._check(batch_size)
+        one = jax.ShapeDtypeStruct((batch_size, length), np.int32, sharding=self._batch)
+        return dict.fromkeys(names, one)
 
     def batch(self, rows: np.ndarray, local: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
         """Global arrays (batch_size, T) of the local rows that `rows` numbers."""

@@ -37,6 +37,10 @@ class Processes:
             raise ConfigError(f"processes.coordinator is {self.coordinator!r}: it needs processes.count and .index too")
         elif not 0 <= self.index < self.count:
             raise ConfigError(f"processes.index is {self.index}: it must be from 0 to processes.count - 1")
+        else:
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+                raise ConfigError(f"processes.coordinator is {self.coordinator!r}: it must be 'auto' or HOST:PORT")
 
 
 def join(processes: Processes) -> None:

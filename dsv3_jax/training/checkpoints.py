@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import orbax.checkpoint as ocp
 from dsv3_jax.checkpoint.files import CheckpointError
 from dsv3_jax.checkpoint.hashes import hash_files, seal
 from dsv3_jax.checkpoint.runs import HASHES, step_hashes
+from dsv3_jax.parallel.placement import all_processes_here
 from dsv3_jax.training.step import TrainState
 
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"
@@ -65,6 +67,10 @@ class Checkpoints:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
     def save(self, state: TrainState, data_state: dict[str, Any]) -> None:
         """Starts to write the state of step `state.step`; earlier ones are finished first. Raises CheckpointError."""
         step = int(state.step)
@@ -80,9 +86,12 @@ class Checkpoints:
         """Waits until everything is on disk. Raises CheckpointError."""
         self._guard(self._manager.wait_until_finished, None)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state, with the shapes, dtypes and shardings of `like` (arrays or their abstract twins)."""
-        step = self.latest()
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """The state of a step, by default the newest, with the shapes, dtypes and shardings of `like`.
+
+        like: arrays or their abstract twins.
+        """
+        step = self.latest() if step is None else step
         if step is None:
             raise CheckpointError(f"{self.directory} holds no complete checkpoint: start without --resume")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _with_raw_key(like))
@@ -98,6 +107,20 @@ class Checkpoints:
             ) from error
         state = restored["state"]
         return dataclasses.replace(state, rng=jax.random.wrap_key_data(state.rng)), restored["data"]
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a checkpoint out of the way, beside the directory of the others, and returns where it is.
+
+        Every process calls it, when all have come this far; one of them moves.
+        """
+        aside = self.directory.with_name(f"{self.directory.name}_set_aside")
+        target = aside / f"{step}-{time.time_ns()}"
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(target)
+        all_processes_here()
+        self._manager.reload()
+        return target
 
     def close(self) -> None:
         self._guard(self._manager.close, None)

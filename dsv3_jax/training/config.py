@@ -70,7 +70,15 @@ class TrainConfig:
                 f"data.sequence_length is {self.data.sequence_length}: it must be at most "
                 f"model.max_position_embeddings ({self.model.max_position_embeddings})"
             )
-        for name, size in (
+        depth = self.model.num_nextn_predict_layers
+        if self.data.sequence_length <= depth:
+            raise ConfigError(
+                f"data.sequence_length is {self.data.sequence_length}: it must be above model.num_nextn_predict_layers "
+                f"({depth}), or the last MTP module has nothing to predict"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}: it must be in [0, 2**32)")
+        for name, size in (  # the ramp's other sizes are checked when the step is, with the mesh
             ("batch_size", self.schedule.batch_size),
             ("initial_batch_size", self.schedule.initial_batch_size),
         ):
@@ -136,19 +144,33 @@ class TrainConfig:
             raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
     def differences(self, other: TrainConfig) -> list[str]:
-        """The fields in which two configs differ, as lines `name: mine, there other's`.
+        """The fields in which two configs describe different runs, as lines `name: mine, there other's`.
 
-        Those that only say how the work is spread over devices don't count: a run may go on with other ones.
+        Those of `changes` that leave training's numbers as they are don't count: a run may go on with other ones.
         """
+        return [line for name, line in self.changes(other).items() if not _is_free(name)]
+
+    def changes(self, other: TrainConfig) -> dict[str, str]:
+        """All fields in which two configs differ, each with a line as in `differences`."""
         mine, others = _flatten(dataclasses.asdict(self)), _flatten(dataclasses.asdict(other))
-        return [
-            f"{k}: {mine.get(k)!r}, there {others.get(k)!r}"
+        return {
+            k: f"{k}: {mine.get(k)!r}, there {others.get(k)!r}"
             for k in sorted(mine | others)
-            if mine.get(k) != others.get(k) and not k.startswith(_SPREAD)
-        ]
+            if mine.get(k) != others.get(k)
+        }
 
 
-_SPREAD = ("mesh.", "runtime.sharding", "runtime.dispatch", "runtime.pipeline", "runtime.interleave", "microbatches")
+_FREE = (
+    *("microbatches", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints"),
+    *("sample_prompt", "sample_tokens"),
+    *("data.source", "data.tokenizer"),  # where they lie: hashes tell whether they are the same
+)
+"""What a run may go on with other values of; besides the mesh, and how the runtime computes, but for the dtypes."""
+
+
+def _is_free(name: str) -> bool:
+    computed = name.startswith(("mesh.", "runtime.")) and name not in ("runtime.dtype", "runtime.param_dtype")
+    return computed or name in _FREE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +178,7 @@ class TrainArgs:
     """Train a model and write everything about the run into a directory.
 
     Every field of the run can be set: `--schedule.steps 100 --model.hidden-size 256 --data.source my/texts`.
-    Defaults are the preset's. Ctrl-C saves; `--resume` continues to the same numbers.
+    Defaults are the preset's; with `--resume` the run's own. Ctrl-C saves; `--resume` continues to the same numbers.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -165,7 +187,8 @@ class TrainArgs:
     run_dir: Path = Path("runs/tiny")
     """The run's directory; runs/PRESET by default."""
     resume: bool = False
-    """Continue the run in run_dir from its newest checkpoint, on the same or another mesh."""
+    """Continue the run in run_dir from its newest checkpoint, with its own config, on the same or another mesh. Options
+    that don't change what is computed may change."""
     processes: Processes = dataclasses.field(default_factory=Processes)
     """How the processes of one job find each other."""
 

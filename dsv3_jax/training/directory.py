@@ -1,24 +1,100 @@
-"""The directory of a run: what stands in it before the first step."""
+"""The directory of a run: whose it is, who holds it, and what stands in it before the first step."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
 
 from dsv3_jax.checkpoint.hashes import seal
-from dsv3_jax.checkpoint.runs import read_config
-from dsv3_jax.config import ConfigError
-from dsv3_jax.json_input import check_type
+from dsv3_jax.checkpoint.runs import CHECKPOINTS, read_config
+from dsv3_jax.config import ConfigError, build_dataclass
+from dsv3_jax.json_input import check_type, parse_json
 from dsv3_jax.training.config import TrainConfig
 
 CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+LOCK = "lock"
 
 TOKENIZER_FILES = ("tokenizer.json", "tiktoken.model", "tokenizer_config.json")
 """What a run keeps of its tokenizer, under the names that a Hugging Face checkpoint uses."""
+
+
+_AT_THE_START = {CONFIG, LOCK, CHECKPOINTS, "tensorboard", *TOKENIZER_FILES}
+"""What may be there before the first checkpoint is, which is that of step 0."""
+
+
+def check_directory(config: TrainConfig, directory: Path, *, resume: bool) -> None:
+    """Raises ConfigError if a run of `config` in `directory` would mix two runs, or there is nothing to resume."""
+    path, checkpoints = directory / CONFIG, directory / CHECKPOINTS
+    if not path.exists():
+        if resume:
+            raise ConfigError(f"{directory} holds no run to resume: start it without --resume")
+        if directory.exists() and {p.name for p in directory.iterdir()} - {LOCK}:
+            raise ConfigError(f"{directory} is not empty and holds no run: choose another --run-dir")
+        return
+    before = TrainConfig.from_json(path)
+    saved = checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
+    if not saved and not resume:
+        others = {p.name for p in directory.iterdir() if not p.name.startswith(".")} - _AT_THE_START
+        if not others:
+            return  # it ended before its first checkpoint and has nothing to lose
+    if differences := config.differences(before):
+        raise ConfigError(
+            f"{directory} holds a run of another config ({'; '.join(differences)}): choose another --run-dir"
+        )
+    if not saved:
+        raise ConfigError(
+            f"{directory} holds a run, but {checkpoints} has no checkpoint to go on from: put them back there, or "
+            "start anew with another --run-dir"
+        )
+    if not resume:
+        raise ConfigError(
+            f"{directory} holds this run already: add --resume to continue it, or choose another --run-dir"
+        )
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[str]:
+    """Holds a directory for this process, which ends with the process at the latest, however that dies.
+
+    Yields what to warn of: nothing, or that the file system has no locks (`flock`). Whether a lock holds between hosts
+    is the file system's matter: NFS from version 4 on, GPFS and Lustre (mounted with `flock`) do.
+
+    Raises ConfigError if another process holds the directory.
+    """
+    file, warning = directory / LOCK, ""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "not named"
+            raise ConfigError(
+                f"{directory} is held by another process ({holder}), which trains there: wait for its end, stop it, or "
+                "choose another --run-dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warning = f"{directory} is on a file system without locks: see to it that no other process trains there"
+        else:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield warning
+    finally:
+        os.close(descriptor)
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
 def tokenizer_sources(path: str | Path | None) -> dict[str, Path]:
@@ -43,6 +119,15 @@ def write_config(directory: Path, config: TrainConfig, tokenizer: dict[str, str]
     """Writes `config.json`: the run's config, under `tokenizer_files` its tokenizer's hashes, under `seal` its own."""
     content = seal(dataclasses.asdict(config) | {"tokenizer_files": tokenizer})
     _replace(directory / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raises ConfigError if the config couldn't be read back from `config.json`, as with text that has no UTF-8."""
+    try:
+        kept = parse_json(json.dumps(dataclasses.asdict(config)), "config", ConfigError)
+    except TypeError as error:  # a value that isn't one of JSON, given in Python
+        raise ConfigError(f"the run's config can't be written: {error}") from None
+    build_dataclass(TrainConfig, kept, "the run's config")
 
 
 def keep_tokenizer(directory: Path, path: str | Path | None) -> dict[str, str]:

@@ -23,7 +23,9 @@ class MetricsLog:
         if directory is None or self.path is None:
             return
         kept = [r for r in read_metrics(self.path) if r["step"] <= first_step] if self.path.exists() else []
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        beside = self.path.with_name(f".{self.path.name}")
+        beside.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        beside.replace(self.path)  # in one step: a crash or a full disk leaves the old one
         self._lines = self.path.open("a", buffering=1)
         self._events = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
 
@@ -51,13 +53,13 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a last line that a crash cut short is left out."""
+    """The records of a `metrics.jsonl`; a line that is none, as the last one after a crash, is left out."""
     records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 

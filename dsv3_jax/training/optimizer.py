@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -22,10 +23,19 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    """Gradients of a larger global norm are scaled down to it; 0 never clips."""
     moments_dtype: str = "float32"
     """`bfloat16` halves the optimizer's memory, as in DeepSeek-V3's own training."""
 
     def __post_init__(self) -> None:
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        if not 0 < self.eps < math.inf:
+            raise ConfigError(f"optimizer.eps is {self.eps}: it must be positive")
+        for name in ("weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}: it must be positive, or 0 for none")
         if self.moments_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"optimizer.moments_dtype is {self.moments_dtype!r}: it must be 'float32' or 'bfloat16'")
 
@@ -33,7 +43,7 @@ class OptimizerConfig:
 def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
     """Clip by global norm, Adam, decoupled weight decay of matrices, the schedule's learning rate."""
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         _scale_by_adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.scale_by_learning_rate(schedule.learning_rate),

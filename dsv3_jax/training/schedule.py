@@ -6,6 +6,7 @@ The report's milestones are kept as fractions of its 14.8T tokens, so that a run
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,22 @@ class ScheduleConfig:
                 f"schedule.initial_batch_size is {self.initial_batch_size}: "
                 f"it must be from 1 to batch_size ({self.batch_size})"
             )
+        if self.steps >= 2**31:
+            raise ConfigError(f"schedule.steps is {self.steps}: it must be below 2**31, which the step counter holds")
+        if not 0 < self.peak_learning_rate < math.inf:
+            raise ConfigError(f"schedule.peak_learning_rate is {self.peak_learning_rate}: it must be positive")
+        for name in (
+            "end_learning_rate",
+            "tail_learning_rate",
+            "warmup_steps",
+            "mtp_weight",
+            "final_mtp_weight",
+            "bias_update_speed",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"schedule.{name} is {getattr(self, name)}: it must be 0 or a positive number")
+        if not 0 <= self.ramp_until <= 1:
+            raise ConfigError(f"schedule.ramp_until is {self.ramp_until}: it must be from 0 to 1")
         if not 0 <= self.constant_until <= self.decay_until <= self.tail_from <= 1:
             raise ConfigError("schedule: constant_until <= decay_until <= tail_from must hold, between 0 and 1")
 

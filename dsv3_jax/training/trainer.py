@@ -8,9 +8,10 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import (
@@ -23,15 +24,25 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dsv3_jax.checkpoint.runs import CHECKPOINTS
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import load_tokenizer, train_iterator, validation_batches
-from dsv3_jax.inference.generate import generate
+from dsv3_jax.inference.generate import generate, longest
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.parallel.placement import Placement, all_processes_here, any_process
+from dsv3_jax.parallel.placement import OnMesh, Placement, all_processes_here, any_process
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.config import TrainConfig
-from dsv3_jax.training.directory import keep_tokenizer, kept_tokenizer, write_config
+from dsv3_jax.training.directory import (
+    CONFIG,
+    METRICS,
+    check_config,
+    check_directory,
+    keep_tokenizer,
+    kept_tokenizer,
+    locked,
+    write_config,
+)
 from dsv3_jax.training.metrics import MetricsLog, plot_metrics, read_metrics, worst_violation
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import Schedule
@@ -57,12 +68,13 @@ def train(
       The last metrics. `stopped` among them is true if Ctrl-C or SIGTERM ended the run early; it is saved then.
 
     Raises:
-      ConfigError: `directory` holds another run, or the data doesn't fit the model.
+      ConfigError: `directory` holds another run or is held by another process, there is nothing to resume, or
+        something that the run would meet later (a batch of the ramp, validation, the sample) doesn't suit the rest.
       CheckpointError: a checkpoint couldn't be written or read.
-      TrainingError: the loss is no longer finite.
+      TrainingError: the loss, the gradient or the state is no longer finite: nothing of it is saved.
     """
-    primary = jax.process_index() == 0
-    console = console or Console(quiet=not primary)
+    console = console or Console(quiet=jax.process_index() != 0)
+    check_config(config)
     check_directory(config, directory, resume=resume)
     tokenizer_path = kept_tokenizer(directory, config.data.tokenizer) if resume else config.data.tokenizer
     tokenizer = load_tokenizer(tokenizer_path)
@@ -73,31 +85,26 @@ def train(
         )
     run = _Run(config, directory, tokenizer, console)  # reads the data: a failure leaves no directory behind
     all_processes_here()  # before one of them puts something into the directory that the others look at
-    if primary:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_config(directory, config, keep_tokenizer(directory, tokenizer_path))
-    all_processes_here()
-    return run.run(resume)
+    with _held_by_one(directory, console):
+        check_directory(config, directory, resume=resume)  # again: another process may have been faster
+        return run.run(resume, tokenizer_path)
 
 
-def check_directory(config: TrainConfig, directory: Path, *, resume: bool) -> None:
-    """Raises ConfigError if a run of `config` in `directory` would mix two runs, or there is nothing to resume."""
-    path = directory / "config.json"
-    if path.exists():
-        differences = config.differences(TrainConfig.from_json(path))
-        if differences:
-            raise ConfigError(
-                f"{directory} holds a run of another config ({'; '.join(differences)}): choose another --run-dir"
-            )
-        if not resume:
-            raise ConfigError(
-                f"{directory} holds this run already: add --resume to continue it, or choose another --run-dir"
-            )
-        return
-    if resume:
-        raise ConfigError(f"{directory} holds no run to resume: start it without --resume")
-    if directory.exists() and any(directory.iterdir()):
-        raise ConfigError(f"{directory} is not empty and holds no run: choose another --run-dir")
+@contextlib.contextmanager
+def _held_by_one(directory: Path, console: Console) -> Iterator[None]:
+    """Holds the run's directory for this job: its first process does."""
+    with contextlib.ExitStack() as stack:
+        refused = None
+        if jax.process_index() == 0:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                if warning := stack.enter_context(locked(directory)):
+                    console.print(f"warning: {warning}")
+            except (ConfigError, OSError) as error:
+                refused = error
+        if any_process(refused is not None):
+            raise refused or ConfigError(f"{directory} can't be used: process 0 says why")
+        yield
 
 
 class _Run:
@@ -107,49 +114,74 @@ class _Run:
         self.config, self.directory, self.tokenizer, self.console = config, directory, tokenizer, console
         self.model = DeepSeekV3(config.model, config.runtime)
         self.schedule = Schedule(config.schedule)
-        self.optimizer = make_optimizer(config.optimizer, self.schedule)
+        optimizer = make_optimizer(config.optimizer, self.schedule)
+        self.init = lambda key: init_state(self.model, optimizer, key)
         self.placement = Placement(config.mesh, config.runtime)
+        self.abstract, _ = self.placement.abstract(self.init, {})
+        step = make_train_step(self.model, optimizer, self.schedule, microbatches=config.microbatches)
+        self.train_step = self.placement.jit_step(step, self.abstract)
         self.evaluate = self.placement.jit_evaluation(make_eval_step(self.model))
+        self.finite = self.placement.jit_evaluation(all_finite)
+        sizes = [stage.batch_size for stage in self.schedule.stages]
+        ramp = f" (schedule's sizes are {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
+        for stage in self.schedule.stages:
+            self._check(self.train_step, stage.batch_size, f"the batch from step {stage.start_step} on{ramp}")
+        self.sample_prompt, self.sample_tokens = self._sample_request()
         self.data = train_iterator(config.data, tokenizer, self.schedule.batch_size(0))
         self.validation = []
         if config.data.validation_fraction:
-            count, size = config.validation_batches, config.schedule.batch_size
-            self.validation = validation_batches(config.data, tokenizer, size, count)
+            self.validation = validation_batches(
+                config.data,
+                tokenizer,
+                config.schedule.batch_size,
+                config.validation_batches,
+                multiple_of=self.placement.parts,
+            )
+            self._check(self.evaluate, len(self.validation[0]["tokens"]), "validation")
         self.throughput = Throughput(config.model, config.data.sequence_length)
 
-    def run(self, resume: bool) -> dict[str, Any]:
-        checkpoints = Checkpoints(self.directory / "checkpoints", self.config.keep_checkpoints)
-        init = lambda key: init_state(self.model, self.optimizer, key)
-        state = self.placement.init(init, jax.random.key(self.config.seed))
-        step_function = make_train_step(
-            self.model, self.optimizer, self.schedule, microbatches=self.config.microbatches
-        )
-        train_step = self.placement.jit_step(step_function, state)
-        if resume and checkpoints.latest() is not None:
-            state, data_state = checkpoints.restore(state)
-            self.data.set_state(data_state)
-        first = int(state.step)
-        primary = jax.process_index() == 0
-        log = MetricsLog(self.directory if primary else None, first_step=first)
-        last: dict[str, Any] = {}
-        lost = False
+    def _check(self, function: OnMesh, size: int, what: str) -> None:
+        """Traces a step for a batch of `size`: what can't be is said before the first step, not in the middle."""
+        names = _inputs(self.config.data.mask_documents)
         try:
+            function.check(self.abstract, self.placement.abstract_batch(names, size, self.config.data.sequence_length))
+        except ValueError as error:
+            raise ConfigError(f"{what}: {error}") from error
+
+    def run(self, resume: bool, tokenizer_path: str | Path | None) -> dict[str, Any]:
+        config, primary = self.config, jax.process_index() == 0
+        checkpoints = Checkpoints(self.directory / CHECKPOINTS, config.keep_checkpoints)
+        last: dict[str, Any] = {}
+        lost, log = False, None
+        try:
+            state = self.placement.init(self.init, jax.random.key(config.seed))
+            if resume:
+                state = self._restore(checkpoints, state)
+            if primary:
+                write_config(self.directory, config, keep_tokenizer(self.directory, tokenizer_path))
+            if not resume:
+                self._save(checkpoints, state)  # that there always is one; and a disk without room is noticed now
+                checkpoints.wait()
+            first = int(state.step)
+            log = MetricsLog(self.directory if primary else None, first_step=first)
             with _stop_on_signal() as stopping, self._progress(first) as report:
-                for step in range(first, self.config.schedule.steps):
-                    state, metrics = train_step(state, self._batch(step))
+                for step in range(first, config.schedule.steps):
+                    state, metrics = self.train_step(state, self._batch(step))
                     done = step + 1
-                    self.throughput.add(self.schedule.batch_size(step) * self.config.data.sequence_length)
-                    if self._due(done, self.config.log_every):
-                        last = self._record(log, done, metrics | self.throughput.measure(state.step), checkpoints)
-                    if self.validation and self._due(done, self.config.validate_every):
+                    self.throughput.add(self.schedule.batch_size(step) * config.data.sequence_length)
+                    if self._due(done, config.log_every):
+                        self._check_finite(checkpoints, done, metrics)
+                        last = log.write(done, metrics | self.throughput.measure(state.step))
+                    if self.validation and self._due(done, config.validate_every):
                         last |= log.write(done, self._validate(state))
                         self.throughput.restart()
                     report(done, last)
                     # Several processes agree on it, which takes a message: not at every step.
-                    ask = jax.process_count() == 1 or self._due(done, self.config.log_every)
+                    ask = jax.process_count() == 1 or self._due(done, config.log_every)
                     stop = ask and any_process(stopping())
-                    if self._due(done, self.config.checkpoint_every) or stop:
-                        checkpoints.save(state, self.data.get_state())
+                    if self._due(done, config.checkpoint_every) or stop:
+                        self._check_finite(checkpoints, done, metrics)
+                        self._save(checkpoints, state)
                     if stop:
                         break
             checkpoints.wait()
@@ -162,13 +194,61 @@ class _Run:
                 f"checkpoint is of step {checkpoints.latest()}: start all of them again with --resume"
             ) from None
         finally:
-            log.close()
+            if log is not None:
+                log.close()
             if not lost:  # closing waits for the others
                 checkpoints.close()
-        finished = int(state.step) == self.config.schedule.steps
+        finished = int(state.step) == config.schedule.steps
         if primary:
             self._finish(state, finished)
         return last | {"step": int(state.step), "stopped": not finished}
+
+    def _restore(self, checkpoints: Checkpoints, state: TrainState) -> TrainState:
+        """The newest state that is finite, the data's position with it. Newer ones are set aside, and it is said."""
+        passed_over = []
+        for step in reversed(checkpoints.steps()):
+            state, position = checkpoints.restore(state, step)
+            bad = self._not_finite(state)
+            if not bad:
+                break
+            self.console.print(f"the checkpoint of step {step} is passed over: {bad}")
+            passed_over.append(step)
+        else:
+            raise TrainingError(f"{checkpoints.directory} has no finite checkpoint to go on from")
+        try:
+            self.data.set_state(position)
+        except ConfigError as error:
+            raise ConfigError(f"checkpoint {checkpoints.directory / str(step)}: {error}") from None
+        for other in passed_over:
+            self.console.print(f"it is kept in {checkpoints.set_aside(other)}")
+        changes = self.config.changes(TrainConfig.from_json(self.directory / CONFIG)).values()
+        changed = f" with another config ({'; '.join(changes)})" if changes else ""
+        self.console.print(f"going on from the checkpoint of step {step}{changed}", soft_wrap=True)
+        return state
+
+    def _save(self, checkpoints: Checkpoints, state: TrainState) -> None:
+        """Saves a state that is finite. Raises TrainingError if it isn't: it would push a good one out."""
+        if bad := self._not_finite(state):
+            self._stop(checkpoints, int(state.step), bad)
+        checkpoints.save(state, self.data.get_state())
+
+    def _not_finite(self, state: TrainState) -> str:
+        """Which arrays hold something else than finite numbers, as words; nothing if none does."""
+        finite = np.asarray(self.finite(state))
+        names = [name for name, good in zip(_floats(state), finite, strict=True) if not good]
+        more = f" and {len(names) - 1} more arrays" if len(names) > 1 else ""
+        return f"{names[0]}{more} of the state isn't finite" if names else ""
+
+    def _check_finite(self, checkpoints: Checkpoints, done: int, metrics: dict[str, Any]) -> None:
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(value := float(metrics[name])):
+                self._stop(checkpoints, done, f"{name} is {value}")
+
+    def _stop(self, checkpoints: Checkpoints, done: int, why: str) -> NoReturn:
+        raise TrainingError(
+            f"{why} at step {done}, which is not saved; the newest checkpoint is of step {checkpoints.latest()}: "
+            "try a lower schedule.peak_learning_rate or a longer warm-up"
+        )
 
     def _batch(self, step: int) -> dict[str, jax.Array]:
         size = self.schedule.batch_size(step)
@@ -176,19 +256,11 @@ class _Run:
         return self._placed(rows, self.data.next_batch(size, rows), size)
 
     def _placed(self, rows: np.ndarray, batch: dict[str, np.ndarray], size: int) -> dict[str, jax.Array]:
-        return self.placement.batch(rows, _model_inputs(batch, self.config.data.mask_documents), size)
+        taken = {name: batch[name] for name in _inputs(self.config.data.mask_documents)}
+        return self.placement.batch(rows, taken, size)
 
     def _due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.config.schedule.steps
-
-    def _record(self, log: MetricsLog, done: int, metrics: dict[str, Any], checkpoints: Checkpoints) -> dict[str, Any]:
-        plain = log.write(done, metrics)
-        if not np.isfinite(plain["loss"]):
-            raise TrainingError(
-                f"the loss is {plain['loss']} at step {done}; the newest checkpoint is of step {checkpoints.latest()}: "
-                "try a lower schedule.peak_learning_rate or a longer warm-up"
-            )
-        return plain
 
     def _validate(self, state: TrainState) -> dict[str, Any]:
         size = len(self.validation[0]["tokens"])
@@ -228,7 +300,7 @@ class _Run:
 
     def _finish(self, state: TrainState, finished: bool) -> None:
         """Figure, sample and report; of a stopped run only the figure."""
-        records = read_metrics(self.directory / "metrics.jsonl")
+        records = read_metrics(self.directory / METRICS)
         plot_metrics(self.directory / "metrics.png", records, str(self.directory))
         if not finished:
             return
@@ -241,14 +313,23 @@ class _Run:
             self.console.print(sample, markup=False, highlight=False)
             self.console.rule()
 
-    def _sample(self, state: TrainState) -> str:
+    def _sample_request(self) -> tuple[list[int], int]:
+        """The prompt of the sample at the end, and how many tokens are to follow. Raises ConfigError."""
         prompt = [self.tokenizer.bos_id, *map(int, self.tokenizer.encode(self.config.sample_prompt))]
-        room = self.config.model.max_position_embeddings - len(prompt)
+        room = longest(self.model) - len(prompt)
+        if self.config.sample_tokens and room < 1:
+            raise ConfigError(
+                f"sample_prompt has {len(prompt)} tokens, which leaves no room of the {longest(self.model)} for a "
+                "sample: shorten it, or set sample_tokens to 0"
+            )
+        return prompt, min(self.config.sample_tokens, room)
+
+    def _sample(self, state: TrainState) -> str:
         new = generate(
             self.model,
             state.variables,
-            [prompt],
-            min(self.config.sample_tokens, room),
+            [self.sample_prompt],
+            self.sample_tokens,
             sampling=Sampling(temperature=0.7, top_p=0.95),
             key=jax.random.key(self.config.seed),
         )[0]
@@ -256,10 +337,21 @@ class _Run:
         return self.config.sample_prompt + self.tokenizer.decode(new[: ends[0]] if len(ends) else new)
 
 
-def _model_inputs(batch: dict[str, np.ndarray], mask_documents: bool) -> dict[str, np.ndarray]:
+def _inputs(mask_documents: bool) -> tuple[str, ...]:
     """What the step takes: without document masks, as in the report (section 4.1), only tokens and targets."""
-    keys = ("tokens", "targets", "segments", "positions") if mask_documents else ("tokens", "targets")
-    return {k: batch[k] for k in keys}
+    return ("tokens", "targets", "segments", "positions") if mask_documents else ("tokens", "targets")
+
+
+def _floats(state: TrainState) -> dict[str, jax.Array]:
+    """The arrays of a state that hold floats, by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name(path): x for path, x in leaves if jnp.issubdtype(x.dtype, jnp.floating)}
+
+
+def all_finite(state: TrainState) -> jax.Array:
+    """Of each of a state's arrays of floats, whether all of its numbers are finite."""
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in _floats(state).values()])
 
 
 def _summary(metrics: dict[str, Any]) -> str:

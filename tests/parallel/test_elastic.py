@@ -67,7 +67,7 @@ def test_values_are_the_same_on_another_mesh(tmp_path, before, after):
 )
 def test_resume_on_another_mesh(one_device, tmp_path, monkeypatch, before, after):
     directory = tmp_path / "run"
-    asked = iter([False, False, False, True])  # at step 4: stopped as by Ctrl-C
+    asked = iter([False, False, False, False, True])  # at the start, for the lock; at step 4: stopped as by Ctrl-C
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "any_process", lambda _: next(asked))
         assert trainer.train(small_config(*before), directory, console=Console(quiet=True))["stopped"]

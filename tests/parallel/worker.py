@@ -10,14 +10,14 @@ if "--pause" in options:
     options.remove("--pause")
     from dsv3_jax.training import trainer
 
-    record, steps = trainer._Run._record, []
+    batch = trainer._Run._batch
 
-    def slow(self, log, done, *rest):
-        if done > 4:
+    def slow(self, step):
+        if step > 4:
             time.sleep(2)
-        return record(self, log, done, *rest)
+        return batch(self, step)
 
-    trainer._Run._record = slow
+    trainer._Run._batch = slow
 
 SMALL = {
     **{"model.hidden-size": 16, "model.intermediate-size": 16, "model.moe-intermediate-size": 8},
