@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,12 @@ def join(processes: Processes) -> None:
     if processes.coordinator is None:
         return
     address = None if processes.coordinator == "auto" else processes.coordinator
+    try:
+        if address is not None:  # else JAX tries for five minutes and then ends the process with a stack trace
+            host, _, port = address.rpartition(":")
+            socket.getaddrinfo(host.strip("[]"), port)
+    except OSError as error:
+        raise ConfigError(f"processes.coordinator is {address!r}: its host isn't known here ({error})") from None
     try:
         jax.distributed.initialize(
             address, processes.count, processes.index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
