@@ -87,7 +87,7 @@ def convert_command(args: ConvertArgs, console: Console | None = None) -> None:
 def _run(directory: Path, check_hashes: bool) -> Variables:
     """The newest checkpoint of a training run."""
     config, variables = runs.read_run(directory, Runtime(), check_hashes=check_hashes)
-    newest = max((directory / runs.CHECKPOINTS).iterdir(), key=lambda p: int(p.name) if p.name.isdigit() else -1)
+    newest = directory / runs.CHECKPOINTS / str(runs.complete_steps(directory / runs.CHECKPOINTS)[-1])
     version = f"{newest.resolve()} {newest.stat().st_mtime_ns}"
     tokenizer = run_tokenizer(directory)
     # What a preset's ids were for is another tokenizer.

@@ -47,6 +47,11 @@ def step_hashes(step: Path, *, check_hashes: bool = True) -> FileHashes:
     return file_hashes(step, unseal(read_json(step / HASHES, CheckpointError), step / HASHES), HASHES)
 
 
+def complete_steps(checkpoints: Path) -> list[int]:
+    """Steps of the checkpoints in a run's folder, ascending: one that isn't complete has another name."""
+    return sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isascii() and p.name.isdecimal())
+
+
 def read_run(
     directory: Path,
     runtime: Runtime,
@@ -65,7 +70,7 @@ def read_run(
         config = build_dataclass(ModelConfig, read_config(file).get("model"), str(file), "model.")
     except (OSError, ConfigError) as error:
         raise CheckpointError(f"{directory} holds no training run that can be read: {error}") from None
-    steps = sorted(int(p.name) for p in (directory / CHECKPOINTS).iterdir() if p.name.isdigit())
+    steps = complete_steps(directory / CHECKPOINTS)
     if not steps:
         raise CheckpointError(f"{directory} is a training run without a complete checkpoint: let it reach one")
     model = DeepSeekV3(config, Runtime(param_dtype=runtime.param_dtype))
@@ -89,4 +94,4 @@ def read_run(
     except (CheckpointError, FileNotFoundError):
         raise
     except Exception as error:  # orbax and tensorstore raise many kinds
-        raise CheckpointError(f"{path} can't be read: {str(error).splitlines()[0][:300]}") from error
+        raise CheckpointError(f"{path} can't be read: {str(error).strip()[:300] or type(error).__name__}") from error

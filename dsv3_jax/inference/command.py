@@ -47,6 +47,8 @@ class GenerateArgs:
     """Of the draws."""
     tokenizer: str | None = None
     """A tokenizer.json, a tiktoken.model, a folder that holds one, or "bytes"; by default the model's own."""
+    check_hashes: bool = True
+    """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
 
 
 def generate_command(args: GenerateArgs) -> None:
@@ -62,7 +64,7 @@ def generate_command(args: GenerateArgs) -> None:
     tokenizer = _tokenizer(args, is_run)
     stored = GenerationConfig() if is_run else read_generation_config(args.model)
     sampling, said = _sampling(args, stored)
-    model, variables = load_pretrained(args.model)
+    model, variables = load_pretrained(args.model, check_hashes=args.check_hashes)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer {args.tokenizer or f'of {args.model}'} has {tokenizer.vocab_size} tokens, but the model's "

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from dsv3_jax.checkpoint.files import CheckpointError
 from dsv3_jax.checkpoint.hashes import hash_files, seal
-from dsv3_jax.checkpoint.runs import HASHES, step_hashes
+from dsv3_jax.checkpoint.runs import HASHES, complete_steps, step_hashes
 from dsv3_jax.parallel.placement import all_processes_here
 from dsv3_jax.training.step import TrainState
 
@@ -130,15 +130,11 @@ class Checkpoints:
             write()
         except Exception as error:  # orbax and tensorstore raise many kinds
             what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-            complete = self._complete_steps()
+            complete = complete_steps(self.directory)  # the manager counts one from when its writing starts
             left = f"the newest complete one is of step {complete[-1]}" if complete else "there is no complete one yet"
             raise CheckpointError(
                 f"{what} couldn't be written to {self.directory}: {_first_line(error)}; {left}"
             ) from error
-
-    def _complete_steps(self) -> list[int]:
-        """Complete steps as the directory shows them: the manager counts one from when its writing starts."""
-        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
 
 
 def _check_room(directory: Path, state: TrainState) -> None:

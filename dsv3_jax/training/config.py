@@ -189,6 +189,8 @@ class TrainArgs:
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint, with its own config, on the same or another mesh. Options
     that don't change what is computed may change."""
+    check_hashes: bool = True
+    """With --resume: compare the checkpoint's files with the hashes that were saved with them."""
     processes: Processes = dataclasses.field(default_factory=Processes)
     """How the processes of one job find each other."""
 

@@ -55,7 +55,12 @@ class TrainingError(RuntimeError):
 
 
 def train(
-    config: TrainConfig, directory: Path, *, resume: bool = False, console: Console | None = None
+    config: TrainConfig,
+    directory: Path,
+    *,
+    resume: bool = False,
+    check_hashes: bool = True,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Trains to the last step of the schedule, or continues a run that was stopped.
 
@@ -63,6 +68,7 @@ def train(
       directory: the run's own; `config.json`, the tokenizer's files, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
         `metrics.png`, `sample.txt` and `report.md` go there.
       resume: continue the run in `directory` from its newest checkpoint, to the same numbers.
+      check_hashes: compare that checkpoint's files with the hashes that were saved with them.
 
     Returns:
       The last metrics. `stopped` among them is true if Ctrl-C or SIGTERM ended the run early; it is saved then.
@@ -87,7 +93,7 @@ def train(
     all_processes_here()  # before one of them puts something into the directory that the others look at
     with _held_by_one(directory, console):
         check_directory(config, directory, resume=resume)  # again: another process may have been faster
-        return run.run(resume, tokenizer_path)
+        return run.run(resume, tokenizer_path, check_hashes)
 
 
 @contextlib.contextmanager
@@ -148,9 +154,9 @@ class _Run:
         except ValueError as error:
             raise ConfigError(f"{what}: {error}") from error
 
-    def run(self, resume: bool, tokenizer_path: str | Path | None) -> dict[str, Any]:
+    def run(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> dict[str, Any]:
         config, primary = self.config, jax.process_index() == 0
-        checkpoints = Checkpoints(self.directory / CHECKPOINTS, config.keep_checkpoints)
+        checkpoints = Checkpoints(self.directory / CHECKPOINTS, config.keep_checkpoints, check_hashes=check_hashes)
         last: dict[str, Any] = {}
         lost, log = False, None
         try:
