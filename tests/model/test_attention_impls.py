@@ -11,7 +11,8 @@ import pytest
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.generate import generate
-from dsv3_jax.model.attention import Index, LayerCache, MultiHeadLatentAttention
+from dsv3_jax.model import attention_impls
+from dsv3_jax.model.attention import Index, LayerCache, MultiHeadLatentAttention, attention
 from dsv3_jax.model.transformer import init_cache
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -86,6 +87,43 @@ def test_continuing_from_a_cache(variables, impl, dtype, form, tokens):
     assert_same(out, ref, dtype)
     for a, b in zip(jax.tree.leaves(cache_b), jax.tree.leaves(cache_a), strict=True):
         assert_same(a.astype(jnp.float32), b.astype(jnp.float32), dtype)
+
+
+def test_turn_puts_each_sequences_last_token_last():
+    latent, k_rope = (np.arange(2 * 8 * n).reshape(2, 8, n) for n in (3, 2))
+    lengths = [5, 8]
+    turned = attention_impls.turn(jnp.asarray(latent), jnp.asarray(k_rope), jnp.asarray(lengths))
+    for before, after in zip((latent, k_rope), turned, strict=False):
+        for b, n in enumerate(lengths):
+            np.testing.assert_array_equal(after[b, 8 - n :], before[b, :n])
+    np.testing.assert_array_equal(turned[2], [[0] * 3 + [1] * 5, [1] * 8])
+
+
+@pytest.mark.parametrize("sharding", ["single", "ep_tp"])
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+def test_a_kernel_is_the_plain_attention(form, sharding):
+    """Queries at the end of a packed sequence, or of a cache; on a mesh, of sequences and heads cut over it."""
+    rng, heads = new_rng(), 4 if form == "expanded" else 1
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    shapes = (2, 3, 4, 512), (2, 3, 4, 64), (2, 128, heads, 512), (2, 128, 64), (2, 128, heads, 512)
+    q, q_rope, k, k_rope, v = (draw(*s) for s in shapes)
+    if form == "absorbed":
+        v = k
+    lengths = jnp.asarray([40, 128]) if form == "absorbed" else jnp.asarray([128, 128])
+    segments = None if form == "absorbed" else jnp.asarray(np.arange(128) >= np.array([[126], [60]]), jnp.int32)
+    where = dict(
+        q_index=lengths[:, None] - 3 + jnp.arange(3),
+        k_index=jnp.broadcast_to(jnp.arange(128), (2, 128)),
+        q_segments=None if segments is None else segments[:, -3:],
+        k_segments=segments,
+    )
+    expected = attention(q, q_rope, k, k_rope, v, **where, scale=0.1)
+    runtime = Runtime(attention_impl="pallas_reference", attention_form=form, sharding=sharding)
+    attend = attention_impls.kernel(
+        runtime, order=None, segments=segments, lengths=lengths if form == "absorbed" else None, scale=0.1
+    )
+    with jax.set_mesh(make_mesh(MeshShape(data=2, tensor=2), jax.devices()[:4])):
+        assert_same(jax.jit(attend)(q, q_rope, k, k_rope, v), expected, "float32")
 
 
 @pytest.mark.parametrize("impl", ["tpu_interpret", "gpu_interpret"])

@@ -18,17 +18,6 @@ V3 = dataclasses.replace(
 V2 = dict(scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False, num_nextn_predict_layers=0)
 
 
-def random_variables(model, rng):
-    """As training could leave them: no scale of a norm is one, biases are large enough to change choices."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))
-
-    def draw(path, leaf):
-        mean, deviation = (1, 0.3) if path[-1].key.endswith("norm") else (0, 0.4)
-        return (mean + deviation * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
 @pytest.mark.parametrize(
     ("change", "runtime"),
     [
@@ -43,7 +32,7 @@ def random_variables(model, rng):
 def test_the_model_is_the_equations(x64, change, runtime):
     config = dataclasses.replace(V3, **change)
     model, rng, depths = DeepSeekV3(config, Runtime(**DOUBLE, **runtime)), new_rng(), config.num_nextn_predict_layers
-    variables = random_variables(model, rng)
+    variables = equations.random_variables(model, rng)
     rows = rng.integers(0, config.vocab_size, (2, 10 + depths))
     tokens, *further = (rows[:, k : k + 10] for k in range(depths + 1))
     segments = np.array([[1] * 10, [1] * 4 + [2] * 6])

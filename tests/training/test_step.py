@@ -16,8 +16,7 @@ from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import TrainState, _accumulate, init_state, make_train_step, update_bias
 from tests.conftest import new_rng
 from tests.model import equations
-from tests.model.test_equations import DOUBLE, random_variables
-from tests.training.test_losses import SMALL
+from tests.training.test_losses import DOUBLE, SMALL
 
 SCHEDULE = Schedule(
     ScheduleConfig(
@@ -172,19 +171,19 @@ def test_runtime_doesnt_change_the_state():
 # In float64, against equations 17 to 25 in NumPy and the milestones of section 4.2 -------------------------
 
 ALPHA = 0.1  # large enough that a balance loss of the wrong size can't hide
-SPARSE = dataclasses.replace(SMALL, num_hidden_layers=3, aux_loss_alpha=ALPHA)  # one dense layer, two sparse
+SPARSE = dataclasses.replace(SMALL, first_k_dense_replace=0, aux_loss_alpha=ALPHA)  # two layers, both sparse
 PAPER = Schedule(ScheduleConfig(steps=148, batch_size=4))  # a step is 0.1T of the report's 14.8T tokens
 SEGMENTS = np.array([[1] * 9, [1] * 4 + [2] * 5, [1] * 2 + [2] * 2 + [3] * 5, [1, 2] + [3] * 7], np.int32)
 TRAINED = np.arange(36).reshape(4, 9) % 7 > 0
 
-DOUBLE_MODEL = DeepSeekV3(SPARSE, Runtime(**DOUBLE, experts_impl="reference"))
+DOUBLE_MODEL = DeepSeekV3(SPARSE, dataclasses.replace(DOUBLE, experts_impl="reference"))
 DOUBLE_STEP = jax.jit(make_train_step(DOUBLE_MODEL, optax.sgd(1.0), PAPER))  # SGD of rate 1: minus the gradient
 
 
 def step_once(step):
     """One step from step `step`: the state before and after it, its metrics, and the rows (B, T + 1) that it took."""
     rng = new_rng()
-    variables = random_variables(DOUBLE_MODEL, rng)
+    variables = equations.random_variables(DOUBLE_MODEL, rng)
     params = variables["params"]
     before = TrainState(jnp.int32(step), params, variables["router"], optax.sgd(1.0).init(params), jax.random.key(0))
     rows = rng.integers(0, SPARSE.vocab_size, (4, 10), np.int32)
