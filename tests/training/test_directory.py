@@ -1,6 +1,13 @@
-"""What stands in a run's directory before its first step."""
+"""A run's directory: who holds it, and what stands in it before the first step."""
 
+import dataclasses
+import errno
+import fcntl
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -8,7 +15,14 @@ from tokenizers.trainers import BpeTrainer
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import load_tokenizer
-from dsv3_jax.training.directory import keep_tokenizer, kept_tokenizer, write_config
+from dsv3_jax.training.directory import (
+    check_config,
+    check_directory,
+    keep_tokenizer,
+    kept_tokenizer,
+    locked,
+    write_config,
+)
 from tests.parallel.small_run import small_config
 
 
@@ -62,3 +76,57 @@ def test_bytes_have_no_files(tmp_path):
     assert keep_tokenizer(tmp_path, None) == {}
     write_config(tmp_path, small_config("", "single"), {})
     assert kept_tokenizer(tmp_path, None) is None
+
+
+HOLD = """
+import pathlib, sys, time
+from dsv3_jax.training.directory import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    arguments = [sys.executable, "-c", HOLD, tmp_path]
+    with subprocess.Popen(arguments, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"held by another process .process {process.pid} on"), locked(tmp_path):
+            pass
+        process.send_signal(signal.SIGKILL)
+    for _ in range(2):  # and again after it was given back
+        with locked(tmp_path) as warning:
+            assert not warning
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with locked(tmp_path) as warning:
+        assert "without locks" in warning
+
+
+def test_a_run_that_saved_nothing_may_start_again(tmp_path):
+    config = small_config("", "single")
+    write_config(tmp_path, config, {})
+    check_directory(config, tmp_path, resume=False)
+    with pytest.raises(ConfigError, match="has no checkpoint to go on from"):
+        check_directory(config, tmp_path, resume=True)
+    (tmp_path / "metrics.jsonl").write_text("")  # its checkpoints are lost, or a disk isn't mounted
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="has no checkpoint to go on from"):
+            check_directory(config, tmp_path, resume=resume)
+
+
+def test_somebody_elses_config_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"config.json has no model"):
+            check_directory(small_config("", "single"), tmp_path, resume=resume)
+
+
+def test_a_config_that_cant_be_read_back_is_refused():
+    with pytest.raises(ConfigError, match="surrogate"):
+        check_config(dataclasses.replace(small_config("", "single"), sample_prompt="\udc80"))

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 
 from dsv3_jax import cli
 from dsv3_jax.checkpoint import load_pretrained
+from dsv3_jax.training.directory import locked
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -92,7 +95,7 @@ def test_killed_and_resumed_equals_straight(straight, tmp_path):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    directory = tmp_path / "run"
+    directory = tmp_path / "a run's"
     arguments = command("train", "--run-dir", directory, *SMALL, "--schedule.steps", "100000")
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
@@ -103,7 +106,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     saved = max(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
     assert f"saved at step {saved}" in rest
-    assert "--resume" in rest
+    again = shlex.split(rest.split("continue with: ")[1])
+    assert again == ["python", "-m", "dsv3_jax", "train", "--run-dir", str(directory), "--resume"]
 
 
 def test_generate_continues_with_a_run(straight, capsys):
@@ -124,6 +128,9 @@ def test_generate_continues_with_a_run(straight, capsys):
         (("train", "--run-dir", "{run}", *SMALL), "add --resume"),
         (("train", "--run-dir", "{run}", *SMALL, "--seed", "1", "--resume"), "seed: 1, there 0"),
         (("train", "--run-dir", "{tmp}/new", "--resume"), "no run to resume"),
+        (("train", "--run-dir", "{run}", "--resume", "--preset", "v3-mini"), "another model than --preset v3-mini"),
+        (("train", "--run-dir", "{run}", "--resume", "--schedule.steps", "70"), "schedule.steps: 70, there 60"),
+        (("train", "--processes.count", "two"), "--processes.count"),
         (("train", "--run-dir", "{tmp}/occupied"), "not empty"),
         (("generate", "{tmp}/nowhere"), "nowhere"),
         (("generate", "{run}", "--max-new-tokens", "5000"), "max_position_embeddings (2048)"),
@@ -147,6 +154,38 @@ def test_bad_input_gets_one_line_and_loses_nothing(arguments, named, straight, t
     assert named in message
     assert not (tmp_path / "run").exists()
     assert sorted(p.relative_to(straight) for p in straight.rglob("*")) == before
+
+
+def files(directory):
+    return {p.relative_to(directory): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_resume_takes_the_runs_own_config_and_what_changes_no_numbers_may_change(straight, tmp_path, capsys):
+    directory = tmp_path / "a run"
+    shutil.copytree(straight, directory)
+    assert run_in_process("train", "--run-dir", directory, "--resume") == 0
+    changed = ["--log-every", "5", "--keep-checkpoints", "9", "--sample-tokens", "0", "--validation-batches", "2"]
+    assert run_in_process("train", "--run-dir", directory, "--resume", *changed) == 0
+    assert "log_every: 5, there 10" in capsys.readouterr().out
+    assert json.loads((directory / "config.json").read_text())["log_every"] == 5
+    np.testing.assert_equal(parameters(directory), parameters(straight))
+
+
+def test_resume_without_checkpoints_or_beside_another_process_loses_nothing(straight, tmp_path, capsys):
+    directory = tmp_path / "run"
+    shutil.copytree(straight, directory)
+    before = files(directory)
+    with locked(directory):
+        before = files(directory)  # with this process in the lock
+        assert run_in_process("train", "--run-dir", directory, "--resume") == 2
+        assert "is held by another process" in capsys.readouterr().err
+        assert files(directory) == before
+    shutil.move(directory / "checkpoints", tmp_path / "elsewhere")
+    before = files(directory)
+    for resume in ([], ["--resume"]):
+        assert run_in_process("train", "--run-dir", directory, *SMALL, *resume) == 2
+        assert "has no checkpoint to go on from" in capsys.readouterr().err
+        assert files(directory) == before
 
 
 def test_unknown_field_is_named(capsys):
