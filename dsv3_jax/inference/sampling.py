@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,20 @@ from dsv3_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: greedily at temperature 0, else from the cut and tempered distribution."""
+    """How the next token is drawn: greedily at temperature 0, else from the tempered and cut distribution.
+
+    Temperature comes first, then top-k, then top-p of what top-k left, as in transformers and vLLM.
+    """
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
     top_k: int | None = None
-    """Draws among this many most likely tokens."""
+    """Draws among this many most likely tokens, and those as likely as the last of them."""
     top_p: float = 1.0
-    """Draws among the fewest most likely tokens that together have this probability."""
+    """Draws among the fewest most likely tokens that together have this share of the probability left by top_k."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature is {self.temperature}: it must be 0 (greedy) or positive")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}: it must be at least 1")
@@ -34,12 +38,22 @@ def sample(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
     """Draws one token of each row: logits (B, V) float, a typed key -> (B,) int32."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / sampling.temperature
-    ordered = jnp.sort(logits, axis=-1, descending=True)
+    return jax.random.categorical(key, cut(logits, sampling), axis=-1).astype(jnp.int32)
+
+
+def cut(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits of the distribution that is drawn from at a positive temperature, -inf for tokens cut off.
+
+    (B, V) float -> (B, V) float32.
+    """
+    logits = logits.astype(jnp.float32)
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature  # no overflow at small temperatures
     if sampling.top_k is not None:
-        logits = jnp.where(logits < ordered[:, min(sampling.top_k, logits.shape[-1]) - 1, None], -jnp.inf, logits)
-    if sampling.top_p < 1:
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    if sampling.top_p < 1:
+        order = jnp.argsort(logits, axis=-1, descending=True)
+        likely = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
+        kept = jnp.cumsum(likely, axis=-1) - likely < sampling.top_p  # while those before don't reach it
+        logits = jnp.where(jnp.put_along_axis(jnp.zeros_like(kept), order, kept, -1, inplace=False), logits, -jnp.inf)
+    return logits

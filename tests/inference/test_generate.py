@@ -8,7 +8,7 @@ import pytest
 from dsv3_jax import DeepSeekV3
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.generate import generate, stream
-from dsv3_jax.inference.sampling import Sampling, sample
+from dsv3_jax.inference.sampling import Sampling, cut, sample
 from tests.training.test_losses import SMALL
 
 
@@ -94,7 +94,44 @@ def test_sampling_has_the_distribution(sampling, expected):
     np.testing.assert_allclose(frequencies(sampling), expected, atol=0.015)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}])
+def expected_distribution(logits, sampling):
+    """By the definition, token after token, in float64: temperature, top-k with ties, top-p of what is left."""
+    values = np.exp((logits - logits.max()) / sampling.temperature)
+    ranked = sorted(range(len(values)), key=lambda i: -values[i])  # equal ones by their ids
+    if sampling.top_k is not None:
+        last = values[ranked[min(sampling.top_k, len(values)) - 1]]
+        ranked = [i for i in ranked if values[i] >= last]
+    share, kept = values[ranked] / values[ranked].sum(), []
+    for i in ranked:
+        kept.append(i)
+        if share[: len(kept)].sum() >= sampling.top_p:
+            break
+    distribution = np.zeros(len(values))
+    distribution[kept] = values[kept] / values[kept].sum()
+    return distribution
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 1e-30])
+@pytest.mark.parametrize("top_k", [None, 1, 3, 7, 20, 1000])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.55, 0.05])
+def test_cut_logits_are_those_of_the_definition(temperature, top_k, top_p):
+    sampling = Sampling(temperature, top_k, top_p)
+    logits = np.random.default_rng(3).normal(0, 2, (8, 20)).astype(np.float32)
+    logits[1] = np.round(logits[1])  # ties
+    logits[2] = 0
+    got = jax.nn.softmax(cut(jnp.asarray(logits), sampling), axis=-1)
+    for row, of in zip(got, logits.astype(np.float64), strict=True):
+        np.testing.assert_allclose(row, expected_distribution(of, sampling), atol=1e-6)
+
+
+def test_top_p_is_of_what_top_k_left():
+    """Of 0.5 and 0.25, which are 2/3 and 1/3: the first reaches 0.6 alone, though it has half of all probability."""
+    np.testing.assert_allclose(frequencies(Sampling(top_k=2, top_p=0.6)), [1, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": float("nan")}, {"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
 def test_impossible_sampling_is_named(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         Sampling(**bad)
