@@ -13,12 +13,12 @@ set -euo pipefail
 RUN_DIR=${RUN_DIR:?a directory that all nodes see, for checkpoints and metrics}
 DATA=${DATA:?a folder of text, JSONL or parquet files that all nodes see}
 TOKENIZER=${TOKENIZER:?a tokenizer.json}
-RESUME=$([ -e "$RUN_DIR/config.json" ] && echo --resume || true) # a requeued job goes on from its last checkpoint
+RESUME=$([ -e "$RUN_DIR/metrics.jsonl" ] && echo --resume || true) # a requeued job goes on from its last checkpoint
 
 # shellcheck disable=SC2086
 srun .venv/bin/python -m dsv3_jax train --preset v3-671b --run-dir "$RUN_DIR" $RESUME \
   --processes.coordinator auto \
   --data.source "$DATA" --data.tokenizer "$TOKENIZER" \
   --mesh.stage 16 --mesh.data 2 --mesh.node 8 --mesh.expert 8 \
-  --runtime.sharding pp_ep_dp --runtime.dispatch ragged_all_to_all \
+  --runtime.sharding pp_ep_dp --runtime.dispatch all_to_all \
   --schedule.initial-batch-size 15360 --microbatches 120 --sample-tokens 0

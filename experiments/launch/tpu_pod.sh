@@ -6,7 +6,7 @@ set -euo pipefail
 
 NAME=${1:?name of the TPU slice}
 ZONE=${2:?its zone}
-RUN_DIR=${RUN_DIR:?a gs:// or shared directory, for checkpoints and metrics}
+RUN_DIR=${RUN_DIR:?a directory that all hosts see (a mounted file system), for checkpoints and metrics}
 DATA=${DATA:?a folder of text, JSONL or parquet files that all hosts see}
 TOKENIZER=${TOKENIZER:?a tokenizer.json that all hosts see}
 
@@ -14,6 +14,7 @@ gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all --command "
   cd dsv3_jax && make setup &&
   .venv/bin/pip install --quiet 'jax[tpu]' &&
   .venv/bin/python -m dsv3_jax train --preset v3-671b --run-dir '$RUN_DIR' \
+    \$([ -e '$RUN_DIR/metrics.jsonl' ] && echo --resume) \
     --processes.coordinator auto \
     --data.source '$DATA' --data.tokenizer '$TOKENIZER' \
     --mesh.fsdp 16 --mesh.expert 64 --mesh.tensor 2 \
