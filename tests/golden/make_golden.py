@@ -12,9 +12,11 @@ wide and norms are random, so that logits are of order one to ten and routing di
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,17 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
+    Kimi_K25Config,
+    Kimi_K25ForConditionalGeneration,
+    SarvamMLAConfig,
+)
 from transformers.modeling_layers import MtpModel
 
 HERE = Path(__file__).parent
@@ -65,6 +77,31 @@ YARN = dict(
 V2 = BASE | dict(n_shared_experts=2, num_experts_per_tok=2, routed_scaling_factor=1.0, norm_topk_prob=False)
 del V2["num_nextn_predict_layers"]
 
+SMALL = dict(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    moe_intermediate_size=8,
+    num_hidden_layers=2,
+    q_lora_rank=12,
+    kv_lora_rank=12,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    initializer_range=0.35,
+)
+VISION = dict(  # there to be left out model that is there to be left out
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    patch_size=2,
+    pos_emb_height=2,
+    pos_emb_width=2,
+)
+KIMI = SMALL | dict(n_routed_experts=6, routed_scaling_factor=2.827, rope_theta=50000.0)
+
 CASES: dict[str, dict[str, Any]] = {
     "v3_base": {},
     "v3_full_q": dict(q_lora_rank=None),
@@ -85,6 +122,35 @@ CASES: dict[str, dict[str, Any]] = {
         topk_method="group_limited_greedy",
         routed_scaling_factor=4.0,
         rope_scaling=YARN | dict(mscale=0.707, mscale_all_dim=0.707),
+    ),
+    # True, which no released file has; transformers' class doesn't read it.
+    "v2_norm_topk_prob": SMALL
+    | dict(family=2, topk_method="greedy", norm_topk_prob=True, routed_scaling_factor=2.0, n_shared_experts=1),
+    "glm_flash": SMALL
+    | dict(
+        family="glm",
+        rms_norm_eps=1e-5,
+        routed_scaling_factor=1.8,
+        mtp=1,
+        num_nextn_predict_layers=1,
+        qk_nope_head_dim=12,  # of 16 with RoPE's, as values
+        v_head_dim=16,
+        eos_token_id=[28, 30, 31],
+        intermediate_size=16,
+        moe_intermediate_size=6,
+        tokens=24,
+        written=dict(partial_rotary_factor=1.0, topk_method="noaux_tc", first_k_dense_replace=1, rope_scaling=None),
+    ),
+    "kimi_k2": KIMI
+    | dict(rope_scaling=YARN | dict(factor=32, beta_fast=1.0, beta_slow=1.0), written=dict(model_type="kimi_k2")),
+    "kimi_k25": KIMI | dict(n_routed_experts=4, tokens=32, family="kimi_k25", rms_norm_eps=1e-5, rope_scaling=YARN),
+    "sarvam_mla": SMALL
+    | dict(
+        family="sarvam",
+        q_lora_rank=None,
+        rope_scaling=YARN,
+        written=dict(head_dim=16, rope_parameters=None, rope_scaling=YARN | dict(type="deepseek_yarn")),
+        renamed=dict(n_routed_experts="num_experts", n_shared_experts="num_shared_experts"),
     ),
     "mtp_1": dict(mtp=1, num_nextn_predict_layers=1, num_hidden_layers=2),
     "mtp_2": dict(mtp=2, num_nextn_predict_layers=2, num_hidden_layers=2, rope_scaling=YARN, n_shared_experts=2),
@@ -198,16 +264,33 @@ def save_in_shards(tensors: dict[str, torch.Tensor], folder: Path, limit: int) -
 
 def make(name: str, case: dict[str, Any], seed: int) -> None:
     torch.manual_seed(seed)
-    case = dict(case)
+    case = copy.deepcopy(case)  # transformers writes into dictionaries that it is given
     bias, depth = case.pop("bias", (0.0, 0.3)), case.pop("mtp", 0)
     written = case.pop("written", {})
     block, shards = case.pop("block", None), case.pop("shards", "1GB")
-    if case.pop("family", 3) == 2:
+    length = case.pop("tokens", 40)
+    family, renamed = case.pop("family", 3), case.pop("renamed", {})
+    if family == 2:
         main = DeepseekV2ForCausalLM(DeepseekV2Config(**V2 | case)).eval()
+    elif family == "glm":
+        main = Glm4MoeLiteForCausalLM(Glm4MoeLiteConfig(**BASE | case)).eval()
+    elif family == "sarvam":
+        main = DeepseekV3ForCausalLM(SarvamMLAConfig(**BASE | case)).eval()
+    elif family == "kimi_k25":
+        text = DeepseekV3Config(**BASE | case)
+        config = Kimi_K25Config(
+            text_config=text.to_dict(), vision_config=VISION, projection_hidden_size=8, tie_word_embeddings=False
+        )
+        main = Kimi_K25ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
     else:
         main = DeepseekV3ForCausalLM(DeepseekV3Config(**BASE | case)).eval()
+    text_config = main.config.get_text_config()
+    if depth and family == "glm":  # its class lacks these two fields
+        main.config.num_mtp_layers, main.config.mtp_mlp_layer_types = depth, ["sparse"] * depth
     mtp = MtpModel(main, depth).eval() if depth else None
-    std = main.config.initializer_range
+    if depth and family == "glm":
+        del main.config.num_mtp_layers, main.config.mtp_mlp_layer_types
+    std = text_config.initializer_range
     randomise(main, std, bias)
     if mtp is not None:
         randomise(mtp.layers, std, bias)
@@ -217,11 +300,19 @@ def make(name: str, case: dict[str, Any], seed: int) -> None:
     main.save_pretrained(folder, max_shard_size=shards if isinstance(shards, str) else "1GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
     fields = json.loads((folder / "config.json").read_text()) | written
+    fields = {renamed.get(k, k): v for k, v in fields.items()}
     if block:
         fields["quantization_config"] = dict(
             activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=list(block)
         )
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    if family == "kimi_k25":  # transformers 5.24 writes these names, and reads the released ones
+        file = folder / "model.safetensors"
+        tensors = {
+            name.replace("language_model.model.blocks.", "language_model.model.layers.").removeprefix("model."): tensor
+            for name, tensor in safetensors.torch.load_file(file).items()
+        }
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     if mtp is not None:
         file = folder / "model.safetensors"
         tensors = safetensors.torch.load_file(file) | released_mtp_tensors(mtp, main)
@@ -236,7 +327,7 @@ def make(name: str, case: dict[str, Any], seed: int) -> None:
         else:
             safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
 
-    tokens = torch.randint(0, main.config.vocab_size, (2, 40))
+    tokens = torch.randint(0, text_config.vocab_size, (2, length))
     expected: dict[str, np.ndarray] = {"tokens": tokens.numpy()}
     with torch.no_grad():
         out = main(tokens, output_hidden_states=True)
@@ -251,9 +342,11 @@ def make(name: str, case: dict[str, Any], seed: int) -> None:
     print(f"{name:20s} |logits| <= {out.logits.abs().max():.2f}")
 
 
-def main() -> None:
+def main(only: list[str]) -> None:
+    """Writes all cases, or those named."""
     for seed, (name, case) in enumerate(CASES.items()):
-        make(name, case, seed)
+        if not only or name in only:
+            make(name, case, seed)
     versions = dict(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -265,4 +358,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
