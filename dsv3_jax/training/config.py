@@ -178,7 +178,7 @@ class TrainArgs:
     """Train a model and write everything about the run into a directory.
 
     Every field of the run can be set: `--schedule.steps 100 --model.hidden-size 256 --data.source my/texts`.
-    Defaults are the preset's; with `--resume` the run's own. Ctrl-C saves; `--resume` continues to the same numbers.
+    Defaults are the preset's; with `--resume` the run's own. Ctrl-C saves; `--resume` goes on, on a CPU to the same bits.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]

@@ -1,0 +1,85 @@
+"""The Python of README and docs/data.md runs as it is written and does what it says; launch files start what can be."""
+
+import dataclasses
+import math
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from dsv3_jax import ModelConfig, cli
+from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
+from dsv3_jax.config import PRESETS
+from dsv3_jax.training.config import TrainArgs, TrainConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with what the documents take for granted."""
+    monkeypatch.chdir(tmp_path)
+    Path("path/to").mkdir(parents=True)
+    Path("my/texts").mkdir(parents=True)
+    return tmp_path
+
+
+def run_blocks(name):
+    """Runs a document's blocks of Python in their order, in one namespace; returns that."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks, f"{name} has no Python"
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, name, "exec"), namespace)
+    return namespace
+
+
+def test_readme_trains(here, monkeypatch):
+    # One layer, which has all that a block can have: compiling is what takes the time.
+    small = dict(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], **small))
+    write_random_checkpoint(Path("path/to/checkpoint"), ModelConfig.preset("tiny"), block=None)
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        names = run_blocks("README.md")
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    assert names["logits"].shape == (*names["tokens"].shape, names["config"].vocab_size)
+    assert set(names["variables"]) == {"params", "router"}
+    assert names["metrics"]["loss"] < math.log(names["config"].vocab_size) - 2  # far below that of a first step
+    assert (names["batch"]["tokens"][:, 1:] == names["batch"]["targets"][:, :-1]).all()
+
+
+def test_data_reads(here):
+    for i in range(64):
+        Path(f"my/texts/{i}.txt").write_text("".join(chr(97 + (i * j) % 26) for j in range(1, 2000)))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], vocab_size=30, show_progress=False)
+    tokenizer.train_from_iterator(["abcdefghijklmnopqrstuvwxyz"], trainer)
+    tokenizer.save("my/tokenizer.json")
+    names = run_blocks("docs/data.md")
+    assert names["batch"]["tokens"].shape == (16, names["config"].sequence_length)
+    assert names["state"]["next_sequence"] == 16
+    assert names["held_out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "dispatch"),
+    [
+        ("jobset.yaml", "tpu", "ragged_all_to_all"),
+        ("tpu_pod.sh", "tpu", "ragged_all_to_all"),
+        ("slurm.sh", "gpu", "all_to_all"),  # on GPUs the ragged exchange is many times slower
+    ],
+)
+def test_launch_files_start_a_run_that_can_be(name, backend, dispatch):
+    text = (ROOT / "experiments/launch" / name).read_text()
+    assert "gs://" not in text  # a run's directory is a path
+    command = text.split("-m dsv3_jax train ")[1].replace("\\\n", " ").split("\n")[0]
+    words = shlex.split(re.sub(r"\$\(.*?\)", "", command).replace("$RESUME", ""))
+    config = cli._parse(TrainArgs, "train", words, TrainArgs(TrainConfig.preset("v3-671b", backend))).config
+    assert config.mesh.devices == 2048
+    assert config.runtime.dispatch == dispatch
