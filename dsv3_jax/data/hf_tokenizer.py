@@ -17,6 +17,8 @@ from dsv3_jax.data.tokenizer import valid_unicode
 from dsv3_jax.json_input import check_type, read_json
 
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+"""Where older versions of transformers wrote the special tokens, and those alone."""
 
 _USUAL = {
     "bos": (
@@ -135,8 +137,7 @@ def read_tokenizer_config(directory: Path) -> dict[str, Any]:
       ConfigError: it isn't JSON, or one of the fields that are used here is of another type than it must be.
     """
     config: dict[str, Any] = {}
-    # Files by older versions of transformers have the special tokens in special_tokens_map.json alone.
-    for path in (directory / "special_tokens_map.json", directory / TOKENIZER_CONFIG):
+    for path in (directory / SPECIAL_TOKENS_MAP, directory / TOKENIZER_CONFIG):
         if path.exists():
             read = read_json(path, ConfigError)
             _check(read, path)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.byte_tokenizer import ByteTokenizer
-from dsv3_jax.data.hf_tokenizer import TOKENIZER_JSON, HuggingFaceTokenizer
+from dsv3_jax.data.hf_tokenizer import SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_JSON, HuggingFaceTokenizer
 from dsv3_jax.data.tiktoken_tokenizer import TIKTOKEN_MODEL, TiktokenTokenizer
 from dsv3_jax.data.tokenizer import Tokenizer
 
 BYTES = "bytes"
+BESIDE_TOKENIZER = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
+"""Files that are read beside a tokenizer's own."""
 
 _NAMES = (TOKENIZER_JSON, TIKTOKEN_MODEL)
 _ELSEWHERE = {

@@ -164,6 +164,7 @@ _FREE = (
     *("microbatches", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints"),
     *("sample_prompt", "sample_tokens"),
     *("data.source", "data.tokenizer"),  # where they lie: hashes tell whether they are the same
+    *("model.bos_token_id", "model.eos_token_id"),  # a run takes them from its tokenizer
 )
 """What a run may go on with other values of; besides the mesh, and how the runtime computes, but for the dtypes."""
 
@@ -178,7 +179,8 @@ class TrainArgs:
     """Train a model and write everything about the run into a directory.
 
     Every field of the run can be set: `--schedule.steps 100 --model.hidden-size 256 --data.source my/texts`.
-    Defaults are the preset's; with `--resume` the run's own. Ctrl-C saves; `--resume` goes on, on a CPU to the same bits.
+    Defaults are the preset's; with `--resume` the run's own. Ctrl-C saves; `--resume` goes on, on a CPU to the same
+    bits.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]

@@ -15,16 +15,18 @@ from pathlib import Path
 import xxhash
 
 from dsv3_jax.checkpoint.hashes import seal
-from dsv3_jax.checkpoint.runs import CHECKPOINTS, read_config
+from dsv3_jax.checkpoint.run_tokenizer import kept_files
+from dsv3_jax.checkpoint.runs import CHECKPOINTS
 from dsv3_jax.config import ConfigError, build_dataclass
-from dsv3_jax.json_input import check_type, parse_json
+from dsv3_jax.data.tokenizer_files import BESIDE_TOKENIZER, BYTES, TIKTOKEN_MODEL, TOKENIZER_JSON
+from dsv3_jax.json_input import parse_json
 from dsv3_jax.training.config import TrainConfig
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 LOCK = "lock"
 
-TOKENIZER_FILES = ("tokenizer.json", "tiktoken.model", "tokenizer_config.json")
+TOKENIZER_FILES = (TOKENIZER_JSON, TIKTOKEN_MODEL, *BESIDE_TOKENIZER)
 """What a run keeps of its tokenizer, under the names that a Hugging Face checkpoint uses."""
 
 
@@ -99,15 +101,15 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 
 def tokenizer_sources(path: str | Path | None) -> dict[str, Path]:
     """Which file of the tokenizer at `path`, a file or a folder, is kept under which name. None for bytes."""
-    if path is None:
+    if path is None or str(path) == BYTES:
         return {}
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     found = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
     if path.is_dir():
         return found
-    beside = {name: file for name, file in found.items() if name == "tokenizer_config.json"}
-    return {"tiktoken.model" if path.suffix == ".model" else "tokenizer.json": path} | beside
+    beside = {name: file for name, file in found.items() if name in BESIDE_TOKENIZER}
+    return {TIKTOKEN_MODEL if path.name == TIKTOKEN_MODEL else TOKENIZER_JSON: path} | beside
 
 
 def hashes(files: dict[str, Path]) -> dict[str, str]:
@@ -143,19 +145,11 @@ def kept_tokenizer(directory: Path, path: str | Path | None) -> str | Path | Non
 
     Raises ConfigError if the copy isn't what it was when the run began, or `path` holds another tokenizer.
     """
-    recorded = read_config(directory / CONFIG).get("tokenizer_files") or {}
-    check_type(recorded, dict[str, str], f"{directory / CONFIG}: tokenizer_files", ConfigError)
-    kept = hashes({name: directory / name for name in recorded if (directory / name).is_file()})
-    for name, digest in recorded.items():
-        if kept.get(name) != digest:
-            what = "isn't what it was" if name in kept else "is gone, which was there"
-            raise ConfigError(
-                f"{directory / name} {what} when the run began: put the original back (xxh3_128 {digest})"
-            )
+    recorded = kept_files(directory)
     if not recorded:
         return path
     given = {name: file for name, file in tokenizer_sources(path).items() if file.is_file()}
-    if given and hashes(given) != kept:
+    if given and hashes(given) != recorded:
         raise ConfigError(f"data.tokenizer is {path}, but {directory} was trained with another one, which it keeps")
     return directory
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import signal
 import time
@@ -89,6 +90,9 @@ def train(
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens: "
             "the model's must be at least as large"
         )
+    # A preset's are those of another tokenizer.
+    model = dataclasses.replace(config.model, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    config = dataclasses.replace(config, model=model)
     run = _Run(config, directory, tokenizer, console)  # reads the data: a failure leaves no directory behind
     all_processes_here()  # before one of them puts something into the directory that the others look at
     with _held_by_one(directory, console):
@@ -338,9 +342,9 @@ class _Run:
             self.sample_tokens,
             sampling=Sampling(temperature=0.7, top_p=0.95),
             key=jax.random.key(self.config.seed),
+            end_ids=[self.tokenizer.eos_id],
         )[0]
-        ends = np.flatnonzero(new == self.tokenizer.eos_id)
-        return self.config.sample_prompt + self.tokenizer.decode(new[: ends[0]] if len(ends) else new)
+        return self.tokenizer.decode([*self.sample_prompt, *new])
 
 
 def _inputs(mask_documents: bool) -> tuple[str, ...]:

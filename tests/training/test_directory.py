@@ -73,7 +73,7 @@ def test_another_tokenizer_is_refused(tokenizer, run):
 
 
 def test_bytes_have_no_files(tmp_path):
-    assert keep_tokenizer(tmp_path, None) == {}
+    assert keep_tokenizer(tmp_path, None) == keep_tokenizer(tmp_path, "bytes") == {}
     write_config(tmp_path, small_config("", "single"), {})
     assert kept_tokenizer(tmp_path, None) is None
 
