@@ -18,6 +18,82 @@ from tests.conftest import new_rng
 from tests.model import equations
 from tests.training.test_losses import DOUBLE, SMALL
 
+# In float64, against equations 17 to 25 in NumPy and the milestones of section 4.2 -------------------------
+
+ALPHA = 0.1  # large enough that a balance loss of the wrong size can't hide
+SPARSE = dataclasses.replace(SMALL, first_k_dense_replace=0, aux_loss_alpha=ALPHA)  # two layers, both sparse
+PAPER = Schedule(ScheduleConfig(steps=148, batch_size=4))  # a step is 0.1T of the report's 14.8T tokens
+SEGMENTS = np.array([[1] * 9, [1] * 4 + [2] * 5, [1] * 2 + [2] * 2 + [3] * 5, [1, 2] + [3] * 7], np.int32)
+TRAINED = np.arange(36).reshape(4, 9) % 7 > 0
+
+DOUBLE_MODEL = DeepSeekV3(SPARSE, dataclasses.replace(DOUBLE, experts_impl="reference"))
+DOUBLE_STEP = jax.jit(make_train_step(DOUBLE_MODEL, optax.sgd(1.0), PAPER))  # SGD of rate 1: minus the gradient
+
+
+def step_once(step):
+    """One step from step `step`: the state before and after it, its metrics, and the rows (B, T + 1) that it took."""
+    rng = new_rng()
+    variables = equations.random_variables(DOUBLE_MODEL, rng)
+    params = variables["params"]
+    before = TrainState(jnp.int32(step), params, variables["router"], optax.sgd(1.0).init(params), jax.random.key(0))
+    rows = rng.integers(0, SPARSE.vocab_size, (4, 10), np.int32)
+    batch = {"tokens": rows[:, :-1], "targets": np.where(TRAINED, rows[:, 1:], -100), "segments": SEGMENTS}
+    after, metrics = DOUBLE_STEP(before, batch)
+    return before, after, metrics, rows
+
+
+def right_objective(params, router, rows, step):
+    """Section 4.2: lambda is 0.3 for the first 10T tokens, 0.1 for the remaining 4.8T."""
+    mtp_weight = 0.3 if step < 100 else 0.1
+    return equations.objective(params, router, rows, SPARSE, ALPHA, mtp_weight, SEGMENTS, TRAINED)
+
+
+@pytest.mark.parametrize("step", [0, 99, 101, 142, 144])
+def test_objective_and_bias(x64, step):
+    """Gamma is 0.001 for the first 14.3T tokens, zero for the remaining 500B."""
+    before, after, metrics, rows = step_once(step)
+    params, router = equations.float64(before.params), equations.float64(before.router)
+    total, loads, (ce, count, hits, balance) = right_objective(params, router, rows, step)
+    expected = {
+        "objective": total,
+        "loss": ce[0] / count[0],
+        "mtp_loss": SPARSE.num_nextn_predict_layers * ce[1:].mean() / count[1:].sum(),
+        "mtp_accuracy": hits[1:].sum() / count[1:].sum(),
+        "balance_loss": balance / len(rows),
+        "learning_rate": PAPER.learning_rate(step),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
+    assert after.step == step + 1
+    gamma = 0.001 if step < 143 else 0.0
+    assert after.router.keys() == loads.keys() == {"moe_layers", "mtp_0", "mtp_1"}
+    for name, load in loads.items():
+        old, new = (jax.tree.leaves(state.router[name])[0] for state in (before, after))
+        expected = np.asarray(old) + gamma * np.sign(load.mean(-1, keepdims=True) - load)
+        np.testing.assert_allclose(new, expected, rtol=0, atol=1e-7)  # biases are float32
+        np.testing.assert_allclose(metrics[f"load_violation/{name}"], load.max(-1) / load.mean(-1) - 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("step", [0, 101])
+def test_gradient(x64, step):
+    """Along random directions, against differences of the objective in NumPy."""
+    before, after, metrics, rows = step_once(step)
+    params, router = equations.float64(before.params), equations.float64(before.router)
+    flat, rebuild = ravel_pytree(params)
+    gradient = flat - ravel_pytree(equations.float64(after.params))[0]
+    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-6)
+    objective = lambda flat: right_objective(jax.tree.map(np.asarray, rebuild(flat)), router, rows, step)[0]
+    rng, small = new_rng(), 1e-4
+    for _ in range(4):
+        direction = rng.standard_normal(flat.size)
+        direction *= small / np.linalg.norm(direction)
+        difference = objective(flat + direction) - objective(flat - direction)
+        limit = 1e-7 * small * np.linalg.norm(gradient)
+        np.testing.assert_allclose(2 * gradient @ direction, difference, rtol=0, atol=limit)
+
+
+# In float32, by itself -------------------------------------------------------------------------------------
+
 SCHEDULE = Schedule(
     ScheduleConfig(
         steps=100, batch_size=8, warmup_steps=1, peak_learning_rate=1e-2, end_learning_rate=1e-3, bias_update_speed=0.01
@@ -166,77 +242,3 @@ def test_runtime_doesnt_change_the_state():
     chex.assert_trees_all_equal(
         build(Runtime()).params, build(dataclasses.replace(Runtime(), dtype="bfloat16", remat="paper")).params
     )
-
-
-# In float64, against equations 17 to 25 in NumPy and the milestones of section 4.2 -------------------------
-
-ALPHA = 0.1  # large enough that a balance loss of the wrong size can't hide
-SPARSE = dataclasses.replace(SMALL, first_k_dense_replace=0, aux_loss_alpha=ALPHA)  # two layers, both sparse
-PAPER = Schedule(ScheduleConfig(steps=148, batch_size=4))  # a step is 0.1T of the report's 14.8T tokens
-SEGMENTS = np.array([[1] * 9, [1] * 4 + [2] * 5, [1] * 2 + [2] * 2 + [3] * 5, [1, 2] + [3] * 7], np.int32)
-TRAINED = np.arange(36).reshape(4, 9) % 7 > 0
-
-DOUBLE_MODEL = DeepSeekV3(SPARSE, dataclasses.replace(DOUBLE, experts_impl="reference"))
-DOUBLE_STEP = jax.jit(make_train_step(DOUBLE_MODEL, optax.sgd(1.0), PAPER))  # SGD of rate 1: minus the gradient
-
-
-def step_once(step):
-    """One step from step `step`: the state before and after it, its metrics, and the rows (B, T + 1) that it took."""
-    rng = new_rng()
-    variables = equations.random_variables(DOUBLE_MODEL, rng)
-    params = variables["params"]
-    before = TrainState(jnp.int32(step), params, variables["router"], optax.sgd(1.0).init(params), jax.random.key(0))
-    rows = rng.integers(0, SPARSE.vocab_size, (4, 10), np.int32)
-    batch = {"tokens": rows[:, :-1], "targets": np.where(TRAINED, rows[:, 1:], -100), "segments": SEGMENTS}
-    after, metrics = DOUBLE_STEP(before, batch)
-    return before, after, metrics, rows
-
-
-def right_objective(params, router, rows, step):
-    """Section 4.2: lambda is 0.3 for the first 10T tokens, 0.1 for the remaining 4.8T."""
-    mtp_weight = 0.3 if step < 100 else 0.1
-    return equations.objective(params, router, rows, SPARSE, ALPHA, mtp_weight, SEGMENTS, TRAINED)
-
-
-@pytest.mark.parametrize("step", [0, 99, 101, 142, 144])
-def test_objective_and_bias(x64, step):
-    """Gamma is 0.001 for the first 14.3T tokens, zero for the remaining 500B."""
-    before, after, metrics, rows = step_once(step)
-    params, router = equations.float64(before.params), equations.float64(before.router)
-    total, loads, (ce, count, hits, balance) = right_objective(params, router, rows, step)
-    expected = {
-        "objective": total,
-        "loss": ce[0] / count[0],
-        "mtp_loss": SPARSE.num_nextn_predict_layers * ce[1:].mean() / count[1:].sum(),
-        "mtp_accuracy": hits[1:].sum() / count[1:].sum(),
-        "balance_loss": balance / len(rows),
-        "learning_rate": PAPER.learning_rate(step),
-    }
-    for name, value in expected.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
-    assert after.step == step + 1
-    gamma = 0.001 if step < 143 else 0.0
-    assert after.router.keys() == loads.keys() == {"moe_layers", "mtp_0", "mtp_1"}
-    for name, load in loads.items():
-        old, new = (jax.tree.leaves(state.router[name])[0] for state in (before, after))
-        expected = np.asarray(old) + gamma * np.sign(load.mean(-1, keepdims=True) - load)
-        np.testing.assert_allclose(new, expected, rtol=0, atol=1e-7)  # biases are float32
-        np.testing.assert_allclose(metrics[f"load_violation/{name}"], load.max(-1) / load.mean(-1) - 1, rtol=1e-6)
-
-
-@pytest.mark.parametrize("step", [0, 101])
-def test_gradient(x64, step):
-    """Along random directions, against differences of the objective in NumPy."""
-    before, after, metrics, rows = step_once(step)
-    params, router = equations.float64(before.params), equations.float64(before.router)
-    flat, rebuild = ravel_pytree(params)
-    gradient = flat - ravel_pytree(equations.float64(after.params))[0]
-    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-6)
-    objective = lambda flat: right_objective(jax.tree.map(np.asarray, rebuild(flat)), router, rows, step)[0]
-    rng, small = new_rng(), 1e-4
-    for _ in range(4):
-        direction = rng.standard_normal(flat.size)
-        direction *= small / np.linalg.norm(direction)
-        difference = objective(flat + direction) - objective(flat - direction)
-        limit = 1e-7 * small * np.linalg.norm(gradient)
-        np.testing.assert_allclose(2 * gradient @ direction, difference, rtol=0, atol=limit)
