@@ -1,5 +1,6 @@
 """The model with the attention kernels against the model without: logits, generation, training, refusals."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -99,31 +100,33 @@ def test_turn_puts_each_sequences_last_token_last():
     np.testing.assert_array_equal(turned[2], [[0] * 3 + [1] * 5, [1] * 8])
 
 
-@pytest.mark.parametrize("sharding", ["single", "ep_tp"])
+@pytest.mark.parametrize(("sharding", "mesh"), [("single", True), ("ep_tp", True), ("ep_tp", False)])
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
-def test_a_kernel_is_the_plain_attention(form, sharding):
-    """Queries at the end of a packed sequence, or of a cache; on a mesh, of sequences and heads cut over it."""
+def test_a_kernel_is_the_plain_attention(form, sharding, mesh, monkeypatch):
+    """Queries at the end of packed sequences, or of caches. On a mesh each device has its sequences and its heads."""
+    name, seen = ("mla_prefill", []) if form == "expanded" else ("mla_decode", [])
+    plain = getattr(attention_impls, name)
+    monkeypatch.setattr(attention_impls, name, lambda q, *a, **k: seen.append(q.shape[:3]) or plain(q, *a, **k))
     rng, heads = new_rng(), 4 if form == "expanded" else 1
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    shapes = (2, 3, 4, 512), (2, 3, 4, 64), (2, 128, heads, 512), (2, 128, 64), (2, 128, heads, 512)
-    q, q_rope, k, k_rope, v = (draw(*s) for s in shapes)
-    if form == "absorbed":
-        v = k
-    lengths = jnp.asarray([40, 128]) if form == "absorbed" else jnp.asarray([128, 128])
-    segments = None if form == "absorbed" else jnp.asarray(np.arange(128) >= np.array([[126], [60]]), jnp.int32)
-    where = dict(
+    q, q_rope, k, k_rope = (draw(*s) for s in ((2, 3, 4, 512), (2, 3, 4, 64), (2, 128, heads, 512), (2, 128, 64)))
+    v = draw(2, 128, heads, 512) if form == "expanded" else k
+    lengths = jnp.asarray([128, 128] if form == "expanded" else [40, 128])
+    segments = jnp.asarray(np.arange(128) >= np.array([[126], [60]]), jnp.int32) if form == "expanded" else None
+    expected = attention(
+        *(q, q_rope, k, k_rope, v),
         q_index=lengths[:, None] - 3 + jnp.arange(3),
         k_index=jnp.broadcast_to(jnp.arange(128), (2, 128)),
         q_segments=None if segments is None else segments[:, -3:],
         k_segments=segments,
+        scale=0.1,
     )
-    expected = attention(q, q_rope, k, k_rope, v, **where, scale=0.1)
     runtime = Runtime(attention_impl="pallas_reference", attention_form=form, sharding=sharding)
-    attend = attention_impls.kernel(
-        runtime, order=None, segments=segments, lengths=lengths if form == "absorbed" else None, scale=0.1
-    )
-    with jax.set_mesh(make_mesh(MeshShape(data=2, tensor=2), jax.devices()[:4])):
-        assert_same(jax.jit(attend)(q, q_rope, k, k_rope, v), expected, "float32")
+    given = dict(segments=segments, lengths=None if form == "expanded" else lengths)
+    attend = jax.jit(attention_impls.kernel(runtime, order=None, scale=0.1, **given))
+    with jax.set_mesh(make_mesh(MeshShape(data=2, tensor=2), jax.devices()[:4])) if mesh else contextlib.nullcontext():
+        assert_same(attend(q, q_rope, k, k_rope, v), expected, "float32")
+    assert set(seen) == {(1, 3, 2) if mesh and sharding != "single" else (2, 3, 4)}
 
 
 @pytest.mark.parametrize("impl", ["tpu_interpret", "gpu_interpret"])

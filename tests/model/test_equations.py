@@ -1,6 +1,7 @@
 """The model in float64 against the report's equations in NumPy. Frequencies of RoPE are float32: hence 1e-6."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -13,9 +14,16 @@ from tests.training.test_losses import SMALL
 
 DOUBLE = dict(dtype="float64", param_dtype="float64")
 V3 = dataclasses.replace(
-    SMALL, num_hidden_layers=3, n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3, n_shared_experts=2
+    SMALL, num_hidden_layers=3, n_routed_experts=12, n_group=3, topk_group=2, num_experts_per_tok=3, n_shared_experts=2
 )
-V2 = dict(scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False, num_nextn_predict_layers=0)
+V2 = dict(
+    scoring_func="softmax",
+    topk_method="group_limited_greedy",
+    n_group=2,
+    topk_group=1,
+    norm_topk_prob=False,
+    num_nextn_predict_layers=0,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,3 +60,43 @@ def test_the_model_is_the_equations(x64, change, runtime):
             np.testing.assert_array_equal(stats[name].load[:, b], loads)
             f_p = np.asarray(stats[name].fraction[:, b] * stats[name].affinity[:, b]).sum(-1)
             np.testing.assert_allclose(f_p, balance, rtol=1e-6)
+
+
+def test_the_ends_of_a_pipeline_are_the_equations(x64):
+    """What its first and last stage compute, with no sparse layer between them."""
+    config = dataclasses.replace(V3, num_hidden_layers=1, first_k_dense_replace=1)
+    model, rng = DeepSeekV3(config, Runtime(**DOUBLE)), new_rng()
+    variables = equations.random_variables(model, rng)
+    trees = equations.float64(variables["params"]), equations.float64(variables["router"])
+    tokens, *further = (rng.integers(0, config.vocab_size, (2, 6)) for _ in range(3))
+    begin = lambda v: model.apply(v, tokens, method="begin")
+    out = jax.jit(lambda v: model.apply(v, begin(v), further, method="finish"))(variables)
+    assert out.stats is None
+    for b in range(2):
+        logits, routing = equations.forward(*trees, tokens[b], [f[b] for f in further], config)
+        for got, expected in zip((out.logits, *out.mtp_logits), logits, strict=True):
+            np.testing.assert_allclose(got[b], expected, rtol=1e-6, atol=1e-6)
+        for k, stats in enumerate(out.mtp_stats):
+            np.testing.assert_array_equal(stats.load[b], routing[f"mtp_{k}"][0][0])
+    sparse = DeepSeekV3(dataclasses.replace(config, first_k_dense_replace=0), Runtime(**DOUBLE))
+    embedded = sparse.apply(variables, tokens, method="begin")
+    np.testing.assert_array_equal(embedded, variables["params"]["embed_tokens"][tokens])
+
+
+def test_remat_keeps_what_its_name_says():
+    """Of a stack of layers: `block` their inputs alone, `paper` more, `none` still more."""
+    config = dataclasses.replace(SMALL, num_hidden_layers=4, num_nextn_predict_layers=0)  # three layers are sparse
+    tokens = jax.ShapeDtypeStruct((2, 7), np.int32)
+
+    def kept(remat):
+        model = DeepSeekV3(config, Runtime(remat=remat, experts_impl="reference"))
+        variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        parameters = {x.shape for x in jax.tree.leaves(variables)}
+        loss = lambda p, t: model.apply(variables | {"params": p}, t)
+        backward = jax.eval_shape(lambda p, t: jax.vjp(lambda p: loss(p, t), p)[1], variables["params"], tokens)
+        return [x.shape for x in jax.tree.leaves(backward) if x.shape[:1] == (3,) and x.shape not in parameters]
+
+    block, paper, none = map(kept, ("block", "paper", "none"))
+    assert block == [(3, 2, 7, config.hidden_size)]
+    assert {math.prod(shape[2:]) for shape in paper} >= {7 * config.q_lora_rank, 7 * 2 * config.v_head_dim}
+    assert len(block) < len(paper) < len(none)

@@ -15,6 +15,7 @@ from dsv3_jax.model.attention import Index, MultiHeadLatentAttention
 from dsv3_jax.model.router import Router
 from dsv3_jax.training.losses import (
     IGNORE,
+    Tally,
     balance_loss,
     cross_entropy,
     forward_tally,
@@ -225,6 +226,22 @@ def test_tally_is_the_equations(x64):
     assert tally.sequences == 2
     for name, load in loads.items():
         np.testing.assert_array_equal(tally.load[name], load)
+
+
+def test_metrics_of_one_target_and_of_none():
+    """Means over what there is: one token of 2 nats; two depths, of which one has a target, of 3 nats."""
+    load = {"moe_layers": jnp.asarray([[1.0, 3.0]]), "mtp_0": jnp.asarray([2.0, 2.0]), "mtp_1": jnp.asarray([0.0, 4.0])}
+    tally = Tally(*map(jnp.float32, (2.0, 1, 3.0 / 2, 1, 1, 0.5, 2)), load)
+    metrics = {name: np.asarray(value).tolist() for name, value in evaluate_tally(tally).items()}
+    assert metrics == {
+        **{"loss": 2.0, "mtp_loss": 3.0, "mtp_accuracy": 1.0, "balance_loss": 0.25},
+        **{"load_violation/moe_layers": [0.5], "load_violation/mtp_0": 0.0, "load_violation/mtp_1": 1.0},
+    }
+    assert objective(tally, 0.1, 0.3, tally.tokens, tally.sequences) == pytest.approx(2 + 0.3 * 1.5 + 0.1 * 0.25)
+    counts = ("cross_entropy", "tokens", "mtp_cross_entropy", "mtp_tokens", "mtp_correct")
+    none = evaluate_tally(tally.replace(**dict.fromkeys(counts, jnp.float32(0))))
+    assert (none["loss"], none["mtp_loss"], none["mtp_accuracy"]) == (0, 0, 0)
+    assert evaluate_tally(tally.replace(load={})).keys() == {"loss"}
 
 
 # Finite differences, in float64 ---------------------------------------------------------------------------
