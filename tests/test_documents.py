@@ -79,7 +79,7 @@ def test_launch_files_start_a_run_that_can_be(name, backend, dispatch):
     text = (ROOT / "experiments/launch" / name).read_text()
     assert "gs://" not in text  # a run's directory is a path
     command = text.split("-m dsv3_jax train ")[1].replace("\\\n", " ").split("\n")[0]
-    words = shlex.split(re.sub(r"\$\(.*?\)", "", command).replace("$RESUME", ""))
+    words = shlex.split(re.sub(r"\\?\$\(.*?\)", "", command).replace("$RESUME", ""))
     config = cli._parse(TrainArgs, "train", words, TrainArgs(TrainConfig.preset("v3-671b", backend))).config
     assert config.mesh.devices == 2048
     assert config.runtime.dispatch == dispatch
