@@ -129,6 +129,20 @@ def test_a_kernel_is_the_plain_attention(form, sharding, mesh, monkeypatch):
     assert set(seen) == {(1, 3, 2) if mesh and sharding != "single" else (2, 3, 4)}
 
 
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+def test_layer_continues_from_a_cache(form):
+    ref, ours = (MultiHeadLatentAttention(CONFIG, m.runtime) for m in models("pallas_reference", "float32", form))
+    rng, start = new_rng(), jnp.asarray([80, 33], jnp.int32)
+    x, latent, rope_key = (
+        jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 3, 64), (2, 128, 512), (2, 128, 64))
+    )
+    index, cache = Index(start[:, None] + jnp.arange(3), start=start), LayerCache(latent, rope_key)
+    variables = jax.jit(ref.init)(jax.random.key(0), x, index, cache)
+    (a, cache_a), (b, cache_b) = (jax.jit(m.apply)(variables, x, index, cache) for m in (ref, ours))
+    assert_same(b, a, "float32")
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, cache_a, cache_b))
+
+
 @pytest.mark.parametrize("impl", ["tpu_interpret", "gpu_interpret"])
 def test_decoding_layer(impl, capsys):
     """The interpreters' effects don't fit into a scan over layers."""

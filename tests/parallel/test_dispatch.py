@@ -52,6 +52,34 @@ def reference(x, ids, weights, w):
     return experts_reference(flat(x), flat(ids), flat(weights), w).reshape(x.shape)
 
 
+@pytest.mark.parametrize(
+    ("shape", "groups", "tokens", "rooms"),
+    [
+        # Tokens reach 2 of 2 nodes: 1.5 times all of them, but there are no more than 100. K = 4 copies go to 4 devices
+        # of a node: 100 each. 400 rows.
+        ("node=2,expert=4", (4, 2), 100, (100, 150, 600)),
+        ("node=2,expert=4", (4, 1), 100, (75, 150, 600)),  # one group lies in one node
+        ("node=8", (4, 2), 100, (75, 600, 600)),  # groups are larger than nodes: K = 4 of 8
+        ("expert=8", (4, 2), 100, (100, 75, 600)),  # 4 of 8 devices
+        ("node=2,expert=4", (4, 2), 1, (1, 2, 16)),  # the worst routing of one token a device: 8 devices send 2 rows
+        ("expert=2", (4, 2), 100, (100, 100, 600)),  # both devices get all tokens
+    ],
+)
+def test_buffers_hold_what_even_routing_sends_and_half_as_much_again(shape, groups, tokens, rooms):
+    """Counted by hand for 16 experts in 4 groups, 4 a token; and a round is as large as the worst routing allows."""
+    config = dataclasses.replace(CONFIG, n_group=groups[0], topk_group=groups[1])
+    runtime = Runtime(sharding="fsdp_ep", dispatch_slack=1.5)
+    mesh = make_mesh(MeshShape.parse(shape), jax.devices()[: 2 if shape == "expert=2" else 8])
+    local = E // mesh.size
+    layout = Layout.of(config, runtime, mesh.abstract_mesh, tokens, K, local)
+    assert (layout.node_room, layout.device_room, layout.row_room) == rooms
+    most = min(K, local)  # experts of a token on one device
+    fits = lambda n: np.less_equal([n, n * layout.node, n * mesh.size * most], rooms).all()
+    assert 0 < layout.round_tokens <= tokens
+    assert fits(layout.round_tokens)
+    assert not fits(layout.round_tokens + 1)
+
+
 def test_even_routing():
     check("node=2,expert=4", {}, "spread")
 
@@ -121,31 +149,3 @@ def test_ragged_exchange(shape, routing, monkeypatch):
     """XLA has no ragged all-to-all for CPUs: here it is made of all-gathers."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
     check(shape, {"dispatch": "ragged_all_to_all"}, routing)
-
-
-@pytest.mark.parametrize(
-    ("shape", "groups", "tokens", "rooms"),
-    [
-        # Tokens reach 2 of 2 nodes: 1.5 times all of them, but there are no more than 100. K = 4 copies go to 4 devices
-        # of a node: 100 each. 400 rows.
-        ("node=2,expert=4", (4, 2), 100, (100, 150, 600)),
-        ("node=2,expert=4", (4, 1), 100, (75, 150, 600)),  # one group lies in one node
-        ("node=8", (4, 2), 100, (75, 600, 600)),  # groups are larger than nodes: K = 4 of 8
-        ("expert=8", (4, 2), 100, (100, 75, 600)),  # 4 of 8 devices
-        ("node=2,expert=4", (4, 2), 1, (1, 2, 16)),  # the worst routing of one token a device: 8 devices send 2 rows
-        ("expert=2", (4, 2), 100, (100, 100, 600)),  # both devices get all tokens
-    ],
-)
-def test_buffers_hold_what_even_routing_sends_and_half_as_much_again(shape, groups, tokens, rooms):
-    """Counted by hand for 16 experts in 4 groups, 4 a token; and a round is as large as the worst routing allows."""
-    config = dataclasses.replace(CONFIG, n_group=groups[0], topk_group=groups[1])
-    runtime = Runtime(sharding="fsdp_ep", dispatch_slack=1.5)
-    mesh = make_mesh(MeshShape.parse(shape), jax.devices()[: 2 if shape == "expert=2" else 8])
-    local = E // mesh.size
-    layout = Layout.of(config, runtime, mesh.abstract_mesh, tokens, K, local)
-    assert (layout.node_room, layout.device_room, layout.row_room) == rooms
-    most = min(K, local)  # experts of a token on one device
-    fits = lambda n: np.less_equal([n, n * layout.node, n * mesh.size * most], rooms).all()
-    assert 0 < layout.round_tokens <= tokens
-    assert fits(layout.round_tokens)
-    assert not fits(layout.round_tokens + 1)
