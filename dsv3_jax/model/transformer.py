@@ -163,9 +163,8 @@ class DeepSeekV3(nn.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         check_token_ids(tokens, self.config.vocab_size)
-        x = (
-            jnp.asarray(self.embed_tokens).at[tokens].get(mode="fill", wrap_negative_indices=False)
-        )  # NaN where there is no row
+        table = jnp.asarray(self.embed_tokens)  # which may be NumPy's
+        x = table.at[tokens].get(mode="fill", wrap_negative_indices=False)  # NaN where there is no row
         return constrain(x.astype(self.runtime.dtype), self.runtime, "batch", "sequence", None)
 
     def _trunk(

@@ -15,7 +15,7 @@ class InfoArgs:
     """Parameters and cache bytes of a configuration, counted on the model itself without making any array."""
 
     preset: str = "v3-671b"
-    """v3-671b, v2-236b, v2-lite-16b, v3-mini or tiny."""
+    """tiny, v3-mini, v2-lite-16b, v2-236b, v3-671b, moonlight-16b, glm-4.7-flash or kimi-k2-1t."""
     config: Path | None = None
     """A Hugging Face config.json, or its directory, instead of a preset."""
     json: bool = False

@@ -185,7 +185,8 @@ class TrainArgs:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str = "tiny"
-    """Model and recipe to start from: tiny, v3-mini, v2-lite-16b, v2-236b or v3-671b."""
+    """Model and recipe to start from: tiny, v3-mini, v2-lite-16b, v2-236b, v3-671b, moonlight-16b, glm-4.7-flash or
+    kimi-k2-1t."""
     run_dir: Path = Path("runs/tiny")
     """The run's directory; runs/PRESET by default."""
     resume: bool = False

@@ -96,7 +96,7 @@ def test_tpu(heads, tokens, lengths, extra, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["gpu_interpret", "tpu_interpret"])
 @pytest.mark.parametrize("tokens", [1, 2, 4])
-@pytest.mark.parametrize("heads", [1, 16, 64, 128])
+@pytest.mark.parametrize("heads", [1, 16, 20, 64, 128])
 def test_grid(heads, tokens, implementation):
     attend_and_check([0, 1, 63, 64, 65, 4096], tokens, heads, implementation)
 

@@ -177,6 +177,13 @@ def test_for_tpus(implementation, keys, packed):
     assert_right(attend, 256, keys, 2, segments_of(1, keys) if packed else None)
 
 
+@pytest.mark.parametrize(("nope", "wide"), [(192, 256), (128, 192)], ids=["GLM-4.7-Flash", "GigaChat3"])
+def test_tpu_of_other_widths(nope, wide):
+    a = arrays(1, 128, 128, 2, nope=nope, wide=wide)
+    out, expected = (mla_prefill(*a, scale=SCALE, implementation=i) for i in ("tpu_interpret", "reference"))
+    assert error(out, expected) < 0.01
+
+
 def test_tpu_with_documents_in_pieces():
     """Whole blocks of other documents, and documents that go on after others."""
     segments = jnp.asarray([[0] * 512 + [1] * 512 + [0] * 200 + [2] * 312], jnp.int32)
