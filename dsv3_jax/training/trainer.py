@@ -68,7 +68,7 @@ def train(
     Args:
       directory: the run's own; `config.json`, the tokenizer's files, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
         `metrics.png`, `sample.txt` and `report.md` go there.
-      resume: continue the run in `directory` from its newest checkpoint; on a CPU to the same bits.
+      resume: continue the run in `directory` from its newest finite checkpoint; on a CPU to the same bits.
       check_hashes: compare that checkpoint's files with the hashes that were saved with them.
 
     Returns:
