@@ -32,6 +32,8 @@ def read_json(path: Path, error: Raise) -> dict[str, Any]:
         return parse_json(path.read_bytes(), str(path), error)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} doesn't exist") from None
+    except IsADirectoryError:
+        raise error(f"{path} is a directory: it must be a JSON file") from None
 
 
 def parse_json(text: bytes | str, what: str, error: Raise) -> dict[str, Any]:

@@ -131,6 +131,8 @@ def read_header(file: Path, *, headers_only: bool = False) -> dict[str, TensorIn
             text = opened.read(length) if 2 <= length <= min(size - 8, _LONGEST_HEADER) else b""
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} doesn't exist: the checkpoint is missing this file ({file.name})") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{file} is a directory: it must be a safetensors file") from None
     if not text:
         raise CheckpointError(f"{file} is truncated or no safetensors file: it ends within its header")
     header = parse_json(text, str(file), CheckpointError)
@@ -189,7 +191,7 @@ def _list(directory: Path) -> dict[str, str] | None:
     if not listed:
         raise CheckpointError(f"{index}: weight_map is empty: it must put every tensor in a file")
     for name, file in listed.items():
-        if Path(file).name != file or "\0" in file or len(file.encode()) > _LONGEST_NAME:
+        if Path(file).name != file or file in ("", "..") or "\0" in file or len(file.encode()) > _LONGEST_NAME:
             raise CheckpointError(f"{index} puts {name} in {show(file)}: it must be the name of a file beside it")
     if single.exists() and SINGLE not in listed.values():
         raise CheckpointError(f"{directory} holds both {SINGLE} and {INDEX}, which doesn't name it: remove one of them")

@@ -183,6 +183,17 @@ CASES = {
         ValueError,
         "must be the name of a file beside it",
     ),
+    "index names a folder": (
+        lambda s: edit_json(s / INDEX, lambda i: i["weight_map"].update({O_PROJ: ".."})),
+        ValueError,
+        "must be the name of a file beside it",
+    ),
+    "index is a folder": (lambda s: ((s / INDEX).unlink(), (s / INDEX).mkdir()), ValueError, "is a directory"),
+    "index names numbers": (
+        lambda s: edit_json(s / INDEX, lambda i: i["weight_map"].update({O_PROJ: 3})),
+        ValueError,
+        "index.json: weight_map is .*: it must be an object, each value a string",
+    ),
     "index isn't JSON": (lambda s: (s / INDEX).write_text("{"), ValueError, "isn't valid JSON"),
     "no index": (lambda s: (s / INDEX).unlink(), FileNotFoundError, "holds no safetensors checkpoint"),
     "no config": (lambda s: (s / "config.json").unlink(), FileNotFoundError, "config.json"),

@@ -45,7 +45,9 @@ odd = st.one_of(
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
         max_leaves=6,
     ),
-    st.sampled_from([2**31, 2**63, 10**30, -1, 0, "0", "false", "../x", "a/b", "", "\0", "x" * 300, "F8_E4M3", "BF16"]),
+    st.sampled_from(
+        [2**31, 2**63, 10**30, -1, 0, "0", "false", "../x", "a/b", "", "..", ".", "\0", "x" * 300, "F8_E4M3", "BF16"]
+    ),
 )
 
 
