@@ -39,7 +39,7 @@ class ConvertArgs:
     verify: bool = False
     """Read everything back and compare it with the source, bit for bit, before DST appears."""
     check_hashes: bool = True
-    """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
+    """Compare files of a converted checkpoint or a run with their hashes, as they are read; --verify always does."""
     workers: int = 4
     """How many tensors are worked on at once; each takes up to a few times 32 MB."""
     dry_run: bool = False
@@ -66,7 +66,8 @@ def convert_command(args: ConvertArgs, console: Console | None = None) -> None:
             raise CheckpointError(
                 f"{source} holds the model's own arrays: --layers and --no-mtp need a Hugging Face directory"
             )
-        store = Store(source, check_hashes=args.check_hashes) if converted else _run(source, args.check_hashes)
+        check = args.check_hashes or args.verify
+        store = Store(source, check_hashes=check) if converted else _run(source, check)
         if args.dry_run:
             print(f"{source} -> {describe_export(store, args.dtype)}")
             return

@@ -70,22 +70,23 @@ class FileHashes:
         """
         if self._checked:
             return
-        theirs = []
-        for name in names:
-            with self._lock:
-                mine = name not in self._checks
-                future = self._checks.setdefault(name, concurrent.futures.Future())
-            if not mine:
-                theirs.append(future)
-                continue
+        names = list(names)
+        if len(names) == 1:
+            self._check_once(names[0])
+        else:
+            in_parallel(self._check_once, names, _WORKERS)
+
+    def _check_once(self, name: str) -> None:
+        with self._lock:
+            mine = name not in self._checks
+            future = self._checks.setdefault(name, concurrent.futures.Future())
+        if mine:
             try:
                 self._check(name)
                 future.set_result(None)
             except BaseException as error:
                 future.set_exception(error)
-                raise
-        for future in theirs:
-            future.result()
+        future.result()
 
     @contextmanager
     def checking(self) -> Iterator[None]:
