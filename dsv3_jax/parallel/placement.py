@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ConfigError, Runtime
 from dsv3_jax.parallel.mesh import AXES, MeshShape, make_mesh
-from dsv3_jax.parallel.rules import present, rules_of, state_shardings
+from dsv3_jax.parallel.rules import larger, present, rules_of, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +68,17 @@ class Placement:
         return jax.jit(init, out_shardings=shardings)(key)
 
     def abstract(self, init: Callable[[jax.Array], Any], batch: dict[str, Any]) -> tuple[Any, Any]:
-        """Shapes, dtypes and shardings of the state and of a batch, for `lower`."""
+        """Shapes, dtypes and shardings of the state and of a batch, for `lower`.
+
+        Raises ConfigError if an axis of the mesh cuts nothing of this state, as `expert` of a model without experts.
+        """
         place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         state = jax.eval_shape(init, jax.random.key(0))
         shardings = state_shardings(state, self.mesh, self.rules)
+        cut = {axis for sharding in jax.tree.leaves(shardings) for axes in sharding.spec for axis in _axes(axes)}
+        for axis in larger(AXES, self.mesh):
+            if axis not in cut.union(self.rules.batch, self.rules.sequence):
+                raise ConfigError(f"mesh.{axis} is {self.mesh.shape[axis]}, but nothing of this model is cut over it")
         return jax.tree.map(place, state, shardings), jax.tree.map(lambda x: place(x, self._batch), batch)
 
     def jit_step(self, step: Callable[..., Any], state: Any) -> OnMesh:
@@ -126,6 +133,11 @@ class Placement:
         if batch_size % self.parts:
             axes = " x ".join(present(self.rules.batch, self.mesh))
             raise ConfigError(f"a batch of {batch_size} sequences doesn't divide over {axes} = {self.parts} devices")
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of an entry of a PartitionSpec, which leaves the tuple out where there is one."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def any_process(flag: bool) -> bool:

@@ -86,6 +86,11 @@ def test_mesh_axes_that_cut_nothing(tmp_path, mesh, sharding, axis):
         Placement(MeshShape.parse(mesh), config.runtime)
 
 
+def test_experts_over_devices_of_a_model_that_has_none(tmp_path):
+    config = small_config("expert=2", "ep_tp", first_k_dense_replace=2, num_nextn_predict_layers=0)
+    assert "mesh.expert is 2, but nothing of this model is cut over it" in refused(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
