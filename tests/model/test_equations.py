@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax import DeepSeekV3, Runtime
+from dsv3_jax.config import ConfigError
+from dsv3_jax.model.transformer import init_cache
 from tests.conftest import new_rng
 from tests.model import equations
 from tests.training.test_losses import SMALL
@@ -100,3 +102,14 @@ def test_remat_keeps_what_its_name_says():
     assert block == [(3, 2, 7, config.hidden_size)]
     assert {math.prod(shape[2:]) for shape in paper} >= {7 * config.q_lora_rank, 7 * 2 * config.v_head_dim}
     assert len(block) < len(paper) < len(none)
+
+
+def test_interleaving_cuts_batches_of_training_and_none_of_decoding():
+    model = DeepSeekV3(V3, Runtime(interleave=2))
+    tokens = jax.ShapeDtypeStruct((3, 4), np.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)  # of any batch
+    with pytest.raises(ConfigError, match="runtime.interleave is 2: it doesn't divide the 3 sequences"):
+        jax.eval_shape(model.apply, variables, tokens)
+    cache = jax.eval_shape(lambda: init_cache(V3, model.runtime, 3, 8))
+    logits, _ = jax.eval_shape(lambda *a: model.apply(*a, method="decode"), variables, tokens, cache)
+    assert logits.shape == (3, 4, V3.vocab_size)
