@@ -108,7 +108,7 @@ def test_interleaving_cuts_batches_of_training_and_none_of_decoding():
     model = DeepSeekV3(V3, Runtime(interleave=2))
     tokens = jax.ShapeDtypeStruct((3, 4), np.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), tokens)  # of any batch
-    with pytest.raises(ConfigError, match="runtime.interleave is 2: it doesn't divide the 3 sequences"):
+    with pytest.raises(ConfigError, match=r"runtime\.interleave is 2: it doesn't divide the 3 sequences"):
         jax.eval_shape(model.apply, variables, tokens)
     cache = jax.eval_shape(lambda: init_cache(V3, model.runtime, 3, 8))
     logits, _ = jax.eval_shape(lambda *a: model.apply(*a, method="decode"), variables, tokens, cache)

@@ -84,6 +84,22 @@ def test_even_routing():
     check("node=2,expert=4", {}, "spread")
 
 
+@pytest.mark.parametrize("shape", ["expert=8", "node=2,expert=4"])
+def test_full_buffers_need_no_rounds(shape, monkeypatch):
+    """Without slack, of a routing so even that every buffer is full to its last row. In rounds, here, all is NaN."""
+    x, _, weights, w = problem("even")
+    token = np.arange(B * T).reshape(B, T, 1)
+    ids = jnp.asarray(
+        (token % 2 + np.arange(0, 8, 2)) * 2 + token % 4 // 2, jnp.int32
+    )  # an expert of every other device
+    expected = reference(x, ids, weights, w)
+    monkeypatch.setattr(jax.lax, "scan", lambda _, init, xs: (init, jnp.full_like(xs[0], jnp.nan)))
+    run = Runtime(sharding="fsdp_ep", experts_impl="reference", dispatch_slack=1.0)
+    with jax.set_mesh(make_mesh(MeshShape.parse(shape))):
+        got = jax.jit(lambda *a: experts(*a, CONFIG, run))(x, ids, weights, w)
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("routing", ["same experts", "ends"])
 @pytest.mark.parametrize(
     ("shape", "runtime"),
