@@ -11,10 +11,11 @@ import jax
 import tyro
 
 from dsv3_jax.checkpoint import load_pretrained
+from dsv3_jax.checkpoint.load import open_checkpoint
 from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
 from dsv3_jax.checkpoint.runs import CHECKPOINTS
 from dsv3_jax.config import ConfigError
-from dsv3_jax.data import Tokenizer, load_tokenizer
+from dsv3_jax.data import Tokenizer, has_tokenizer, load_tokenizer
 from dsv3_jax.data.tokenizer import valid_unicode
 from dsv3_jax.inference.generate import stream
 from dsv3_jax.inference.generation_config import GENERATION_CONFIG, GenerationConfig, read_generation_config
@@ -47,6 +48,8 @@ class GenerateArgs:
     """Of the draws."""
     tokenizer: str | None = None
     """A tokenizer.json, a tiktoken.model, a folder that holds one, or "bytes"; by default the model's own."""
+    check_hashes: bool = True
+    """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
     check_hashes: bool = True
     """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
 
@@ -100,6 +103,9 @@ def _tokenizer(args: GenerateArgs, is_run: bool) -> Tokenizer:
     try:
         return load_tokenizer(args.model)
     except ConfigError as error:
+        if has_tokenizer(args.model):
+            raise
+        open_checkpoint(args.model)  # if that isn't one, this is what to say
         raise ConfigError(f"{error}, with --tokenizer") from None
 
 

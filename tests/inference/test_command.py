@@ -109,6 +109,19 @@ def test_no_tokenizer_is_no_bytes(checkpoint, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("ab cd")
 
 
+def test_what_is_wrong_with_the_checkpoint_is_said_before_a_missing_tokenizer(checkpoint, capsys):
+    (checkpoint / "tokenizer_config.json").write_text('{"eos_token": 1}')
+    assert run("generate", checkpoint, *GREEDY) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: {checkpoint}/tokenizer_config.json: eos_token is 1: it must be a string or null\n"
+    )
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "model.safetensors").unlink()
+    assert run("generate", checkpoint, *GREEDY) == 2
+    assert "safetensors" in capsys.readouterr().err
+
+
 def test_a_prompt_that_no_terminal_should_send(checkpoint, capsys):
     assert run("generate", checkpoint, "--prompt", "a\udce9b", "--max-new-tokens", "2", "--temperature", "0") == 0
     assert capsys.readouterr().out.startswith("a\ufffdb")
