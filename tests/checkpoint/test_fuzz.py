@@ -194,7 +194,7 @@ def check_journal(folder, change):
     (work / JOURNAL).unlink()
 
 
-SHORT, LONG = hypothesis.settings(max_examples=60), hypothesis.settings(max_examples=4000)
+SHORT, LONG = hypothesis.settings(max_examples=60), hypothesis.settings(max_examples=1500)
 CHECKS = {
     "index": check_index,
     "manifest": lambda folder, change: check_manifest(folder, change, True),
