@@ -67,7 +67,7 @@ def generate_command(args: GenerateArgs) -> None:
     tokenizer = _tokenizer(args, is_run)
     stored = GenerationConfig() if is_run else read_generation_config(args.model)
     sampling, said = _sampling(args, stored)
-    model, variables = load_pretrained(args.model, check_hashes=args.check_hashes)
+    model, variables = load_pretrained(args.model, mtp=False, check_hashes=args.check_hashes)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer {args.tokenizer or f'of {args.model}'} has {tokenizer.vocab_size} tokens, but the model's "

@@ -7,6 +7,7 @@ import logging
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -226,6 +227,20 @@ def test_layer_types_of_glm_say_which_layers_are_dense():
             ModelConfig.from_hf(GLM | {"mlp_layer_types": bad})
     with pytest.raises(ConfigError, match=r"partial_rotary_factor is 0\.5"):
         ModelConfig.from_hf(GLM | {"partial_rotary_factor": 0.5})
+
+
+def test_config_json_of_some_layers(tmp_path):
+    """Under the names that the source has."""
+    golden = Path(__file__).parents[1] / "golden"
+    convert_command(ConvertArgs(str(golden / "glm_flash"), tmp_path / "glm", layers="1,2"))
+    fields = json.loads((tmp_path / "glm/config.json").read_text())
+    assert (fields["mlp_layer_types"], fields["first_k_dense_replace"]) == (["sparse"], 0)
+    assert (fields["num_hidden_layers"], fields["num_nextn_predict_layers"]) == (1, 1)
+    sarvam = {k: v for k, v in SARVAM.items() if k != "num_nextn_predict_layers"} | {"num_mtp_layers": 1}
+    one = dataclasses.replace(ModelConfig.from_hf(sarvam), num_hidden_layers=2, num_nextn_predict_layers=0)
+    written = hf_config.with_layers(sarvam, one)
+    assert (written["num_mtp_layers"], written["num_hidden_layers"]) == (0, 2)
+    assert ModelConfig.from_hf(written).num_nextn_predict_layers == 0
 
 
 @pytest.mark.parametrize(
