@@ -50,8 +50,6 @@ class GenerateArgs:
     """A tokenizer.json, a tiktoken.model, a folder that holds one, or "bytes"; by default the model's own."""
     check_hashes: bool = True
     """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
-    check_hashes: bool = True
-    """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
 
 
 def generate_command(args: GenerateArgs) -> None:
