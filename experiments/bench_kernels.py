@@ -45,7 +45,6 @@ from pallas_kernels.mla_decode import SplitCache, join, mla_decode, plan, quanti
 from pallas_kernels.mla_decode import gpu as mla_decode_gpu
 from pallas_kernels.mla_decode.problem import random_problem
 from pallas_kernels.mla_prefill import mla_prefill
-from pallas_kernels.mla_prefill.library import causal_mask as prefill_mask
 
 Row = dict[str, object]
 
@@ -303,22 +302,9 @@ def prefill_arrays(seed: int, batch: int, tokens: int, keys: int, heads: int):
     return tuple(jax.random.normal(jax.random.key(seed + i), s, jnp.bfloat16) for i, s in enumerate(shapes))
 
 
-def prefill(*a, scale, segments, implementation):
-    """`mla_prefill`; or, as a peer, cuDNN through `jax.nn`, which wants values as wide as keys."""
-    if implementation != "cudnn, padded":
-        return mla_prefill(*a, scale=scale, segments=segments, implementation=implementation)
-    q_nope, q_rope, k_nope, k_rope, v = a
-    q = jnp.concatenate([q_nope, q_rope], -1)
-    k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], 64))], -1)
-    mask = prefill_mask(q.shape[1], k.shape[1], segments)
-    v = jnp.pad(v, ((0, 0),) * 3 + ((0, 64),))
-    flash = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
-    return flash(q, k, v, mask=mask, is_causal=mask is None)[..., :128]
-
-
 def prefill_grad(a, scale, segments, implementation):
     def loss(*a):
-        out = prefill(*a, scale=scale, segments=segments, implementation=implementation)
+        out = mla_prefill(*a, scale=scale, segments=segments, implementation=implementation)
         return jnp.sum(out.astype(jnp.float32) * jnp.cos(jnp.arange(128.0)))
 
     return jax.grad(loss, argnums=range(5))(*a)
@@ -335,10 +321,11 @@ def prefill_checks() -> Iterator[Row]:
             wide = tuple(x.astype(jnp.float32) for x in a)
             ref = mla_prefill(*wide, scale=scale, segments=segments, implementation="reference")
             ref_grad = jax.jit(lambda *a: prefill_grad(a, scale, segments, "reference"))(*wide)
-        for name in ("tokamax", "cudnn, padded") if tokens % 64 == 0 else ("tokamax",):  # cuDNN isn't filled up
+        whole = not packed and tokens == keys
+        for name in ("gpu", "tokamax", "blockwise") + ("cudnn",) * whole:
             row = dict(case=f"check T={tokens} S={keys} packed={packed}", implementation=name)
             try:
-                out = prefill(*a, scale=scale, segments=segments, implementation=name)
+                out = mla_prefill(*a, scale=scale, segments=segments, implementation=name)
                 row["error"] = relative_error(out.astype(jnp.float32), ref)
                 grads = prefill_grad(a, scale, segments, name)
                 row["gradient_error"] = max(
@@ -356,23 +343,35 @@ def prefill_timings() -> Iterator[Row]:
         a = prefill_arrays(0, 1, tokens, tokens, heads)
         square = heads * tokens**2
         moved = 2 * tokens * heads * (192 + 192 + 128 + 128)
-        for name in ("tokamax", "cudnn, padded"):
-            case = f"mla_prefill T={tokens} H={heads}"
-            row = dict(case=f"{case} forward", implementation=name, flops=square * 320, bytes=moved)
-            fn = functools.partial(prefill, scale=scale, segments=None, implementation=name)
+        documents = jnp.asarray(np.arange(tokens) >= tokens // 2, jnp.int32)[None]
+        for name, segments in (("cudnn", None), ("tokamax", None), ("gpu", documents), ("blockwise", None)):
+            if name == "blockwise" and tokens > 4096:
+                continue
+            case = f"mla_prefill T={tokens} H={heads}{' packed' if segments is not None else ''}"
+            share = 1 if segments is None else 1 / 2  # of the pairs of tokens
+            row = dict(case=f"{case} forward", implementation=name, flops=share * square * 320, bytes=moved)
+            fn = functools.partial(mla_prefill, scale=scale, segments=segments, implementation=name)
             yield timed(row, lambda _, a: fn(*a), [jnp.int32(0)], a)
             row = dict(
                 case=f"{case} forward and backward",
                 implementation=name,
-                flops=square * (320 + 832),
+                flops=share * square * (320 + 832),
                 bytes=3 * moved,
             )
-            yield timed(row, lambda _, a: prefill_grad(a, scale, None, name), [jnp.int32(0)], a)
+            yield timed(row, lambda _, a: prefill_grad(a, scale, segments, name), [jnp.int32(0)], a)
 
 
 # --- grouped matmul ----------------------------------------------------------------------------------------------
 
-GROUPED = [(7168, 4096), (2048, 7168)]  # of V3's experts: gate and up together, down
+# Rows, groups, depth and columns: of V3's experts gate and up together, then down; of V2-Lite's gate or up, then down.
+GROUPED = [(32768, 32, 7168, 4096), (32768, 32, 2048, 7168), (98304, 64, 2048, 1408), (98304, 64, 1408, 2048)]
+# Name, tokens, experts of each, all experts, hidden and expert width: a layer's experts in decoding.
+DECODED = [
+    ("V2-Lite", 1, 6, 64, 2048, 1408),
+    ("V2-Lite", 64, 6, 64, 2048, 1408),
+    ("V3, 64 experts", 1, 8, 64, 7168, 2048),
+    ("V3, 64 experts", 128, 8, 64, 7168, 2048),
+]
 
 
 BFLOAT16_GROUPED = {
@@ -383,64 +382,126 @@ BFLOAT16_GROUPED = {
 
 
 def grouped_checks() -> Iterator[Row]:
+    """Ragged groups, the last tenth of the rows in none: widths of whole tiles, of parts of them, and filled up."""
     rng = np.random.default_rng()
-    cuts = np.sort(rng.integers(0, 3000, 7))
-    sizes = jnp.asarray(np.diff(cuts, prepend=0, append=3000), jnp.int32)
-    keys = jax.random.split(jax.random.key(int(rng.integers(1 << 30))), 4)
-    x, w = jax.random.normal(keys[0], (3000, 1024)), jax.random.normal(keys[1], (8, 1024, 512))
-    x_scales, w_scales = (jnp.exp(jax.random.normal(k, s)) for k, s in ((keys[2], (3000, 8)), (keys[3], (8, 4, 8))))
+    for depth, columns in ((1024, 512), (2048, 1408), (1408, 2048), (1536, 704), (96, 264)):
+        yield from grouped_check(rng, 3000, 8, depth, columns)
+    for rows, groups, depth, columns in ((300, 16, 2048, 1408), (6, 64, 1408, 2048), (77, 5, 96, 264)):
+        yield from grouped_check(rng, rows, groups, depth, columns)
 
-    def host(x, w):
-        x, w = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, w))
-        return np.concatenate([a @ b for a, b in zip(np.split(x, cuts), w, strict=True)])
 
-    def row_of(name, fn, ref, grad=None, ref_grad=None):
-        row = dict(case="check grouped matmul, ragged groups", implementation=name)
+def grouped_check(rng: np.random.Generator, rows: int, groups: int, depth: int, columns: int) -> Iterator[Row]:
+    used = rows - rows // 10
+    cuts = np.sort(rng.integers(0, used + 1, groups - 1))
+    sizes = jnp.asarray(np.diff(cuts, prepend=0, append=used), jnp.int32)
+    keys = jax.random.split(jax.random.key(int(rng.integers(1 << 30))), 5)
+    x, w = jax.random.normal(keys[0], (rows, depth)), jax.random.normal(keys[1], (groups, depth, columns))
+    # The gradient of a linear function: its cotangent is drawn, not computed, so that nothing amplifies rounding.
+    x16, w16, dy = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), jax.random.normal(keys[4], (rows, columns))
+    dy = dy.astype(jnp.bfloat16)
+    wide = lambda a: np.asarray(a.astype(jnp.float32), np.float64)
+    parts = lambda a: np.split(wide(a)[:used], cuts)
+    rest = lambda n: np.zeros((rows - used, n))
+    host = lambda x, w: np.concatenate([*(a @ b for a, b in zip(parts(x), wide(w), strict=True)), rest(w.shape[2])])
+    refs = (
+        host(x16, w16),
+        host(dy, w16.mT),
+        np.stack([a.T @ b for a, b in zip(parts(x16), parts(dy), strict=True)]),
+    )
+    case = f"check grouped matmul M={rows} E={groups} {depth}x{columns}"
+
+    def row_of(name, fn, refs):
+        row = dict(case=case, implementation=name)
         try:
-            row["error"] = relative_error(jax.jit(fn)().astype(jnp.float32), ref)
-            row["ok"] = bool(row["error"] < 6e-3)
-            if grad is not None:
-                pairs = zip(jax.jit(grad)(), ref_grad, strict=True)
-                row["gradient_error"] = max(relative_error(a.astype(jnp.float32), b) for a, b in pairs)
-                row["ok"] = bool(row["ok"] and row["gradient_error"] < 1e-2)
+            row["error"], *gradient = (relative_error(wide(a), b) for a, b in zip(jax.jit(fn)(), refs, strict=True))
+            row["ok"] = row["error"] < 6e-3
+            if gradient:
+                row["gradient_error"] = max(gradient)
+                row["ok"] = row["ok"] and row["gradient_error"] < 6e-3
         except Exception as e:
             row.update(ok=False, failure=f"{type(e).__name__}: {e}"[:500])
         return row
 
-    x16, w16 = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    ref = host(x16, w16)
-    # The gradient of a linear function: its cotangent is drawn, not computed, so that nothing amplifies rounding.
-    cotangent = jax.random.normal(keys[0], ref.shape, jnp.bfloat16)
-    with jax.default_matmul_precision("highest"):
-        wide = (x16.astype(jnp.float32), w16.astype(jnp.float32))
-        ref_grad = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), *wide)[1](cotangent.astype(jnp.float32))
     for name, fn in BFLOAT16_GROUPED.items():
-        yield row_of(
-            name,
-            lambda fn=fn: fn(x16, w16, sizes),
-            ref,
-            lambda fn=fn: jax.vjp(lambda x, w: fn(x, w, sizes), x16, w16)[1](cotangent),
-            ref_grad,
+        if name == "gpu" or (depth, columns) == (1024, 512):
+            both = lambda: (lambda out, vjp: (out, *vjp(dy)))(*jax.vjp(lambda x, w: fn(x, w, sizes), x16, w16))
+            yield row_of(name, both, refs)
+    if (depth, columns) == (1024, 512):
+        x_scales, w_scales = (
+            jnp.exp(jax.random.normal(k, s)) for k, s in ((keys[2], (rows, 8)), (keys[3], (groups, 4, 8)))
         )
-    x8, w8 = x.astype(jnp.float8_e4m3fn), w.astype(jnp.float8_e4m3fn)
-    ref = host(
-        x8.astype(jnp.float32) * jnp.repeat(x_scales, 128, 1),
-        w8.astype(jnp.float32) * jnp.repeat(jnp.repeat(w_scales.mT, 128, 1), 128, 2),
-    )
-    fp8 = functools.partial(fp8_grouped_matmul, implementation="gpu")
-    yield row_of("fp8 gpu", lambda: fp8(x8, x_scales, w8.mT, w_scales, sizes), ref)
+        x8, w8 = x.astype(jnp.float8_e4m3fn), w.astype(jnp.float8_e4m3fn)
+        ref = host(
+            x8.astype(jnp.float32) * jnp.repeat(x_scales, 128, 1),
+            w8.astype(jnp.float32) * jnp.repeat(jnp.repeat(w_scales.mT, 128, 1), 128, 2),
+        )[:used]
+        fp8 = functools.partial(fp8_grouped_matmul, implementation="gpu")
+        yield row_of("fp8 gpu", lambda: (fp8(x8, x_scales, w8.mT, w_scales, sizes)[:used],), (ref,))
+    if rows < 3000:
+        yield swiglu_check(keys, case, x16, w16, sizes, cuts, used)
+
+
+def swiglu_check(keys, case, x, gate, sizes, cuts, used) -> Row:
+    """Experts in two kernels."""
+    row = dict(case=case, implementation="gpu, experts")
+    groups, depth, columns = gate.shape
+    draw = lambda key, *shape: jax.random.normal(key, shape, jnp.bfloat16)
+    gate, up, down = gate * depth**-0.5, draw(keys[2], *gate.shape) * depth**-0.5, draw(keys[3], groups, columns, 64)
+    wide = lambda a: np.asarray(a.astype(jnp.float32), np.float64)
+    try:
+        out = wide(jax.jit(grouped_gpu.grouped_swiglu)(x, gate, up, down, sizes))
+        ref = []
+        for rows, g, u, d in zip(np.split(wide(x)[:used], cuts), *map(wide, (gate, up, down)), strict=True):
+            ref.append((rows @ g / (1 + np.exp(-rows @ g)) * (rows @ u)) @ d)
+        row["error"] = relative_error(out[:used], np.concatenate(ref))
+        row["ok"] = bool(row["error"] < 6e-3 and (out[used:] == 0).all())
+    except Exception as e:
+        row.update(ok=False, failure=f"{type(e).__name__}: {e}"[:500])
+    return row
+
+
+def few_rows_timings() -> Iterator[Row]:
+    """A layer's experts in decoding: gate alone, and all three products. Bytes are those of the touched matrices."""
+    rng = np.random.default_rng()
+    for name, tokens, each, experts, hidden, width in DECODED:
+        sizes = np.zeros(experts, np.int32)
+        for _ in range(tokens):
+            sizes[rng.permutation(experts)[:each]] += 1
+        rows, touched = tokens * each, int((sizes > 0).sum())
+        matrix = touched * hidden * width * 2
+        sets = max(1, (400 << 20) // (3 * matrix))  # so many that L2 holds none when its turn comes
+        keys = jax.random.split(jax.random.key(0), 1 + 3 * sets)
+        shapes = [(experts, hidden, width)] * 2 + [(experts, width, hidden)]
+        draw = lambda i: [jax.random.normal(keys[3 * i + j], s, jnp.bfloat16) for j, s in enumerate(shapes)]
+        matrices, x = [draw(i) for i in range(sets)], jax.random.normal(keys[-1], (rows, hidden), jnp.bfloat16)
+        case = f"few rows, {name} B={tokens} M={rows}, {touched} experts touched"
+        three = lambda fn: lambda w, x: fn(jax.nn.silu(fn(x, w[0], sizes)) * fn(x, w[1], sizes), w[2], sizes)
+        gate = lambda fn: lambda w, x: fn(x, w[0], sizes)
+        sizes = jnp.asarray(sizes)
+        for label, implementation, count, fn in (
+            ("gate", "gpu", 1, gate(grouped_gpu.grouped_matmul)),
+            ("gate", "gpu, form for many rows", 1, gate(grouped_gpu.product)),
+            ("gate", "xla_ragged_dot", 1, gate(jax.lax.ragged_dot)),
+            ("experts", "gpu", 3, lambda w, x: grouped_gpu.grouped_swiglu(x, *w, sizes)),
+            ("experts", "gpu, three products", 3, three(grouped_gpu.grouped_matmul)),
+        ):
+            row = dict(case=f"{case}, {label}", implementation=implementation)
+            row.update(flops=2 * count * rows * hidden * width, bytes=count * matrix)
+            program = jax.jit(fn)
+            yield measured(row, lambda: device_seconds(lambda i: program(matrices[i % sets], x)))
 
 
 def grouped_timings() -> Iterator[Row]:
-    rows, groups = 32768, 32
-    sizes = jnp.full((groups,), rows // groups, jnp.int32)
-    for depth, columns in GROUPED:
+    for rows, groups, depth, columns in GROUPED:
+        sizes = jnp.full((groups,), rows // groups, jnp.int32)
         case = f"grouped matmul M={rows} E={groups} {depth}x{columns}"
         flops = 2 * rows * depth * columns
         x = jax.random.normal(jax.random.key(0), (rows, depth), jnp.bfloat16)
         w = jax.random.normal(jax.random.key(1), (groups, depth, columns), jnp.bfloat16)
         elements = x.size + w.size
         for name, fn in BFLOAT16_GROUPED.items():
+            if name != "gpu" and groups == 64:
+                continue
             row = dict(case=case, implementation=name, flops=flops, bytes=2 * (elements + rows * columns))
             yield timed(row, lambda _, a: fn(*a), [jnp.int32(0)], (x, w, sizes))
             if name != "xla_ragged_dot":  # ten times slower already
@@ -451,6 +512,8 @@ def grouped_timings() -> Iterator[Row]:
                     return jax.vjp(lambda x, w: fn(x, w, a[2]), a[0], a[1])[1](a[3])
 
                 yield timed(row, backward, [jnp.int32(0)], (x, w, sizes, dout))
+        if groups == 64:
+            continue
         x8, w8 = x.astype("float8_e4m3fn"), w.mT.astype("float8_e4m3fn")
         del x, w
         scales = jnp.ones((rows, depth // 128)), jnp.ones((groups, columns // 128, depth // 128))
@@ -470,6 +533,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "mla_decode": decode_timings,
     "cache_update": update_timings,
     "grouped_matmul": grouped_timings,
+    "few_rows": few_rows_timings,
     "mla_prefill": prefill_timings,
 }
 

@@ -27,8 +27,8 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
       rhs: (G, K, N), one matrix a group, of `lhs`'s dtype.
       group_sizes: (G,) int32, rows of each group; they sum to at most M.
       implementation: "reference" (plain, G times the work), "ragged" (`jax.lax.ragged_dot`), "blocked" (CPUs), "gpu"
-        (our own for Hopper: bfloat16; fastest if K and N are multiples of 256, else they are filled up to such) or
-        "tokamax" (TPUs: bfloat16).
+        (our own for Hopper: bfloat16; one kernel for many rows and one for few, bound by the matrices' bytes; K and N
+        that aren't multiples of 64 are filled up to such, which copies the matrices) or "tokamax" (TPUs: bfloat16).
 
     Returns:
       (M, N) of `lhs`'s dtype. Rows past the last group are zero.
@@ -70,17 +70,21 @@ def grouped_swiglu(
 
     Args:
       x: (M, D) rows, sorted by group. gate, up: (G, D, F). down: (G, F, D). group_sizes: as in `grouped_matmul`.
-      implementation: as in `grouped_matmul`. "blocked" is one loop, the others three grouped matmuls.
+      implementation: as in `grouped_matmul`. "blocked" is one loop, "gpu" with few rows two
+        kernels (gate, up and SwiGLU in one), the others three grouped matmuls.
       keep: applied to what gate and up make, (M, F) each, where they are arrays of their own: for a name that a
         rematerialisation policy knows.
 
     Returns:
       (M, D) of `x`'s dtype. Rows past the last group are zero. Raises as `grouped_matmul`.
     """
+    hidden = jax.ShapeDtypeStruct((len(x), gate.shape[-1]), x.dtype)
+    for rows, matrices in ((x, gate), (x, up), (hidden, down)):
+        _check(rows, matrices, group_sizes, implementation)
     if implementation == "blocked":
-        hidden = jax.ShapeDtypeStruct((len(x), gate.shape[-1]), x.dtype)
-        for rows, matrices in ((x, gate), (x, up), (hidden, down)):
-            _check(rows, matrices, group_sizes, implementation)
         return cpu.grouped_swiglu(x, gate, up, down, group_sizes)
+    if implementation == "gpu" and gpu.few(len(x), len(gate)):
+        require_hopper("grouped_matmul")
+        return gpu.grouped_swiglu(x, gate, up, down, group_sizes)
     product = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
     return product(jax.nn.silu(keep(product(x, gate))) * keep(product(x, up)), down)

@@ -7,6 +7,9 @@ that, feeding the matrix units would take more bytes from L2 than it gives.
 In the product, a block of 128 rows may belong to several groups: each visits it, computes all of it and stores its own
 rows. The gradient of the rows reads the matrices as they lie: the matrix units take them contiguous along either axis,
 so that nothing is transposed in memory. Nor is it in the gradient of the matrices, a product of transposed rows.
+
+Widths needn't be multiples of a tile: what the copy engine reads beyond an array's edge is zero, what it would write
+there is dropped. Only its boxes of 64 columns must be whole.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.grouped_matmul import gpu_few_rows
 from pallas_kernels.row_blocks import (
     BLOCK,
     SWATH,
@@ -38,6 +42,8 @@ from pallas_kernels.row_blocks import (
 
 ROWS, COLUMNS, DEPTH = 64, 256, 64  # of a warpgroup's product in one step
 STAGES = 4
+FEW = 48
+"""Rows a group, on average, up to which `gpu_few_rows` is taken: measured faster up to there."""
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
@@ -52,34 +58,30 @@ def product(
     """See `api.grouped_matmul`; `transposed` takes matrices (G, N, K).
 
     Raises:
-      ValueError: not bfloat16, or K and N no multiples of 64 and 256.
+      ValueError: not bfloat16, or K and N no multiples of 64.
     """
     rows, depth = lhs.shape
     columns = rhs.shape[1] if transposed else rhs.shape[2]
-    if depth % DEPTH or columns % COLUMNS or lhs.dtype != jnp.bfloat16 or rhs.dtype != jnp.bfloat16:
-        raise ValueError(
-            f"grouped_matmul on Hopper takes bfloat16, a contraction of a multiple of {DEPTH} and columns of a "
-            f"multiple of {COLUMNS}, but got {lhs.dtype}, {depth} and {columns}"
-        )
+    _check(lhs, rhs, depth, columns)
     cluster = 1 if interpret else 2  # the interpreter knows no clusters
     # Rows past the last group are a group without a matrix.
     group_sizes = jnp.append(group_sizes, rows - jnp.sum(group_sizes))
     count = -(-(-(-rows // BLOCK) + len(group_sizes)) // SWATH) * SWATH
     w_shape = (COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS)
-    tiles = count // cluster * (columns // COLUMNS)
+    tiles = count // cluster * (-(-columns // COLUMNS))
     return plgpu.kernel(
         functools.partial(_product, tiles=tiles, steps=depth // DEPTH, transposed=transposed, cluster=cluster),
         out_type=jax.ShapeDtypeStruct((rows + -rows % TILE_ROWS, columns), lhs.dtype),
         scratch_types=_scratch((BLOCK, DEPTH), w_shape, cluster, copies=2),
         **launch(tiles, cluster, interpret),
-    )(jnp.pad(lhs, ((0, -rows % BLOCK), (0, 0))), rhs, visits(group_sizes, count))[:rows]
+    )(_whole(lhs), rhs, visits(group_sizes, count))[:rows]
 
 
 def _product(
     x_gmem, w_gmem, work_gmem, out_gmem, *, x_smem, w_smem, out_smem, tiles, steps, transposed, cluster, **barriers
 ):
     warpgroup = lax.axis_index("warpgroup")
-    groups, column_blocks = w_gmem.shape[0], out_gmem.shape[1] // COLUMNS
+    groups, column_blocks = w_gmem.shape[0], -(-out_gmem.shape[1] // COLUMNS)
     mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
 
     def prepare(tile):
@@ -126,31 +128,39 @@ def matrix_gradient(
     Returns (G, K, N) of their dtype, zero for groups without rows.
 
     Raises:
-      ValueError: not bfloat16, or K and N no multiples of 256.
+      ValueError: not bfloat16, or K and N no multiples of 64.
     """
-    (rows, depth), columns, groups = lhs.shape, dout.shape[1], len(group_sizes)
-    if depth % COLUMNS or columns % COLUMNS or lhs.dtype != jnp.bfloat16 or dout.dtype != jnp.bfloat16:
-        raise ValueError(
-            f"the gradient of grouped_matmul's matrices on Hopper takes bfloat16 and matrices of multiples of "
-            f"{COLUMNS}, but got {lhs.dtype}, {depth} x {columns}"
-        )
+    depth, columns, groups = lhs.shape[1], dout.shape[1], len(group_sizes)
+    _check(lhs, dout, depth, columns)
     cluster = 1 if interpret else 2
     ends = jnp.cumsum(group_sizes)
     spans = jnp.stack([ends - group_sizes, ends], axis=1).astype(jnp.int32)
-    pad = lambda a: jnp.pad(a, ((0, -rows % DEPTH), (0, 0)))
-    tiles = groups * (columns // COLUMNS) * (depth // BLOCK // cluster)
+    tiles = groups * (-(-columns // COLUMNS)) * (-(-depth // (BLOCK * cluster)))
     return plgpu.kernel(
         functools.partial(_matrix_gradient, tiles=tiles, cluster=cluster),
         out_type=jax.ShapeDtypeStruct((groups, depth, columns), lhs.dtype),
         scratch_types=_scratch((2, DEPTH, ROWS), (DEPTH, COLUMNS), cluster, copies=3),
         **launch(tiles, cluster, interpret),
-    )(pad(lhs), pad(dout), spans)
+    )(_whole(lhs), _whole(dout), spans)
+
+
+def _check(lhs: jax.Array, other: jax.Array, depth: int, columns: int) -> None:
+    if depth % DEPTH or columns % DEPTH or {lhs.dtype, other.dtype} != {jnp.dtype(jnp.bfloat16)}:
+        raise ValueError(
+            f"grouped_matmul on Hopper takes bfloat16 and matrices of multiples of {DEPTH}, but got {lhs.dtype} and "
+            f"{other.dtype}, {depth} x {columns}"
+        )
+
+
+def _whole(rows: jax.Array) -> jax.Array:
+    """Filled up to a number of rows that the copy engine takes."""
+    return jnp.pad(rows, ((0, -len(rows) % TILE_ROWS), (0, 0))) if len(rows) % TILE_ROWS else rows
 
 
 def _matrix_gradient(x_gmem, dy_gmem, span_gmem, out_gmem, *, x_smem, w_smem, out_smem, tiles, cluster, **barriers):
     warpgroup = lax.axis_index("warpgroup")
     _, depth, columns = out_gmem.shape
-    row_blocks, column_blocks = depth // BLOCK // cluster, columns // COLUMNS
+    row_blocks, column_blocks = -(-depth // (BLOCK * cluster)), -(-columns // COLUMNS)
 
     def place(tile):
         group, rest = tile // (row_blocks * column_blocks), lax.rem(tile, row_blocks * column_blocks)
@@ -246,24 +256,64 @@ def _run(tiles: int, prepare: Callable, multiply: Callable, *, ready, free, clus
 
 
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """See `api.grouped_matmul`. Widths are filled up with zeros to multiples of 256: a copy, if there are any to add.
+    """See `api.grouped_matmul`. Widths are filled up with zeros to multiples of 64: a copy, if there are any to add.
 
     Raises:
       ValueError: not bfloat16.
     """
-    _, depth, columns = rhs.shape
-    lhs = jnp.pad(lhs, ((0, 0), (0, -depth % COLUMNS)))
-    rhs = jnp.pad(rhs, ((0, 0), (0, -depth % COLUMNS), (0, -columns % COLUMNS)))
-    return _grouped_matmul(lhs, rhs, group_sizes)[:, :columns]
+    columns = rhs.shape[2]
+    return _grouped_matmul(_fill(lhs), _fill(rhs, rhs.ndim - 2), group_sizes)[:, :columns]
+
+
+def grouped_swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """See `api.grouped_swiglu`: gate and up in one pass, for few rows. Differentiable.
+
+    Raises:
+      ValueError: not bfloat16.
+    """
+    columns = down.shape[2]
+    x, gate, up, down = _fill(x), _fill(gate, 1), _fill(up, 1), _fill(down, 1)
+    return _few_swiglu(x, gate, up, down, group_sizes)[:, :columns]
+
+
+def few(rows: int, groups: int) -> bool:
+    """Whether rows are so few that the bytes of the matrices bind."""
+    return rows <= FEW * groups
+
+
+def _fill(a: jax.Array, first: int = 1) -> jax.Array:
+    """With its axes from `first` on filled up with zeros to multiples of `DEPTH`."""
+    extra = [(0, -n % DEPTH if axis >= first else 0) for axis, n in enumerate(a.shape)]
+    return jnp.pad(a, extra) if any(n for _, n in extra) else a
+
+
+@jax.custom_vjp
+def _few_swiglu(x, gate, up, down, group_sizes):
+    return gpu_few_rows.product(gpu_few_rows.swiglu(x, gate, up, group_sizes), down, group_sizes)
+
+
+def _few_swiglu_forward(*a):
+    return _few_swiglu(*a), a
+
+
+def _few_swiglu_backward(a, dout):
+    *a, group_sizes = a
+    product = functools.partial(_grouped_matmul, group_sizes=group_sizes)
+    three = lambda x, gate, up, down: product(jax.nn.silu(product(x, gate)) * product(x, up), down)
+    return *jax.vjp(three, *a)[1](dout), None
+
+
+_few_swiglu.defvjp(_few_swiglu_forward, _few_swiglu_backward)
 
 
 @jax.custom_vjp
 def _grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    return product(lhs, rhs, group_sizes)
+    forward = gpu_few_rows.product if few(len(lhs), len(rhs)) else product
+    return forward(lhs, rhs, group_sizes)
 
 
 def _vjp_forward(lhs, rhs, group_sizes):
-    return product(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+    return _grouped_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
 def _vjp_backward(residuals, dout):

@@ -14,7 +14,9 @@ from pallas_kernels.mla_prefill import blockwise, library, reference, tpu
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.mla_prefill,
     "blockwise": blockwise.mla_prefill,
+    "gpu": library.gpu,
     "tokamax": library.tokamax,
+    "cudnn": library.cudnn,
     "tpu": tpu.mla_prefill,
     "tpu_interpret": functools.partial(tpu.mla_prefill, interpret=True),
     "splash": library.splash,
@@ -42,11 +44,13 @@ def mla_prefill(
       v: (B, S, H, V).
       scale: what multiplies the scores.
       segments: (B, S) int32 or None: packed documents; a token attends within its own only.
-      implementation: "reference" (plain), "blockwise" (plain JAX in memory linear in T and S, on any device and in any
-        dtype; `blockwise.attention` takes tokens out of their order too), "tokamax" (Hopper, bfloat16; given segments
-        or a prefix it reads a mask of B * T * S), "tpu" (our own: bfloat16, T and S multiples of 128, P up to 64;
-        fastest if N and V are multiples of 128 and P is 64, else filled up to such) or, as its peer, "splash" (TPU,
-        bfloat16, T and S multiples of 128). "tpu_interpret" and "splash_interpret" run these on a CPU, slowly.
+      implementation: "reference" (plain); "blockwise" (plain JAX in memory linear in T and S, on any device and in any
+        dtype; `blockwise.attention` takes tokens out of their order too); "gpu" (Hopper: the first that takes the
+        arguments of "cudnn", "tokamax" and "blockwise"); "cudnn" (Hopper, bfloat16, neither segments nor a prefix);
+        "tokamax" (Hopper, bfloat16; fast if documents are numbered upwards); "tpu" (our own: bfloat16, T and S
+        multiples of 128, P up to 64; fastest if N and V are multiples of 128 and P is 64, else filled up to such) or,
+        as its peer, "splash" (TPU, bfloat16, T and S multiples of 128). "tpu_interpret" and "splash_interpret" run
+        these on a CPU, slowly.
 
     Returns:
       (B, T, H, V) of `v`'s dtype.
@@ -77,9 +81,9 @@ def mla_prefill(
         raise ValueError(f"segments must be int32 {(batch, keys)}, but are {segments.dtype} {segments.shape}")
     if len({a.dtype for a in (q_nope, q_rope, k_nope, k_rope, v)}) > 1:
         raise ValueError("mla_prefill needs one dtype for its five arrays")
-    if implementation not in ("reference", "blockwise") and v.dtype != jnp.bfloat16:
+    if implementation not in ("reference", "blockwise", "gpu") and v.dtype != jnp.bfloat16:
         raise ValueError(f"mla_prefill by {implementation} takes bfloat16, but got {v.dtype}")
-    if implementation == "tokamax":
+    if implementation in ("gpu", "tokamax", "cudnn"):
         require_hopper("mla_prefill")
     if implementation.startswith("splash") and (tokens % 128 or keys % 128):
         raise ValueError(f"mla_prefill by splash takes multiples of 128 tokens and keys, but got {tokens} and {keys}")

@@ -6,12 +6,14 @@ Both want one key a head, so that the rope key is copied to every head in memory
 from __future__ import annotations
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax._src.cudnn import fused_attention_stablehlo  # the public entry refuses values narrower than keys
 
-TILE = 64
-"""With a mask, tokamax's gradient for Hopper takes multiples of so many tokens and keys."""
+from pallas_kernels.mla_prefill import blockwise
 
 
 def _joined(q_nope, q_rope, k_nope, k_rope):
@@ -19,34 +21,80 @@ def _joined(q_nope, q_rope, k_nope, k_rope):
     return jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, k_rope], -1)
 
 
-def causal_mask(tokens: int, keys: int, segments: jax.Array | None) -> jax.Array | None:
-    """(B or 1, 1, T, S), or None where plain causal masking from the upper left corner says it all."""
-    if segments is None and tokens == keys:
-        return None
-    mask = (jnp.arange(keys) <= keys - tokens + jnp.arange(tokens)[:, None])[None, None]
-    if segments is not None:
-        mask &= (segments[:, None, :] == segments[:, keys - tokens :, None])[:, None]
-    return mask
+def gpu(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
+    """The fastest on Hopper that takes the arguments: cuDNN, then tokamax, then `blockwise`. Differentiable."""
+    a = q_nope, q_rope, k_nope, k_rope, v
+    if segments is None and k_nope.shape[1] == q_nope.shape[1] and has_cudnn(*a):
+        return cudnn(*a, scale=scale)
+    if v.dtype == jnp.bfloat16 and importlib.util.find_spec("tokamax"):
+        return tokamax(*a, scale=scale, segments=segments)
+    return blockwise.mla_prefill(*a, scale=scale, segments=segments)
+
+
+def has_cudnn(q_nope, q_rope, k_nope, k_rope, v) -> bool:
+    """Whether a cuDNN is at hand that takes keys wider than values, and these widths and dtype."""
+    try:
+        version = fused_attention_stablehlo.check_cudnn_version()
+    except RuntimeError:
+        return False
+    width = q_nope.shape[-1] + q_rope.shape[-1]
+    fits = max(width, v.shape[-1]) <= 256 and width % 8 == 0 and v.shape[-1] % 8 == 0
+    return version >= 91000 and fits and v.dtype in (jnp.bfloat16, jnp.float16)
+
+
+def cudnn(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
+    """cuDNN's fused attention, of whole sequences: `jax.nn.dot_product_attention` refuses values narrower than keys,
+    but what it calls doesn't. Differentiable.
+
+    Raises:
+      ValueError: segments, or a prefix.
+    """
+    q, k = _joined(q_nope, q_rope, k_nope, k_rope)
+    if segments is not None or k.shape[1] != q.shape[1]:
+        raise ValueError("mla_prefill by cuDNN takes neither segments nor a prefix")
+    mask = fused_attention_stablehlo.MaskType.CAUSAL
+    return fused_attention_stablehlo.dot_product_attention(q, k, v, scale=scale, mask_type=mask)
 
 
 def tokamax(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
-    """tokamax's Mosaic GPU flash attention. Differentiable."""
-    from tokamax import dot_product_attention  # a dependency of this choice only
+    """tokamax's Mosaic GPU flash attention. Differentiable.
 
-    q, k = _joined(q_nope, q_rope, k_nope, k_rope)
-    tokens = q.shape[1]
-    mask = causal_mask(tokens, k.shape[1], segments)
-    if mask is not None:
-        q, k, v, mask = _whole_tiles(q, k, v, mask)
-    attend = functools.partial(dot_product_attention, scale=scale, implementation="mosaic_gpu")
-    return attend(q, k, v, mask=mask, is_causal=mask is None)[:, :tokens]
+    A document in one piece is a range of keys, and blocks outside it are skipped (in the backward pass masked); should
+    there be one in several pieces, `blockwise` takes over as the program runs.
+    """
+    a = q_nope, q_rope, k_nope, k_rope, v
+    if segments is None:
+        return _tokamax(a, None, scale)
+    start, in_one_piece = _documents(segments)
+    return lax.cond(
+        in_one_piece,
+        lambda a, start, segments: _tokamax(a, start, scale),
+        lambda a, start, segments: blockwise.mla_prefill(*a, scale=scale, segments=segments),
+        a, start, segments,
+    )  # fmt: skip
 
 
-def _whole_tiles(q, k, v, mask):
-    """Filled up to multiples of `TILE` tokens and keys. No token sees the new keys; what new tokens see is dropped."""
-    fill = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE), (0, 0), (0, 0)))
-    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, -mask.shape[2] % TILE), (0, 0)), constant_values=True)
-    return fill(q), fill(k), fill(v), jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, -mask.shape[3] % TILE)))
+def _tokamax(a, start, scale):
+    from tokamax._src.ops.attention import api, base  # a dependency of this choice only; its public entry has no ranges
+
+    *a, v = a
+    q, k = _joined(*a)
+    tokens, keys = q.shape[1], k.shape[1]
+    if start is not None:
+        start = start[:, None, keys - tokens :]
+    if tokens == keys:
+        mask = base.Mask(is_causal=True, k_start=start)
+    else:
+        mask = base.Mask(k_start=start, k_end=keys - tokens + 1 + jnp.arange(tokens)[None])
+    return api.IMPLEMENTATIONS["mosaic_gpu"](q, k, v, mask=mask, logits_scale=scale)
+
+
+def _documents(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where each token's document starts, (B, S); and whether they are numbered upwards: none has two pieces."""
+    before, after = segments[:, :-1], segments[:, 1:]
+    first = jnp.pad(before != after, ((0, 0), (1, 0)), constant_values=True)
+    start = lax.cummax(jnp.where(first, jnp.arange(segments.shape[1], dtype=jnp.int32), 0), axis=1)
+    return start, jnp.all(before <= after)
 
 
 def splash(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None, interpret=False):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokamax
+from tokamax._src.ops.attention import api as tokamax_api
 
 from pallas_kernels.ahead_of_time import TPUS, compile_for_tpu, lower_for_hopper, vmem_bytes
 from pallas_kernels.mla_prefill import blockwise, library, mla_prefill, tpu
@@ -239,20 +239,59 @@ def test_tpu_compiles_for_a_piece_of_a_prompt():
 
 @pytest.mark.parametrize(("tokens", "packed"), [(4096, False), (4096, True), (100, False), (100, True)])
 def test_tokamax_lowers(tokens, packed, monkeypatch):
+    """With no mask, which would be an array of B T S elements."""
     pretend_hopper(monkeypatch)
     given = real_shapes(tokens, tokens)
     segments = jax.ShapeDtypeStruct((1, tokens), jnp.int32) if packed else None
-    assert "mosaic_gpu" in lower_for_hopper(training("tokamax"), given[-1], segments, *given)
+    text = lower_for_hopper(training("tokamax"), given[-1], segments, *given)
+    assert "mosaic_gpu" in text
+    assert "4096x4096x" not in text
 
 
-@pytest.mark.parametrize(("keys", "packed"), [(128, False), (300, False), (300, True)])
-def test_tokamax_gets_the_right_mask(keys, packed, monkeypatch):
+@pytest.mark.parametrize(
+    ("keys", "documents"), [(128, None), (300, None), (300, "one piece"), (128, "one piece"), (300, "two pieces")]
+)
+def test_tokamax_gets_the_right_ranges(keys, documents, monkeypatch):
     """By its implementation in plain XLA."""
-    plain = tokamax.dot_product_attention
-    monkeypatch.setattr(
-        tokamax, "dot_product_attention", lambda *a, implementation, **how: plain(*a, implementation="xla", **how)
-    )
-    assert_right(library.tokamax, 100 if keys > 128 else 128, keys, 2, segments_of(1, keys) if packed else None)
+    plain = dict(tokamax_api.IMPLEMENTATIONS, mosaic_gpu=tokamax_api.IMPLEMENTATIONS["xla"])
+    monkeypatch.setattr(tokamax_api, "IMPLEMENTATIONS", plain)
+    segments = None if documents is None else segments_of(1, keys)
+    if documents == "two pieces":
+        segments = segments.at[:, -20:].set(0)
+    assert_right(library.tokamax, 100 if keys > 128 else 128, keys, 2, segments)
+
+
+def test_cudnn_gets_keys_wider_than_values(monkeypatch):
+    """As a program for a GPU says it."""
+    monkeypatch.setattr(library.fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(library.fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
+    given = real_shapes(4096, 4096)
+    text = lower_for_hopper(training("gpu"), given[-1], None, *given)
+    for call in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"):
+        assert f"@{call}(" in text
+    assert "4096x4096x" not in text.replace("1x128x4096x4096", "")
+
+
+@pytest.mark.parametrize(
+    ("found", "dtype", "packed", "chosen"),
+    [
+        (("cudnn", "tokamax"), jnp.bfloat16, False, "cudnn"),
+        (("cudnn", "tokamax"), jnp.bfloat16, True, "tokamax"),
+        (("tokamax",), jnp.bfloat16, False, "tokamax"),
+        ((), jnp.bfloat16, False, "blockwise"),
+        (("cudnn", "tokamax"), jnp.float32, False, "blockwise"),
+    ],
+)
+def test_gpu_chooses(found, dtype, packed, chosen, monkeypatch):
+    tried = lambda name: lambda *a, **how: name
+    monkeypatch.setattr(library, "cudnn", tried("cudnn"))
+    monkeypatch.setattr(library, "tokamax", tried("tokamax"))
+    monkeypatch.setattr(library.blockwise, "mla_prefill", tried("blockwise"))
+    version = 91000 if "cudnn" in found else 90000
+    monkeypatch.setattr(library.fused_attention_stablehlo, "check_cudnn_version", lambda: version)
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: "tokamax" in found or None)
+    segments = segments_of(1, 128) if packed else None
+    assert library.gpu(*arrays(1, 128, 128, 2, dtype), scale=SCALE, segments=segments) == chosen
 
 
 @pytest.mark.parametrize("generation", TPUS)
@@ -267,6 +306,7 @@ def test_splash_compiles(generation):
     [
         (dict(implementation="flash"), "reference, blockwise"),
         (dict(implementation="tokamax"), "Hopper"),
+        (dict(implementation="gpu"), "Hopper"),
         (dict(implementation="splash"), "TPU v5"),
         (dict(implementation="tpu"), "TPU v5"),
         (dict(implementation="tpu_interpret", tokens=100), "multiples of 128"),
