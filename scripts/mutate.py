@@ -45,7 +45,7 @@ TESTS = {  # arguments of pytest: the tests that should notice, the fastest firs
     "dsv3_jax/model/router.py": f"{EQUATIONS} {ROUTER} -k 'not drop'",
     "dsv3_jax/model/transformer.py": f"{EQUATIONS} {MODEL} -k 'equations or refused or holds or (v3 and decoding)'",
     "dsv3_jax/training/losses.py": f"{LOSSES}::test_tally_is_the_equations {LOSSES} -k 'not gradient'",
-    "dsv3_jax/training/step.py": f"{STEP} -k 'not learns and not skewed'",
+    "dsv3_jax/training/step.py": f"{LOSSES} {STEP} -k 'metrics or objective or (step and gradient) or microb or bias'",
     "dsv3_jax/parallel/rows.py": f"{ROUTER} -k drop",
     "dsv3_jax/parallel/dispatch.py": f"{DISPATCH} tests/parallel/test_wire.py -k 'not gathers'",
 }
@@ -194,8 +194,9 @@ def run_tests(tests: str, tree: Path, limit: int) -> tuple[bool, str]:
         signal.alarm(limit)  # ends the process, whatever it is doing
         os._exit(pytest.main(["-x", "--tb=no", "-p", "no:cacheprovider", *shlex.split(tests)]))
     status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
-        return False, f"not done after {limit} s"
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        return False, f"not done after {limit} s" if number == signal.SIGALRM else f"ended by signal {number}"
     lines = log.read_text(errors="replace").splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return status == 0, (failed or [line for line in lines if line] or ["no output"])[0 if failed else -1]
@@ -244,6 +245,8 @@ def main() -> None:
             (tree / mutant.file).write_text(put(mutant, source))
             start = time.time()
             passes, by = run_tests(TESTS[mutant.file], tree, args.limit)
+            if by.startswith("ended"):  # a busy machine can do that too: collectives of XLA abort if a device is late
+                passes, by = run_tests(TESTS[mutant.file], tree, args.limit)
             (tree / mutant.file).write_text(source)
             outcome = {"noticed": not passes, "by": by, "seconds": round(time.time() - start, 1)}
             results.append(dataclasses.asdict(mutant) | outcome)
