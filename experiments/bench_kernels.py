@@ -344,7 +344,9 @@ def prefill_timings() -> Iterator[Row]:
         square = heads * tokens**2
         moved = 2 * tokens * heads * (192 + 192 + 128 + 128)
         documents = jnp.asarray(np.arange(tokens) >= tokens // 2, jnp.int32)[None]
-        for name, segments in (("cudnn", None), ("tokamax", None), ("gpu", documents), ("blockwise", None)):
+        for name, segments in (
+            ("gpu", None), ("gpu", documents), ("cudnn", None), ("tokamax", None), ("blockwise", None),
+        ):  # fmt: skip
             if name == "blockwise" and tokens > 4096:
                 continue
             case = f"mla_prefill T={tokens} H={heads}{' packed' if segments is not None else ''}"

@@ -26,7 +26,7 @@ from pallas_kernels.row_blocks import MULTIPROCESSORS, TILE_ROWS, TILED, staging
 ROWS, DEPTH = 64, 64
 COLUMNS = 128
 """Of the matrices' columns that a step fetches: of one, or half of each of two."""
-STAGES = 8
+STAGES = 6
 
 
 def product(

@@ -45,8 +45,8 @@ def mla_prefill(
       scale: what multiplies the scores.
       segments: (B, S) int32 or None: packed documents; a token attends within its own only.
       implementation: "reference" (plain); "blockwise" (plain JAX in memory linear in T and S, on any device and in any
-        dtype; `blockwise.attention` takes tokens out of their order too); "gpu" (Hopper: the first that takes the
-        arguments of "cudnn", "tokamax" and "blockwise"); "cudnn" (Hopper, bfloat16, neither segments nor a prefix);
+        dtype; `blockwise.attention` takes tokens out of their order too); "gpu" (Hopper: the fastest that takes
+        the arguments of "tokamax", "cudnn" and "blockwise"); "cudnn" (Hopper, bfloat16, neither segments nor a prefix);
         "tokamax" (Hopper, bfloat16; fast if documents are numbered upwards); "tpu" (our own: bfloat16, T and S
         multiples of 128, P up to 64; fastest if N and V are multiples of 128 and P is 64, else filled up to such) or,
         as its peer, "splash" (TPU, bfloat16, T and S multiples of 128). "tpu_interpret" and "splash_interpret" run

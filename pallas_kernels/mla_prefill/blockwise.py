@@ -21,7 +21,9 @@ import numpy as np
 from jax import lax
 
 BLOCK = 256
-"""Tokens of a block, of queries and of keys, or all there are if they are fewer."""
+"""Tokens of a block, of queries and of keys, or all there are if they are fewer; from `LONG` on, twice as many."""
+LONG = 4096
+"""Few large steps pay on accelerators; small ones skip more of a short sequence's triangle."""
 UNSEEN = -1e30
 """A score in place of minus infinity, whose differences are NaN."""
 
@@ -187,10 +189,14 @@ def _scores(q: jax.Array, key: jax.Array, places: tuple[Places, Places], i: jax.
     return jnp.where(mask, _matmul(q, key.mT) * scale, UNSEEN), mask
 
 
+def _block(tokens: int) -> int:
+    return min(tokens, BLOCK if tokens < LONG else 2 * BLOCK)
+
+
 def _cut(x: jax.Array, heads: int) -> jax.Array:
     """(B, T, H, D) as (blocks, B, heads, rows, D), filled up with zeros; a token has H / heads rows."""
     batch, tokens, all_heads, width = x.shape
-    block = min(BLOCK, tokens)
+    block = _block(tokens)
     x = jnp.pad(x, ((0, 0), (0, -tokens % block), (0, 0), (0, 0)))
     x = x.reshape(batch, -1, block, heads, all_heads // heads, width).transpose(1, 0, 3, 4, 2, 5)
     return x.reshape(len(x), batch, heads, -1, width)
@@ -206,7 +212,7 @@ def _cut_all(arrays):
 
 def _cut_places(index: jax.Array, segment: jax.Array, later: int | None = None) -> Places:
     """Two (B or 1, T) as (blocks, B or 1, rows). The last block is filled up with its last place, or `later`."""
-    block = min(BLOCK, index.shape[1])
+    block = _block(index.shape[1])
 
     def cut(x, **how):
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), **how)
