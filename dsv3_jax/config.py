@@ -414,7 +414,7 @@ class Runtime:
     `_interpret` to the kernels, slowly."""
     experts_impl: Literal["reference", "ragged", "blocked", "gpu", "tokamax"] = "ragged"
     """`ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, which is the fast way on a CPU. For
-    bfloat16: `gpu`, our kernel for Hopper (fastest at widths of multiples of 256), and `tokamax` (TPUs)."""
+    bfloat16: `gpu`, our kernel for Hopper (at widths of multiples of 64 without a copy), and `tokamax` (TPUs)."""
     remat: Literal["none", "block", "paper"] = "none"
     """What the backward pass recomputes: nothing, whole blocks, or norms and up-projections (report section 3.2.3)."""
     sharding: Literal["single", "fsdp", "fsdp_ep", "ep_tp", "pp_ep_dp"] = "single"
