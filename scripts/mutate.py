@@ -36,7 +36,7 @@ TESTS = {  # arguments of pytest: the tests that should notice, the fastest firs
     "dsv3_jax/model/attention.py": f"{EQUATIONS} {IMPLS} {MODEL} -k 'equations or layer_cont or (v3 and decoding)'",
     "dsv3_jax/model/attention_impls.py": f"{IMPLS} -k 'turn or plain_att or layer_cont or refus or gradient or _mesh'",
     "dsv3_jax/model/block.py": EQUATIONS,
-    "dsv3_jax/model/linear.py": f"{EQUATIONS} {STEP}::test_gradient",
+    "dsv3_jax/model/linear.py": f"{EQUATIONS} {MODEL} {STEP} -k 'equations or bfloat16 or (step and gradient)'",
     "dsv3_jax/model/moe.py": f"{EQUATIONS} {ROUTER} tests/inference/test_expert_placement.py",
     "dsv3_jax/model/mtp.py": EQUATIONS,
     "dsv3_jax/model/norm.py": f"{EQUATIONS} {STEP}::test_gradient",
