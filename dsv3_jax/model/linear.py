@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -36,35 +37,38 @@ def linear(x: jax.Array, w: jax.Array, *, contract: int = 1) -> jax.Array:
     """
     batch = x.shape[: x.ndim - contract]
     inputs, outputs = math.prod(w.shape[:contract]), w.shape[contract:]
-    y = x.reshape(*batch, inputs).astype(w.dtype) @ w.reshape(inputs, -1)
+    y = _product(x.reshape(*batch, inputs).astype(w.dtype), w.reshape(inputs, -1), False)
     return y.reshape(*batch, *outputs)
 
 
-@jax.custom_vjp
 def wide_linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`linear` whose result stays as it was summed up: (..., I) and (I, O) of one dtype -> (..., O), float32 or wider.
+    """`linear` whose result isn't rounded: (..., I) and (I, O) of one dtype -> (..., O), float32 or wider."""
+    return _product(x, w, True)
 
-    The products of its gradient take the cotangent in `x`'s dtype, as `linear`'s do, and are rounded once.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, w: jax.Array, wide: bool) -> jax.Array:
+    """(..., I) @ (I, O), of their dtype or, if `wide`, float32 or wider. The backward pass takes it in `x`'s dtype.
+
+    The gradient of `w`, a sum over all tokens, is float32 until it is whole: left to itself, XLA rounds partial sums to
+    bfloat16 on a CPU, where a product runs over several axes.
     """
-    return _wide_einsum("...i,io->...o", x, w)
+    return jnp.matmul(x, w, preferred_element_type=_wide(x) if wide else None)
 
 
-def _wide_linear_forward(x, w):
-    return wide_linear(x, w), (x, w)
+def _wide(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _wide_linear_backward(residuals, g):
+def _product_forward(x, w, wide):
+    return _product(x, w, wide), (x, w)
+
+
+def _product_backward(wide, residuals, g):
     x, w = residuals
-    g = g.astype(x.dtype)
-    dx, dw = (
-        _wide_einsum("...o,io->...i", g, w),
-        _wide_einsum("ni,no->io", *(a.reshape(-1, a.shape[-1]) for a in (x, g))),
-    )
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    g, tokens = g.astype(x.dtype), tuple(range(x.ndim - 1))
+    dw = jnp.tensordot(x, g, (tokens, tokens), preferred_element_type=_wide(x))
+    return g @ w.T, dw.astype(w.dtype)
 
 
-def _wide_einsum(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(formula, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
-
-
-wide_linear.defvjp(_wide_linear_forward, _wide_linear_backward)
+_product.defvjp(_product_forward, _product_backward)
