@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
+from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.model.transformer import init_cache
+from tests.conftest import new_rng
 
 TINY = dataclasses.replace(
     ModelConfig.preset("tiny"),
@@ -134,6 +136,17 @@ def test_bfloat16_is_close_and_keeps_logits_float32(case):
     assert float(jnp.mean(logits == logits.astype(jnp.bfloat16))) < 0.1  # sums that were never rounded to bfloat16
     # Routing may flip where affinities nearly tie, so the mean is what stays close.
     assert float(jnp.mean(jnp.abs(logits - exact))) < 0.1 * float(jnp.std(exact))
+
+
+def test_gradient_of_a_norms_scale_is_summed_in_float32():
+    """Over 16,384 tokens. What is left is the rounding of what is normed, which a compiler may leave out."""
+    rng = new_rng()
+    x, g = (jnp.asarray(rng.standard_normal((8, 2048, 128)) + 0.3, jnp.bfloat16) for _ in range(2))
+    got = jax.jit(lambda s: jax.vjp(lambda s: rms_norm(x, s, 1e-6), s)[1](g)[0])(jnp.ones(128))
+    wide = np.float64(x)
+    exact = np.sum(wide / np.sqrt((wide**2).mean(-1, keepdims=True)) * np.float64(g), axis=(0, 1))
+    assert got.dtype == jnp.float32
+    assert np.linalg.norm(np.float64(got) - exact) < 1e-3 * np.linalg.norm(exact)
 
 
 def test_router_bias_is_float32_whatever_the_runtime():

@@ -147,6 +147,7 @@ def test_moments_have_their_dtype_whatever_the_parameters(param_dtype, moments):
     optimizer = make_optimizer(OptimizerConfig(moments_dtype=moments), SCHEDULE)
     params = {"w": jnp.ones((3, 2), param_dtype), "norm": jnp.ones(3, param_dtype)}
     state = optimizer.init(params)
+    assert {x.dtype.name for x in jax.tree.leaves(state) if x.ndim} == {moments}
     for _ in range(2):
         updates, state = optimizer.update(jax.tree.map(jnp.float32, params), state, params)
         assert {x.dtype.name for x in jax.tree.leaves(state) if x.ndim} == {moments}
