@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from dsv3_jax.checkpoint.store import MANIFEST, Store
 from dsv3_jax.config import ConfigError, Runtime
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.parallel.rules import PRESETS, Axes, larger, parameter_axes, present, rules_of
+from dsv3_jax.parallel.rules import PRESETS, Axes, parameter_axes, rules_of
+from dsv3_jax.parallel.sharding import LogicalSharding
 
 
 def load_pretrained(
@@ -109,19 +109,18 @@ def shardings(shapes: runs.Shapes, mesh: Mesh | None, runtime: Runtime) -> dict[
         return runs.one_device(shapes)
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     rules = PRESETS["fsdp_ep"] if runtime.sharding == "single" else rules_of(runtime)
-    stored = dataclasses.replace(rules, embed=rules.embed + rules.zero, layers=())
+    stored = LogicalSharding(rules, mesh).stored()
 
     def cut(path: TreePath, shape: tuple[int, ...]) -> list[Axes | None]:
-        named = [present(getattr(stored, name), mesh) if name else () for name in parameter_axes(path, len(shape))]
-        parts = [math.prod(mesh.shape[a] for a in axes) for axes in named]
-        return [a if a and size % n == 0 else None for a, n, size in zip(named, parts, shape, strict=True)]
+        named = zip(parameter_axes(path, len(shape)), shape, strict=True)
+        return [(name and size % stored.size(name) == 0 and stored.axes(name)) or None for name, size in named]
 
     cuts = {path: cut(path, shape) for path, shape in shapes.items()}
-    rule = {f.name: getattr(stored, f.name) for f in dataclasses.fields(stored)}
+    rule = {f.name: getattr(stored.rules, f.name) for f in dataclasses.fields(stored.rules)}
     of_activations = {a for name in ("batch", "sequence") for a in rule.pop(name)}
     of_parameters = {a for axes in rule.values() for a in axes}
     used = {a for c in cuts.values() for axes in c for a in axes or ()} | of_activations - of_parameters
-    for axis in larger(mesh.axis_names, mesh):
+    for axis in (a for a in mesh.axis_names if mesh.shape[a] > 1):
         if axis not in used:
             known = ", ".join(a for a in AXES if a in of_activations | of_parameters)
             why = "its size divides no array" if axis in of_parameters else f"the axes that do are {known}"

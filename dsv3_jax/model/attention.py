@@ -23,7 +23,7 @@ from dsv3_jax.model.linear import linear, weight
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import kept
 from dsv3_jax.model.rope import apply_rope, softmax_scale
-from dsv3_jax.parallel.rules import constrain
+from dsv3_jax.parallel.sharding import constrain
 
 LATENT_NORM_EPS = 1e-6
 """The two norms inside the attention have this epsilon in the reference, whatever `rms_norm_eps` says."""

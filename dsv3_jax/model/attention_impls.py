@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ConfigError, Runtime
-from dsv3_jax.parallel.rules import partition_spec, rules_of
+from dsv3_jax.parallel.sharding import current_sharding
 from pallas_kernels.mla_decode import SplitCache, mla_decode, pack
 from pallas_kernels.mla_prefill import mla_prefill
 
@@ -74,14 +74,14 @@ def _on_each_device(
     attend: Callable[[Any, Any], jax.Array], arrays: tuple[jax.Array, ...], rows: jax.Array | None, runtime: Runtime
 ) -> jax.Array:
     """`attend(arrays, rows)`, cut over the mesh in use by sequences and heads; `rows` has a row a sequence."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or runtime.sharding == "single" or AxisType.Manual in mesh.axis_types:
+    sharding = current_sharding(runtime)
+    if sharding.mesh is None or sharding.manual:
         return attend(arrays, rows)
 
     def spec(x: jax.Array) -> PartitionSpec:
         heads = "heads" if x.ndim == 4 and x.shape[2] > 1 else None
         logical = ("batch", None, heads, None)[: x.ndim]
-        return partition_spec("an input of an attention kernel", x.shape, logical, rules_of(runtime), mesh)
+        return sharding.spec("an input of an attention kernel", x.shape, logical)
 
     specs = jax.tree.map(spec, (arrays, rows))
     return jax.shard_map(attend, in_specs=specs, out_specs=specs[0][0], check_vma=False)(arrays, rows)

@@ -14,7 +14,7 @@ from dsv3_jax.model.attention import Index, LayerCache, MultiHeadLatentAttention
 from dsv3_jax.model.moe import FeedForward, MoE
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.router import RouterStats
-from dsv3_jax.parallel.rules import constrain
+from dsv3_jax.parallel.sharding import constrain
 
 
 class Block(nn.Module):

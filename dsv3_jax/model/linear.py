@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.parallel.rules import in_use
+from dsv3_jax.parallel.rules import PARAMETERS
+from dsv3_jax.parallel.sharding import current_sharding
 
 
 def weight(module: nn.Module, name: str, *shape: int, dtype: Any = None) -> jax.Array:
@@ -21,7 +22,8 @@ def weight(module: nn.Module, name: str, *shape: int, dtype: Any = None) -> jax.
     config, runtime = module.config, module.runtime  # type: ignore[attr-defined]
     init = nn.initializers.normal(config.initializer_range)
     stored = module.param(name, init, shape, jnp.dtype(runtime.param_dtype))
-    return in_use(stored.astype(dtype or runtime.dtype), runtime, name)
+    logical = PARAMETERS[name, len(shape)]
+    return current_sharding(runtime).all_gather_weight(stored.astype(dtype or runtime.dtype), name, logical)
 
 
 def linear(x: jax.Array, w: jax.Array, *, contract: int = 1) -> jax.Array:

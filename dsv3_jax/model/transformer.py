@@ -17,7 +17,7 @@ from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.router import ROUTER, RouterStats
-from dsv3_jax.parallel.rules import constrain
+from dsv3_jax.parallel.sharding import constrain
 
 
 @struct.dataclass

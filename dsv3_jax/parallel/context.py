@@ -6,11 +6,10 @@ devices, a device getting piece i from the front and piece i from the back. The 
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 
 from dsv3_jax.config import ConfigError, Runtime
-from dsv3_jax.parallel.rules import present, rules_of
+from dsv3_jax.parallel.sharding import current_sharding
 
 
 def sequence_order(length: int, runtime: Runtime) -> np.ndarray | None:
@@ -19,14 +18,14 @@ def sequence_order(length: int, runtime: Runtime) -> np.ndarray | None:
     None where sequences aren't cut. Raises ConfigError if a sequence doesn't divide into twice as many pieces as
     devices.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else present(rules_of(runtime).sequence, mesh)
-    if not axes:
+    sharding = current_sharding(runtime)
+    devices = sharding.size("sequence")
+    if devices == 1:
         return None
-    devices = int(np.prod([mesh.shape[a] for a in axes]))
     if length % (2 * devices):
+        axes = " x ".join(sharding.axes("sequence"))
         raise ConfigError(
-            f"a sequence of {length} tokens can't be shared by {devices} devices ({' x '.join(axes)}): "
+            f"a sequence of {length} tokens can't be shared by {devices} devices ({axes}): "
             f"its length must be a multiple of {2 * devices}"
         )
     pieces = np.arange(length, dtype=np.int32).reshape(2 * devices, -1)

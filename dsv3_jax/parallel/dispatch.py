@@ -22,11 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType
 
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime
 from dsv3_jax.parallel.rows import collect, spread
-from dsv3_jax.parallel.rules import larger, partition_spec, rules_of
+from dsv3_jax.parallel.sharding import LogicalSharding, current_sharding
 
 LocalExperts = Callable[..., jax.Array]
 """`(x (M, D), ids (M, K), weights (M, K), expert weights, rows) -> (M, D)`: one device's experts on tokens that it
@@ -35,16 +34,13 @@ holds. An id equal to the number of experts means none; at most `rows` of the M 
 
 def experts_are_spread(runtime: Runtime) -> bool:
     """Whether, under the mesh in use, experts or what they compute on are cut over devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and runtime.sharding != "single"
+    return current_sharding(runtime).mesh is not None
 
 
 def experts_held(config: ModelConfig, runtime: Runtime) -> int:
     """Routed experts in the arrays at hand, copies included. Inside a pipeline's shard_map that is one device's."""
-    mesh, held = jax.sharding.get_abstract_mesh(), config.n_routed_experts + runtime.redundant_experts
-    if mesh.empty or AxisType.Manual not in mesh.axis_types:
-        return held
-    return held // math.prod(mesh.shape[a] for a in larger(rules_of(runtime).experts, mesh))
+    sharding, held = current_sharding(runtime), config.n_routed_experts + runtime.redundant_experts
+    return held // sharding.size("experts") if sharding.manual else held
 
 
 def spread_experts(
@@ -69,22 +65,21 @@ def spread_experts(
     Raises:
       ConfigError: the experts, the batch or the sequence don't divide over their axes.
     """
-    mesh, rules = jax.sharding.get_abstract_mesh(), rules_of(runtime)
-    partial_sums = larger(rules.expert_ffn, mesh)
+    sharding = current_sharding(runtime)
+    partial_sums = sharding.axes("expert_ffn")
 
     def on_device(x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any) -> jax.Array:
         flat = lambda a: a.reshape(-1, a.shape[-1])
-        layout = Layout.of(config, runtime, mesh, math.prod(x.shape[:2]), ids.shape[-1], len(w.gate_proj))
+        layout = Layout.of(config, runtime, sharding, math.prod(x.shape[:2]), ids.shape[-1], len(w.gate_proj))
         y = _route(flat(x), flat(ids), flat(weights), w, compute, layout)
         y = lax.psum(y, partial_sums) if partial_sums else y
         return y.astype(x.dtype).reshape(x.shape)
 
-    if AxisType.Manual in mesh.axis_types:  # inside a pipeline's shard_map, where everything is one device's already
+    if sharding.manual:  # inside a pipeline's shard_map, where everything is one device's already
         return on_device(x, ids, weights, w)
-    spec = functools.partial(partition_spec, rules=rules, mesh=mesh)
-    tokens = spec("the tokens of a batch", x.shape, ("batch", "sequence", None))
-    up = spec("experts/gate_proj", w.gate_proj.shape, ("experts", None, "expert_ffn"))
-    down = spec("experts/down_proj", w.down_proj.shape, ("experts", "expert_ffn", None))
+    tokens = sharding.spec("the tokens of a batch", x.shape, ("batch", "sequence", None))
+    up = sharding.spec("experts/gate_proj", w.gate_proj.shape, ("experts", None, "expert_ffn"))
+    down = sharding.spec("experts/down_proj", w.down_proj.shape, ("experts", "expert_ffn", None))
     specs = (tokens, tokens, tokens, type(w)(up, up, down))
     return jax.shard_map(on_device, in_specs=specs, out_specs=tokens, check_vma=False)(x, ids, weights, w)
 
@@ -112,14 +107,13 @@ class Layout:
     row_room: int
 
     @classmethod
-    def of(cls, config: ModelConfig, runtime: Runtime, mesh: AbstractMesh, tokens: int, k: int, local: int) -> Layout:
-        rules = rules_of(runtime)
-        axes = larger(rules.experts, mesh)
+    def of(cls, config: ModelConfig, runtime: Runtime, sharding: LogicalSharding, tokens: int, k: int, local: int) -> Layout:
+        axes, batch = sharding.axes("experts"), sharding.rules.batch
         if not set(axes) <= {"node", "expert"}:
             raise ConfigError(f"the rules spread experts over {', '.join(axes)}: it must be over node and expert")
-        node, expert = (mesh.shape[a] if a in axes else 1 for a in ("node", "expert"))
-        cut = set(axes) <= set(rules.batch)
-        if not cut and set(axes) & set(rules.batch):
+        node, expert = (sharding.axis_size(a) if a in axes else 1 for a in ("node", "expert"))
+        cut = set(axes) <= set(batch)
+        if not cut and set(axes) & set(batch):
             raise ConfigError("the rules cut the batch over one of the axes node and expert, but not over the other")
         devices, slack = node * expert, runtime.dispatch_slack
         # Groups that lie within nodes bound how many nodes a token reaches: M of section 2.1.2.

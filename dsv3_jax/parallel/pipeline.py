@@ -60,6 +60,7 @@ def pipeline_gradients(
     pieces: Any,
     constants: tuple[Any, Any],
     *,
+    stages: int,
     specs: tuple[Any, Any],
     batch: tuple[str, ...],
     activation: jax.ShapeDtypeStruct,
@@ -70,6 +71,7 @@ def pipeline_gradients(
     Args:
       own, constants[0]: trees whose leaves have a leading axis of stages.
       pieces: a tree of (microbatches, sequences, ...).
+      stages: devices along the mesh axis `stage`.
       specs: PartitionSpecs of `own` and of `shared`; both lie whole on a device but for stages and experts.
       batch: the mesh axes that cut the sequences.
       activation: of one microbatch on one device, between stages.
@@ -78,7 +80,6 @@ def pipeline_gradients(
       gradients of `own` and of `shared`, cut as these are, float32 or wider, `total`, and `local` with a leading axis
       of stages.
     """
-    stages = jax.sharding.get_abstract_mesh().shape[STAGE]
     microbatches = len(jax.tree.leaves(pieces)[0])
     slots = min(microbatches, 2 * stages - 1)  # microbatches whose input a stage holds at once, at most
 

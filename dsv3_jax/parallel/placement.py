@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ConfigError, Runtime
 from dsv3_jax.parallel.mesh import AXES, MeshShape, make_mesh
-from dsv3_jax.parallel.rules import larger, present, rules_of, state_shardings
+from dsv3_jax.parallel.rules import rules_of
+from dsv3_jax.parallel.sharding import LogicalSharding, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Placement:
         if devices is None:
             devices = jax.local_devices()[:1] if shape.devices == 1 else jax.devices()
         self.mesh = make_mesh(shape, devices)
-        self.rules = rules
+        self.sharding = LogicalSharding(rules, self.mesh)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
-        self._batch = NamedSharding(self.mesh, PartitionSpec(present(self.rules.batch, self.mesh) or None))
+        self._batch = NamedSharding(self.mesh, PartitionSpec(self.sharding.axes("batch") or None))
 
     def init(self, init: Callable[[jax.Array], Any], key: jax.Array) -> Any:
         """The pytree `init(key)`, each device making only its part of it."""
-        shardings = state_shardings(jax.eval_shape(init, key), self.mesh, self.rules)
+        shardings = state_shardings(jax.eval_shape(init, key), self.mesh, self.sharding.rules)
         return jax.jit(init, out_shardings=shardings)(key)
 
     def abstract(self, init: Callable[[jax.Array], Any], batch: dict[str, Any]) -> tuple[Any, Any]:
@@ -74,10 +74,10 @@ class Placement:
         """
         place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         state = jax.eval_shape(init, jax.random.key(0))
-        shardings = state_shardings(state, self.mesh, self.rules)
+        shardings = state_shardings(state, self.mesh, self.sharding.rules)
         cut = {axis for sharding in jax.tree.leaves(shardings) for axes in sharding.spec for axis in _axes(axes)}
-        for axis in larger(AXES, self.mesh):
-            if axis not in cut.union(self.rules.batch, self.rules.sequence):
+        for axis in AXES:
+            if self.sharding.axis_size(axis) > 1 and axis not in cut.union(*map(self.sharding.axes, ("batch", "sequence"))):
                 raise ConfigError(f"mesh.{axis} is {self.mesh.shape[axis]}, but nothing of this model is cut over it")
         return jax.tree.map(place, state, shardings), jax.tree.map(lambda x: place(x, self._batch), batch)
 
@@ -101,7 +101,7 @@ class Placement:
     @property
     def parts(self) -> int:
         """Parts that a batch is cut into; they must divide it."""
-        return math.prod(self.mesh.shape[a] for a in present(self.rules.batch, self.mesh))
+        return self.sharding.size("batch")
 
     def rows(self, batch_size: int) -> np.ndarray:
         """The rows of a batch that this process's devices hold, ascending."""
@@ -131,7 +131,7 @@ class Placement:
 
     def _check(self, batch_size: int) -> None:
         if batch_size % self.parts:
-            axes = " x ".join(present(self.rules.batch, self.mesh))
+            axes = " x ".join(self.sharding.axes("batch"))
             raise ConfigError(f"a batch of {batch_size} sequences doesn't divide over {axes} = {self.parts} devices")
 
 

@@ -7,7 +7,6 @@ parameters of these are on every stage.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -22,8 +21,9 @@ from dsv3_jax.model.block import Block
 from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.router import ROUTER, RouterStats
 from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.parallel.pipeline import STAGE, layers_of_stages, pipeline_gradients
-from dsv3_jax.parallel.rules import larger, parameter_axes, partition_spec, present, rules_of
+from dsv3_jax.parallel.pipeline import layers_of_stages, pipeline_gradients
+from dsv3_jax.parallel.rules import parameter_axes
+from dsv3_jax.parallel.sharding import current_sharding
 from dsv3_jax.training.losses import Batch, Tally, balance_loss, lay_out, tally_of
 
 SPARSE = "moe_layers"
@@ -31,10 +31,7 @@ SPARSE = "moe_layers"
 
 def stages_in_use(model: DeepSeekV3) -> int:
     """Stages of the mesh in use, if the runtime's rules spread layers over them; else 1."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not present(rules_of(model.runtime).layers, mesh):
-        return 1
-    return mesh.shape[STAGE]
+    return current_sharding(model.runtime).size("layers")
 
 
 def pipelined_gradients(
@@ -89,12 +86,11 @@ def pipelined_gradients(
         tally = tally.replace(balance=tally.balance + jnp.sum(balance_loss(stats)))
         return x, objective(tally), tally, jnp.sum(stats.load, axis=-2)
 
-    mesh, rules = jax.sharding.get_abstract_mesh(), rules_of(runtime)
-    if unsuited := larger(("context", "tensor"), mesh):
+    sharding = current_sharding(runtime)
+    if unsuited := [axis for axis in ("context", "tensor") if sharding.axis_size(axis) > 1]:
         raise ConfigError(f"mesh.{unsuited[0]} doesn't go with mesh.stage: data, fsdp, node and expert do")
-    batch = larger(rules.batch, mesh)
+    batch, parts = sharding.axes("batch"), sharding.size("batch")
     sequences, length = pieces["tokens"].shape[1:]
-    parts = math.prod(mesh.shape[a] for a in batch)
     if sequences % parts:
         raise ConfigError(f"a microbatch of {sequences} sequences doesn't divide over {' x '.join(batch)} = {parts}")
     d_own, d_shared, tally, load = pipeline_gradients(
@@ -103,6 +99,7 @@ def pipelined_gradients(
         shared,
         pieces,
         ((bias, exists), router),
+        stages=stages,
         specs=(_specs(own, ("layers", None), model), _specs(shared, (), model)),
         batch=batch,
         activation=jax.ShapeDtypeStruct((sequences // parts, length, config.hidden_size), jnp.dtype(runtime.dtype)),
@@ -117,11 +114,11 @@ def pipelined_gradients(
 
 def _specs(tree: Any, leading: tuple[str | None, ...], model: DeepSeekV3) -> Any:
     """How the pipeline's devices hold parameters: whole, but for `leading` axes and experts."""
-    mesh, rules = jax.sharding.get_abstract_mesh(), rules_of(model.runtime)
+    sharding = current_sharding(model.runtime)
 
     def spec(path: Any, a: jax.Array) -> PartitionSpec:
         own = parameter_axes(path, a.ndim - len(leading))
         logical = (*leading, *(name if name == "experts" else None for name in own))
-        return partition_spec(jax.tree_util.keystr(path), a.shape, logical, rules, mesh)
+        return sharding.spec(jax.tree_util.keystr(path), a.shape, logical)
 
     return jax.tree_util.tree_map_with_path(spec, tree)

@@ -9,7 +9,8 @@ import pytest
 from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
-from dsv3_jax.parallel.rules import rules_of, state_shardings
+from dsv3_jax.parallel.rules import rules_of
+from dsv3_jax.parallel.sharding import state_shardings
 from dsv3_jax.planning.aot import topology_devices
 from dsv3_jax.planning.compiled import overlaps
 

@@ -15,6 +15,7 @@ from dsv3_jax.parallel import rules
 from dsv3_jax.parallel.context import sequence_order
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.placement import Placement
+from dsv3_jax.parallel.sharding import state_shardings
 
 
 def abstract(name):
@@ -26,14 +27,14 @@ def abstract(name):
 @pytest.mark.parametrize("preset", rules.PRESETS)
 def test_every_parameter_of_every_preset_has_a_place(name, preset):
     mesh = make_mesh(MeshShape(data=1, fsdp=2, expert=2, tensor=2))
-    shardings = rules.state_shardings(abstract(name), mesh, rules.PRESETS[preset])
+    shardings = state_shardings(abstract(name), mesh, rules.PRESETS[preset])
     cut = [s for s in jax.tree.leaves(shardings) if not s.is_fully_replicated]
     assert len(cut) == 0 if preset == "single" else len(cut) > 10
 
 
 def test_cuts_of_the_report_model():
     mesh = make_mesh(MeshShape(fsdp=2, expert=2, tensor=2))
-    tree = rules.state_shardings(abstract("v3-671b"), mesh, rules.PRESETS["fsdp_ep"])
+    tree = state_shardings(abstract("v3-671b"), mesh, rules.PRESETS["fsdp_ep"])
     moe = tree["params"]["moe_layers"]
     assert moe["mlp"]["experts"]["gate_proj"].spec == PartitionSpec(None, ("expert",), ("fsdp",), ("tensor",))
     assert moe["self_attn"]["q_b_proj"].spec == PartitionSpec(None, ("fsdp",), ("tensor",), None)
@@ -45,7 +46,7 @@ def test_fsdp_leaves_no_matrix_whole():
     """Whatever is left whole takes memory on every device, with its moments."""
     mesh = make_mesh(MeshShape(fsdp=8))
     tree = abstract("v3-671b")["params"]
-    shardings = rules.state_shardings(tree, mesh, rules.PRESETS["fsdp"])
+    shardings = state_shardings(tree, mesh, rules.PRESETS["fsdp"])
     sizes = jax.tree.map(lambda leaf, s: (leaf.size, math.prod(s.shard_shape(leaf.shape))), tree, shardings)
     for path, (whole, here) in jax.tree_util.tree_leaves_with_path(sizes, is_leaf=lambda x: isinstance(x, tuple)):
         assert here == whole // 8 or path[-1].key.endswith("norm"), path
@@ -55,7 +56,7 @@ def test_a_mesh_axis_used_twice_is_refused():
     mesh = make_mesh(MeshShape(tensor=8))
     runtime = Runtime(sharding="fsdp", sharding_overrides=("embed=tensor",))
     with pytest.raises(ConfigError, match=r"params/.* cut '\w+' and '\w+' both over mesh axis 'tensor'"):
-        rules.state_shardings(abstract("v3-671b"), mesh, rules.rules_of(runtime))
+        state_shardings(abstract("v3-671b"), mesh, rules.rules_of(runtime))
 
 
 def test_a_size_that_does_not_divide_is_refused():
@@ -63,7 +64,7 @@ def test_a_size_that_does_not_divide_is_refused():
     odd = dataclasses.replace(ModelConfig.preset("tiny"), num_attention_heads=3)
     tree = jax.eval_shape(DeepSeekV3(odd).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     with pytest.raises(ConfigError, match=r"\w+_proj .*'heads' of 3 doesn't divide over tensor = 8 devices"):
-        rules.state_shardings(tree, mesh, rules.PRESETS["fsdp"])
+        state_shardings(tree, mesh, rules.PRESETS["fsdp"])
 
 
 @pytest.mark.parametrize("text", ["embed", "width=fsdp", "embed=sideways"])

@@ -1,0 +1,145 @@
+"""The sharding of a trace: a runtime's rules on the mesh that it is traced under, asked for in one place.
+
+A model never names a mesh axis. It names what an axis of an array is ("batch", "heads", ...), and the rules that
+`Runtime.sharding` chooses say which mesh axes cut that. The mesh is the one of `jax.set_mesh`; without one, or where
+the axes in question have size 1, nothing here changes the program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dsv3_jax.config import ConfigError, Runtime
+from dsv3_jax.parallel.rules import LOGICAL, Axes, Rules, parameter_axes, rules_of
+
+Logical = tuple[str | None, ...]
+"""A field of `Rules`, or None, for each axis of an array."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogicalSharding:
+    """Rules on a mesh; without a mesh, everything is on one device."""
+
+    rules: Rules
+    mesh: Mesh | AbstractMesh | None
+
+    @property
+    def manual(self) -> bool:
+        """Whether the trace is inside a `shard_map`, where arrays are one device's part already."""
+        return self.mesh is not None and AxisType.Manual in self.mesh.axis_types
+
+    def axes(self, logical: str) -> Axes:
+        """Mesh axes of more than one device that cut a logical axis, outermost first."""
+        _check_names((logical,))
+        return tuple(a for a in getattr(self.rules, logical) if self.axis_size(a) > 1)
+
+    def size(self, logical: str) -> int:
+        """Parts that a logical axis is cut into."""
+        return math.prod(map(self.axis_size, self.axes(logical)))
+
+    def axis_size(self, mesh_axis: str) -> int:
+        """Devices along a mesh axis, 1 if there is no such axis."""
+        return 1 if self.mesh is None else self.mesh.shape.get(mesh_axis, 1)
+
+    def spec(self, what: str, shape: tuple[int, ...], logical: Logical) -> PartitionSpec:
+        """Returns how an array is cut, by axes that no `shard_map` holds already.
+
+        Args:
+          what: the array's name, for errors.
+          logical: one name or None for each axis of `shape`.
+
+        Raises:
+          ConfigError: two of its axes are cut by the same mesh axis, or a size doesn't divide.
+          ValueError: `logical` has another length than `shape`, or a name that isn't a logical axis.
+        """
+        _check_names(logical)
+        types = {} if self.mesh is None else dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        used: dict[str, str] = {}
+        spec: list[Axes | None] = []
+        for name, size in zip(logical, shape, strict=True):
+            axes = tuple(a for a in self.axes(name) if types[a] != AxisType.Manual) if name else ()
+            for axis in axes:
+                if axis in used:
+                    raise ConfigError(
+                        f"{what} {shape}: the rules cut {used[axis]!r} and {name!r} both over mesh axis {axis!r}"
+                    )
+                used[axis] = str(name)
+            parts = math.prod(map(self.axis_size, axes))
+            if size % parts:
+                raise ConfigError(
+                    f"{what} {shape}: its {name!r} of {size} doesn't divide over {' x '.join(axes)} = {parts} devices"
+                )
+            spec.append(axes or None)
+        return PartitionSpec(*spec)
+
+    def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
+        """States how an activation is cut; the identity without a mesh. Differentiable."""
+        spec = self.spec("an activation", x.shape, logical)
+        return x if self.mesh is None else jax.lax.with_sharding_constraint(x, spec)
+
+    def all_gather_weight(self, w: jax.Array, what: str, logical: Logical) -> jax.Array:
+        """A stored parameter as a layer uses it: gathered along `embed` (FSDP), its gradient scattered again."""
+        used = self._replace(embed=()).spec(what, w.shape, logical)
+        return w if self.mesh is None else _all_gather(w, used, self.stored().spec(what, w.shape, logical))
+
+    def stored(self) -> LogicalSharding:
+        """The sharding of master weights and optimizer state: over `zero` too (ZeRO-1), layers not over stages."""
+        return self._replace(embed=self.rules.embed + self.rules.zero, layers=())
+
+    def _replace(self, **rules: Axes) -> LogicalSharding:
+        return dataclasses.replace(self, rules=dataclasses.replace(self.rules, **rules))
+
+
+def current_sharding(runtime: Runtime) -> LogicalSharding:
+    """The runtime's rules on the mesh of the innermost `jax.set_mesh` or `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return LogicalSharding(rules_of(runtime), None if mesh.empty or runtime.sharding == "single" else mesh)
+
+
+def constrain(x: jax.Array, runtime: Runtime, *logical: str | None) -> jax.Array:
+    """States how an activation is cut on the mesh in use; the identity without one. Differentiable."""
+    return current_sharding(runtime).constrain(x, *logical)
+
+
+def state_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Where each array of a train state, or of the model's variables, lives: a NamedSharding for each leaf.
+
+    Args:
+      tree: arrays or their abstract twins. Leaves that aren't a parameter's (counters, keys) are on every device.
+
+    Raises ConfigError, naming the parameter, if the rules don't suit its shape.
+    """
+    stored = LogicalSharding(rules, mesh).stored()
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        if leaf.ndim == 0 or getattr(path[-1], "key", None) is None:
+            return NamedSharding(mesh, PartitionSpec())
+        what = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, stored.spec(what, leaf.shape, parameter_axes(path, leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _check_names(logical: Logical) -> None:
+    if unknown := [name for name in logical if name is not None and name not in LOGICAL]:
+        raise ValueError(f"{unknown[0]!r} is not a logical axis: they are {', '.join(LOGICAL)}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _all_gather(w: jax.Array, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(w, used)
+
+
+def _scatter_gradient(used: PartitionSpec, stored: PartitionSpec, _: None, g: jax.Array) -> tuple[jax.Array]:
+    # Named as used first: else the partitioner would rather cut the activations anew than add up and scatter this.
+    g = jax.lax.with_sharding_constraint(g, used)
+    return (jax.lax.with_sharding_constraint(g, stored),)
+
+
+_all_gather.defvjp(lambda w, used, stored: (_all_gather(w, used, stored), None), _scatter_gradient)
