@@ -107,7 +107,9 @@ class Layout:
     row_room: int
 
     @classmethod
-    def of(cls, config: ModelConfig, runtime: Runtime, sharding: LogicalSharding, tokens: int, k: int, local: int) -> Layout:
+    def of(
+        cls, config: ModelConfig, runtime: Runtime, sharding: LogicalSharding, tokens: int, k: int, local: int
+    ) -> Layout:
         axes, batch = sharding.axes("experts"), sharding.rules.batch
         if not set(axes) <= {"node", "expert"}:
             raise ConfigError(f"the rules spread experts over {', '.join(axes)}: it must be over node and expert")
@@ -132,6 +134,15 @@ class Layout:
     @property
     def axes(self) -> tuple[str, ...]:
         return ("node",) * (self.node > 1) + ("expert",) * (self.expert > 1)
+
+    @property
+    def hops(self) -> tuple[Hop, ...]:
+        """The exchanges of a token on its way out, over axes of more than one device."""
+        hops = (
+            Hop("node", self.node, self.expert * self.local, self.node_room),
+            Hop("expert", self.expert, self.local, self.device_room),
+        )
+        return tuple(hop for hop in hops if hop.size > 1)
 
     @property
     def round_tokens(self) -> int:
@@ -206,96 +217,77 @@ def _here(ids: jax.Array, first: jax.Array, count: int) -> jax.Array:
 def _exchange(
     x: jax.Array, ids: jax.Array, weights: jax.Array, *, w: Any, compute: LocalExperts, layout: Layout
 ) -> jax.Array:
-    """Tokens to nodes, to devices, to experts, and back the same way."""
-
-    def to_experts(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-        return compute(x, ids, weights, w, layout.row_room)
-
-    def to_devices(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-        if layout.expert == 1:
-            return to_experts(x, ids, weights)
-        return _hop("expert", layout.expert, layout.local, layout.device_room, to_experts, layout, x, ids, weights)
-
-    if layout.node == 1:
-        return to_devices(x, ids, weights)
-    per_node = layout.expert * layout.local
-    return _hop("node", layout.node, per_node, layout.node_room, to_devices, layout, x, ids, weights)
+    """Dispatch: tokens to nodes, then to devices. Experts. Combine: back the same way."""
+    hops: list[tuple[Send, jnp.dtype]] = []
+    for hop in layout.hops:
+        send = _plan_send(hop, ids, layout.method)
+        mine = _here(send.dispatch(ids, hop.size * hop.width), lax.axis_index(hop.axis) * hop.width, hop.width)
+        x, weights = send.dispatch(x, 0), jnp.where(mine < hop.width, send.dispatch(weights, 0), 0)
+        ids = mine
+        hops.append((send, x.dtype))
+    y = compute(x, ids, weights, w, layout.row_room)
+    for send, dtype in reversed(hops):
+        y = send.combine(y).astype(dtype)
+    return y
 
 
-def _hop(
-    axis: str,
-    size: int,
-    width: int,
-    room: int,
-    then: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    layout: Layout,
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-) -> jax.Array:
-    """Sends each token along a mesh axis to where it has experts, applies `then` there, and adds up what comes back.
+@dataclasses.dataclass(frozen=True)
+class Hop:
+    """One exchange along a mesh axis. size: of the axis. width: experts behind each of its positions.
+    room: tokens that a buffer holds for each position."""
 
-    Args:
-      size: of the axis. width: experts behind each of its positions.
-      room: tokens that a buffer holds for each position.
-      ids: (N, K) counted over all `size * width` experts; `size * width` for none.
+    axis: str
+    size: int
+    width: int
+    room: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Send:
+    """Which of its tokens a device sends where in a hop: the metadata that dispatch and combine share.
+
+    source, places: rows of the send buffer from tokens, and tokens' rows in it, as `parallel.rows` has them.
+    ragged: sizes and offsets of `ragged_all_to_all`, out and back; None for equal pieces of `room` tokens.
     """
-    reached = _reached(ids, size, width)
-    place = jnp.cumsum(reached, axis=0) - 1  # of a token among those that go to the same position
-    send = _ragged if layout.method == "ragged_all_to_all" else _padded
-    there, back = send(axis, reached, place, size, room)
-    seen = there(ids, size * width)
-    mine = _here(seen, lax.axis_index(axis) * width, width)
-    y = then(there(x, 0), mine, jnp.where(mine < width, there(weights, 0), 0))
-    return back(y).astype(x.dtype)
 
+    axis: str
+    source: jax.Array
+    places: jax.Array
+    ragged: tuple[Any, Any] | None
 
-Sender = tuple[Callable[[jax.Array, Any], jax.Array], Callable[[jax.Array], jax.Array]]
+    def dispatch(self, a: jax.Array, fill: Any) -> jax.Array:
+        """Sends rows of `a` (tokens, X) to the positions that their tokens need; `fill` where there is none."""
+        rows = spread(a, self.source, self.places)
+        if fill != 0:
+            rows = jnp.where((self.source < len(self.places))[:, None], rows, fill)
+        return self._exchange(rows, fill, 0)
 
+    def combine(self, y: jax.Array) -> jax.Array:
+        """Sends results (size * room, X) back and adds up each token's: (tokens, X) float32 or wider."""
+        return collect(self._exchange(y, 0, 1), self.source, self.places)
 
-def _padded(axis: str, reached: jax.Array, place: jax.Array, size: int, room: int) -> Sender:
-    """One `all_to_all` of equal pieces of `room` tokens, those that aren't needed filled up."""
-    places = jnp.where(reached, jnp.arange(size) * room + place, size * room)
-    source = _source(places, size * room)
-    swap = lambda a: lax.all_to_all(a, axis, 0, 0, tiled=True)
-
-    def there(a: jax.Array, fill: Any) -> jax.Array:
-        return swap(_send(a, source, places, fill))
-
-    return there, lambda y: collect(swap(y), source, places)
-
-
-def _ragged(axis: str, reached: jax.Array, place: jax.Array, size: int, room: int) -> Sender:
-    """One `ragged_all_to_all`: pieces of exactly the tokens that are needed, end to end."""
-    sent = reached.sum(0, dtype=jnp.int32)  # to each position
-    starts = jnp.cumsum(sent) - sent
-    swap = lambda a: lax.all_to_all(a, axis, 0, 0, tiled=True)
-    received = swap(sent)
-    ends_there = jnp.cumsum(received) - received
-    lands = swap(ends_there)  # where my piece begins at its receiver
-    came_from = swap(starts)  # and where the pieces that I received began at their senders
-    places = jnp.where(reached, starts + place, size * room)
-    source = _source(places, size * room)
-
-    def there(a: jax.Array, fill: Any) -> jax.Array:
-        rows = _send(a, source, places, fill)
+    def _exchange(self, rows: jax.Array, fill: Any, way: int) -> jax.Array:
+        if self.ragged is None:
+            return lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
         empty = jnp.full_like(rows, fill)
-        return lax.ragged_all_to_all(rows, empty, starts, sent, lands, received, axis_name=axis)
-
-    def back(y: jax.Array) -> jax.Array:
-        home = lax.ragged_all_to_all(y, jnp.zeros_like(y), ends_there, received, came_from, sent, axis_name=axis)
-        return collect(home, source, places)
-
-    return there, back
+        return lax.ragged_all_to_all(rows, empty, *self.ragged[way], axis_name=self.axis)
 
 
-def _source(places: jax.Array, count: int) -> jax.Array:
-    """The token that each of `count` places gets, as `parallel.rows` has it, from where each token goes (N, size)."""
-    tokens = len(places)
-    return jnp.full((count,), tokens).at[places].set(jnp.arange(tokens)[:, None], mode="drop")
-
-
-def _send(a: jax.Array, source: jax.Array, places: jax.Array, fill: Any) -> jax.Array:
-    """The rows of `a` in their places; `fill`, if it isn't 0, in those that no token took."""
-    rows = spread(a, source, places)
-    return rows if fill == 0 else jnp.where((source < len(places))[:, None], rows, fill)
+def _plan_send(hop: Hop, ids: jax.Array, method: str) -> Send:
+    """Plans a hop for ids (N, K) counted over all `size * width` experts; `size * width` for none."""
+    reached = _reached(ids, hop.size, hop.width)
+    place = jnp.cumsum(reached, axis=0) - 1  # of a token among those that go to the same position
+    starts, ragged = jnp.arange(hop.size) * hop.room, None
+    if method == "ragged_all_to_all":  # pieces of exactly the tokens that are needed, end to end
+        swap = lambda a: lax.all_to_all(a, hop.axis, 0, 0, tiled=True)
+        sent = reached.sum(0, dtype=jnp.int32)  # to each position
+        starts = jnp.cumsum(sent) - sent
+        received = swap(sent)
+        ends_there = jnp.cumsum(received) - received
+        lands = swap(ends_there)  # where my piece begins at its receiver
+        came_from = swap(starts)  # and where the pieces that I received began at their senders
+        ragged = (starts, sent, lands, received), (ends_there, received, came_from, sent)
+    rows = hop.size * hop.room
+    places = jnp.where(reached, starts + place, rows)
+    source = jnp.full((rows,), len(ids)).at[places].set(jnp.arange(len(ids))[:, None], mode="drop")
+    return Send(hop.axis, source, places, ragged)

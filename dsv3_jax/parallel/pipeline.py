@@ -18,6 +18,8 @@ microbatches than stages; see `duration`.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -80,81 +82,15 @@ def pipeline_gradients(
       gradients of `own` and of `shared`, cut as these are, float32 or wider, `total`, and `local` with a leading axis
       of stages.
     """
-    microbatches = len(jax.tree.leaves(pieces)[0])
-    slots = min(microbatches, 2 * stages - 1)  # microbatches whose input a stage holds at once, at most
 
     def on_stage(own: Any, shared: Any, pieces: Any, constants: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
-        stage = lax.axis_index(STAGE)
-        own, mine = jax.tree.map(lambda a: a[0], (own, constants[0]))
-        add = lambda a, b: jax.tree.map(jnp.add, a, b)
-        nothing = jnp.zeros(activation.shape, activation.dtype)
-
-        def evaluate(own: Any, shared: Any, x: jax.Array, piece: Any) -> tuple[Any, Any]:
-            y, objective, total, local = function(own, shared, x, piece, (mine, constants[1]), stage)
-            return (y, objective), (total, local)
-
-        def forward(x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> Any:
-            return evaluate(own, shared, x, piece)[0][0]
-
-        def gradient(x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> Any:
-            d_parameters, totals = sums
-            if schedule == "1f1b":
-                _, pull, measured = jax.vjp(
-                    lambda own, shared, x: evaluate(own, shared, x, piece), own, shared, x, has_aux=True
-                )
-                *made, dx = pull((g, one))
-                return dx, (add(d_parameters, tuple(made)), add(totals, measured))
-            _, pull, measured = jax.vjp(lambda x: evaluate(own, shared, x, piece), x, has_aux=True)
-            return pull((g, one))[0], (d_parameters, add(totals, measured))
-
-        def weight_gradient(x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> Any:
-            _, pull, _ = jax.vjp(lambda own, shared: evaluate(own, shared, x, piece), own, shared, has_aux=True)
-            return add(sums[0], pull((g, one))), sums[1]
-
-        def tick(carry: Any, t: jax.Array) -> tuple[Any, None]:
-            inputs, gradients, sums = carry
-
-            def do(m: jax.Array, what: Callable[..., Any], otherwise: Any, *, unless: Any = False) -> Any:
-                """`what` for microbatch m, if there is such a one."""
-                at = jnp.clip(m, 0, microbatches - 1)
-                piece = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, at, keepdims=False), pieces)
-                x, g = (lax.dynamic_index_in_dim(a, at % slots, keepdims=False) for a in (inputs, gradients))
-                return lax.cond((at == m) & ~jnp.asarray(unless), what, lambda *_: otherwise, x, g, piece, sums)
-
-            last = stage == stages - 1
-            made = do(t - stage, forward, nothing, unless=last)
-            turned = t - 2 * (stages - 1)
-            d_input, sums = do(turned + stage, gradient, (nothing, sums))
-            if schedule == "zero_bubble":
-                sums = do(turned, weight_gradient, sums)
-
-            def pass_on(value: jax.Array, buffer: jax.Array, m: jax.Array, to: int) -> jax.Array:
-                """Microbatch m's value arrives from a neighbour, if it has one on that side and there is such an m."""
-                pairs = [(i, i + to) for i in range(stages) if 0 <= i + to < stages]
-                arrived = lax.ppermute(value, STAGE, pairs)
-                there = (m >= 0) & (m < microbatches) & (stage - to >= 0) & (stage - to < stages)
-                return buffer.at[jnp.where(there, m % slots, slots)].set(arrived, mode="drop")
-
-            inputs = pass_on(made, inputs, t - (stage - 1), 1)
-            gradients = pass_on(d_input, gradients, turned + stage + 1, -1)
-            return (inputs, gradients, sums), None
-
-        first = jax.tree.map(lambda a: a[0], pieces)
-        (_, objective), measured = jax.eval_shape(evaluate, own, shared, activation, first)
-        one = jnp.ones((), objective.dtype)
-        wide = lambda a: jnp.promote_types(a.dtype, jnp.float32)  # of sums over microbatches and devices
-        zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a)), tree)
-        buffer = jnp.zeros((slots, *activation.shape), activation.dtype)
-        start = (buffer, buffer, zeros(((own, shared), measured)))
-        ticks = jnp.arange(microbatches + 2 * (stages - 1))
-        (_, _, ((d_own, d_shared), (total, local))), _ = lax.scan(tick, start, ticks)
+        own, of_stage = jax.tree.map(lambda a: a[0], (own, constants[0]))
+        work = _Work(function, own, shared, (of_stage, constants[1]), lax.axis_index(STAGE), schedule)
+        (d_own, d_shared), (total, local) = _run(work, pieces, stages, activation)
+        d_shared = lax.psum(_add_up(d_shared, specs[1], batch), STAGE)
         stacked = lambda tree: jax.tree.map(lambda a: a[None], tree)
-        # What lies on several devices was computed on each for its own sequences.
-        elsewhere = lambda spec: tuple(a for a in batch if a not in jax.tree.leaves(tuple(spec)))
-        add_up = lambda tree, cut: jax.tree.map(lambda a, spec: lax.psum(a, elsewhere(spec)), tree, cut)
-        d_shared = lax.psum(add_up(d_shared, specs[1]), STAGE)
         return (
-            stacked(add_up(d_own, specs[0])),
+            stacked(_add_up(d_own, specs[0], batch)),
             d_shared,
             lax.psum(total, (STAGE, *batch)),
             stacked(lax.psum(local, batch)),
@@ -168,6 +104,101 @@ def pipeline_gradients(
         check_vma=False,
     )
     return run(own, shared, pieces, constants)
+
+
+def _add_up(gradients: Any, specs: Any, batch: tuple[str, ...]) -> Any:
+    """Sums gradients over the devices that hold the same parameters and computed them for their own sequences."""
+    others = lambda spec: tuple(a for a in batch if a not in jax.tree.leaves(tuple(spec)))
+    return jax.tree.map(lambda a, spec: lax.psum(a, others(spec)), gradients, specs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """One stage's passes over one microbatch: forward, gradient, and zero_bubble's gradient of the weights.
+
+    Each pass takes the stage's input x, the gradient g of its output, the microbatch and the sums so far, which are
+    gradients of (own, shared) and totals of (total, local).
+    """
+
+    function: StageFunction
+    own: Any
+    shared: Any
+    constants: tuple[Any, Any]
+    stage: jax.Array
+    schedule: Schedule
+
+    def evaluate(self, own: Any, shared: Any, x: jax.Array, piece: Any) -> tuple[Any, Any]:
+        """Returns ((y, objective), (total, local)): what is differentiated, and what isn't."""
+        y, objective, total, local = self.function(own, shared, x, piece, self.constants, self.stage)
+        return (y, objective), (total, local)
+
+    def forward(self, x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> jax.Array:
+        return self.evaluate(self.own, self.shared, x, piece)[0][0]
+
+    def gradient(self, x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> tuple[jax.Array, Any]:
+        """The gradient of the input and, under 1F1B, of the weights."""
+        d_parameters, totals = sums
+        if self.schedule == "zero_bubble":
+            of_input = lambda x: self.evaluate(self.own, self.shared, x, piece)
+            (_, objective), pull, measured = jax.vjp(of_input, x, has_aux=True)
+            return pull((g, jnp.ones_like(objective)))[0], (d_parameters, _add(totals, measured))
+        of_all = lambda own, shared, x: self.evaluate(own, shared, x, piece)
+        (_, objective), pull, measured = jax.vjp(of_all, self.own, self.shared, x, has_aux=True)
+        *made, dx = pull((g, jnp.ones_like(objective)))
+        return dx, (_add(d_parameters, tuple(made)), _add(totals, measured))
+
+    def weight_gradient(self, x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> Any:
+        of_weights = lambda own, shared: self.evaluate(own, shared, x, piece)
+        (_, objective), pull, _ = jax.vjp(of_weights, self.own, self.shared, has_aux=True)
+        return _add(sums[0], pull((g, jnp.ones_like(objective)))), sums[1]
+
+
+def _run(work: _Work, pieces: Any, stages: int, activation: jax.ShapeDtypeStruct) -> Any:
+    """All ticks of one stage: sums over microbatches of its gradients (own, shared) and of (total, local)."""
+    stage, microbatches = work.stage, len(jax.tree.leaves(pieces)[0])
+    slots = min(microbatches, 2 * stages - 1)  # microbatches whose input a stage holds at once, at most
+    nothing = jnp.zeros(activation.shape, activation.dtype)
+
+    def tick(carry: Any, t: jax.Array) -> tuple[Any, None]:
+        inputs, gradients, sums = carry
+
+        def do(m: jax.Array, what: Callable[..., Any], otherwise: Any, *, unless: Any = False) -> Any:
+            """`what` for microbatch m, if there is such a one."""
+            at = jnp.clip(m, 0, microbatches - 1)
+            piece = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, at, keepdims=False), pieces)
+            x, g = (lax.dynamic_index_in_dim(a, at % slots, keepdims=False) for a in (inputs, gradients))
+            return lax.cond((at == m) & ~jnp.asarray(unless), what, lambda *_: otherwise, x, g, piece, sums)
+
+        turned = t - 2 * (stages - 1)
+        y = do(t - stage, work.forward, nothing, unless=stage == stages - 1)
+        dx, sums = do(turned + stage, work.gradient, (nothing, sums))
+        if work.schedule == "zero_bubble":
+            sums = do(turned, work.weight_gradient, sums)
+        arrive = functools.partial(_arrive, stage=stage, stages=stages, microbatches=microbatches)
+        inputs = arrive(y, inputs, t - (stage - 1), 1)
+        gradients = arrive(dx, gradients, turned + stage + 1, -1)
+        return (inputs, gradients, sums), None
+
+    first = jax.tree.map(lambda a: a[0], pieces)
+    measured = jax.eval_shape(work.evaluate, work.own, work.shared, activation, first)[1]
+    wide = lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32))  # sums over microbatches and devices
+    sums = jax.tree.map(wide, ((work.own, work.shared), measured))
+    buffer = jnp.zeros((slots, *activation.shape), activation.dtype)
+    return lax.scan(tick, (buffer, buffer, sums), jnp.arange(microbatches + 2 * (stages - 1)))[0][2]
+
+
+def _arrive(
+    value: jax.Array, buffer: jax.Array, m: jax.Array, to: int, *, stage: jax.Array, stages: int, microbatches: int
+) -> jax.Array:
+    """Sends a value to the next stage (`to` 1) or the one before (-1); stores what arrives, if it is a microbatch's."""
+    arrived = lax.ppermute(value, STAGE, [(i, i + to) for i in range(stages) if 0 <= i + to < stages])
+    there = (m >= 0) & (m < microbatches) & (stage - to >= 0) & (stage - to < stages)
+    slots = len(buffer)
+    return buffer.at[jnp.where(there, m % slots, slots)].set(arrived, mode="drop")
+
+
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
 
 
 def layers_of_stages(layers: int, stages: int) -> np.ndarray:
