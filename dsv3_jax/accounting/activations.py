@@ -1,4 +1,4 @@
-"""What the backward pass of one block keeps, counted on the block's own abstract residuals."""
+"""Saved activations: the bytes that one block keeps for its backward pass, counted on its abstract residuals."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PRIME = 1009
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class SavedActivations:
     """Bytes that one block keeps for its backward pass.
 
-    per_token: of a token. per_pair: of a query and key, which only attention written out keeps, no fused kernel.
+    per_token: per token. per_pair: per query and key, which only the reference attention saves, no fused kernel.
     """
 
     per_token: float
@@ -30,7 +30,7 @@ class Kept:
 
 
 @functools.cache
-def kept_by_block(config: ModelConfig, runtime: Runtime, is_moe: bool) -> Kept:
+def saved_by_block(config: ModelConfig, runtime: Runtime, is_moe: bool) -> SavedActivations:
     """Residuals of one block under the runtime's policy: `jax.vjp`'s own, of abstract arrays."""
     block = rematerialise(Block, runtime)(config, runtime, is_moe)
     x = jax.ShapeDtypeStruct((1, _PRIME, config.hidden_size), jnp.dtype(runtime.dtype))
@@ -52,4 +52,4 @@ def kept_by_block(config: ModelConfig, runtime: Runtime, is_moe: bool) -> Kept:
             per_pair += size / _PRIME**2
         elif leaf.size % _PRIME == 0:
             per_token += size / _PRIME
-    return Kept(per_token, per_pair)
+    return SavedActivations(per_token, per_pair)

@@ -1,7 +1,7 @@
 """FLOPs of matrix products: counted on a traced program, and as closed forms over the model's own parameters.
 
-A multiply and an add are two FLOPs. Only matrix products count: what is left (norms, softmax, SwiGLU) is bound by
-memory, and enters a step's time there.
+A multiply and an add are two FLOPs. Only matrix products count: norms, softmax and SwiGLU are bound by memory, and
+enter a step's time there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
-from dsv3_jax.accounting.parameters import Leaf, activated, leaves
+from dsv3_jax.accounting.parameters import Variable, activated, model_variables
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime
 
 # Counting a program ----------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def forward_program(config: ModelConfig, runtime: Runtime, batch: int, length: i
 
 @dataclasses.dataclass(frozen=True)
 class TokenFlops:
-    """FLOPs of one token, by what precision applies to: `linear` may be FP8, the rest stays bfloat16.
+    """FLOPs per token, by precision: `linear` may be FP8, the rest stays bfloat16.
 
     linear: projections and feed-forwards. head: output head, and its uses by MTP. router: gates.
     attention: scores and weighted values.
@@ -133,22 +133,22 @@ class TokenFlops:
         return TokenFlops(self.linear * weights, self.head * weights, self.router * weights, self.attention * attention)
 
 
-def multiplies(leaf: Leaf) -> bool:
-    """Whether a token is multiplied with `leaf`: not so for the embedding, norms and the router's bias."""
-    return leaf.collection == "params" and not leaf.is_norm and leaf.path[-1] != "embed_tokens"
+def multiplies(variable: Variable) -> bool:
+    """Whether a token is multiplied with `variable`: not so for the embedding, norms and the router's bias."""
+    return variable.collection == "params" and not variable.is_norm and variable.path[-1] != "embed_tokens"
 
 
 @functools.cache
 def _weights(config: ModelConfig, mtp: bool) -> tuple[int, int, int]:
     """Weights that multiply one token: in linears, in the head, in gates."""
     linear = head = router = 0
-    for leaf in leaves(config):
-        if not multiplies(leaf) or (leaf.is_mtp and not mtp):
+    for variable in model_variables(config):
+        if not multiplies(variable) or (variable.is_mtp and not mtp):
             continue
-        used = activated(leaf, config)
-        if leaf.path[-1] == "lm_head":
+        used = activated(variable, config)
+        if variable.path[-1] == "lm_head":
             head += used * (1 + (config.num_nextn_predict_layers if mtp else 0))
-        elif "gate" in leaf.path:
+        elif "gate" in variable.path:
             router += used
         else:
             linear += used
@@ -158,7 +158,7 @@ def _weights(config: ModelConfig, mtp: bool) -> tuple[int, int, int]:
 def forward_flops(config: ModelConfig, keys: float, *, mtp: bool = False) -> TokenFlops:
     """One token's forward pass, attending in expanded form to `keys` keys on average (causal: half the sequence).
 
-    Linears cost 2 FLOPs a weight; scores and values 2 H (N + P + V) a key and layer.
+    Linears cost 2 FLOPs per weight; scores and values 2 H (N + P + V) per key and layer.
     """
     c = config
     linear, head, router = _weights(c, mtp)
@@ -168,29 +168,30 @@ def forward_flops(config: ModelConfig, keys: float, *, mtp: bool = False) -> Tok
 
 
 def model_flops(config: ModelConfig, length: int, *, mtp: bool = True) -> TokenFlops:
-    """One training token without recomputation: three forward passes' worth, causal attention. What MFU divides by."""
+    """One training token without recomputation: three forward passes, causal attention. MFU is defined by it."""
     return forward_flops(config, length / 2, mtp=mtp).scaled(3, 3)
 
 
 def recomputed_flops(config: ModelConfig, length: int, remat: str, *, mtp: bool = True) -> TokenFlops:
-    """What a backward pass computes again for one token, under a policy of `Runtime.remat`.
+    """FLOPs per token that the backward pass recomputes under a policy of `Runtime.remat`.
 
     `block` repeats every block but its last products, which no gradient needs: the down-projections of dense and shared
     feed-forwards (not the routed ones: the router's gradient needs their outputs). `paper` repeats what it doesn't
-    keep: the up-projections of queries, keys and values, the scores, the gate, and the routed down-projections.
+    save: the up-projections of queries, keys and values, the scores, the gate, and the routed down-projections.
     """
     c = config
     everything = forward_flops(c, length / 2, mtp=mtp)
     if remat == "none":
         return TokenFlops(0, 0, 0, 0)
-    lasts = [leaf for leaf in leaves(c) if leaf.path[-1] == "down_proj" and (mtp or not leaf.is_mtp)]
+    counted = [v for v in model_variables(c) if mtp or not v.is_mtp]
+    lasts = [v for v in counted if v.path[-1] == "down_proj"]
     if remat == "block":
-        last = sum(leaf.size for leaf in lasts if not leaf.is_routed)
+        last = sum(variable.size for variable in lasts if not variable.is_routed)
         return dataclasses.replace(everything, linear=everything.linear - 2.0 * last, head=0)
-    repeated = sum(activated(leaf, c) for leaf in lasts if leaf.is_routed)
-    for leaf in leaves(c):
-        if leaf.path[-1] in ("q_b_proj", "k_b_proj", "v_b_proj", "q_proj") and (mtp or not leaf.is_mtp):
-            repeated += leaf.size
+    repeated = sum(activated(variable, c) for variable in lasts if variable.is_routed)
+    for variable in counted:
+        if variable.path[-1] in ("q_b_proj", "k_b_proj", "v_b_proj", "q_proj"):
+            repeated += variable.size
     qk, v = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
     return TokenFlops(2.0 * repeated, 0, everything.router, everything.attention * qk / (qk + v))
 
@@ -198,7 +199,7 @@ def recomputed_flops(config: ModelConfig, length: int, remat: str, *, mtp: bool 
 def decode_flops(config: ModelConfig, context: int) -> TokenFlops:
     """One decoded token in absorbed form: queries and outputs pass W^UK and W^UV, and attend to the latent itself.
 
-    Scores cost 2 H (R + P) and values 2 H R a cached token and layer.
+    Scores cost 2 H (R + P) and values 2 H R per cached token and layer.
     """
     c = config
     linear, head, router = _weights(c, mtp=False)

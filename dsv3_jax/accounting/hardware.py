@@ -1,4 +1,4 @@
-"""Hardware sheets: what the vendors print, with sources, and the share of it that sparse training sustains."""
+"""Hardware sheets: vendors' figures with their sources, and the share of them that sparse training sustains."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dsv3_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """One accelerator, as its vendor states it. Bandwidths are of one direction, bytes a second.
+    """One accelerator, as its vendor states it. Bandwidths are bytes/s in one direction.
 
     flops: dense peak by operand type, FLOP/s. Without "fp8" the matrix units don't take it.
     domain: devices that the fast links join: an NVLink node, a TPU pod.
-    links: bytes/s of all fast links of a device together. network: bytes/s of a device's share beyond the domain.
+    links: bytes/s of all fast links of a device together. network: bytes/s per device beyond the domain.
     torus_axes: dimensions of the torus that the links form; 0 behind a switch.
-    latency: seconds of a hop (torus) or of a transfer (switch).
-    matmul_rows: rows that a matrix unit spends time on even if there are fewer.
-    watts: of a device, where published. dollars_per_hour: where a published price is part of a claim.
+    latency: seconds per hop (torus) or per transfer (switch).
+    matmul_rows: least rows that a matrix unit takes the time of.
+    watts: per device, where published. dollars_per_hour: where a published price is part of a claim.
     """
 
     name: str

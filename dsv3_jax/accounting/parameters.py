@@ -1,7 +1,7 @@
-"""How many parameters a configuration has, counted on the model's own abstract variables: no array is made.
+"""Parameter counts of a configuration, taken on the model's own abstract variables: no array is made.
 
-No number here comes from a formula beside the model: `jax.eval_shape` runs the real `init`, and the rows below only
-sort its leaves.
+No number comes from a formula beside the model: `jax.eval_shape` runs the real `init`, and the rows below only sort
+its arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dsv3_jax.model.transformer import DeepSeekV3, init_cache
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class Variable:
     """One array of the model. path: its names below the collection, e.g. ("moe_layers", "mlp", "gate", "weight")."""
 
     collection: str
@@ -70,31 +70,33 @@ class Parameters:
 
 
 @functools.cache
-def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
+def model_variables(config: ModelConfig) -> tuple[Variable, ...]:
     """Every array of the model, from its abstract initialisation."""
     # The key is made inside too: outside, it would start the accelerator.
     tree = jax.eval_shape(lambda: DeepSeekV3(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     paths = ((tuple(str(k.key) for k in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
-    return tuple(Leaf(names[0], names[1:], tuple(leaf.shape)) for names, leaf in paths)
+    return tuple(Variable(names[0], names[1:], tuple(leaf.shape)) for names, leaf in paths)
 
 
-def activated(leaf: Leaf, config: ModelConfig) -> int:
-    """Parameters of `leaf` that one token uses: all, or K of the E routed experts. The embedding counts whole."""
-    return leaf.size * config.num_experts_per_tok // config.n_routed_experts if leaf.is_routed else leaf.size
+def activated(variable: Variable, config: ModelConfig) -> int:
+    """Parameters of `variable` that one token uses: all, or K of the E routed experts. The embedding counts whole."""
+    if not variable.is_routed:
+        return variable.size
+    return variable.size * config.num_experts_per_tok // config.n_routed_experts
 
 
 @functools.cache
 def count_parameters(config: ModelConfig) -> Parameters:
-    """Counts the parameters of `config`, in all and per token."""
-    main = tuple(leaf for leaf in leaves(config) if not leaf.is_mtp)
-    mtp = tuple(leaf for leaf in leaves(config) if leaf.is_mtp)
-    total = lambda group: sum(leaf.size for leaf in group)
-    used = lambda group: sum(activated(leaf, config) for leaf in group)
+    """Counts the parameters of `config`: total, and activated per token (report section 4.2)."""
+    main = tuple(variable for variable in model_variables(config) if not variable.is_mtp)
+    mtp = tuple(variable for variable in model_variables(config) if variable.is_mtp)
+    total = lambda group: sum(variable.size for variable in group)
+    used = lambda group: sum(activated(variable, config) for variable in group)
     return Parameters(total(main), used(main), total(mtp), used(mtp), _table(main, config), _table(mtp, config))
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: str = "bfloat16") -> int:
-    """Bytes by which one more token of one sequence lengthens the latent cache, all layers together."""
+    """Bytes of latent cache per token of one sequence, summed over layers."""
     runtime = Runtime(dtype=dtype)  # type: ignore[arg-type]
 
     def size(length: int) -> int:
@@ -104,9 +106,9 @@ def cache_bytes_per_token(config: ModelConfig, dtype: str = "bfloat16") -> int:
     return size(2) - size(1)
 
 
-def component(leaf: Leaf) -> str:
-    """The row of the table that `leaf` belongs to."""
-    path, last = leaf.path, leaf.path[-1]
+def component(variable: Variable) -> str:
+    """The row of the table that `variable` belongs to."""
+    path, last = variable.path, variable.path[-1]
     if last in ("embed_tokens", "lm_head", "eh_proj"):
         return {"embed_tokens": "embedding", "lm_head": "output head", "eh_proj": "MTP projection"}[last]
     if "self_attn" in path:
@@ -115,11 +117,11 @@ def component(leaf: Leaf) -> str:
         if last.startswith("kv_a"):
             return "attention: latent"
         return "attention: output" if last == "o_proj" else "attention: key and value up-projections"
-    if leaf.is_norm:
+    if variable.is_norm:
         return "norms"
     if "gate" in path:
         return "router: gate" if last == "weight" else "router: bias"
-    if leaf.is_routed:
+    if variable.is_routed:
         return "routed experts"
     return "shared experts" if "shared_experts" in path else "dense feed-forward"
 
@@ -141,11 +143,11 @@ _ORDER = (
 )
 
 
-def _table(group: tuple[Leaf, ...], config: ModelConfig) -> tuple[Component, ...]:
+def _table(group: tuple[Variable, ...], config: ModelConfig) -> tuple[Component, ...]:
     rows = []
     for name in _ORDER:
-        members = [leaf for leaf in group if component(leaf) == name]
+        members = [variable for variable in group if component(variable) == name]
         if members:
-            used = sum(activated(leaf, config) for leaf in members)
-            rows.append(Component(name, sum(leaf.size for leaf in members), used))
+            used = sum(activated(variable, config) for variable in members)
+            rows.append(Component(name, sum(variable.size for variable in members), used))
     return tuple(rows)

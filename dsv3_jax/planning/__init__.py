@@ -1,1 +1,1 @@
-"""What a model costs, where it fits and how fast it will be: counted on the model, priced with hardware sheets."""
+"""Memory, time and cost of training or serving a configuration, before it runs: `python -m dsv3_jax plan`."""

@@ -1,4 +1,4 @@
-"""What attention keeps and computes for each decoded token: MLA against caches of whole keys and values."""
+"""Cache bytes and FLOPs per decoded token: MLA against caches of whole keys and values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dsv3_jax.config import ModelConfig
 class AttentionDesign:
     """One model's decoding attention, all layers together.
 
-    bytes_per_token: of cache in bfloat16, which is also what a decoded token reads for each cached one.
-    flops_per_position: of a decoded token's scores and values, for each cached one.
+    bytes_per_token: bfloat16 cache per token, which is also what a decoded token reads per cached one.
+    flops_per_position: scores and values of a decoded token, per cached one.
     """
 
     name: str
@@ -28,7 +28,7 @@ class AttentionDesign:
         return self.flops_per_position / self.bytes_per_token
 
     def seconds_per_position(self, sheet: Hardware, queries: int = 1) -> float:
-        """Time of a sequence's attention for each cached token, at printed rates, with `queries` tokens at once."""
+        """Time of a sequence's attention per cached token, at printed rates, with `queries` tokens at once."""
         return max(self.bytes_per_token / sheet.bandwidth, queries * self.flops_per_position / sheet.peak("bf16"))
 
 
@@ -61,4 +61,4 @@ PUBLISHED = (
     grouped("LLaMA-3.1 405B (GQA)", layers=126, heads=128, kv_heads=8),
     grouped("Qwen2.5 72B (GQA)", layers=80, heads=64, kv_heads=8),
 )
-"""From their config.json."""
+"""Shapes from their config.json."""

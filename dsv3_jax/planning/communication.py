@@ -1,4 +1,4 @@
-"""Bytes that a device receives in a training step, by mesh axis, and how long the links take for them."""
+"""Bytes received per device in a training step, by mesh axis, and the time that the links take for them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import math
 from dsv3_jax.accounting.hardware import Hardware
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.parallel.mesh import AXES, MeshShape
-from dsv3_jax.planning.memory import held, stages
+from dsv3_jax.planning.memory import parameters_per_device, stage_shares
 from dsv3_jax.planning.training_plan import TrainingPlan
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one axis carries in a step. received: bytes a device. seconds: at printed rates. hidden: behind compute."""
+    """Traffic along one axis in a step. received: bytes per device. seconds: at printed rates. hidden: by compute."""
 
     axis: str
     what: str
@@ -45,7 +45,7 @@ def rate(sheet: Hardware, mesh: MeshShape, axis: str) -> float:
 
 
 def exchange_seconds(sheet: Hardware, config: ModelConfig, mesh: MeshShape, tokens: float, per_copy: float) -> float:
-    """Time to send each of a device's `tokens` to its experts' devices, `per_copy` bytes a copy.
+    """Time to send each of a device's `tokens` to its experts' devices, `per_copy` bytes each.
 
     Behind switches a token crosses to each node once and is forwarded inside it, and routing reaches `topk_group`
     groups at most (report section 3.2.2). On a torus every copy travels a quarter of each ring it crosses.
@@ -73,10 +73,10 @@ def nodes_reached(config: ModelConfig, nodes: int) -> float:
 
 
 def traffic(plan: TrainingPlan) -> list[Traffic]:
-    """Every axis of the mesh that carries anything, on the stage that carries most of it."""
+    """Traffic of every mesh axis that carries any, on the stage that carries most."""
     m, c, sheet = plan.mesh, plan.config, plan.hardware
-    busiest = max(stages(plan), key=lambda s: s.dense + s.moe)
-    fullest = max(stages(plan), key=lambda s: sum(held(plan, s)))
+    busiest = max(stage_shares(plan), key=lambda s: s.dense + s.moe)
+    fullest = max(stage_shares(plan), key=lambda s: sum(parameters_per_device(plan, s)))
     passes, tokens = plan.microbatches, plan.microbatch_tokens * plan.microbatches
     width = 2 * c.hidden_size  # bytes of a token's bfloat16 activation
     layers = busiest.dense + busiest.moe
@@ -87,7 +87,7 @@ def traffic(plan: TrainingPlan) -> list[Traffic]:
             taken = received / rate(sheet, m, axis) if seconds is None else seconds
             result.append(Traffic(axis, what, received, taken, hidden))
 
-    plain, routed = held(plan, fullest)
+    plain, routed = parameters_per_device(plan, fullest)
     whole = (plain + routed) * m.fsdp
     add("fsdp", "weights gathered twice and gradients scattered, every pass", 3 * 2 * whole * ring(m.fsdp) * passes)
     update = plan.gradient + (plan.weight or plan.stored)
@@ -111,4 +111,4 @@ def traffic(plan: TrainingPlan) -> list[Traffic]:
 def _moe_layers(plan: TrainingPlan) -> int:
     """Most sparse layers of any stage; MTP's counts on the stage that has it."""
     extra = plan.config.num_nextn_predict_layers if plan.mtp else 0
-    return max(s.moe + (extra if s.ends else 0) for s in stages(plan))
+    return max(s.moe + (extra if s.ends else 0) for s in stage_shares(plan))

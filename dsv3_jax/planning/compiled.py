@@ -1,4 +1,4 @@
-"""What the compiler says of a program: memory, FLOPs, bytes."""
+"""Memory, FLOPs, bytes and collectives of a compiled program, read from the compiler's report."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Costs:
 
 
 def costs(compiled: Any) -> Costs:
-    """Reads a `jax.stages.Compiled`. A loop's body counts once, however often it runs."""
+    """Reads a `jax.stages.Compiled`. A loop's body counts once, whatever its trip count."""
     analysis = compiled.cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     return Costs(float(analysis["flops"]), float(analysis["bytes accessed"]))
 
 
 def device_bytes(compiled: Any) -> int:
-    """Bytes that a device needs at once: arguments, results that reuse none of them, temporaries, the program."""
+    """Peak bytes per device: arguments, results that alias none of them, temporaries, the program."""
     m = compiled.memory_analysis()
     return (
         m.argument_size_in_bytes
@@ -136,7 +136,7 @@ _PRODUCT = re.compile(r'op_name="([^"]*(?:dot_general|ragged_dot)[^"]*)"')
 
 
 def overlaps(compiled: Any) -> list[Overlap]:
-    """What a `jax.stages.Compiled`, whose instructions are printed in the order of its schedule, runs side by side."""
+    """Lists the asynchronous collectives of a `jax.stages.Compiled` and the products scheduled beside each."""
     found: list[Overlap] = []
     lines = compiled.as_text().splitlines()
     for i, line in enumerate(lines):

@@ -17,7 +17,7 @@ class Cost:
 
 
 def cost(device_hours: float, devices: int, dollars_per_hour: float | None, watts: float | None) -> Cost:
-    """What that many hours on that many devices come to."""
+    """Days, price and energy of `device_hours` on `devices`."""
     return Cost(
         device_hours,
         device_hours / devices / 24,
@@ -27,7 +27,7 @@ def cost(device_hours: float, devices: int, dollars_per_hour: float | None, watt
 
 
 def training_hours(tokens: float, flops_per_token: float, peak: float, mfu: float) -> float:
-    """Device-hours to train on `tokens`: tokens x FLOPs a token / (peak x MFU), in hours."""
+    """Device-hours to train on `tokens`: tokens x FLOPs per token / (peak x MFU), in hours."""
     return tokens * flops_per_token / (peak * mfu) / 3600
 
 

@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import itertools
 
-from dsv3_jax.accounting.activations import kept_by_block
-from dsv3_jax.accounting.parameters import Leaf, leaves
+from dsv3_jax.accounting.activations import saved_by_block
+from dsv3_jax.accounting.parameters import Variable, model_variables
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.planning.training_plan import TrainingPlan
 
@@ -16,8 +16,8 @@ from dsv3_jax.planning.training_plan import TrainingPlan
 class Memory:
     """Bytes on the fullest device.
 
-    weights: master copy and the copy computed with. gradients, moments: the optimizer's. activations: what backward
-    keeps. working: the largest of one block's own arrays and the logits. gathered: two whole weights on an fsdp axis.
+    weights: master copy and compute copy. gradients, moments: the optimizer's. activations: saved for the backward
+    pass. working: the largest of one block's own arrays and the logits. gathered: two whole weights on an fsdp axis.
     """
 
     weights: float
@@ -32,16 +32,20 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def in_one_piece(leaf: Leaf) -> bool:
-    """Whether `tensor` leaves the leaf whole: MLA's down-projections, norms, gates: every head needs their outputs."""
-    return leaf.is_norm or leaf.path[-1] in ("q_a_proj", "kv_a_proj_with_mqa", "eh_proj") or "gate" in leaf.path
+def in_one_piece(variable: Variable) -> bool:
+    """Whether `tensor` leaves an array whole: MLA's down-projections, norms and gates, which every head needs."""
+    return (
+        variable.is_norm
+        or variable.path[-1] in ("q_a_proj", "kv_a_proj_with_mqa", "eh_proj")
+        or "gate" in variable.path
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """Parameters of a part of the model: those that stay whole, those cut over tensor, the routed experts'.
 
-    largest: of the largest one among its arrays, where routed ones count for one device of an expert axis of size 1.
+    largest_plain, largest_routed: of one array, the latter of all experts.
     """
 
     whole: int
@@ -54,12 +58,12 @@ class Sizes:
 @functools.cache
 def _parts(config: ModelConfig) -> dict[str, Sizes]:
     """Sizes of one dense block, one sparse block, all MTP modules, and the rest (embedding, head, last norm)."""
-    groups: dict[str, list[Leaf]] = {"dense_layers": [], "moe_layers": [], "mtp": [], "rest": []}
-    for leaf in leaves(config):
-        if leaf.path[0] in groups:
-            groups[leaf.path[0]].append(dataclasses.replace(leaf, shape=leaf.shape[1:]))
+    groups: dict[str, list[Variable]] = {"dense_layers": [], "moe_layers": [], "mtp": [], "rest": []}
+    for variable in model_variables(config):
+        if variable.path[0] in groups:
+            groups[variable.path[0]].append(dataclasses.replace(variable, shape=variable.shape[1:]))
         else:
-            groups["mtp" if leaf.is_mtp else "rest"].append(leaf)
+            groups["mtp" if variable.is_mtp else "rest"].append(variable)
     result = {}
     for name, group in groups.items():
         routed = [x.size for x in group if x.is_routed]
@@ -70,15 +74,15 @@ def _parts(config: ModelConfig) -> dict[str, Sizes]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """What one pipeline stage holds: blocks of each kind, and embedding, head and MTP if it is the one with them."""
+class StageShare:
+    """Blocks of each kind on one pipeline stage; `ends`: whether it also has embedding, head and MTP."""
 
     dense: int
     moe: int
     ends: bool
 
 
-def stages(plan: TrainingPlan) -> list[Stage]:
+def stage_shares(plan: TrainingPlan) -> list[StageShare]:
     """Blocks spread evenly, dense ones first. Embedding, head and MTP sit on one device of the last stage's.
 
     MTP modules count as sparse blocks when blocks are spread, so that the last stage gets fewer of the others.
@@ -91,12 +95,12 @@ def stages(plan: TrainingPlan) -> list[Stage]:
     for first, last in itertools.pairwise(bounds):
         last = min(last, c.num_hidden_layers)
         dense = max(0, min(last, c.num_dense_layers) - first)
-        result.append(Stage(dense, max(0, last - first) - dense, last == c.num_hidden_layers))
+        result.append(StageShare(dense, max(0, last - first) - dense, last == c.num_hidden_layers))
     return result
 
 
-def held(plan: TrainingPlan, stage: Stage) -> tuple[float, float]:
-    """Parameters that one device of a stage holds: (not routed, routed)."""
+def parameters_per_device(plan: TrainingPlan, stage: StageShare) -> tuple[float, float]:
+    """Parameters per device of a stage: (not routed, routed)."""
     m, parts = plan.mesh, _parts(plan.config)
     held = [(parts["dense_layers"], stage.dense), (parts["moe_layers"], stage.moe)]
     if stage.ends:
@@ -107,13 +111,13 @@ def held(plan: TrainingPlan, stage: Stage) -> tuple[float, float]:
 
 
 def memory(plan: TrainingPlan) -> Memory:
-    """Memory of the stage that needs most."""
-    return max((_stage_memory(plan, s, i) for i, s in enumerate(stages(plan))), key=lambda m: m.total)
+    """Memory per device of the stage that needs most."""
+    return max((_stage_memory(plan, s, i) for i, s in enumerate(stage_shares(plan))), key=lambda m: m.total)
 
 
-def _stage_memory(plan: TrainingPlan, stage: Stage, index: int) -> Memory:
+def _stage_memory(plan: TrainingPlan, stage: StageShare, index: int) -> Memory:
     m, c = plan.mesh, plan.config
-    plain, routed = held(plan, stage)
+    plain, routed = parameters_per_device(plan, stage)
     copies = 2 if plan.schedule == "dualpipe" and m.stage > 1 else 1
     state = plain / (m.data * m.expert_parallel) + routed / m.data if plan.zero1 else plain + routed
     # Without a copy to compute with, the master copy is what a device computes with.
@@ -142,24 +146,24 @@ def _stage_memory(plan: TrainingPlan, stage: Stage, index: int) -> Memory:
 
 
 def _activations(plan: TrainingPlan) -> tuple[float, float]:
-    """Bytes of a token, and of a query and key, that an average block keeps on one device."""
+    """Bytes per token, and per query and key, that an average block saves on one device."""
     c, tensor = plan.config, plan.mesh.tensor
-    moe = kept_by_block(c, plan.runtime, True) if c.num_moe_layers else None
-    dense = kept_by_block(c, plan.runtime, False) if c.num_dense_layers else None
+    moe = saved_by_block(c, plan.runtime, True) if c.num_moe_layers else None
+    dense = saved_by_block(c, plan.runtime, False) if c.num_dense_layers else None
     of = lambda get: (
         (c.num_moe_layers * (get(moe) if moe else 0) + c.num_dense_layers * (get(dense) if dense else 0))
         / c.num_hidden_layers
     )
-    # What is kept per head or per hidden unit is cut over tensor; the residual stream isn't.
+    # Activations per head or per hidden unit are sharded over tensor; the residual stream isn't.
     stream = 2 * c.hidden_size
     per_token = of(lambda k: k.per_token)
     return min(per_token, stream) + max(0, per_token - stream) / tensor, of(lambda k: k.per_pair)
 
 
 def _largest_block(plan: TrainingPlan) -> tuple[float, float]:
-    """Bytes of a token, and of a query and key, while one block is differentiated: its arrays and their gradients."""
+    """Bytes per token, and per query and key, while one block is differentiated: its arrays and their gradients."""
     runtime = dataclasses.replace(plan.runtime, remat="none")
-    kept = kept_by_block(plan.config, runtime, bool(plan.config.num_moe_layers))
+    kept = saved_by_block(plan.config, runtime, bool(plan.config.num_moe_layers))
     return 2 * kept.per_token / plan.mesh.tensor, 2 * kept.per_pair
 
 

@@ -24,31 +24,31 @@ class PlanArgs:
     hardware: str = "h800"
     """h800, h100, h200, b200, v5e, v5p, v6e or 7x."""
     devices: int = 2048
-    """Accelerators in all."""
+    """Number of accelerators."""
     tokens: float = 14.8e12
     """Tokens to train on."""
     batch: int = 15360
-    """Sequences a step (training), or sequences served at a time (--serve)."""
+    """Sequences per step (training), or sequences served at a time (--serve)."""
     length: int = 4096
-    """Tokens of a sequence; with --serve, tokens already cached."""
+    """Tokens per sequence; with --serve, tokens already cached."""
     microbatch: int = 1
-    """Sequences a device takes at a time."""
+    """Sequences per device and microbatch."""
     mesh: str = ""
     """Sizes of mesh axes, as stage=16,data=2,expert=64; empty tries them all."""
     precision: Literal["bf16", "fp8"] = "bf16"
-    """Operands of linear layers."""
+    """Dtype of the operands of linear layers."""
     remat: Literal["none", "block", "paper"] = "paper"
-    """What the backward pass recomputes, as Runtime.remat."""
+    """Activations that the backward pass recomputes, as runtime.remat."""
     schedule: Literal["1f1b", "dualpipe"] = "1f1b"
-    """Of pipeline stages; dualpipe hides the exchange of tokens between experts."""
+    """Pipeline schedule; dualpipe hides the exchange of tokens between experts."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """Of Adam's two moments."""
+    """Dtype of Adam's two moments."""
     mtp: bool = True
     """Train the multi-token prediction modules too."""
     efficiency: float | None = None
-    """Share of printed rates to count on; by default the hardware family's."""
+    """Share of the printed rates that is sustained; by default the hardware family's."""
     dollars_per_hour: float | None = None
-    """Price of a device; by default the hardware's, where a published claim has one."""
+    """Price per device; by default the hardware's, where a published claim has one."""
     serve: bool = False
     """Plan decoding instead of training."""
     attention_data: int = 0

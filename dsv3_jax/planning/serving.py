@@ -1,4 +1,4 @@
-"""Serving: how long a decoding step takes and how many sequences fit, from weights, cache, routing and links."""
+"""Serving: time of a decoding step and sequences that fit, from weights, cache, routing and links."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from dsv3_jax.accounting.flops import forward_flops, matmul_seconds
 from dsv3_jax.accounting.hardware import Hardware
-from dsv3_jax.accounting.parameters import cache_bytes_per_token, leaves
+from dsv3_jax.accounting.parameters import cache_bytes_per_token, model_variables
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.planning.communication import nodes_reached, ring
 
@@ -86,7 +86,7 @@ class DecodeStep:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all sequences together, one token each a step."""
+        """Tokens per second of all sequences together, one token each per step."""
         return self.batch / self.total
 
     @property
@@ -148,17 +148,17 @@ def _product_seconds(serving: Serving, tokens: int, local: int, sampled: int) ->
 
     attention = other = 0.0
     routed_per_expert = 0.0
-    for leaf in leaves(c):
-        last, weights = leaf.path[-1], float(leaf.size)
-        if leaf.is_mtp or leaf.is_norm or leaf.collection != "params" or last == "embed_tokens":
+    for variable in model_variables(c):
+        last, weights = variable.path[-1], float(variable.size)
+        if variable.is_mtp or variable.is_norm or variable.collection != "params" or last == "embed_tokens":
             continue
-        if leaf.is_routed:
+        if variable.is_routed:
             routed_per_expert += weights / c.n_routed_experts / c.num_moe_layers
-        elif "self_attn" in leaf.path:
+        elif "self_attn" in variable.path:
             attention += product(weights / (1 if "_a_proj" in last else s.tensor), local)
         elif last == "weight":  # the gate
             other += product(weights, local if s.exchange == "all_to_all" else tokens)
-        elif "shared_experts" in leaf.path and s.exchange == "all_to_all":
+        elif "shared_experts" in variable.path and s.exchange == "all_to_all":
             other += product(weights, -(-local // s.tensor))
         else:  # dense feed-forwards and head, split over the group; shared experts too under all_reduce
             other += product(weights / s.tensor, sampled if last == "lm_head" else local)
@@ -277,19 +277,19 @@ def weight_bytes(serving: Serving) -> float:
     """Bytes of weights on the fullest device: experts over all devices, attention over a group's."""
     c, s = serving.config, serving
     total = 0.0
-    for leaf in leaves(c):
-        if leaf.is_mtp:
+    for variable in model_variables(c):
+        if variable.is_mtp:
             continue
-        if leaf.is_routed:
+        if variable.is_routed:
             slots = -(-c.n_routed_experts // s.groups) + (1 if s.redundant else 0)
-            total += leaf.size / c.n_routed_experts * slots / (s.devices / s.groups) * s.weight
-        elif leaf.path[-1] in ("embed_tokens", "lm_head"):
-            total += leaf.size / s.tensor * 2
-        elif "shared_experts" in leaf.path and s.exchange == "all_to_all":
-            total += leaf.size * s.weight
+            total += variable.size / c.n_routed_experts * slots / (s.devices / s.groups) * s.weight
+        elif variable.path[-1] in ("embed_tokens", "lm_head"):
+            total += variable.size / s.tensor * 2
+        elif "shared_experts" in variable.path and s.exchange == "all_to_all":
+            total += variable.size * s.weight
         else:
-            whole = "_a_proj" in leaf.path[-1] or leaf.is_norm or "gate" in leaf.path
-            total += leaf.size * s.weight / (1 if whole else s.tensor)
+            whole = "_a_proj" in variable.path[-1] or variable.is_norm or "gate" in variable.path
+            total += variable.size * s.weight / (1 if whole else s.tensor)
     return total
 
 

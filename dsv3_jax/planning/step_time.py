@@ -1,14 +1,14 @@
-"""How long a training step takes: a roofline for compute and memory, links behind or beside it, pipeline bubble."""
+"""Time of a training step: a roofline for compute and memory, links behind or beside it, the pipeline bubble."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from dsv3_jax.accounting.activations import kept_by_block
+from dsv3_jax.accounting.activations import saved_by_block
 from dsv3_jax.accounting.flops import matmul_seconds, model_flops, recomputed_flops
 from dsv3_jax.config import Runtime
 from dsv3_jax.planning.communication import Traffic, traffic
-from dsv3_jax.planning.memory import held, stages
+from dsv3_jax.planning.memory import parameters_per_device, stage_shares
 from dsv3_jax.planning.training_plan import TrainingPlan
 
 
@@ -16,10 +16,10 @@ from dsv3_jax.planning.training_plan import TrainingPlan
 class StepTime:
     """Seconds of one step on the busiest device, each already at the hardware's efficiency.
 
-    matmuls: products at the peak of their operands. elementwise: what passes through memory between products.
-    optimizer: the update, and gradients accumulated over passes. exchange: links that compute can't hide.
-    bubble: a pipeline's idle time. hidden: what links do meanwhile, not part of the total.
-    model_flops: of the whole step, without recomputation. traffic: by axis.
+    matmuls: products at the peak of their operands. elementwise: memory traffic between products.
+    optimizer: the update, and gradients accumulated over microbatches. exchange: links that compute can't hide.
+    bubble: a pipeline's idle time. hidden: link time behind compute, not part of the total.
+    model_flops: the whole step's, without recomputation. traffic: by axis.
     """
 
     matmuls: float
@@ -55,16 +55,16 @@ class StepTime:
 
 
 def elementwise_bytes(plan: TrainingPlan) -> float:
-    """Bytes that a token moves between products, all blocks together.
+    """Bytes moved per token between products, summed over blocks.
 
-    What differentiation without recomputation would keep stands for the tensors between products: each is written and
-    read forward, its gradient written and read backward, and with recomputation the first pair happens once more.
+    Activations saved without recomputation stand for the tensors between products: each is written and read forward,
+    its gradient written and read backward, and with recomputation the first pair happens once more.
     """
     c, runtime = plan.config, Runtime(dtype="bfloat16", remat="none")
     moe = c.num_moe_layers + (c.num_nextn_predict_layers if plan.mtp else 0)
-    per_token = moe * kept_by_block(c, runtime, True).per_token if moe else 0.0
+    per_token = moe * saved_by_block(c, runtime, True).per_token if moe else 0.0
     if c.num_dense_layers:
-        per_token += c.num_dense_layers * kept_by_block(c, runtime, False).per_token
+        per_token += c.num_dense_layers * saved_by_block(c, runtime, False).per_token
     return per_token * (4 if plan.remat == "none" else 6)
 
 
@@ -72,7 +72,7 @@ def step_time(plan: TrainingPlan, efficiency: float | None = None) -> StepTime:
     """Predicts a step. `efficiency` replaces the hardware family's."""
     m, sheet = plan.mesh, plan.hardware
     e = sheet.efficiency if efficiency is None else efficiency
-    blocks = [s.dense + s.moe + (1 if s.ends and plan.mtp and m.stage > 1 else 0) for s in stages(plan)]
+    blocks = [s.dense + s.moe + (1 if s.ends and plan.mtp and m.stage > 1 else 0) for s in stage_shares(plan)]
     imbalance = max(blocks) * m.stage / sum(blocks)
     tokens = plan.tokens / m.devices * imbalance  # a device's, counted as if it held all layers
 
@@ -81,7 +81,7 @@ def step_time(plan: TrainingPlan, efficiency: float | None = None) -> StepTime:
     matmuls = tokens * matmul_seconds(executed, sheet.peak("bf16"), sheet.peak(plan.precision)) / e
     elementwise = tokens * elementwise_bytes(plan) / sheet.bandwidth / e
 
-    plain, routed = max((held(plan, s) for s in stages(plan)), key=sum)
+    plain, routed = max((parameters_per_device(plan, s) for s in stage_shares(plan)), key=sum)
     state = plain / (m.data * m.expert_parallel) + routed / m.data if plan.zero1 else plain + routed
     update = 2 * plan.stored + 4 * plan.moment + plan.gradient
     accumulate = 2 * plan.gradient * (plain + routed) * plan.microbatches

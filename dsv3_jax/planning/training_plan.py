@@ -13,14 +13,14 @@ from dsv3_jax.parallel.mesh import MeshShape
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """What one training step is to be.
+    """One training step to be planned.
 
-    batch: sequences a step, over all devices. microbatch: sequences a device takes at a time.
-    precision: of the linears' operands; everything else computes in bfloat16.
-    stored, gradient, moment: bytes a parameter takes as master copy, as gradient, and as each of Adam's two moments.
+    batch: sequences per step, over all devices. microbatch: sequences per device at a time.
+    precision: dtype of the linears' operands; everything else computes in bfloat16.
+    stored, gradient, moment: bytes per parameter of the master copy, the gradient, and each of Adam's two moments.
     weight: bytes of the copy that a device computes with, 0 where the master copy is cast on the fly.
-    zero1: the optimizer's state is split over data and expert too. fused_attention: no scores are kept.
-    schedule: of the pipeline. `dualpipe` holds two copies of the weights and fills most of the bubble.
+    zero1: the optimizer's state is split over data and expert too. fused_attention: no scores are saved.
+    schedule: the pipeline's. `dualpipe` holds two copies of the weights and fills most of the bubble.
     """
 
     config: ModelConfig
@@ -47,17 +47,17 @@ class TrainingPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens a step."""
+        """Tokens per step."""
         return self.batch * self.length
 
     @property
     def microbatches(self) -> int:
-        """Passes that a device makes in a step."""
+        """Microbatches per step: passes of each device."""
         return self.batch // (self.mesh.replicas * self.microbatch)
 
     @property
     def microbatch_tokens(self) -> int:
-        """Tokens on one device in one pass."""
+        """Tokens per device and microbatch."""
         return self.microbatch * self.length // self.mesh.context
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class TrainingPlan:
 
 
 def meshes(plan: TrainingPlan, devices: int) -> Iterator[TrainingPlan]:
-    """Every way to lay `plan` out on `devices` that its sizes allow: tensor up to 8, no context below 16K tokens."""
+    """Yields `plan` on every mesh of `devices` that its sizes allow: tensor up to 8, no context below 16K tokens."""
     c, sheet = plan.config, plan.hardware
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]
     small = lambda limit: [d for d in divisors if d <= limit]

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from dsv3_jax.accounting.activations import kept_by_block
+from dsv3_jax.accounting.activations import saved_by_block
 from dsv3_jax.accounting.hardware import HARDWARE, hardware
 from dsv3_jax.accounting.parameters import count_parameters
 from dsv3_jax.config import ConfigError, ModelConfig, Runtime
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.planning import published
 from dsv3_jax.planning.communication import exchange_seconds, nodes_reached, rate, traffic
-from dsv3_jax.planning.memory import held, memory, stages
+from dsv3_jax.planning.memory import memory, parameters_per_device, stage_shares
 from dsv3_jax.planning.options import PlanArgs
 from dsv3_jax.planning.plan import plan_command
 from dsv3_jax.planning.serving import (
@@ -74,7 +74,7 @@ def test_a_prompt_and_many():
 )
 def test_stages_hold_every_block_once(mesh):
     plan = plan_of(mesh=mesh, batch=1024)
-    layout = stages(plan)
+    layout = stage_shares(plan)
     assert len(layout) == mesh.stage
     assert sum(s.dense for s in layout) == 3
     assert sum(s.moe for s in layout) == 58
@@ -90,8 +90,8 @@ def test_all_devices_together_hold_the_model():
         MeshShape(stage=8, fsdp=4, expert=8),
     ):
         plan = plan_of(mesh=mesh, batch=512 * 8)
-        plain = sum(held(plan, s)[0] for s in stages(plan)) * mesh.fsdp
-        routed = sum(held(plan, s)[1] for s in stages(plan)) * mesh.fsdp * mesh.expert
+        plain = sum(parameters_per_device(plan, s)[0] for s in stage_shares(plan)) * mesh.fsdp
+        routed = sum(parameters_per_device(plan, s)[1] for s in stage_shares(plan)) * mesh.fsdp * mesh.expert
         biases = 59 * 256  # in the router's collection, which is counted as a parameter too
         assert plain + routed == pytest.approx(counted.total + counted.mtp_total, rel=1e-9), (mesh, biases)
 
@@ -104,13 +104,13 @@ def test_more_of_an_axis_never_needs_more_memory():
 
 def test_residuals_of_one_block():
     """What a policy keeps, by hand: `block` its input; `paper` each product's result but MLA's up-projections."""
-    block = kept_by_block(V3, Runtime(dtype="bfloat16", remat="block"), True)
+    block = saved_by_block(V3, Runtime(dtype="bfloat16", remat="block"), True)
     assert block.per_token == pytest.approx(2 * 7168, abs=8)
-    paper = kept_by_block(V3, Runtime(dtype="bfloat16", remat="paper"), True)
+    paper = saved_by_block(V3, Runtime(dtype="bfloat16", remat="paper"), True)
     widths = 7168 + 1536 + 576 + 128 * 128 + 7168 + 9 * 2 * 2048
     assert paper.per_token == pytest.approx(2 * widths, abs=8)
     assert paper.per_pair == 0
-    plain = kept_by_block(V3, Runtime(dtype="bfloat16"), True)
+    plain = saved_by_block(V3, Runtime(dtype="bfloat16"), True)
     assert plain.per_token > paper.per_token
     assert plain.per_pair > 0
 
