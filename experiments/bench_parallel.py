@@ -32,7 +32,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.moe import ExpertWeights
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.dispatch import spread_experts
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.placement import Placement
@@ -63,7 +63,8 @@ def steps_on(mesh: str, runtime: Runtime) -> dict[str, np.ndarray]:
     schedule = Schedule(ScheduleConfig(steps=100, batch_size=BATCH, warmup_steps=1, bias_update_speed=0.01))
     keep = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, _, p: (g, g))
     optimizer = optax.chain(keep, make_optimizer(OptimizerConfig(), schedule))
-    model, placement = DeepSeekV3(SMALL, runtime), Placement(MeshShape.parse(mesh), runtime)
+    model = DeepSeekV3(SMALL, runtime)
+    placement = Placement(MeshShape.parse(mesh), runtime, parameter_axes(model))
     state = placement.init(lambda key: init_state(model, optimizer, key), jax.random.key(0))
     step = placement.jit_step(make_train_step(model, optimizer, schedule), state)
     seen: list[Any] = []

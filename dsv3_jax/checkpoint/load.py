@@ -17,10 +17,10 @@ from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.layout import Region
 from dsv3_jax.checkpoint.names import Leaf, TreePath
 from dsv3_jax.checkpoint.store import MANIFEST, Store
-from dsv3_jax.config import ConfigError, Runtime
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.parallel.rules import PRESETS, Axes, parameter_axes, rules_of
+from dsv3_jax.parallel.rules import PRESETS, Axes, rules_of
 from dsv3_jax.parallel.sharding import LogicalSharding
 
 
@@ -66,7 +66,7 @@ def load_pretrained(
     else:
         source = open_checkpoint(Path(path), mtp=mtp, check_hashes=check_hashes)
         leaves = [leaf for leaf in source.leaves.values() if mtp or not _is_mtp(leaf.path[1])]
-        where = place({leaf.path: leaf.shape for leaf in leaves})
+        where = place(source.config, {leaf.path: leaf.shape for leaf in leaves})
         config, variables = source.config, {}
         for leaf in leaves:
             target = np.dtype(np.float32 if leaf.kind.float32 else runtime.param_dtype)
@@ -97,22 +97,25 @@ def _is_mtp(name: str) -> bool:
     return name.startswith("mtp_")
 
 
-def shardings(shapes: runs.Shapes, mesh: Mesh | None, runtime: Runtime) -> dict[TreePath, Sharding]:
+def shardings(
+    config: ModelConfig, shapes: runs.Shapes, *, mesh: Mesh | None, runtime: Runtime
+) -> dict[TreePath, Sharding]:
     """Where parameters go: as training cuts them, where that divides an array's axis; without a mesh, to one device.
 
     Args:
+      config: the model's.
       shapes: of the parameters, by their paths in the tree.
 
     Raises ConfigError for an axis of the mesh that cuts nothing.
     """
     if mesh is None:
-        return runs.one_device(shapes)
+        return runs.one_device(config, shapes)
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     rules = PRESETS["fsdp_ep"] if runtime.sharding == "single" else rules_of(runtime)
-    stored = LogicalSharding(rules, mesh).stored()
+    stored, logical = LogicalSharding(rules, mesh).stored(), parameter_axes(DeepSeekV3(config))
 
     def cut(path: TreePath, shape: tuple[int, ...]) -> list[Axes | None]:
-        named = zip(parameter_axes(path, len(shape)), shape, strict=True)
+        named = zip(logical.get(path[1:], (None,) * len(shape)), shape, strict=True)
         return [(name and size % stored.size(name) == 0 and stored.axes(name)) or None for name, size in named]
 
     cuts = {path: cut(path, shape) for path, shape in shapes.items()}

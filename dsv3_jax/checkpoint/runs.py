@@ -27,7 +27,7 @@ HASHES = "hashes.json"
 Shapes = Mapping[TreePath, tuple[int, ...]]
 
 
-def one_device(shapes: Shapes) -> dict[TreePath, Sharding]:
+def one_device(config: ModelConfig, shapes: Shapes) -> dict[TreePath, Sharding]:
     """Places all variables on the first device."""
     return dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
 
@@ -55,13 +55,13 @@ def complete_steps(checkpoints: Path) -> list[int]:
 def read_run(
     directory: Path,
     runtime: Runtime,
-    place: Callable[[Shapes], Mapping[TreePath, Sharding]] = one_device,
+    place: Callable[[ModelConfig, Shapes], Mapping[TreePath, Sharding]] = one_device,
     *,
     check_hashes: bool = True,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """The config of the run's model and its variables, in the runtime's `param_dtype`; not the optimizer's state.
 
-    place: from the shapes of the variables, by their paths, to their shardings; a device reads its part of an array.
+    place: from the config and the variables' shapes, by path, to their shardings; each device reads its part.
 
     Raises CheckpointError if the run has no complete checkpoint, or its files can't be read.
     """
@@ -76,7 +76,7 @@ def read_run(
     model = DeepSeekV3(config, Runtime(param_dtype=runtime.param_dtype))
     abstract = dict(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     keys = lambda path: tuple(part.key for part in path)
-    where = place({keys(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(abstract)})
+    where = place(config, {keys(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(abstract)})
     item = jax.tree_util.tree_map_with_path(
         lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[keys(path)]), abstract
     )

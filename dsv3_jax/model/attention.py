@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model import attention_impls
 from dsv3_jax.model.linear import linear, weight
+from dsv3_jax.model.module import Module
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import kept
 from dsv3_jax.model.rope import apply_rope, softmax_scale
@@ -94,11 +94,8 @@ def attention(
     return jnp.einsum(f"bhts,bs{heads}v->bthv", weights, v)
 
 
-class MultiHeadLatentAttention(nn.Module):
+class MultiHeadLatentAttention(Module):
     """MLA. Parameters carry the released checkpoint's names; `k_b_proj` and `v_b_proj` are the halves of kv_b_proj."""
-
-    config: ModelConfig
-    runtime: Runtime
 
     @nn.compact
     def __call__(
@@ -113,16 +110,16 @@ class MultiHeadLatentAttention(nn.Module):
 
         # Queries (eq. 6 to 9): compressed, normed, expanded to heads; a rotated part beside the plain one.
         if c.q_lora_rank is None:
-            q = linear(x, weight(self, "q_proj", c.hidden_size, heads, nope + rope))
+            q = linear(x, weight(self, "q_proj", (c.hidden_size, heads, nope + rope), ("embed", "heads", None)))
         else:
-            c_q = kept(linear(x, weight(self, "q_a_proj", c.hidden_size, c.q_lora_rank)))
+            c_q = kept(linear(x, weight(self, "q_a_proj", (c.hidden_size, c.q_lora_rank), ("embed", None))))
             c_q = rms_norm(c_q, norm_scale(self, "q_a_layernorm", c.q_lora_rank), LATENT_NORM_EPS)
-            q = linear(c_q, weight(self, "q_b_proj", c.q_lora_rank, heads, nope + rope))
+            q = linear(c_q, weight(self, "q_b_proj", (c.q_lora_rank, heads, nope + rope), ("embed", "heads", None)))
         q = constrain(q, self.runtime, "batch", "sequence", "heads", None)
         q_nope, q_rope = q[..., :nope], apply_rope(q[..., nope:], index.positions, c)
 
         # The latent (eq. 1) and the one rotated key of all heads (eq. 3): all that a cache needs.
-        kv = kept(linear(x, weight(self, "kv_a_proj_with_mqa", c.hidden_size, rank + rope)))
+        kv = kept(linear(x, weight(self, "kv_a_proj_with_mqa", (c.hidden_size, rank + rope), ("embed", None))))
         latent = rms_norm(kv[..., :rank], norm_scale(self, "kv_a_layernorm", rank), LATENT_NORM_EPS)
         k_rope = apply_rope(kv[..., None, rank:], index.positions, c)[:, :, 0]
 
@@ -142,8 +139,8 @@ class MultiHeadLatentAttention(nn.Module):
             k_index = jnp.broadcast_to(jnp.arange(latent.shape[1]), latent.shape[:2])
             lengths = index.start + x.shape[1]
 
-        w_uk = weight(self, "k_b_proj", rank, heads, nope)
-        w_uv = weight(self, "v_b_proj", rank, heads, c.v_head_dim)
+        w_uk = weight(self, "k_b_proj", (rank, heads, nope), ("embed", "heads", None))
+        w_uv = weight(self, "v_b_proj", (rank, heads, c.v_head_dim), ("embed", "heads", None))
         if self.runtime.attention_impl == "reference" or self.is_initializing():
             where: dict[str, Any] = dict(
                 q_index=q_index, k_index=k_index, q_segments=index.segments, k_segments=k_segments
@@ -164,7 +161,7 @@ class MultiHeadLatentAttention(nn.Module):
             out = attend(q_latent, q_rope, shared, k_rope, shared)
             out = jnp.einsum("bthr,rhv->bthv", out, w_uv)
 
-        w_o = weight(self, "o_proj", heads, c.v_head_dim, c.hidden_size)
+        w_o = weight(self, "o_proj", (heads, c.v_head_dim, c.hidden_size), ("heads", None, "embed"))
         return kept(linear(kept(out), w_o, contract=2)), cache  # eq. 11
 
 

@@ -9,19 +9,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.config import ConfigError
 from dsv3_jax.model.attention import Index, LayerCache, MultiHeadLatentAttention
+from dsv3_jax.model.module import Module
 from dsv3_jax.model.moe import FeedForward, MoE
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.parallel.sharding import constrain
 
 
-class Block(nn.Module):
+class Block(Module):
     """x + attention(norm(x)), then x + ffn(norm(x)), the latter dense or a mixture of experts."""
 
-    config: ModelConfig
-    runtime: Runtime
     is_moe: bool
 
     @nn.compact

@@ -10,20 +10,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.parallel.rules import PARAMETERS
-from dsv3_jax.parallel.sharding import current_sharding
+from dsv3_jax.model.module import Module
+from dsv3_jax.parallel.sharding import Logical, current_sharding
 
 
-def weight(module: nn.Module, name: str, *shape: int, dtype: Any = None) -> jax.Array:
-    """Declares a weight as a parameter of `module`, which has a `config` and a `runtime`: N(0, initializer_range).
+def weight(module: Module, name: str, shape: tuple[int, ...], logical: Logical, dtype: Any = None) -> jax.Array:
+    """Declares a weight as a parameter of `module`: N(0, initializer_range).
 
-    Returns it as it is used: in `dtype`, by default the runtime's, and put together again if it is stored in pieces.
+    Args:
+      shape: input axes first, then output axes.
+      logical: the logical axis of each, or None; see `parallel.rules.Rules`.
+
+    Returns it as it is used: in `dtype`, by default the runtime's, and all-gathered along `embed` (FSDP).
     """
-    config, runtime = module.config, module.runtime  # type: ignore[attr-defined]
-    init = nn.initializers.normal(config.initializer_range)
-    stored = module.param(name, init, shape, jnp.dtype(runtime.param_dtype))
-    logical = PARAMETERS[name, len(shape)]
-    return current_sharding(runtime).all_gather_weight(stored.astype(dtype or runtime.dtype), name, logical)
+    stored = module.declare(name, nn.initializers.normal(module.config.initializer_range), shape, logical)
+    used = stored.astype(dtype or module.runtime.dtype)
+    return current_sharding(module.runtime).all_gather_weight(used, name, logical)
 
 
 def linear(x: jax.Array, w: jax.Array, *, contract: int = 1) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.linear import linear, weight
+from dsv3_jax.model.module import Module
 from dsv3_jax.model.remat import kept
 from dsv3_jax.model.router import Router, RouterStats
 from dsv3_jax.parallel.dispatch import experts_are_spread, experts_held, spread_experts
@@ -77,27 +78,23 @@ def experts(
     return compute(flat(x), flat(ids), flat(weights), w, ids.size).reshape(x.shape)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). The dense layers', and the shared experts' as one of their summed width."""
 
-    config: ModelConfig
-    runtime: Runtime
     width: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> (..., D) of the runtime's dtype."""
         d = self.config.hidden_size
-        gate = kept(linear(x, weight(self, "gate_proj", d, self.width)))
-        up = kept(linear(x, weight(self, "up_proj", d, self.width)))
-        return linear(jax.nn.silu(gate) * up, weight(self, "down_proj", self.width, d))
+        gate = kept(linear(x, weight(self, "gate_proj", (d, self.width), ("embed", "ffn"))))
+        up = kept(linear(x, weight(self, "up_proj", (d, self.width), ("embed", "ffn"))))
+        down = weight(self, "down_proj", (self.width, d), ("ffn", "embed"))
+        return linear(jax.nn.silu(gate) * up, down)
 
 
-class RoutedExperts(nn.Module):
+class RoutedExperts(Module):
     """The parameters of the routed experts, and the seam applied to them."""
-
-    config: ModelConfig
-    runtime: Runtime
 
     @nn.compact
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
@@ -107,7 +104,9 @@ class RoutedExperts(nn.Module):
             ids = self._slots(ids)
         e, d, f = experts_held(c, self.runtime), c.hidden_size, c.moe_intermediate_size
         w = ExpertWeights(
-            weight(self, "gate_proj", e, d, f), weight(self, "up_proj", e, d, f), weight(self, "down_proj", e, f, d)
+            weight(self, "gate_proj", (e, d, f), ("experts", "embed", "expert_ffn")),
+            weight(self, "up_proj", (e, d, f), ("experts", "embed", "expert_ffn")),
+            weight(self, "down_proj", (e, f, d), ("experts", "expert_ffn", "embed")),
         )
         return experts(x, ids, weights, w, c, self.runtime)
 
@@ -121,11 +120,8 @@ class RoutedExperts(nn.Module):
         return slot_of[ids, token % copies[ids]]
 
 
-class MoE(nn.Module):
+class MoE(Module):
     """Shared experts plus the routed ones that the gate chose (eq. 12, without the residual)."""
-
-    config: ModelConfig
-    runtime: Runtime
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, RouterStats]:

@@ -6,23 +6,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.attention import Index, LayerCache
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.linear import linear, weight
+from dsv3_jax.model.module import Module
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.router import RouterStats
 
 
-class MTPModule(nn.Module):
+class MTPModule(Module):
     """Depth k: from the hidden states of depth k-1 and the embeddings of the tokens k ahead, those of depth k.
 
     Two points follow the released weights rather than eq. 21 as printed: the projection's input is
     [norm(embedding); norm(hidden)] in this order, and a hidden state is taken after its final norm.
     """
-
-    config: ModelConfig
-    runtime: Runtime
 
     @nn.compact
     def __call__(
@@ -35,7 +32,7 @@ class MTPModule(nn.Module):
         c, r = self.config, self.runtime
         norm = lambda name, x: rms_norm(x, norm_scale(self, name, c.hidden_size), c.rms_norm_eps)
         both = jnp.concatenate([norm("enorm", embedded), norm("hnorm", hidden)], axis=-1)
-        x = linear(both, weight(self, "eh_proj", 2 * c.hidden_size, c.hidden_size))
+        x = linear(both, weight(self, "eh_proj", (2 * c.hidden_size, c.hidden_size), (None, "embed")))
         x, (cache, stats) = Block(c, r, is_moe=True, name="block")(x, index, cache)
         assert stats is not None  # since the block is sparse
         return norm("norm", x), cache, stats

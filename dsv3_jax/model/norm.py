@@ -6,10 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.model.module import Module
 
-def norm_scale(module: nn.Module, name: str, size: int) -> jax.Array:
-    """Declares the scale (size,) of a norm as a parameter of `module`, which has a `runtime`; ones at init."""
-    return module.param(name, nn.initializers.ones, (size,), jnp.dtype(module.runtime.param_dtype))  # type: ignore[attr-defined]
+
+def norm_scale(module: Module, name: str, size: int) -> jax.Array:
+    """Declares the scale (size,) of a norm as a parameter of `module`; ones at init."""
+    return module.declare(name, nn.initializers.ones, (size,), (None,))
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.linear import weight
+from dsv3_jax.model.module import Module
 
 ROUTER = "router"
 """The Linen collection of `e_score_correction_bias`: beside the parameters, where no optimizer or cast reaches it."""
@@ -77,11 +78,8 @@ def _count(ids: jax.Array, experts: int) -> jax.Array:
     return jax.vmap(lambda i: jnp.bincount(i.ravel(), length=experts))(ids).astype(jnp.float32)
 
 
-class Router(nn.Module):
+class Router(Module):
     """The gate of one MoE layer. In float32 whatever the runtime's dtype: a rounded affinity changes the choice."""
-
-    config: ModelConfig
-    runtime: Runtime
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, RouterStats]:
@@ -89,7 +87,7 @@ class Router(nn.Module):
         c = self.config
         (batch, tokens, width), experts, k = x.shape, c.n_routed_experts, c.num_experts_per_tok
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        centroids = weight(self, "weight", width, experts, dtype=wide)  # e_i of eq. 15, as columns
+        centroids = weight(self, "weight", (width, experts), ("embed", None), dtype=wide)  # e_i of eq. 15, as columns
         logits = jnp.dot(x.astype(wide), centroids, precision=jax.lax.Precision.HIGHEST)
         scores = affinities(logits, c)
         bias = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,12 +15,13 @@ from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.attention import Index, LayerCache
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.linear import weight, wide_linear
+from dsv3_jax.model.module import LAYERS, Module, logical_axes
 from dsv3_jax.model.moe import PLACEMENT
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.router import ROUTER, RouterStats
-from dsv3_jax.parallel.sharding import constrain
+from dsv3_jax.parallel.sharding import Logical, constrain
 
 
 @struct.dataclass
@@ -47,7 +51,7 @@ class Outputs:
     mtp_stats: tuple[RouterStats, ...]
 
 
-class DeepSeekV3(nn.Module):
+class DeepSeekV3(Module):
     """The model as pure functions.
 
     ```
@@ -57,20 +61,19 @@ class DeepSeekV3(nn.Module):
     ```
     """
 
-    config: ModelConfig
     runtime: Runtime = Runtime()
 
     def setup(self) -> None:
         c, r = self.config, self.runtime
         # Looked up before it is rounded: so the gradient of a row, which may have many thousand addends, is float32.
         wide = jnp.promote_types(r.dtype, jnp.float32)
-        self.embed_tokens = weight(self, "embed_tokens", c.vocab_size, c.hidden_size, dtype=wide)
+        self.embed_tokens = weight(self, "embed_tokens", (c.vocab_size, c.hidden_size), ("vocab", "embed"), dtype=wide)
         if c.num_dense_layers:
             self.dense_layers = _stack(c.num_dense_layers, c, r, is_moe=False)
         if c.num_moe_layers:
             self.moe_layers = _stack(c.num_moe_layers, c, r, is_moe=True)
         self.norm = norm_scale(self, "norm", c.hidden_size)
-        self.lm_head = weight(self, "lm_head", c.hidden_size, c.vocab_size)
+        self.lm_head = weight(self, "lm_head", (c.hidden_size, c.vocab_size), ("embed", "vocab"))
         self.mtp = [rematerialise(MTPModule, r)(c, r, name=f"mtp_{k}") for k in range(c.num_nextn_predict_layers)]
 
     def __call__(
@@ -196,6 +199,12 @@ class DeepSeekV3(nn.Module):
         return constrain(wide_linear(hidden, self.lm_head), self.runtime, "batch", "sequence", "vocab")
 
 
+@functools.cache
+def parameter_axes(model: DeepSeekV3) -> Mapping[tuple[str, ...], Logical]:
+    """Logical axes of the model's parameters, by their paths below the collection."""
+    return logical_axes(model, jnp.zeros((1, 1), jnp.int32))
+
+
 def init_cache(config: ModelConfig, runtime: Runtime, batch: int, length: int) -> Cache:
     """An empty cache with room for `length` tokens of each of `batch` sequences, in the runtime's dtype.
 
@@ -236,5 +245,6 @@ def _stack(layers: int, config: ModelConfig, runtime: Runtime, *, is_moe: bool) 
         in_axes=(nn.broadcast, 0),
         out_axes=0,
         length=layers,
+        metadata_params=LAYERS,
     )
     return scanned(config, runtime, is_moe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsv3_jax.config import ConfigError, Runtime
 from dsv3_jax.parallel.mesh import AXES, MeshShape, make_mesh
 from dsv3_jax.parallel.rules import rules_of
-from dsv3_jax.parallel.sharding import LogicalSharding, state_shardings
+from dsv3_jax.parallel.sharding import Logical, LogicalSharding, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,16 @@ class Placement:
     A mesh of one device takes the first there is; any other takes all devices of all processes of the job.
     """
 
-    def __init__(self, shape: MeshShape, runtime: Runtime, devices: list[jax.Device] | None = None) -> None:
+    def __init__(
+        self,
+        shape: MeshShape,
+        runtime: Runtime,
+        axes: Mapping[tuple[str, ...], Logical],
+        devices: list[jax.Device] | None = None,
+    ) -> None:
         """Raises ConfigError if the mesh doesn't suit the devices, or the rules cut nothing over one of its axes.
+
+        axes: logical axes of the model's parameters, by their paths below the collection.
 
         `devices` may be of a topology that isn't there, to compile for.
         """
@@ -59,12 +67,13 @@ class Placement:
             devices = jax.local_devices()[:1] if shape.devices == 1 else jax.devices()
         self.mesh = make_mesh(shape, devices)
         self.sharding = LogicalSharding(rules, self.mesh)
+        self._axes = axes
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self._batch = NamedSharding(self.mesh, PartitionSpec(self.sharding.axes("batch") or None))
 
     def init(self, init: Callable[[jax.Array], Any], key: jax.Array) -> Any:
         """The pytree `init(key)`, each device making only its part of it."""
-        shardings = state_shardings(jax.eval_shape(init, key), self.mesh, self.sharding.rules)
+        shardings = state_shardings(jax.eval_shape(init, key), self.mesh, self.sharding.rules, self._axes)
         return jax.jit(init, out_shardings=shardings)(key)
 
     def abstract(self, init: Callable[[jax.Array], Any], batch: dict[str, Any]) -> tuple[Any, Any]:
@@ -74,10 +83,11 @@ class Placement:
         """
         place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         state = jax.eval_shape(init, jax.random.key(0))
-        shardings = state_shardings(state, self.mesh, self.sharding.rules)
+        shardings = state_shardings(state, self.mesh, self.sharding.rules, self._axes)
         cut = {axis for sharding in jax.tree.leaves(shardings) for axes in sharding.spec for axis in _axes(axes)}
+        cut |= {*self.sharding.axes("batch"), *self.sharding.axes("sequence")}
         for axis in AXES:
-            if self.sharding.axis_size(axis) > 1 and axis not in cut.union(*map(self.sharding.axes, ("batch", "sequence"))):
+            if self.sharding.axis_size(axis) > 1 and axis not in cut:
                 raise ConfigError(f"mesh.{axis} is {self.mesh.shape[axis]}, but nothing of this model is cut over it")
         return jax.tree.map(place, state, shardings), jax.tree.map(lambda x: place(x, self._batch), batch)
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ConfigError, Runtime
-from dsv3_jax.parallel.rules import LOGICAL, Axes, Rules, parameter_axes, rules_of
+from dsv3_jax.parallel.rules import LOGICAL, Axes, Rules, rules_of
 
 Logical = tuple[str | None, ...]
 """A field of `Rules`, or None, for each axis of an array."""
@@ -107,21 +108,26 @@ def constrain(x: jax.Array, runtime: Runtime, *logical: str | None) -> jax.Array
     return current_sharding(runtime).constrain(x, *logical)
 
 
-def state_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+def state_shardings(tree: Any, mesh: Mesh, rules: Rules, axes: Mapping[tuple[str, ...], Logical]) -> Any:
     """Where each array of a train state, or of the model's variables, lives: a NamedSharding for each leaf.
 
     Args:
-      tree: arrays or their abstract twins. Leaves that aren't a parameter's (counters, keys) are on every device.
+      tree: arrays or their abstract twins. Leaves that aren't a parameter, its gradient or its moment (counters, keys,
+        biases of the router) are on every device.
+      axes: logical axes of the parameters, by their paths below the collection.
 
     Raises ConfigError, naming the parameter, if the rules don't suit its shape.
     """
     stored = LogicalSharding(rules, mesh).stored()
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        if leaf.ndim == 0 or getattr(path[-1], "key", None) is None:
+        keys = tuple(str(getattr(key, "key", "")) for key in path)
+        # A parameter's path ends with its names, whatever stands before: an attribute, an index, a collection.
+        logical = next((axes[keys[i:]] for i in range(len(keys)) if keys[i:] in axes), None)
+        if logical is None:
             return NamedSharding(mesh, PartitionSpec())
         what = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, stored.spec(what, leaf.shape, parameter_axes(path, leaf.ndim)))
+        return NamedSharding(mesh, stored.spec(what, leaf.shape, logical))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 

@@ -41,7 +41,7 @@ def aot_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
     from dsv3_jax.accounting.flops import count_flops
     from dsv3_jax.accounting.hardware import hardware
     from dsv3_jax.config import Runtime
-    from dsv3_jax.model.transformer import DeepSeekV3
+    from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
     from dsv3_jax.parallel.mesh import MeshShape
     from dsv3_jax.parallel.placement import Placement
     from dsv3_jax.planning.compiled import collectives, costs, device_bytes
@@ -75,7 +75,7 @@ def aot_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
     )
     model, schedule = DeepSeekV3(config, runtime), Schedule(ScheduleConfig(steps=1000, batch_size=args.batch))
     optimizer = make_optimizer(OptimizerConfig(moments_dtype=args.moments), schedule)
-    placement = Placement(mesh, runtime, devices[:1] if mesh.devices == 1 else devices)
+    placement = Placement(mesh, runtime, parameter_axes(model), devices[:1] if mesh.devices == 1 else devices)
     step = make_train_step(model, optimizer, schedule, microbatches=plan.microbatches)
     tokens = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
     state, batch = placement.abstract(

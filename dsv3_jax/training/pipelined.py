@@ -20,10 +20,9 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.router import ROUTER, RouterStats
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.pipeline import layers_of_stages, pipeline_gradients
-from dsv3_jax.parallel.rules import parameter_axes
-from dsv3_jax.parallel.sharding import current_sharding
+from dsv3_jax.parallel.sharding import Logical, current_sharding
 from dsv3_jax.training.losses import Batch, Tally, balance_loss, lay_out, tally_of
 
 SPARSE = "moe_layers"
@@ -100,7 +99,7 @@ def pipelined_gradients(
         pieces,
         ((bias, exists), router),
         stages=stages,
-        specs=(_specs(own, ("layers", None), model), _specs(shared, (), model)),
+        specs=(_specs(own, model, (SPARSE,), ("layers", None)), _specs(shared, model, (), ())),
         batch=batch,
         activation=jax.ShapeDtypeStruct((sequences // parts, length, config.hidden_size), jnp.dtype(runtime.dtype)),
         schedule=runtime.pipeline,
@@ -112,12 +111,15 @@ def pipelined_gradients(
     return d_shared | {SPARSE: d_stack}, tally.replace(load=tally.load | {SPARSE: sparse_load})
 
 
-def _specs(tree: Any, leading: tuple[str | None, ...], model: DeepSeekV3) -> Any:
-    """How the pipeline's devices hold parameters: whole, but for `leading` axes and experts."""
-    sharding = current_sharding(model.runtime)
+def _specs(tree: Any, model: DeepSeekV3, above: tuple[str, ...], leading: Logical) -> Any:
+    """PartitionSpecs of the pipeline's parameters: whole, but for experts and for `leading` axes in place of "layers".
+
+    above: names above the tree in the model's parameters.
+    """
+    sharding, axes = current_sharding(model.runtime), parameter_axes(model)
 
     def spec(path: Any, a: jax.Array) -> PartitionSpec:
-        own = parameter_axes(path, a.ndim - len(leading))
+        own = [name for name in axes[*above, *(key.key for key in path)] if name != "layers" or not leading]
         logical = (*leading, *(name if name == "experts" else None for name in own))
         return sharding.spec(jax.tree_util.keystr(path), a.shape, logical)
 

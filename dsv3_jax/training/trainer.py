@@ -30,7 +30,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.data import load_tokenizer, train_iterator, validation_batches
 from dsv3_jax.inference.generate import generate, longest
 from dsv3_jax.inference.sampling import Sampling
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.placement import OnMesh, Placement, all_processes_here, any_process
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.config import TrainConfig
@@ -126,7 +126,7 @@ class _Run:
         self.schedule = Schedule(config.schedule)
         optimizer = make_optimizer(config.optimizer, self.schedule)
         self.init = lambda key: init_state(self.model, optimizer, key)
-        self.placement = Placement(config.mesh, config.runtime)
+        self.placement = Placement(config.mesh, config.runtime, parameter_axes(self.model))
         self.abstract, _ = self.placement.abstract(self.init, {})
         step = make_train_step(self.model, optimizer, self.schedule, microbatches=config.microbatches)
         self.train_step = self.placement.jit_step(step, self.abstract)

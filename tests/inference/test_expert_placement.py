@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsv3_jax.config import ConfigError, Runtime
 from dsv3_jax.inference.expert_placement import expert_load, place_slots, place_slots_on_nodes, with_redundant_experts
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.rules import rules_of
 from dsv3_jax.parallel.sharding import state_shardings
@@ -74,7 +74,7 @@ def test_slots_compute_the_same(sharding):
         outputs = forward(got, placed)
     else:
         mesh = make_mesh(NODES)
-        on_mesh = jax.device_put(placed, state_shardings(placed, mesh, rules_of(runtime)))
+        on_mesh = jax.device_put(placed, state_shardings(placed, mesh, rules_of(runtime), parameter_axes(model)))
         with jax.set_mesh(mesh):
             outputs = jax.jit(lambda v: forward(got, v))(on_mesh)
     for a, b in zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True):

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.training import trainer
 from dsv3_jax.training.checkpoints import Checkpoints
@@ -43,7 +43,7 @@ def test_values_are_the_same_on_another_mesh(tmp_path, before, after):
             DeepSeekV3(config.model, config.runtime),
             make_optimizer(config.optimizer, Schedule(config.schedule)),
         )
-        placement = Placement(config.mesh, config.runtime)
+        placement = Placement(config.mesh, config.runtime, parameter_axes(model))
         return placement.init(lambda key: init_state(model, optimizer, key), jax.random.key(seed))
 
     saved, other = placed(*before, 0), placed(*after, 1)

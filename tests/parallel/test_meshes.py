@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from dsv3_jax.config import ModelConfig, Runtime
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -59,7 +59,7 @@ class Recorded(dict):
 def run(shape, microbatches=1, **runtime):
     """Gradients of the first step, and metrics and variables after three."""
     model = DeepSeekV3(CONFIG, Runtime(**{"experts_impl": "ragged"} | runtime))
-    placement = Placement(shape, model.runtime)
+    placement = Placement(shape, model.runtime, parameter_axes(model))
     optimizer = optax.chain(KEEPS_GRADIENTS, make_optimizer(OptimizerConfig(), SCHEDULE))
     state = placement.init(lambda key: init_state(model, optimizer, key), jax.random.key(0))
     step = placement.jit_step(make_train_step(model, optimizer, SCHEDULE, microbatches=microbatches), state)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.config import ModelConfig, Runtime
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.rules import rules_of
 from dsv3_jax.parallel.sharding import state_shardings
@@ -26,7 +26,7 @@ def beside_exchanges(interleave):
     mesh = make_mesh(MeshShape(expert=4), topology_devices("v5p:2x2x1"))
     tokens = jax.ShapeDtypeStruct((32, 1024), jnp.int32)
     variables = jax.eval_shape(lambda: DeepSeekV3(CONFIG).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
-    where = state_shardings(variables, mesh, rules_of(runtime))
+    where = state_shardings(variables, mesh, rules_of(runtime), parameter_axes(model))
     variables = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), variables, where)
     forward = jax.jit(lambda v, t: model.apply(v, t, (), method="forward").logits.sum())
     with jax.set_mesh(mesh):

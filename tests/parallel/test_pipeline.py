@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ConfigError, Runtime
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.pipeline import duration, layers_of_stages
 from dsv3_jax.parallel.placement import Placement
@@ -34,7 +34,8 @@ def test_durations():
 
 def first_step(shape, config=CONFIG, microbatches=2):
     model = DeepSeekV3(config, Runtime(sharding="pp_ep_dp"))
-    placement, optimizer = Placement(MeshShape.parse(shape), model.runtime), make_optimizer(OptimizerConfig(), SCHEDULE)
+    placement = Placement(MeshShape.parse(shape), model.runtime, parameter_axes(model))
+    optimizer = make_optimizer(OptimizerConfig(), SCHEDULE)
     init = lambda key: init_state(model, optimizer, key)
     state = jax.eval_shape(init, jax.random.key(0))
     step = make_train_step(model, optimizer, SCHEDULE, microbatches=microbatches)

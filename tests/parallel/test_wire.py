@@ -9,10 +9,9 @@ import pytest
 
 from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.moe import ExpertWeights, experts
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.placement import Placement
-from dsv3_jax.parallel.rules import STACKS
 from dsv3_jax.planning.compiled import collectives
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
@@ -65,14 +64,14 @@ def test_gathers_are_of_one_weight_at_a_time():
     model = DeepSeekV3(CONFIG, Runtime(sharding="fsdp"))
     schedule = Schedule(ScheduleConfig(steps=10, batch_size=8))
     optimizer = make_optimizer(OptimizerConfig(), schedule)
-    placement = Placement(MeshShape(fsdp=8), model.runtime)
+    placement = Placement(MeshShape(fsdp=8), model.runtime, parameter_axes(model))
     tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32)
     state, batch = placement.abstract(
         lambda key: init_state(model, optimizer, key), {"tokens": tokens, "targets": tokens}
     )
     compiled = placement.lower(make_train_step(model, optimizer, schedule), state, batch).compile()
     paths = jax.tree_util.tree_leaves_with_path(state.params)
-    stacked = lambda path: any(getattr(p, "key", None) in STACKS for p in path)
+    stacked = lambda path: any(getattr(p, "key", None) in ("dense_layers", "moe_layers") for p in path)
     largest = max(math.prod(leaf.shape[stacked(path) :]) * 4 for path, leaf in paths)
     gathered = [c.bytes for c in collectives(compiled) if c.kind == "all-gather"]
     assert gathered

@@ -1,0 +1,71 @@
+"""The base of the model's Flax modules: a parameter's shape, init and logical axes are declared together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import struct
+
+from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.parallel.sharding import Logical
+
+LAYERS = {nn.PARTITION_NAME: "layers"}
+"""The logical axis that `nn.scan` adds in front of the parameters of stacked layers."""
+
+
+class Module(nn.Module):
+    """A part of the model, with its architecture and how it is computed."""
+
+    config: ModelConfig
+    runtime: Runtime
+
+    @nn.nowrap
+    def init(self, *args: Any, **kwargs: Any) -> Any:
+        """Initialises the variables from a key and example inputs: a pytree of plain arrays."""
+        return nn.meta.unbox(super().init(*args, **kwargs))
+
+    def declare(
+        self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], logical: Logical
+    ) -> jax.Array:
+        """Declares a parameter, stored in the runtime's `param_dtype`, and returns it as it is stored.
+
+        Raises ValueError if `logical` doesn't have one logical axis or None for each axis of `shape`.
+        """
+        if len(shape) != len(logical):
+            raise ValueError(f"{name} has shape {shape}, but logical axes {logical}: give one, or None, for each axis")
+        boxed = lambda *args: _Declared(init(*args), logical)
+        stored: Any = self.param(name, boxed, shape, jax.numpy.dtype(self.runtime.param_dtype))
+        return stored
+
+
+def logical_axes(module: Module, *args: Any) -> dict[tuple[str, ...], Logical]:
+    """Logical axes of every parameter: from paths below the collection, as ("norm",), to a name or None per axis.
+
+    args: example inputs, as `init` takes them.
+    """
+    variables = jax.eval_shape(lambda: nn.Module.init(module, jax.random.key(0), *args))
+    boxes = jax.tree_util.tree_leaves_with_path(variables, is_leaf=lambda x: isinstance(x, _Declared))
+    return {tuple(k.key for k in path[1:]): box.logical for path, box in boxes if isinstance(box, _Declared)}
+
+
+@struct.dataclass
+class _Declared(nn.meta.AxisMetadata[Any]):
+    """An initialised parameter with its logical axes, as Flax's transforms carry it."""
+
+    value: Any
+    logical: Logical = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Any:
+        return self.replace(value=val)  # type: ignore[attr-defined]
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
+        logical = (*self.logical[:index], params[nn.PARTITION_NAME], *self.logical[index:])
+        return self.replace(logical=logical)  # type: ignore[attr-defined]
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Any:
+        return self.replace(logical=self.logical[:index] + self.logical[index + 1 :])  # type: ignore[attr-defined]
