@@ -410,7 +410,7 @@ class Runtime:
         "reference"
     )
     """`gpu` and `tpu`: the kernels for Hopper and TPUs, bfloat16, tokens in their order (no context parallelism); see
-    `model.attention_impls`. For tests on a CPU: `pallas_reference` takes the same way to the kernels' plain twins,
+    `model.attend`. For tests on a CPU: `pallas_reference` takes the same way to the kernels' plain twins,
     `_interpret` to the kernels, slowly."""
     experts_impl: Literal["reference", "ragged", "blocked", "gpu", "tokamax"] = "ragged"
     """`ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, which is the fast way on a CPU. For

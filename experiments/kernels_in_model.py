@@ -22,7 +22,8 @@ import numpy as np
 import tyro
 
 from dsv3_jax.config import ModelConfig, Runtime
-from dsv3_jax.model.transformer import DeepSeekV3, init_cache
+from dsv3_jax.model.cache import init_cache
+from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.training.losses import forward_tally
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig

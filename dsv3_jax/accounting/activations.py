@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig, Runtime
-from dsv3_jax.model.attention import Index
 from dsv3_jax.model.block import Block
+from dsv3_jax.model.cache import TokenPositions
 from dsv3_jax.model.remat import rematerialise
 
 _PRIME = 1009
@@ -36,14 +36,14 @@ def saved_by_block(config: ModelConfig, runtime: Runtime, is_moe: bool) -> Saved
     x = jax.ShapeDtypeStruct((1, _PRIME, config.hidden_size), jnp.dtype(runtime.dtype))
 
     def backward(x: jax.Array):
-        index = Index(jnp.zeros((1, _PRIME), jnp.int32))
+        where = TokenPositions(jnp.zeros((1, _PRIME), jnp.int32))
 
         def forward(variables, x):
-            result: Any = block.apply(variables, x, index, None)
+            result: Any = block.apply(variables, x, where, None)
             out, (_, stats) = result
             return out, None if stats is None else stats.affinity
 
-        return jax.vjp(forward, block.init(jax.random.key(0), x, index, None), x)[1]
+        return jax.vjp(forward, block.init(jax.random.key(0), x, where, None), x)[1]
 
     per_token = per_pair = 0.0
     for leaf in jax.tree.leaves(jax.eval_shape(backward, x)):

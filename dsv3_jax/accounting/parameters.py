@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig, Runtime
-from dsv3_jax.model.transformer import DeepSeekV3, init_cache
+from dsv3_jax.model.cache import init_cache
+from dsv3_jax.model.transformer import DeepSeekV3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ import numpy as np
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.sampling import Sampling, sample
-from dsv3_jax.model.transformer import Cache, DeepSeekV3, check_token_ids, init_cache
+from dsv3_jax.model.cache import Cache, init_cache
+from dsv3_jax.model.transformer import DeepSeekV3, check_token_ids
 
 _GREEDY = Sampling(temperature=0)
 _TILE = 128

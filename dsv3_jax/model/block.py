@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.model.attention import Index, LayerCache, MultiHeadLatentAttention
+from dsv3_jax.model.attention import MultiHeadLatentAttention
+from dsv3_jax.model.cache import LayerCache, TokenPositions
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.moe import FeedForward, MoE
 from dsv3_jax.model.norm import norm_scale, rms_norm
@@ -25,7 +26,7 @@ class Block(Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, index: Index, cache: LayerCache | None
+        self, x: jax.Array, where: TokenPositions, cache: LayerCache | None
     ) -> tuple[jax.Array, tuple[LayerCache | None, RouterStats | None]]:
         """x (B, T, D) -> the same, with the extended cache and, of an MoE block, the routing's stats."""
         c, r = self.config, self.runtime
@@ -35,23 +36,23 @@ class Block(Module):
         ffn: nn.Module = MoE(c, r, name="mlp") if self.is_moe else FeedForward(c, r, c.intermediate_size, name="mlp")
 
         def block(
-            x: jax.Array, index: Index, cache: LayerCache | None
+            x: jax.Array, where: TokenPositions, cache: LayerCache | None
         ) -> tuple[jax.Array, tuple[LayerCache | None, RouterStats | None]]:
-            h, cache = attention(rms_norm(x, before_attention, c.rms_norm_eps), index, cache)
+            h, cache = attention(rms_norm(x, before_attention, c.rms_norm_eps), where, cache)
             x = constrain(x + h, r, "batch", "sequence", None)
             h = rms_norm(x, before_ffn, c.rms_norm_eps)
             h, stats = ffn(h) if self.is_moe else (ffn(h), None)
             return constrain(x + h, r, "batch", "sequence", None), (cache, stats)
 
         if self.is_moe and cache is None and r.interleave > 1 and not self.is_initializing():
-            return _interleaved(block, x, index, r.interleave)
-        return block(x, index, cache)
+            return _interleaved(block, x, where, r.interleave)
+        return block(x, where, cache)
 
 
 def _interleaved(
     block: Callable[..., tuple[jax.Array, tuple[LayerCache | None, RouterStats | None]]],
     x: jax.Array,
-    index: Index,
+    where: TokenPositions,
     parts: int,
 ) -> tuple[jax.Array, tuple[LayerCache | None, RouterStats | None]]:
     """The block on `parts` shares of the batch, none of which waits for another.
@@ -62,9 +63,9 @@ def _interleaved(
     if x.shape[0] % parts:
         raise ConfigError(f"runtime.interleave is {parts}: it doesn't divide the {x.shape[0]} sequences of a batch")
     share = lambda a, i: a.reshape(-1, parts, *a.shape[1:])[:, i]
-    of_batch = dataclasses.replace(index, order=None)
+    of_batch = dataclasses.replace(where, order=None)
     done = [
-        block(share(x, i), jax.tree.map(lambda a, i=i: share(a, i), of_batch).replace(order=index.order), None)
+        block(share(x, i), jax.tree.map(lambda a, i=i: share(a, i), of_batch).replace(order=where.order), None)
         for i in range(parts)
     ]
     return jax.tree.map(lambda *shares: jnp.stack(shares, 1).reshape(-1, *shares[0].shape[1:]), *done)

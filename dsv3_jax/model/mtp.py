@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.model.attention import Index, LayerCache
 from dsv3_jax.model.block import Block
+from dsv3_jax.model.cache import LayerCache, TokenPositions
 from dsv3_jax.model.linear import linear, weight
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.norm import norm_scale, rms_norm
@@ -23,7 +23,7 @@ class MTPModule(Module):
 
     @nn.compact
     def __call__(
-        self, hidden: jax.Array, embedded: jax.Array, index: Index, cache: LayerCache | None = None
+        self, hidden: jax.Array, embedded: jax.Array, where: TokenPositions, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None, RouterStats]:
         """hidden, embedded (B, T, D) -> hidden states (B, T, D) after this depth's norm, the cache, router stats.
 
@@ -33,6 +33,6 @@ class MTPModule(Module):
         norm = lambda name, x: rms_norm(x, norm_scale(self, name, c.hidden_size), c.rms_norm_eps)
         both = jnp.concatenate([norm("enorm", embedded), norm("hnorm", hidden)], axis=-1)
         x = linear(both, weight(self, "eh_proj", (2 * c.hidden_size, c.hidden_size), (None, "embed")))
-        x, (cache, stats) = Block(c, r, is_moe=True, name="block")(x, index, cache)
+        x, (cache, stats) = Block(c, r, is_moe=True, name="block")(x, where, cache)
         assert stats is not None  # since the block is sparse
         return norm("norm", x), cache, stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -12,8 +13,8 @@ import numpy as np
 from flax import struct
 
 from dsv3_jax.config import ModelConfig, Runtime
-from dsv3_jax.model.attention import Index, LayerCache
 from dsv3_jax.model.block import Block
+from dsv3_jax.model.cache import Cache, TokenPositions
 from dsv3_jax.model.linear import weight, wide_linear
 from dsv3_jax.model.module import LAYERS, Module, logical_axes
 from dsv3_jax.model.moe import PLACEMENT
@@ -22,19 +23,6 @@ from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.router import ROUTER, RouterStats
 from dsv3_jax.parallel.sharding import Logical, constrain
-
-
-@struct.dataclass
-class Cache:
-    """The latent cache of a batch: (L, B, S, R + P) numbers, R + P a token and layer (report section 2.1.1).
-
-    dense, moe: entries of the dense and of the sparse layers, (layers, B, S, ...); None where there are none.
-    length: (B,) int32, tokens held of each sequence.
-    """
-
-    dense: LayerCache | None
-    moe: LayerCache | None
-    length: jax.Array
 
 
 @struct.dataclass
@@ -93,10 +81,10 @@ class DeepSeekV3(Module):
           ValueError: T exceeds `max_position_embeddings`, or `tokens` holds an id outside the vocabulary. Under
             `jit` ids can't be looked at: there, one outside the vocabulary turns its logits to NaN.
         """
-        index = self.index(tokens, positions, segments)
-        hidden, _, _ = self._trunk(tokens, index, None)
+        where = self.token_positions(tokens, positions, segments)
+        hidden, _, _ = self._trunk(tokens, where, None)
         if self.is_initializing():
-            self._predict_further(hidden, (tokens,) * len(self.mtp), index)
+            self._predict_further(hidden, (tokens,) * len(self.mtp), where)
         return self._head(hidden)
 
     def forward(
@@ -115,20 +103,22 @@ class DeepSeekV3(Module):
           further_tokens: for each MTP depth k in use, (B, T) int32: `tokens` shifted k to the left.
           order: (T,) int32, each token's place in its sequence, if they don't stand in this order.
         """
-        index = self.index(tokens, positions, segments, order)
-        hidden, _, stats = self._trunk(tokens, index, None)
-        further, mtp_stats = self._predict_further(hidden, further_tokens, index)
+        where = self.token_positions(tokens, positions, segments, order)
+        hidden, _, stats = self._trunk(tokens, where, None)
+        further, mtp_stats = self._predict_further(hidden, further_tokens, where)
         return Outputs(self._head(hidden), tuple(self._head(h) for h in further), stats, mtp_stats)
 
     def begin(self, tokens: jax.Array, **where: jax.Array | None) -> jax.Array:
         """The part of `forward` before the sparse layers, (B, T, D): the first stage's of a pipeline."""
         x = self._embed(tokens)
-        return self.dense_layers(x, self.index(tokens, **where), None)[0] if self.config.num_dense_layers else x
+        return (
+            self.dense_layers(x, self.token_positions(tokens, **where), None)[0] if self.config.num_dense_layers else x
+        )
 
     def finish(self, x: jax.Array, further_tokens: tuple[jax.Array, ...], **where: jax.Array | None) -> Outputs:
         """The part of `forward` after the sparse layers, whose x (B, T, D) is: the last stage's of a pipeline."""
         hidden = rms_norm(x, self.norm, self.config.rms_norm_eps)
-        further, stats = self._predict_further(hidden, further_tokens, self.index(x[:, :, 0], **where))
+        further, stats = self._predict_further(hidden, further_tokens, self.token_positions(x[:, :, 0], **where))
         return Outputs(self._head(hidden), tuple(self._head(h) for h in further), None, stats)
 
     def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -136,24 +126,24 @@ class DeepSeekV3(Module):
 
         Args:
           tokens: (B, T) int32.
-          cache: from `init_cache`. The caller makes sure that it has room for T more.
+          cache: as `init_cache` makes it. The caller makes sure that it has room for T more.
 
         Returns:
           logits (B, T, V) float32, and the extended cache.
         """
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        hidden, extended, _ = self._trunk(tokens, Index(positions, start=cache.length), cache)
+        hidden, extended, _ = self._trunk(tokens, TokenPositions(positions, cached=cache.length), cache)
         assert extended is not None  # since `cache` is
         return self._head(hidden), extended
 
     @nn.nowrap
-    def index(
+    def token_positions(
         self,
         tokens: jax.Array,
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
         order: jax.Array | None = None,
-    ) -> Index:
+    ) -> TokenPositions:
         """Where tokens (B, T) stand, as `forward` says it; raises as `__call__` does."""
         limit = self.config.max_position_embeddings
         if tokens.ndim != 2:
@@ -162,7 +152,7 @@ class DeepSeekV3(Module):
             raise ValueError(f"the sequence has {tokens.shape[1]} tokens, but max_position_embeddings is {limit}")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        return Index(positions, segments, order)
+        return TokenPositions(positions, segments, order)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         check_token_ids(tokens, self.config.vocab_size)
@@ -171,26 +161,26 @@ class DeepSeekV3(Module):
         return constrain(x.astype(self.runtime.dtype), self.runtime, "batch", "sequence", None)
 
     def _trunk(
-        self, tokens: jax.Array, index: Index, cache: Cache | None
+        self, tokens: jax.Array, where: TokenPositions, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
         """Hidden states (B, T, D) after the final norm, the extended cache, the routing of the sparse layers."""
         x, stats = self._embed(tokens), None
         dense, moe = (cache.dense, cache.moe) if cache is not None else (None, None)
         if self.config.num_dense_layers:
-            x, (dense, _) = self.dense_layers(x, index, dense)
+            x, (dense, _) = self.dense_layers(x, where, dense)
         if self.config.num_moe_layers:
-            x, (moe, stats) = self.moe_layers(x, index, moe)
+            x, (moe, stats) = self.moe_layers(x, where, moe)
         if cache is not None:
-            cache = Cache(dense, moe, cache.length + tokens.shape[1])
+            cache = dataclasses.replace(cache, dense=dense, moe=moe, length=cache.length + tokens.shape[1])
         return rms_norm(x, self.norm, self.config.rms_norm_eps), cache, stats
 
     def _predict_further(
-        self, hidden: jax.Array, further_tokens: tuple[jax.Array, ...], index: Index
+        self, hidden: jax.Array, further_tokens: tuple[jax.Array, ...], where: TokenPositions
     ) -> tuple[list[jax.Array], tuple[RouterStats, ...]]:
         """The chain of eq. 21 and 22: each depth's normed hidden states (B, T, D), and its routing."""
         further, stats = [], []
         for module, ahead in zip(self.mtp, further_tokens, strict=False):
-            hidden, _, routing = module(hidden, self._embed(ahead), index)
+            hidden, _, routing = module(hidden, self._embed(ahead), where)
             further.append(hidden)
             stats.append(routing)
         return further, tuple(stats)
@@ -203,25 +193,6 @@ class DeepSeekV3(Module):
 def parameter_axes(model: DeepSeekV3) -> Mapping[tuple[str, ...], Logical]:
     """Logical axes of the model's parameters, by their paths below the collection."""
     return logical_axes(model, jnp.zeros((1, 1), jnp.int32))
-
-
-def init_cache(config: ModelConfig, runtime: Runtime, batch: int, length: int) -> Cache:
-    """An empty cache with room for `length` tokens of each of `batch` sequences, in the runtime's dtype.
-
-    Raises ValueError if `length` exceeds the RoPE range, `max_position_embeddings`.
-    """
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"a cache of {length} tokens exceeds max_position_embeddings ({config.max_position_embeddings})"
-        )
-
-    def layers(count: int) -> LayerCache | None:
-        shape, dtype = (count, batch, length), jnp.dtype(runtime.dtype)
-        latent = jnp.zeros((*shape, config.kv_lora_rank), dtype)
-        return LayerCache(latent, jnp.zeros((*shape, config.qk_rope_head_dim), dtype)) if count else None
-
-    empty = jnp.zeros((batch,), jnp.int32)
-    return Cache(layers(config.num_dense_layers), layers(config.num_moe_layers), empty)
 
 
 def check_token_ids(tokens: jax.Array | np.ndarray, vocab_size: int) -> None:

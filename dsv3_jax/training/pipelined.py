@@ -78,7 +78,7 @@ def pipelined_gradients(
         apply = functools.partial(model.apply, {"params": shared, ROUTER: router})
         laid = lay_out(model, piece)
         x = lax.cond(stage == 0, lambda: apply(laid.tokens, method="begin", **laid.where), lambda: x)
-        x, stats = sparse_layers(own, bias, exists, x, model.index(laid.tokens, **laid.where))
+        x, stats = sparse_layers(own, bias, exists, x, model.token_positions(laid.tokens, **laid.where))
         end = lambda x: tally_of(cast(Any, apply)(x, laid.further_tokens, method="finish", **laid.where), laid)
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(end, x))
         tally = lax.cond(stage == stages - 1, end, lambda _: nothing, x)

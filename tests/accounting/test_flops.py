@@ -47,7 +47,8 @@ def test_training_as_written_agrees_with_closed_forms(preset, remat):
 
 
 def test_decoding_in_absorbed_form():
-    from dsv3_jax.model.transformer import DeepSeekV3, init_cache
+    from dsv3_jax.model.cache import init_cache
+    from dsv3_jax.model.transformer import DeepSeekV3
 
     config, context = ModelConfig.preset("v2-lite-16b"), 4096
     runtime = Runtime(dtype="bfloat16", attention_form="absorbed")

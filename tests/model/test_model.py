@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
+from dsv3_jax.model.cache import init_cache
 from dsv3_jax.model.norm import rms_norm
-from dsv3_jax.model.transformer import init_cache
 from tests.conftest import new_rng
 
 TINY = dataclasses.replace(

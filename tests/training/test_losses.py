@@ -11,7 +11,8 @@ from jax.test_util import check_grads
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
 from dsv3_jax.data import Corpus, PackedSequences
-from dsv3_jax.model.attention import Index, MultiHeadLatentAttention
+from dsv3_jax.model.attention import MultiHeadLatentAttention
+from dsv3_jax.model.cache import TokenPositions
 from dsv3_jax.model.router import Router
 from dsv3_jax.training.losses import (
     IGNORE,
@@ -252,7 +253,7 @@ def test_attention_gradient(x64, form):
     runtime = dataclasses.replace(DOUBLE, attention_form=form)
     module = MultiHeadLatentAttention(SMALL, runtime)
     x = jax.random.normal(jax.random.key(0), (1, 5, SMALL.hidden_size), jnp.float64)
-    index = Index(jnp.arange(5)[None])
+    index = TokenPositions(jnp.arange(5)[None])
     variables = jax.jit(module.init)(jax.random.key(1), x, index)
     f = jax.jit(lambda v, x: jnp.sum(jnp.sin(module.apply(v, x, index)[0])))
     check_grads(f, (variables, x), order=1, modes=["rev"], eps=1e-5, atol=1e-7, rtol=1e-6)

@@ -12,9 +12,10 @@ import pytest
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.generate import generate
-from dsv3_jax.model import attention_impls
-from dsv3_jax.model.attention import Index, LayerCache, MultiHeadLatentAttention, attention
-from dsv3_jax.model.transformer import init_cache
+from dsv3_jax.model import attend as seam
+from dsv3_jax.model.attend import attend, attention, right_align
+from dsv3_jax.model.attention import MultiHeadLatentAttention
+from dsv3_jax.model.cache import ContiguousCache, Keys, TokenPositions, init_cache
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
@@ -90,14 +91,15 @@ def test_continuing_from_a_cache(variables, impl, dtype, form, tokens):
         assert_same(a.astype(jnp.float32), b.astype(jnp.float32), dtype)
 
 
-def test_turn_puts_each_sequences_last_token_last():
+def test_right_aligned_sequences_end_with_their_last_token():
     latent, k_rope = (np.arange(2 * 8 * n).reshape(2, 8, n) for n in (3, 2))
     lengths = [5, 8]
-    turned = attention_impls.turn(jnp.asarray(latent), jnp.asarray(k_rope), jnp.asarray(lengths))
-    for before, after in zip((latent, k_rope), turned, strict=False):
+    places = jnp.broadcast_to(jnp.arange(8), (2, 8))
+    aligned = right_align(Keys(jnp.asarray(latent), jnp.asarray(k_rope), places, lengths=jnp.asarray(lengths)))
+    for before, after in zip((latent, k_rope), (aligned.latent, aligned.rope_key), strict=True):
         for b, n in enumerate(lengths):
             np.testing.assert_array_equal(after[b, 8 - n :], before[b, :n])
-    np.testing.assert_array_equal(turned[2], [[0] * 3 + [1] * 5, [1] * 8])
+    np.testing.assert_array_equal(aligned.segments, [[0] * 3 + [1] * 5, [1] * 8])
 
 
 @pytest.mark.parametrize(("sharding", "mesh"), [("single", True), ("ep_tp", True), ("ep_tp", False)])
@@ -105,8 +107,8 @@ def test_turn_puts_each_sequences_last_token_last():
 def test_a_kernel_is_the_plain_attention(form, sharding, mesh, monkeypatch):
     """Queries at the end of packed sequences, or of caches. On a mesh each device has its sequences and its heads."""
     name, seen = ("mla_prefill", []) if form == "expanded" else ("mla_decode", [])
-    plain = getattr(attention_impls, name)
-    monkeypatch.setattr(attention_impls, name, lambda q, *a, **k: seen.append(q.shape[:3]) or plain(q, *a, **k))
+    plain = getattr(seam, name)
+    monkeypatch.setattr(seam, name, lambda q, *a, **k: seen.append(q.shape[:3]) or plain(q, *a, **k))
     rng, heads = new_rng(), 4 if form == "expanded" else 1
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     q, q_rope, k, k_rope = (draw(*s) for s in ((2, 3, 4, 512), (2, 3, 4, 64), (2, 128, heads, 512), (2, 128, 64)))
@@ -115,17 +117,23 @@ def test_a_kernel_is_the_plain_attention(form, sharding, mesh, monkeypatch):
     segments = jnp.asarray(np.arange(128) >= np.array([[126], [60]]), jnp.int32) if form == "expanded" else None
     expected = attention(
         *(q, q_rope, k, k_rope, v),
-        q_index=lengths[:, None] - 3 + jnp.arange(3),
-        k_index=jnp.broadcast_to(jnp.arange(128), (2, 128)),
+        q_places=lengths[:, None] - 3 + jnp.arange(3),
+        k_places=jnp.broadcast_to(jnp.arange(128), (2, 128)),
         q_segments=None if segments is None else segments[:, -3:],
         k_segments=segments,
         scale=0.1,
     )
     runtime = Runtime(attention_impl="pallas_reference", attention_form=form, sharding=sharding)
-    given = dict(segments=segments, lengths=None if form == "expanded" else lengths)
-    attend = jax.jit(attention_impls.kernel(runtime, order=None, scale=0.1, **given))
+    held = None if form == "expanded" else lengths
+    where = TokenPositions(lengths[:, None] - 3 + jnp.arange(3))
+    places = jnp.broadcast_to(jnp.arange(128), (2, 128))
+
+    @jax.jit
+    def by_kernel(q, q_rope, k, k_rope, v):
+        return attend(q, q_rope, k, v, Keys(k[:, :, 0], k_rope, places, segments, held), where, runtime, scale=0.1)
+
     with jax.set_mesh(make_mesh(MeshShape(data=2, tensor=2), jax.devices()[:4])) if mesh else contextlib.nullcontext():
-        assert_same(attend(q, q_rope, k, k_rope, v), expected, "float32")
+        assert_same(by_kernel(q, q_rope, k, k_rope, v), expected, "float32")
     assert set(seen) == {(1, 3, 2) if mesh and sharding != "single" else (2, 3, 4)}
 
 
@@ -136,7 +144,7 @@ def test_layer_continues_from_a_cache(form):
     x, latent, rope_key = (
         jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 3, 64), (2, 128, 512), (2, 128, 64))
     )
-    index, cache = Index(start[:, None] + jnp.arange(3), start=start), LayerCache(latent, rope_key)
+    index, cache = TokenPositions(start[:, None] + jnp.arange(3), cached=start), ContiguousCache(latent, rope_key)
     variables = jax.jit(ref.init)(jax.random.key(0), x, index, cache)
     (a, cache_a), (b, cache_b) = (jax.jit(m.apply)(variables, x, index, cache) for m in (ref, ours))
     assert_same(b, a, "float32")
@@ -153,8 +161,8 @@ def test_decoding_layer(impl, capsys):
         for i, s in enumerate([(2, 2, 64), (2, 128, 512), (2, 128, 64)])
     )
     start = jnp.asarray([80, 33], jnp.int32)
-    index = Index(start[:, None] + jnp.arange(2), start=start)
-    cache = LayerCache(latent, rope_key)
+    index = TokenPositions(start[:, None] + jnp.arange(2), cached=start)
+    cache = ContiguousCache(latent, rope_key)
     variables = ref.init(key, x, index, cache)
     (a, cache_a), (b, cache_b) = (m.apply(variables, x, index, cache) for m in (ref, ours))
     assert_same(b.astype(jnp.float32), a.astype(jnp.float32), "bfloat16")

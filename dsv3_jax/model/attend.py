@@ -1,0 +1,190 @@
+"""The attention seam: scores, softmax and weighted values of eq. 9 and 10, by the implementation that a runtime names.
+
+`attention` is the reference, in plain `jnp`. The kernels compute the same for tokens in their order: the expanded form
+by `mla_prefill`, which wants a sequence's new tokens to be the last of the keys; the absorbed form over a cache by
+`mla_decode`, which takes the contiguous cache as pages in their order. On a mesh each device attends for its sequences
+and its heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dsv3_jax.config import ConfigError, Runtime
+from dsv3_jax.model.cache import Keys, TokenPositions
+from dsv3_jax.parallel.sharding import current_sharding
+from pallas_kernels.mla_decode import SplitCache, mla_decode, pack
+from pallas_kernels.mla_prefill import mla_prefill
+
+PAGE = 64
+"""Tokens of a page of a cache: its length must be a multiple."""
+
+_PREFILL = {"pallas_reference": "reference", "gpu": "tokamax", "tpu": "tpu", "tpu_interpret": "tpu_interpret"}
+_DECODE = {
+    "pallas_reference": "reference",
+    "gpu": "gpu",
+    "gpu_interpret": "gpu_interpret",
+    "tpu": "tpu",
+    "tpu_interpret": "tpu_interpret",
+}
+
+
+def arrange(keys: Keys, runtime: Runtime) -> Keys:
+    """Orders a cache's tokens as the runtime's implementation of the expanded form wants them."""
+    if keys.lengths is None or runtime.attention_impl == "reference" or runtime.attention_form != "expanded":
+        return keys
+    return right_align(keys)
+
+
+def attend(
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    k_nope: jax.Array,
+    v: jax.Array,
+    keys: Keys,
+    where: TokenPositions,
+    runtime: Runtime,
+    *,
+    scale: float,
+    reference: bool = False,
+) -> jax.Array:
+    """Causal attention over decoupled heads.
+
+    Args:
+      q_nope, q_rope: (B, T, H, N) and (B, T, H, P), the queries of the tokens at `where`.
+      k_nope, v: (B, S, H, N) and (B, S, H, V) of `keys`; or (B, S, 1, R) both, the latents: the absorbed form.
+      keys: arranged by `arrange`.
+      scale: factor of the scores.
+      reference: use the reference whatever the runtime names, as initialising the parameters does.
+
+    Returns:
+      (B, T, H, V) of `v`'s dtype.
+
+    Raises:
+      ConfigError: the implementation has no kernel for the form, or none for tokens out of order.
+    """
+    heads = q_nope, q_rope, k_nope, keys.rope_key, v
+    if reference or runtime.attention_impl == "reference":
+        places = dict(q_places=where.places, k_places=keys.places)
+        return attention(*heads, **places, q_segments=where.segments, k_segments=keys.segments, scale=scale)
+    if where.order is not None:
+        raise ConfigError(
+            f"runtime.attention_impl {runtime.attention_impl!r} takes tokens in their order, but here they are spread "
+            "over devices: use 'reference'"
+        )
+    return _kernel(keys, runtime, scale)(*heads)
+
+
+def attention(
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    k_nope: jax.Array,
+    k_rope: jax.Array,
+    v: jax.Array,
+    *,
+    q_places: jax.Array,
+    k_places: jax.Array,
+    q_segments: jax.Array | None = None,
+    k_segments: jax.Array | None = None,
+    scale: float,
+) -> jax.Array:
+    """Causal attention over decoupled heads (eq. 9 and 10), written plainly: the reference of the attention seam.
+
+    Args:
+      q_nope, q_rope: (B, T, H, N) and (B, T, H, P).
+      k_nope: (B, S, H, N); or (B, S, 1, N), one key for all heads: the absorbed form, where N = R.
+      k_rope: (B, S, P), shared by all heads.
+      v: (B, S, H, V), or (B, S, 1, V).
+      q_places, k_places: (B, T) and (B, S) int32: a query sees the keys whose place is at most its own.
+      q_segments, k_segments: (B, T) and (B, S) int32 or None: and whose segment is its own.
+      scale: factor of the scores.
+
+    Returns:
+      (B, T, H, V) of `v`'s dtype. The softmax is in float32. A query that sees no key gets the mean of all values.
+    """
+    wide = jnp.promote_types(q_nope.dtype, jnp.float32)
+    heads = "h" if k_nope.shape[2] == q_nope.shape[2] else ""
+    if not heads:
+        k_nope, v = k_nope[:, :, 0], v[:, :, 0]
+    scores = jnp.einsum(f"bthn,bs{heads}n->bhts", q_nope, k_nope, preferred_element_type=wide)
+    scores += jnp.einsum("bthp,bsp->bhts", q_rope, k_rope, preferred_element_type=wide)
+    mask = k_places[:, None, :] <= q_places[:, :, None]
+    if q_segments is not None and k_segments is not None:
+        mask &= k_segments[:, None, :] == q_segments[:, :, None]
+    scores = jnp.where(mask[:, None], scores * scale, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum(f"bhts,bs{heads}v->bthv", weights, v)
+
+
+def _kernel(keys: Keys, runtime: Runtime, scale: float) -> Callable[..., jax.Array]:
+    """The runtime's kernel as a function of `attention`'s five arrays."""
+    name, form = runtime.attention_impl, runtime.attention_form
+    choices = _PREFILL if form == "expanded" else _DECODE
+    if name not in choices:
+        raise ConfigError(f"runtime.attention_impl {name!r} has no {form} form: there are {', '.join(choices)}")
+    how: dict[str, Any] = dict(scale=scale, implementation=choices[name])
+    if form == "expanded":
+        prefill = lambda arrays, segments: mla_prefill(*arrays, segments=segments, **how)
+        return lambda *arrays: _on_each_device(prefill, arrays, keys.segments, runtime)
+    if keys.lengths is None:
+        raise ConfigError(
+            f"runtime.attention_impl {name!r} has the absorbed form for decoding from a cache only: use the expanded "
+            "form, or 'reference'"
+        )
+    decode = lambda arrays, lengths: _decode(*arrays, lengths=lengths, **how)
+    return lambda *arrays: _on_each_device(decode, arrays, keys.lengths, runtime)
+
+
+def _on_each_device(
+    attend: Callable[[Any, Any], jax.Array], arrays: tuple[jax.Array, ...], rows: jax.Array | None, runtime: Runtime
+) -> jax.Array:
+    """`attend(arrays, rows)`, sharded over the mesh in use by sequences and heads; `rows` has a row per sequence."""
+    sharding = current_sharding(runtime)
+    if sharding.mesh is None or sharding.manual:
+        return attend(arrays, rows)
+
+    def spec(x: jax.Array) -> PartitionSpec:
+        heads = "heads" if x.ndim == 4 and x.shape[2] > 1 else None
+        logical = ("batch", None, heads, None)[: x.ndim]
+        return sharding.spec("an input of an attention kernel", x.shape, logical)
+
+    specs = jax.tree.map(spec, (arrays, rows))
+    return jax.shard_map(attend, in_specs=specs, out_specs=specs[0][0], check_vma=False)(arrays, rows)
+
+
+def right_align(keys: Keys) -> Keys:
+    """Rotates each sequence of a cache so that its last token comes last; segments say which entries are filled."""
+    assert keys.lengths is not None
+    size = keys.latent.shape[1]
+    entry = (jnp.arange(size) + keys.lengths[:, None]) % size
+    take = functools.partial(jnp.take_along_axis, indices=entry[..., None], axis=1)
+    filled = (entry < keys.lengths[:, None]).astype(jnp.int32)
+    return Keys(take(keys.latent), take(keys.rope_key), entry, filled, keys.lengths)
+
+
+def _decode(q_nope, q_rope, latent, k_rope, _, *, lengths, scale, implementation):
+    """`mla_decode` of queries (B, T, H, R) and (B, T, H, P) from a cache (B, S, 1, R) and (B, S, P)."""
+    batch, size, _ = k_rope.shape
+    if size % PAGE:
+        raise ConfigError(f"MLA decoding by a kernel needs a cache of a multiple of {PAGE} tokens, but it has {size}")
+    tables = jnp.arange(batch * size // PAGE, dtype=jnp.int32).reshape(batch, -1)
+    latent, k_rope = (x.reshape(-1, PAGE, x.shape[-1]) for x in (latent, k_rope))
+    cache = SplitCache(latent, k_rope)
+    if implementation.startswith("tpu"):
+        cache = pack(cache)  # a copy of the rope keys
+    q = jnp.concatenate([q_nope, q_rope], axis=-1)
+    # Has no gradient. Saying so also lets the scan over layers drop the call where it traces for constants only, as
+    # Pallas doesn't by itself: without it, decoding on TPUs fails to trace.
+    call = jax.custom_vjp(lambda *a: mla_decode(*a, scale=scale, implementation=implementation)[0])
+    call.defvjp(_refuse_gradient, _refuse_gradient)
+    return call(q, cache, tables, lengths)
+
+
+def _refuse_gradient(*_):
+    raise ConfigError("MLA decoding by a kernel has no gradient: train in the expanded form")
