@@ -36,6 +36,7 @@ from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.dispatch import spread_experts
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.placement import Placement
+from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
@@ -66,7 +67,7 @@ def steps_on(mesh: str, runtime: Runtime) -> dict[str, np.ndarray]:
     model = DeepSeekV3(SMALL, runtime)
     placement = Placement(MeshShape.parse(mesh), runtime, parameter_axes(model))
     state = placement.init(lambda key: init_state(model, optimizer, key), jax.random.key(0))
-    step = placement.jit_step(make_train_step(model, optimizer, schedule), state)
+    step = placement.jit_step(make_train_step(model, optimizer, PretrainingLoss(model.config, schedule)), state)
     seen: list[Any] = []
     for i in range(STEPS):
         state, metrics = step(state, placement.batch(np.arange(BATCH), packed_batch(i), BATCH))

@@ -28,6 +28,7 @@ from dsv3_jax.accounting.parameters import count_parameters
 from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.planning.compiled import costs, costs_of_all_layers, device_bytes
+from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
@@ -135,7 +136,7 @@ def build(config: ModelConfig, runtime: Runtime, batch: int, length: int) -> tup
     model, schedule = DeepSeekV3(config, runtime), Schedule(ScheduleConfig(steps=1000, batch_size=batch))
     optimizer = make_optimizer(OptimizerConfig(), schedule)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    step = make_train_step(model, optimizer, schedule)
+    step = make_train_step(model, optimizer, PretrainingLoss(model.config, schedule))
     return step, lambda: init_state(model, optimizer, jax.random.key(0)), {"tokens": tokens, "targets": tokens}
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.training.losses import forward_tally, objective
+from dsv3_jax.training.losses import forward_sums, objective
 
 V2_LITE = dataclasses.replace(
     ModelConfig.preset("tiny"),
@@ -63,8 +63,8 @@ def gradient(model: DeepSeekV3, variables: Any, batch: Any) -> Any:
     """Of the training objective."""
 
     def loss(params: Any) -> jax.Array:
-        tally = forward_tally(model, variables | {"params": params}, batch)
-        return objective(tally, model.config.aux_loss_alpha, 0.3, tally.tokens, tally.sequences)
+        sums = forward_sums(model, variables | {"params": params}, batch)
+        return objective(sums, model.config.aux_loss_alpha, 0.3, sums.tokens, sums.sequences)
 
     return jax.jit(jax.grad(loss))(variables["params"])
 

@@ -24,7 +24,7 @@ import tyro
 from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.cache import init_cache
 from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.training.losses import forward_tally
+from dsv3_jax.training.losses import PretrainingLoss, forward_sums
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
@@ -115,8 +115,8 @@ def gradients(found: dict[str, DeepSeekV3], variables: Any, batch: int, length: 
     for name, model in found.items():
 
         def loss(params: Any, model: DeepSeekV3 = model) -> jax.Array:
-            tally = forward_tally(model, variables | {"params": params}, data)
-            return tally.cross_entropy / tally.tokens
+            sums = forward_sums(model, variables | {"params": params}, data)
+            return sums.cross_entropy / sums.tokens
 
         with precision(name):
             found_gradients = jax.jit(jax.grad(loss))(variables["params"])
@@ -143,7 +143,7 @@ def train(name: str, model: DeepSeekV3, steps: int, batch: int, length: int) -> 
     )  # fmt: skip
     optimizer = make_optimizer(OptimizerConfig(), schedule)
     state = jax.jit(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
-    step = jax.jit(make_train_step(model, optimizer, schedule))
+    step = jax.jit(make_train_step(model, optimizer, PretrainingLoss(model.config, schedule)))
     losses = []
     with precision(name):
         for i in range(steps):

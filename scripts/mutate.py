@@ -30,11 +30,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 EQUATIONS, MODEL, ROUTER = (f"tests/model/test_{name}.py" for name in ("equations", "model", "router"))
-IMPLS, DISPATCH = "tests/model/test_attention_impls.py", "tests/parallel/test_dispatch.py"
+IMPLS, DISPATCH = "tests/model/test_attend.py", "tests/parallel/test_dispatch.py"
 LOSSES, STEP = "tests/training/test_losses.py", "tests/training/test_step.py"
 TESTS = {  # arguments of pytest: the tests that should notice, the fastest first
     "dsv3_jax/model/attention.py": f"{EQUATIONS} {IMPLS} {MODEL} -k 'equations or layer_cont or (v3 and decoding)'",
-    "dsv3_jax/model/attention_impls.py": f"{IMPLS} -k 'turn or plain_att or layer_cont or refus or gradient or _mesh'",
+    "dsv3_jax/model/attend.py": f"{IMPLS} -k 'right_aligned or plain_att or layer_cont or refus or gradient or _mesh'",
     "dsv3_jax/model/block.py": EQUATIONS,
     "dsv3_jax/model/linear.py": f"{EQUATIONS} {MODEL} {STEP} -k 'equations or bfloat16 or (step and gradient)'",
     "dsv3_jax/model/moe.py": f"{EQUATIONS} {ROUTER} tests/inference/test_expert_placement.py",
@@ -44,7 +44,7 @@ TESTS = {  # arguments of pytest: the tests that should notice, the fastest firs
     "dsv3_jax/model/rope.py": f"tests/model/test_rope.py {EQUATIONS}",
     "dsv3_jax/model/router.py": f"{EQUATIONS} {ROUTER} -k 'not drop'",
     "dsv3_jax/model/transformer.py": f"{EQUATIONS} {MODEL} -k 'equations or refused or holds or (v3 and decoding)'",
-    "dsv3_jax/training/losses.py": f"{LOSSES}::test_tally_is_the_equations {LOSSES} -k 'not gradient'",
+    "dsv3_jax/training/losses.py": f"{LOSSES}::test_sums_are_the_equations {LOSSES} -k 'not gradient'",
     "dsv3_jax/training/step.py": f"{LOSSES} {STEP} -k 'metrics or objective or (step and gradient) or microb or bias'",
     "dsv3_jax/parallel/rows.py": f"{ROUTER} -k drop",
     "dsv3_jax/parallel/dispatch.py": f"{DISPATCH} tests/parallel/test_wire.py -k 'not gathers'",

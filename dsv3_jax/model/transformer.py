@@ -27,13 +27,13 @@ from dsv3_jax.parallel.sharding import Logical, constrain
 
 @struct.dataclass
 class Outputs:
-    """What training needs of one forward pass.
+    """Outputs of one forward pass that training needs.
 
-    logits: (B, T, V) float32. mtp_logits: one (B, T, V) float32 a depth.
-    stats: routing of the sparse layers, leading axis L_moe; None without sparse layers. mtp_stats: one a depth.
+    logits: (B, T, V) float32; None for a part of the model without the head. mtp_logits: the same of each MTP depth.
+    stats: routing of the sparse layers, leading axis L_moe; None without sparse layers. mtp_stats: that of each depth.
     """
 
-    logits: jax.Array
+    logits: jax.Array | None
     mtp_logits: tuple[jax.Array, ...]
     stats: RouterStats | None
     mtp_stats: tuple[RouterStats, ...]
@@ -108,14 +108,14 @@ class DeepSeekV3(Module):
         further, mtp_stats = self._predict_further(hidden, further_tokens, where)
         return Outputs(self._head(hidden), tuple(self._head(h) for h in further), stats, mtp_stats)
 
-    def begin(self, tokens: jax.Array, **where: jax.Array | None) -> jax.Array:
+    def first_stage(self, tokens: jax.Array, **where: jax.Array | None) -> jax.Array:
         """The part of `forward` before the sparse layers, (B, T, D): the first stage's of a pipeline."""
         x = self._embed(tokens)
         return (
             self.dense_layers(x, self.token_positions(tokens, **where), None)[0] if self.config.num_dense_layers else x
         )
 
-    def finish(self, x: jax.Array, further_tokens: tuple[jax.Array, ...], **where: jax.Array | None) -> Outputs:
+    def last_stage(self, x: jax.Array, further_tokens: tuple[jax.Array, ...], **where: jax.Array | None) -> Outputs:
         """The part of `forward` after the sparse layers, whose x (B, T, D) is: the last stage's of a pipeline."""
         hidden = rms_norm(x, self.norm, self.config.rms_norm_eps)
         further, stats = self._predict_further(hidden, further_tokens, self.token_positions(x[:, :, 0], **where))

@@ -47,6 +47,7 @@ def aot_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
     from dsv3_jax.planning.compiled import collectives, costs, device_bytes
     from dsv3_jax.planning.memory import memory
     from dsv3_jax.planning.training_plan import TrainingPlan
+    from dsv3_jax.training.losses import PretrainingLoss
     from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
     from dsv3_jax.training.schedule import Schedule, ScheduleConfig
     from dsv3_jax.training.step import init_state, make_train_step
@@ -76,7 +77,7 @@ def aot_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
     model, schedule = DeepSeekV3(config, runtime), Schedule(ScheduleConfig(steps=1000, batch_size=args.batch))
     optimizer = make_optimizer(OptimizerConfig(moments_dtype=args.moments), schedule)
     placement = Placement(mesh, runtime, parameter_axes(model), devices[:1] if mesh.devices == 1 else devices)
-    step = make_train_step(model, optimizer, schedule, microbatches=plan.microbatches)
+    step = make_train_step(model, optimizer, PretrainingLoss(model.config, schedule), microbatches=plan.microbatches)
     tokens = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
     state, batch = placement.abstract(
         lambda key: init_state(model, optimizer, key), {"tokens": tokens, "targets": tokens}

@@ -1,21 +1,26 @@
-"""What training minimises: next token, further tokens, balance (report eq. 17 to 20 and 24 to 25)."""
+"""Training losses: next token, further tokens, balance (report eq. 17 to 20 and 24 to 25)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.model.transformer import DeepSeekV3, Outputs
 from dsv3_jax.parallel.context import sequence_order
+from dsv3_jax.training.schedule import Schedule
 
 Batch = Mapping[str, jax.Array]
 """`tokens` and `targets` (B, T) int32, the latter one token ahead, or `IGNORE` where nothing is to be predicted;
-`segments` and `positions` (B, T) int32 if attention stays within documents."""
+`segments` and `positions` (B, T) int32 if attention stays within documents; and the `batch_keys` of the loss."""
+
+Metrics = dict[str, jax.Array]
 
 _KEYS = ("tokens", "targets", "segments", "positions")
 
@@ -24,13 +29,44 @@ IGNORE = -100
 
 
 @struct.dataclass
-class Tally:
-    """Sums over the tokens of a batch, so that pieces of a batch add up. float32 scalars, except the loads.
+class Whole:
+    """The whole batch, of which a loss sees a piece. step: int32. tokens: next-token targets. sequences: rows."""
+
+    step: jax.Array
+    tokens: jax.Array
+    sequences: jax.Array
+
+
+class Loss:
+    """The objective of a training step, as sums over pieces: of the batch, and of the model in a pipeline."""
+
+    batch_keys: tuple[str, ...] = ()
+    """Further arrays (B, T) of a batch that it reads, from `ModelInputs.extra`."""
+
+    def __call__(self, outputs: Outputs, inputs: ModelInputs, whole: Whole) -> tuple[jax.Array, Any]:
+        """Returns the part of the objective that this piece adds, a scalar, and sums for metrics: a pytree.
+
+        outputs: in a pipeline those of one stage: `logits` is None but on the last, `stats` those of its own layers.
+        """
+        raise NotImplementedError
+
+    def metrics(self, sums: Any, whole: Whole) -> Metrics:
+        """Means and rates from the sums over all pieces."""
+        return {}
+
+    def bias_update_speed(self, step: jax.Array) -> jax.Array:
+        """Gamma of auxiliary-loss-free balancing at this step; 0 leaves the routers' biases as they are."""
+        return jnp.zeros((), jnp.float32)
+
+
+@struct.dataclass
+class LossSums:
+    """Sums over the tokens of a batch, so that pieces of a batch add up. float32 scalars.
 
     cross_entropy: of the next token, in nats. mtp_cross_entropy: of the further tokens, a mean over depths.
     tokens, mtp_tokens: how many were predicted. mtp_correct: of those, predicted right by the argmax.
     balance: eq. 17 without its factor, summed over sequences and layers. sequences: how many.
-    load: tokens sent to each expert, keyed as the `router` collection is: {"moe_layers": (L, E), "mtp_0": (E,), ...}.
+    depths, sparse: of multi-token prediction, and whether there are sparse layers: Python values.
     """
 
     cross_entropy: jax.Array
@@ -40,7 +76,41 @@ class Tally:
     mtp_correct: jax.Array
     balance: jax.Array
     sequences: jax.Array
+    depths: int = struct.field(pytree_node=False)
+    sparse: bool = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class StepSums:
+    """Sums over the pieces of a batch: the objective, the loss's own, and tokens sent to each expert.
+
+    load: {"moe_layers": (L, E), "mtp_0": (E,), ...}, float32, keyed as the `router` collection is.
+    """
+
+    objective: jax.Array
+    loss: Any
     load: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingLoss(Loss):
+    """CE + lambda/D sum_k CE_k (eq. 24, 25) + alpha sum over layers of the balance loss (eq. 17).
+
+    config: of the model, which has alpha. schedule: gives lambda and gamma at a step.
+    """
+
+    config: ModelConfig
+    schedule: Schedule
+
+    def __call__(self, outputs: Outputs, inputs: ModelInputs, whole: Whole) -> tuple[jax.Array, LossSums]:
+        sums, alpha = loss_sums(outputs, inputs, self.config), self.config.aux_loss_alpha
+        return objective(sums, alpha, self.schedule.mtp_weight(whole.step), whole.tokens, whole.sequences), sums
+
+    def metrics(self, sums: LossSums, whole: Whole) -> Metrics:
+        return mean_metrics(sums) | {"learning_rate": self.schedule.learning_rate(whole.step)}
+
+    def bias_update_speed(self, step: jax.Array) -> jax.Array:
+        return self.schedule.bias_update_speed(step)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -80,12 +150,12 @@ def predictable(batch: Batch, ahead: int) -> jax.Array:
 
 
 @struct.dataclass
-class LaidOut:
-    """A batch as the model takes it: its tokens in the order in which they lie over devices.
+class ModelInputs:
+    """A batch as the model takes it: its tokens in the order in which devices hold them (context parallelism).
 
     further_tokens: (B, T) each, the tokens 1 to D ahead, which the MTP modules take. targets, masks: (B, T) each, of
     the next token and of the one k further, for k up to D; `masks` says which of them there are. where: `positions`,
-    `segments` and `order`, as the model's methods take them.
+    `segments` and `order`, as the model's methods take them. extra: the loss's own arrays (B, T).
     """
 
     tokens: jax.Array
@@ -93,76 +163,107 @@ class LaidOut:
     targets: tuple[jax.Array, ...]
     masks: tuple[jax.Array, ...]
     where: dict[str, Any]
+    extra: dict[str, jax.Array]
 
 
-def lay_out(model: DeepSeekV3, batch: Batch) -> LaidOut:
-    """Everything that looks along the sequence, which comes before its tokens are laid out over devices.
+def model_inputs(model: DeepSeekV3, batch: Batch, batch_keys: tuple[str, ...] = ()) -> ModelInputs:
+    """Everything that looks along the sequence, done before its tokens are permuted for context parallelism.
+
+    Args:
+      batch_keys: keys that the loss reads beyond the usual ones.
 
     Raises:
       ValueError: the batch has a key that isn't known: what it is meant to change would be left out in silence.
     """
-    if unknown := sorted(set(batch) - set(_KEYS)):
-        raise ValueError(f"a batch has {unknown[0]!r}: its keys are {', '.join(_KEYS)}")
+    if unknown := sorted(set(batch) - {*_KEYS, *batch_keys}):
+        raise ValueError(f"a batch has {unknown[0]!r}: its keys are {', '.join((*_KEYS, *batch_keys))}")
     tokens, ahead = batch["tokens"], range(model.config.num_nextn_predict_layers + 1)
     last = batch["targets"][:, -1:]
     following = jnp.concatenate([tokens[:, 1:], jnp.where(last == IGNORE, tokens[:, -1:], last)], axis=1)
     order = sequence_order(tokens.shape[1], model.runtime)
-    lie = lambda x: x if order is None else x[:, order]
+    permute = lambda x: x if order is None else x[:, order]
     positions, segments = batch.get("positions"), batch.get("segments")
     if order is not None and positions is None:
         positions = jnp.broadcast_to(jnp.arange(len(order), dtype=jnp.int32), tokens.shape)
-    return LaidOut(
-        lie(tokens),
-        tuple(lie(shift_left(following, k)) for k in ahead[:-1]),
-        tuple(lie(shift_left(batch["targets"], k)) for k in ahead),
-        tuple(lie(predictable(batch, k + 1)) for k in ahead),
+    return ModelInputs(
+        permute(tokens),
+        tuple(permute(shift_left(following, k)) for k in ahead[:-1]),
+        tuple(permute(shift_left(batch["targets"], k)) for k in ahead),
+        tuple(permute(predictable(batch, k + 1)) for k in ahead),
         {
-            "positions": None if positions is None else lie(positions),
-            "segments": None if segments is None else lie(segments),
+            "positions": None if positions is None else permute(positions),
+            "segments": None if segments is None else permute(segments),
             "order": None if order is None else jnp.asarray(order),
         },
+        {key: permute(batch[key]) for key in batch_keys},
     )
 
 
-def forward_tally(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch) -> Tally:
-    """Runs the model on a batch and sums everything that the objective and the metrics need."""
-    laid = lay_out(model, batch)
-    out = model.apply(variables, laid.tokens, laid.further_tokens, method="forward", **laid.where)
-    return tally_of(cast(Outputs, out), laid)
+def forward(model: DeepSeekV3, variables: Mapping[str, Any], inputs: ModelInputs) -> Outputs:
+    """The model's outputs for a batch, MTP and routing included."""
+    outputs: Any = model.apply(variables, inputs.tokens, inputs.further_tokens, method="forward", **inputs.where)
+    return outputs
 
 
-def tally_of(out: Outputs, laid: LaidOut) -> Tally:
-    """Sums over a batch what the model made of it."""
-    mask, depths = laid.masks[0], len(out.mtp_logits)
+def forward_sums(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch) -> LossSums:
+    """Runs the model on a batch and sums everything that pre-training's objective and metrics need."""
+    inputs = model_inputs(model, batch)
+    return loss_sums(forward(model, variables, inputs), inputs, model.config)
+
+
+def router_stats(outputs: Outputs) -> dict[str, RouterStats]:
+    """Routing of all sparse modules, keyed as the `router` collection is: {"moe_layers": ..., "mtp_0": ..., ...}."""
+    stats = {} if outputs.stats is None else {"moe_layers": outputs.stats}
+    return stats | {f"mtp_{k}": s for k, s in enumerate(outputs.mtp_stats)}
+
+
+def expert_load(outputs: Outputs) -> dict[str, jax.Array]:
+    """Tokens of the batch sent to each expert: {"moe_layers": (L, E), "mtp_0": (E,), ...}, float32."""
+    return {name: jnp.sum(s.load, axis=-2) for name, s in router_stats(outputs).items()}
+
+
+def loss_sums(outputs: Outputs, inputs: ModelInputs, config: ModelConfig) -> LossSums:
+    """Sums over a batch what the model made of it; of a pipeline's stage, what the stage has of it."""
+    wide = jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(outputs)))
+    zero, depths = jnp.zeros((), wide), config.num_nextn_predict_layers
     total = lambda logits, targets, mask: jnp.sum(jnp.where(mask, cross_entropy(logits, targets), 0))
-    nll = total(out.logits, laid.targets[0], mask)
-    zero = jnp.zeros_like(nll)
-    mtp_nll, mtp_count, mtp_correct = zero, zero, zero
-    for logits, target, mask_k in zip(out.mtp_logits, laid.targets[1:], laid.masks[1:], strict=True):
-        mtp_nll += total(logits, target, mask_k) / depths
-        mtp_count += jnp.sum(mask_k)
-        mtp_correct += jnp.sum((logits.argmax(-1) == target) & mask_k)
-
-    stats = {} if out.stats is None else {"moe_layers": out.stats}
-    stats |= {f"mtp_{k}": s for k, s in enumerate(out.mtp_stats)}
-    return Tally(
-        cross_entropy=nll,
-        tokens=jnp.sum(mask).astype(nll.dtype),
-        mtp_cross_entropy=mtp_nll,
-        mtp_tokens=mtp_count,
-        mtp_correct=mtp_correct,
-        balance=sum((jnp.sum(balance_loss(s)) for s in stats.values()), zero),
-        sequences=jnp.asarray(mask.shape[0], nll.dtype),
-        load={name: jnp.sum(s.load, axis=-2) for name, s in stats.items()},
-    )
+    nll = tokens = sequences = mtp_nll = mtp_count = mtp_correct = zero
+    if outputs.logits is not None:
+        mask = inputs.masks[0]
+        nll, tokens = total(outputs.logits, inputs.targets[0], mask), jnp.sum(mask).astype(wide)
+        sequences = jnp.asarray(mask.shape[0], wide)
+    for logits, target, mask in zip(outputs.mtp_logits, inputs.targets[1:], inputs.masks[1:], strict=False):
+        mtp_nll += total(logits, target, mask) / depths
+        mtp_count += jnp.sum(mask)
+        mtp_correct += jnp.sum((logits.argmax(-1) == target) & mask)
+    balance = sum((jnp.sum(balance_loss(s)) for s in router_stats(outputs).values()), zero)
+    sparse = config.num_moe_layers + depths > 0
+    return LossSums(nll, tokens, mtp_nll, mtp_count, mtp_correct, balance, sequences, depths, sparse)
 
 
-def objective(tally: Tally, alpha: float, mtp_weight: jax.Array | float, tokens: jax.Array, sequences: jax.Array):
+def objective(sums: LossSums, alpha: float, mtp_weight: jax.Array | float, tokens: jax.Array, sequences: jax.Array):
     """The training loss: CE + lambda/D sum_k CE_k (eq. 24, 25) + alpha sum over layers of the balance loss (eq. 17).
 
     Each CE_k is divided by the number of next-token targets, as eq. 24 divides by T; the balance loss is a mean
-    over sequences. `tokens` and `sequences` are those of the whole batch, of which `tally` may be a piece. Without any
+    over sequences. `tokens` and `sequences` are those of the whole batch, of which `sums` may be a piece. Without any
     target there is no CE to learn from: 0.
     """
-    predicted = (tally.cross_entropy + mtp_weight * tally.mtp_cross_entropy) / jnp.maximum(tokens, 1)
-    return predicted + alpha * tally.balance / sequences
+    predicted = (sums.cross_entropy + mtp_weight * sums.mtp_cross_entropy) / jnp.maximum(tokens, 1)
+    return predicted + alpha * sums.balance / sequences
+
+
+def mean_metrics(sums: LossSums) -> Metrics:
+    """Readable means: losses in nats per predicted token, accuracy of MTP."""
+    metrics = {"loss": sums.cross_entropy / jnp.maximum(sums.tokens, 1)}
+    if sums.depths:
+        predicted = jnp.maximum(sums.mtp_tokens, 1)  # of all depths, over which `mtp_cross_entropy` is a mean
+        metrics["mtp_loss"] = sums.depths * sums.mtp_cross_entropy / predicted
+        metrics["mtp_accuracy"] = sums.mtp_correct / predicted
+    if sums.sparse:
+        metrics["balance_loss"] = sums.balance / sums.sequences
+    return metrics
+
+
+def load_violations(load: Mapping[str, jax.Array]) -> Metrics:
+    """Each layer's load violation, max / mean - 1 (section 4.5.2)."""
+    return {f"load_violation/{name}": x.max(-1) / x.mean(-1) - 1 for name, x in load.items()}

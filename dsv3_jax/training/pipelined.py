@@ -7,7 +7,7 @@ parameters of these are on every stage.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -20,10 +20,10 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.router import ROUTER, RouterStats
-from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
+from dsv3_jax.model.transformer import DeepSeekV3, Outputs, parameter_axes
 from dsv3_jax.parallel.pipeline import layers_of_stages, pipeline_gradients
 from dsv3_jax.parallel.sharding import Logical, current_sharding
-from dsv3_jax.training.losses import Batch, Tally, balance_loss, lay_out, tally_of
+from dsv3_jax.training.losses import Batch, Loss, StepSums, Whole, expert_load, model_inputs
 
 SPARSE = "moe_layers"
 
@@ -34,18 +34,19 @@ def stages_in_use(model: DeepSeekV3) -> int:
 
 
 def pipelined_gradients(
-    model: DeepSeekV3, variables: Mapping[str, Any], pieces: Batch, objective: Callable[[Tally], jax.Array]
-) -> tuple[Any, Tally]:
-    """Gradients of the objective with respect to the parameters, and the whole batch's tally.
+    model: DeepSeekV3, variables: Mapping[str, Any], pieces: Batch, loss: Loss, whole: Whole
+) -> tuple[Any, StepSums]:
+    """Gradients of the objective with respect to the parameters, and the whole batch's sums.
 
     Args:
       variables: the model's two collections.
       pieces: the batch with a leading axis of microbatches.
-      objective: of a tally, linear in it.
+      whole: of the whole batch.
 
     Raises ConfigError if there are fewer sparse layers than stages.
     """
     config, runtime, stages = model.config, model.runtime, stages_in_use(model)
+    add = lambda a, b: jax.tree.map(jnp.add, a, b)
     if not config.num_moe_layers:
         raise ConfigError("mesh.stage spreads sparse layers, but the model has none")
     layers = layers_of_stages(config.num_moe_layers, stages)  # (S, most)
@@ -73,17 +74,23 @@ def pipelined_gradients(
 
     def on_stage(
         own: Any, shared: Any, x: jax.Array, piece: Batch, constants: Any, stage: jax.Array
-    ) -> tuple[jax.Array, jax.Array, Tally, jax.Array]:
-        (bias, exists), router = constants
+    ) -> tuple[jax.Array, jax.Array, StepSums, jax.Array]:
+        (bias, exists), (router, whole) = constants
         apply = functools.partial(model.apply, {"params": shared, ROUTER: router})
-        laid = lay_out(model, piece)
-        x = lax.cond(stage == 0, lambda: apply(laid.tokens, method="begin", **laid.where), lambda: x)
-        x, stats = sparse_layers(own, bias, exists, x, model.token_positions(laid.tokens, **laid.where))
-        end = lambda x: tally_of(cast(Any, apply)(x, laid.further_tokens, method="finish", **laid.where), laid)
-        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(end, x))
-        tally = lax.cond(stage == stages - 1, end, lambda _: nothing, x)
-        tally = tally.replace(balance=tally.balance + jnp.sum(balance_loss(stats)))
-        return x, objective(tally), tally, jnp.sum(stats.load, axis=-2)
+        inputs = model_inputs(model, piece, loss.batch_keys)
+        x = lax.cond(stage == 0, lambda: apply(inputs.tokens, method="first_stage", **inputs.where), lambda: x)
+        x, stats = sparse_layers(own, bias, exists, x, model.token_positions(inputs.tokens, **inputs.where))
+
+        def of(outputs: Outputs) -> StepSums:
+            objective, sums = loss(outputs, inputs, whole)
+            return StepSums(objective, sums, {k: v for k, v in expert_load(outputs).items() if k != SPARSE})
+
+        last_stage = lambda x: of(cast(Any, apply)(x, inputs.further_tokens, method="last_stage", **inputs.where))
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(last_stage, x))
+        total = lax.cond(stage == stages - 1, last_stage, lambda _: nothing, x)
+        here = of(Outputs(None, (), stats, ()))
+        total = total.replace(objective=total.objective + here.objective, loss=add(total.loss, here.loss))
+        return x, total.objective, total, jnp.sum(stats.load, axis=-2)
 
     sharding = current_sharding(runtime)
     if unsuited := [axis for axis in ("context", "tensor") if sharding.axis_size(axis) > 1]:
@@ -92,12 +99,12 @@ def pipelined_gradients(
     sequences, length = pieces["tokens"].shape[1:]
     if sequences % parts:
         raise ConfigError(f"a microbatch of {sequences} sequences doesn't divide over {' x '.join(batch)} = {parts}")
-    d_own, d_shared, tally, load = pipeline_gradients(
+    d_own, d_shared, sums, load = pipeline_gradients(
         on_stage,
         own,
         shared,
         pieces,
-        ((bias, exists), router),
+        ((bias, exists), (router, whole)),
         stages=stages,
         specs=(_specs(own, model, (SPARSE,), ("layers", None)), _specs(shared, model, (), ())),
         batch=batch,
@@ -108,7 +115,7 @@ def pipelined_gradients(
     sparse_load = load.reshape(-1, load.shape[-1])[place]
     wide = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32))
     d_stack = jax.linear_transpose(spread, jax.tree.map(wide, stack))(d_own)[0]
-    return d_shared | {SPARSE: d_stack}, tally.replace(load=tally.load | {SPARSE: sparse_load})
+    return d_shared | {SPARSE: d_stack}, sums.replace(load=sums.load | {SPARSE: sparse_load})
 
 
 def _specs(tree: Any, model: DeepSeekV3, above: tuple[str, ...], leading: Logical) -> Any:

@@ -12,11 +12,19 @@ from flax import struct
 
 from dsv3_jax.model.router import ROUTER
 from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.training.losses import Batch, Tally, forward_tally, objective, predictable
+from dsv3_jax.training.losses import (
+    Batch,
+    Loss,
+    Metrics,
+    StepSums,
+    Whole,
+    expert_load,
+    forward,
+    load_violations,
+    model_inputs,
+    predictable,
+)
 from dsv3_jax.training.pipelined import pipelined_gradients, stages_in_use
-from dsv3_jax.training.schedule import Schedule
-
-Metrics = dict[str, jax.Array]
 
 
 @struct.dataclass
@@ -47,48 +55,45 @@ def init_state(model: DeepSeekV3, optimizer: optax.GradientTransformation, rng: 
 
 
 def make_train_step(
-    model: DeepSeekV3, optimizer: optax.GradientTransformation, schedule: Schedule, *, microbatches: int = 1
+    model: DeepSeekV3, optimizer: optax.GradientTransformation, loss: Loss, *, microbatches: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the pure `train_step(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`.
 
     Args:
-      microbatches: pieces of the batch whose gradients are accumulated one after the other; must divide B. Over
-        the stages of a mesh, they are what passes through the pipeline.
+      loss: the objective, such as `PretrainingLoss(model.config, schedule)`.
+      microbatches: number of pieces of the batch, whose gradients are accumulated one after the other; must divide B.
+        Over the stages of a mesh, they are what passes through the pipeline.
         The result is that of the whole batch: losses, loads and gradients are sums over the pieces.
     """
-    alpha = model.config.aux_loss_alpha
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         size = batch["tokens"].shape[0]
         if size % microbatches:
             raise ValueError(f"a batch of {size} sequences can't be cut into {microbatches} microbatches")
-        mtp_weight = schedule.mtp_weight(state.step)
-        totals = jnp.sum(predictable(batch, 1)), jnp.asarray(size)
+        whole = Whole(state.step, jnp.sum(predictable(batch, 1)), jnp.asarray(size))
 
-        def loss(params: Any, piece: Batch) -> tuple[jax.Array, Tally]:
-            tally = forward_tally(model, {"params": params, ROUTER: state.router}, piece)
-            return objective(tally, alpha, mtp_weight, *totals), tally
+        def objective(params: Any, piece: Batch) -> tuple[jax.Array, StepSums]:
+            inputs = model_inputs(model, piece, loss.batch_keys)
+            outputs = forward(model, {"params": params, ROUTER: state.router}, inputs)
+            value, sums = loss(outputs, inputs, whole)
+            return value, StepSums(value, sums, expert_load(outputs))
 
         if stages_in_use(model) > 1:
-            whole = lambda tally: objective(tally, alpha, mtp_weight, *totals)
-            grads, tally = pipelined_gradients(model, state.variables, _cut(batch, microbatches), whole)
+            grads, sums = pipelined_gradients(model, state.variables, _cut(batch, microbatches), loss, whole)
         else:
-            grads, tally = _accumulate(jax.grad(loss, has_aux=True), state.params, batch, microbatches)
+            grads, sums = _accumulate(jax.grad(objective, has_aux=True), state.params, batch, microbatches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        router = update_bias(state.router, tally.load, schedule.bias_update_speed(state.step))
-        metrics = evaluate_tally(tally) | {
-            "objective": objective(tally, alpha, mtp_weight, *totals),
-            "grad_norm": optax.global_norm(grads),
-            "learning_rate": schedule.learning_rate(state.step),
-        }
+        router = update_bias(state.router, sums.load, loss.bias_update_speed(state.step))
+        metrics = loss.metrics(sums.loss, whole) | load_violations(sums.load)
+        metrics |= {"objective": sums.objective, "grad_norm": optax.global_norm(grads)}
         return TrainState(state.step + 1, params, router, opt_state, state.rng), metrics
 
     return train_step
 
 
-def _accumulate(grad: Callable, params: Any, batch: Batch, microbatches: int) -> tuple[Any, Tally]:
-    """Sums gradients and tallies over pieces of the batch, one piece in memory at a time, in float32 or wider."""
+def _accumulate(grad: Callable, params: Any, batch: Batch, microbatches: int) -> tuple[Any, StepSums]:
+    """Sums gradients and loss sums over pieces of the batch, one piece in memory at a time, in float32 or wider."""
     of_piece = lambda piece: jax.tree.map(lambda x: x.astype(jnp.promote_types(x, jnp.float32)), grad(params, piece))
     if microbatches == 1:
         return of_piece(batch)
@@ -115,20 +120,14 @@ def update_bias(router: Any, load: dict[str, jax.Array], speed: jax.Array) -> An
     }
 
 
-def evaluate_tally(tally: Tally) -> Metrics:
-    """Readable means: losses in nats a predicted token, accuracy, and each layer's load violation, max / mean - 1."""
-    metrics = {"loss": tally.cross_entropy / jnp.maximum(tally.tokens, 1)}
-    if depths := sum(name.startswith("mtp_") for name in tally.load):
-        predicted = jnp.maximum(tally.mtp_tokens, 1)  # of all depths, over which `mtp_cross_entropy` is a mean
-        metrics["mtp_loss"] = depths * tally.mtp_cross_entropy / predicted
-        metrics["mtp_accuracy"] = tally.mtp_correct / predicted
-    if tally.load:
-        metrics["balance_loss"] = tally.balance / tally.sequences
-    for name, load in tally.load.items():
-        metrics[f"load_violation/{name}"] = load.max(-1) / load.mean(-1) - 1
-    return metrics
+def make_eval_step(model: DeepSeekV3, loss: Loss) -> Callable[[TrainState, Batch], StepSums]:
+    """Builds the pure `eval_step(state, batch) -> StepSums`; those of several batches add up leaf by leaf."""
 
+    def eval_step(state: TrainState, batch: Batch) -> StepSums:
+        inputs = model_inputs(model, batch, loss.batch_keys)
+        outputs = forward(model, state.variables, inputs)
+        whole = Whole(state.step, jnp.sum(predictable(batch, 1)), jnp.asarray(batch["tokens"].shape[0]))
+        value, sums = loss(outputs, inputs, whole)
+        return StepSums(value, sums, expert_load(outputs))
 
-def make_eval_step(model: DeepSeekV3) -> Callable[[TrainState, Batch], Tally]:
-    """Builds the pure `eval_step(state, batch) -> Tally`; tallies of several batches add up leaf by leaf."""
-    return lambda state, batch: forward_tally(model, state.variables, batch)
+    return eval_step

@@ -44,10 +44,11 @@ from dsv3_jax.training.directory import (
     locked,
     write_config,
 )
+from dsv3_jax.training.losses import PretrainingLoss, load_violations, mean_metrics
 from dsv3_jax.training.metrics import MetricsLog, plot_metrics, read_metrics, worst_violation
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.step import TrainState, evaluate_tally, init_state, make_eval_step, make_train_step
+from dsv3_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 from dsv3_jax.training.throughput import Throughput
 
 
@@ -124,13 +125,14 @@ class _Run:
         self.config, self.directory, self.tokenizer, self.console = config, directory, tokenizer, console
         self.model = DeepSeekV3(config.model, config.runtime)
         self.schedule = Schedule(config.schedule)
+        loss = PretrainingLoss(config.model, self.schedule)
         optimizer = make_optimizer(config.optimizer, self.schedule)
         self.init = lambda key: init_state(self.model, optimizer, key)
         self.placement = Placement(config.mesh, config.runtime, parameter_axes(self.model))
         self.abstract, _ = self.placement.abstract(self.init, {})
-        step = make_train_step(self.model, optimizer, self.schedule, microbatches=config.microbatches)
+        step = make_train_step(self.model, optimizer, loss, microbatches=config.microbatches)
         self.train_step = self.placement.jit_step(step, self.abstract)
-        self.evaluate = self.placement.jit_evaluation(make_eval_step(self.model))
+        self.evaluate = self.placement.jit_evaluation(make_eval_step(self.model, loss))
         self.finite = self.placement.jit_evaluation(all_finite)
         sizes = [stage.batch_size for stage in self.schedule.stages]
         ramp = f" (schedule's sizes are {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
@@ -275,9 +277,10 @@ class _Run:
     def _validate(self, state: TrainState) -> dict[str, Any]:
         size = len(self.validation[0]["tokens"])
         every = np.arange(size)
-        tallies = [self.evaluate(state, self._placed(every, batch, size)) for batch in self.validation]
-        total = jax.tree.map(lambda *parts: sum(parts), *tallies)
-        return {f"validation_{k}": v for k, v in evaluate_tally(total).items()}
+        parts = [self.evaluate(state, self._placed(every, batch, size)) for batch in self.validation]
+        total = jax.tree.map(lambda *parts: sum(parts), *parts)
+        metrics = mean_metrics(total.loss) | load_violations(total.load)
+        return {f"validation_{k}": v for k, v in metrics.items()}
 
     @contextlib.contextmanager
     def _progress(self, first: int) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from dsv3_jax.model.attend import attend, attention, right_align
 from dsv3_jax.model.attention import MultiHeadLatentAttention
 from dsv3_jax.model.cache import ContiguousCache, Keys, TokenPositions, init_cache
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
+from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
@@ -237,7 +238,7 @@ def test_training_learns_the_same_curve(impl, dtype, steps):
     curves = []
     for model in models(impl, dtype):
         state = jax.jit(lambda key, model=model: init_state(model, optimizer, key))(jax.random.key(0))
-        step = jax.jit(make_train_step(model, optimizer, schedule))
+        step = jax.jit(make_train_step(model, optimizer, PretrainingLoss(model.config, schedule)))
         curves.append([])
         for i in range(steps):
             row = (np.random.default_rng(i).integers(0, 64, (2, 1)) + np.arange(129)) % 64

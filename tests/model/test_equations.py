@@ -71,8 +71,8 @@ def test_the_ends_of_a_pipeline_are_the_equations(x64):
     variables = equations.random_variables(model, rng)
     trees = equations.float64(variables["params"]), equations.float64(variables["router"])
     tokens, *further = (rng.integers(0, config.vocab_size, (2, 6)) for _ in range(3))
-    begin = lambda v: model.apply(v, tokens, method="begin")
-    out = jax.jit(lambda v: model.apply(v, begin(v), further, method="finish"))(variables)
+    begin = lambda v: model.apply(v, tokens, method="first_stage")
+    out = jax.jit(lambda v: model.apply(v, begin(v), further, method="last_stage"))(variables)
     assert out.stats is None
     for b in range(2):
         logits, routing = equations.forward(*trees, tokens[b], [f[b] for f in further], config)
@@ -81,7 +81,7 @@ def test_the_ends_of_a_pipeline_are_the_equations(x64):
         for k, stats in enumerate(out.mtp_stats):
             np.testing.assert_array_equal(stats.load[b], routing[f"mtp_{k}"][0][0])
     sparse = DeepSeekV3(dataclasses.replace(config, first_k_dense_replace=0), Runtime(**DOUBLE))
-    embedded = sparse.apply(variables, tokens, method="begin")
+    embedded = sparse.apply(variables, tokens, method="first_stage")
     np.testing.assert_array_equal(embedded, variables["params"]["embed_tokens"][tokens])
 
 

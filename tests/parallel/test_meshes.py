@@ -12,6 +12,7 @@ from dsv3_jax.config import ModelConfig, Runtime
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.placement import Placement
+from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
@@ -62,7 +63,9 @@ def run(shape, microbatches=1, **runtime):
     placement = Placement(shape, model.runtime, parameter_axes(model))
     optimizer = optax.chain(KEEPS_GRADIENTS, make_optimizer(OptimizerConfig(), SCHEDULE))
     state = placement.init(lambda key: init_state(model, optimizer, key), jax.random.key(0))
-    step = placement.jit_step(make_train_step(model, optimizer, SCHEDULE, microbatches=microbatches), state)
+    step = placement.jit_step(
+        make_train_step(model, optimizer, PretrainingLoss(model.config, SCHEDULE), microbatches=microbatches), state
+    )
     metrics, gradients = [], None
     for i in range(STEPS):
         state, m = step(state, placement.batch(np.arange(BATCH), make_batch(i), BATCH))

@@ -11,6 +11,7 @@ from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.pipeline import duration, layers_of_stages
 from dsv3_jax.parallel.placement import Placement
+from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.step import init_state, make_train_step
 from tests.parallel.test_meshes import BATCH, CONFIG, SCHEDULE, make_batch
@@ -38,7 +39,7 @@ def first_step(shape, config=CONFIG, microbatches=2):
     optimizer = make_optimizer(OptimizerConfig(), SCHEDULE)
     init = lambda key: init_state(model, optimizer, key)
     state = jax.eval_shape(init, jax.random.key(0))
-    step = make_train_step(model, optimizer, SCHEDULE, microbatches=microbatches)
+    step = make_train_step(model, optimizer, PretrainingLoss(model.config, SCHEDULE), microbatches=microbatches)
     batch = placement.batch(np.arange(BATCH), make_batch(), BATCH)
     with jax.set_mesh(placement.mesh):
         return jax.eval_shape(step, state, batch)

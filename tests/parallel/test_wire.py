@@ -13,6 +13,7 @@ from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.planning.compiled import collectives
+from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
@@ -69,7 +70,9 @@ def test_gathers_are_of_one_weight_at_a_time():
     state, batch = placement.abstract(
         lambda key: init_state(model, optimizer, key), {"tokens": tokens, "targets": tokens}
     )
-    compiled = placement.lower(make_train_step(model, optimizer, schedule), state, batch).compile()
+    compiled = placement.lower(
+        make_train_step(model, optimizer, PretrainingLoss(model.config, schedule)), state, batch
+    ).compile()
     paths = jax.tree_util.tree_leaves_with_path(state.params)
     stacked = lambda path: any(getattr(p, "key", None) in ("dense_layers", "moe_layers") for p in path)
     largest = max(math.prod(leaf.shape[stacked(path) :]) * 4 for path, leaf in paths)

@@ -16,6 +16,7 @@ from dsv3_jax.planning.compiled import costs, costs_of_all_layers, device_bytes
 from dsv3_jax.planning.memory import memory
 from dsv3_jax.planning.options import PlanArgs
 from dsv3_jax.planning.training_plan import TrainingPlan
+from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
@@ -41,7 +42,11 @@ def program(config, remat, batch, length):
     optimizer = make_optimizer(OptimizerConfig(), schedule)
     state = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    return make_train_step(model, optimizer, schedule), state, {"tokens": tokens, "targets": tokens}
+    return (
+        make_train_step(model, optimizer, PretrainingLoss(model.config, schedule)),
+        state,
+        {"tokens": tokens, "targets": tokens},
+    )
 
 
 def compile_step(config, remat, batch, length):

@@ -16,15 +16,20 @@ from dsv3_jax.model.cache import TokenPositions
 from dsv3_jax.model.router import Router
 from dsv3_jax.training.losses import (
     IGNORE,
-    Tally,
+    LossSums,
     balance_loss,
     cross_entropy,
-    forward_tally,
+    expert_load,
+    forward,
+    forward_sums,
+    load_violations,
+    loss_sums,
+    mean_metrics,
+    model_inputs,
     objective,
     predictable,
     shift_left,
 )
-from dsv3_jax.training.step import evaluate_tally
 from tests.conftest import new_rng
 from tests.model import equations
 
@@ -103,7 +108,7 @@ def test_mtp_loss_is_eq_24(small):
     """Depth k at position i sees token i+k's embedding and predicts token i+k+1; sums are divided by T."""
     model, variables, row = small
     tokens, targets = row[:, :-1], row[:, 1:]
-    tally = jax.jit(lambda v, b: forward_tally(model, v, b))(variables, {"tokens": tokens, "targets": targets})
+    sums = jax.jit(lambda v, b: forward_sums(model, v, b))(variables, {"tokens": tokens, "targets": targets})
     length = tokens.shape[1]
     padded = jnp.pad(row, ((0, 0), (0, 2)))  # what lies beyond the sequence must not matter
     further = (padded[:, 1 : 1 + length], padded[:, 2 : 2 + length])
@@ -117,12 +122,12 @@ def test_mtp_loss_is_eq_24(small):
                 expected -= log_p[b, i, target] / SMALL.num_nextn_predict_layers
                 correct += int(log_p[b, i].argmax() == target)
                 count += 1
-    np.testing.assert_allclose(tally.mtp_cross_entropy, expected, rtol=1e-5)
-    assert (int(tally.mtp_correct), int(tally.mtp_tokens), int(tally.tokens)) == (correct, count, 2 * length)
+    np.testing.assert_allclose(sums.mtp_cross_entropy, expected, rtol=1e-5)
+    assert (int(sums.mtp_correct), int(sums.mtp_tokens), int(sums.tokens)) == (correct, count, 2 * length)
     depths = SMALL.num_nextn_predict_layers
-    np.testing.assert_allclose(evaluate_tally(tally)["mtp_loss"], expected * depths / count, rtol=1e-5)
-    whole = objective(tally, 1e-2, 0.3, tally.tokens, tally.sequences)
-    parts = tally.cross_entropy / 16 + 0.3 * tally.mtp_cross_entropy / 16 + 1e-2 * tally.balance / 2
+    np.testing.assert_allclose(mean_metrics(sums)["mtp_loss"], expected * depths / count, rtol=1e-5)
+    whole = objective(sums, 1e-2, 0.3, sums.tokens, sums.sequences)
+    parts = sums.cross_entropy / 16 + 0.3 * sums.mtp_cross_entropy / 16 + 1e-2 * sums.balance / 2
     np.testing.assert_allclose(whole, parts, rtol=1e-6)
 
 
@@ -132,12 +137,12 @@ def test_documents_bound_what_is_predicted(small):
     tokens, targets = row[:, :-1], row[:, 1:]
     segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 2], [1] * 8])
     batch = {"tokens": tokens, "targets": targets, "segments": segments}
-    tally = jax.jit(lambda v, b: forward_tally(model, v, b))(variables, batch)
-    assert int(tally.tokens) == 16 - 1  # all but the target across the one boundary
-    assert int(tally.mtp_tokens) == (16 - 2 - 2) + (16 - 4 - 3)
+    sums = jax.jit(lambda v, b: forward_sums(model, v, b))(variables, batch)
+    assert int(sums.tokens) == 16 - 1  # all but the target across the one boundary
+    assert int(sums.mtp_tokens) == (16 - 2 - 2) + (16 - 4 - 3)
     changed = {**batch, "targets": targets.at[0, 2].set((targets[0, 2] + 1) % SMALL.vocab_size)}
-    again = jax.jit(lambda v, b: forward_tally(model, v, b))(variables, changed)
-    chex.assert_trees_all_close(tally.cross_entropy, again.cross_entropy)
+    again = jax.jit(lambda v, b: forward_sums(model, v, b))(variables, changed)
+    chex.assert_trees_all_close(sums.cross_entropy, again.cross_entropy)
 
 
 def test_predictable_is_the_definition():
@@ -156,13 +161,13 @@ def test_predictable_is_the_definition():
         np.testing.assert_array_equal(predictable(batch, ahead), inside & (there == document[place]))
 
 
-def tally_and_gradient(small, batch):
+def sums_and_gradient(small, batch):
     model, variables, _ = small
 
     @jax.jit
     def f(params):
-        tally = forward_tally(model, {**variables, "params": params}, batch)
-        return objective(tally, 1e-2, 0.3, tally.tokens, tally.sequences), tally
+        sums = forward_sums(model, {**variables, "params": params}, batch)
+        return objective(sums, 1e-2, 0.3, sums.tokens, sums.sequences), sums
 
     return jax.grad(f, has_aux=True)(variables["params"])[::-1]
 
@@ -172,34 +177,34 @@ def test_ignored_targets_are_as_if_masked(small):
     _, _, row = small
     tokens, targets = row[:, :-1], row[:, 1:]
     ignored = targets.at[0, 3:6].set(IGNORE).at[1, -1].set(IGNORE)
-    tally, gradient = tally_and_gradient(small, {"tokens": tokens, "targets": ignored})
-    assert (int(tally.tokens), int(tally.mtp_tokens)) == (16 - 4, (14 - 4) + (12 - 4))
+    sums, gradient = sums_and_gradient(small, {"tokens": tokens, "targets": ignored})
+    assert (int(sums.tokens), int(sums.mtp_tokens)) == (16 - 4, (14 - 4) + (12 - 4))
     there = np.asarray(predictable({"tokens": tokens, "targets": ignored}, 1))
     np.testing.assert_array_equal(there, np.asarray(ignored) != IGNORE)
     model, variables, _ = small
     nll = cross_entropy(jax.jit(model.apply)(variables, tokens), targets)
-    np.testing.assert_allclose(tally.cross_entropy, np.sum(np.asarray(nll), where=there), rtol=1e-5)
+    np.testing.assert_allclose(sums.cross_entropy, np.sum(np.asarray(nll), where=there), rtol=1e-5)
     chex.assert_tree_all_finite(gradient)
     # An MTP module still sees the tokens whose targets are ignored, as attention does.
-    whole, _ = tally_and_gradient(small, {"tokens": tokens, "targets": targets})
-    chex.assert_trees_all_equal(tally.load["moe_layers"], whole.load["moe_layers"])
-    nothing, gradient = tally_and_gradient(small, {"tokens": tokens, "targets": jnp.full_like(targets, IGNORE)})
-    assert float(evaluate_tally(nothing)["loss"]) == float(evaluate_tally(nothing)["mtp_loss"]) == 0
+    load = lambda batch: expert_load(jax.jit(lambda v: forward(model, v, model_inputs(model, batch)))(variables))
+    chex.assert_trees_all_equal(*(load({"tokens": tokens, "targets": t}) for t in (ignored, targets)))
+    nothing, gradient = sums_and_gradient(small, {"tokens": tokens, "targets": jnp.full_like(targets, IGNORE)})
+    assert float(mean_metrics(nothing)["loss"]) == float(mean_metrics(nothing)["mtp_loss"]) == 0
     chex.assert_tree_all_finite(gradient)
 
 
 @pytest.mark.parametrize("bad", [-1, -99, -101, SMALL.vocab_size])
 def test_other_targets_outside_the_vocabulary_give_nan(small, bad):
     _, _, row = small
-    tally, _ = tally_and_gradient(small, {"tokens": row[:, :-1], "targets": row[:, 1:].at[1, 2].set(bad)})
-    assert np.isnan([tally.cross_entropy, tally.mtp_cross_entropy]).all()
+    sums, _ = sums_and_gradient(small, {"tokens": row[:, :-1], "targets": row[:, 1:].at[1, 2].set(bad)})
+    assert np.isnan([sums.cross_entropy, sums.mtp_cross_entropy]).all()
 
 
 def test_an_unknown_key_of_a_batch_is_refused(small):
     model, variables, row = small
     batch = {"tokens": row[:, :-1], "targets": row[:, 1:], "mask": row[:, 1:]}
     with pytest.raises(ValueError, match="a batch has 'mask': its keys are tokens, targets, segments, positions"):
-        forward_tally(model, variables, batch)
+        forward_sums(model, variables, batch)
 
 
 def test_shift_left():
@@ -207,7 +212,7 @@ def test_shift_left():
     assert shift_left(jnp.arange(5)[None], 0).tolist() == [[0, 1, 2, 3, 4]]
 
 
-def test_tally_is_the_equations(x64):
+def test_sums_are_the_equations(x64):
     """All of eq. 17 to 25 in NumPy, with documents, untrained targets and a sparse stack."""
     config, rng = dataclasses.replace(SMALL, first_k_dense_replace=0), new_rng()
     model = DeepSeekV3(config, DOUBLE)
@@ -216,33 +221,36 @@ def test_tally_is_the_equations(x64):
     segments = np.array([[1, 1, 2, 2, 2, 3, 3, 3, 3], [1] * 9], np.int32)
     trained = np.array([[1, 1, 1, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 0]], bool)
     batch = {"tokens": rows[:, :-1], "targets": np.where(trained, rows[:, 1:], IGNORE), "segments": segments}
-    tally = jax.jit(lambda v: forward_tally(model, v, batch))(variables)
+    outputs = jax.jit(lambda v: forward(model, v, model_inputs(model, batch)))(variables)
+    sums = loss_sums(outputs, model_inputs(model, batch), config)
     trees = equations.float64(variables["params"]), equations.float64(variables["router"])
     total, loads, (ce, count, hits, balance) = equations.objective(*trees, rows, config, 0.1, 0.3, segments, trained)
-    np.testing.assert_allclose(objective(tally, 0.1, 0.3, tally.tokens, tally.sequences), total, rtol=1e-6)
-    np.testing.assert_allclose(tally.cross_entropy, ce[0], rtol=1e-6)
-    np.testing.assert_allclose(tally.mtp_cross_entropy, ce[1:].mean(), rtol=1e-6)
-    np.testing.assert_allclose(tally.balance, balance, rtol=1e-6)
-    assert (tally.tokens, tally.mtp_tokens, tally.mtp_correct) == (count[0], count[1:].sum(), hits[1:].sum())
-    assert tally.sequences == 2
+    np.testing.assert_allclose(objective(sums, 0.1, 0.3, sums.tokens, sums.sequences), total, rtol=1e-6)
+    np.testing.assert_allclose(sums.cross_entropy, ce[0], rtol=1e-6)
+    np.testing.assert_allclose(sums.mtp_cross_entropy, ce[1:].mean(), rtol=1e-6)
+    np.testing.assert_allclose(sums.balance, balance, rtol=1e-6)
+    assert (sums.tokens, sums.mtp_tokens, sums.mtp_correct) == (count[0], count[1:].sum(), hits[1:].sum())
+    assert sums.sequences == 2
     for name, load in loads.items():
-        np.testing.assert_array_equal(tally.load[name], load)
+        np.testing.assert_array_equal(expert_load(outputs)[name], load)
 
 
 def test_metrics_of_one_target_and_of_none():
     """Means over what there is: one token of 2 nats; two depths, of which one has a target, of 3 nats."""
     load = {"moe_layers": jnp.asarray([[1.0, 3.0]]), "mtp_0": jnp.asarray([2.0, 2.0]), "mtp_1": jnp.asarray([0.0, 4.0])}
-    tally = Tally(*map(jnp.float32, (2.0, 1, 3.0 / 2, 1, 1, 0.5, 2)), load)
-    metrics = {name: np.asarray(value).tolist() for name, value in evaluate_tally(tally).items()}
+    sums = LossSums(*map(jnp.float32, (2.0, 1, 3.0 / 2, 1, 1, 0.5, 2)), depths=2, sparse=True)
+    metrics = mean_metrics(sums) | load_violations(load)
+    metrics = {name: np.asarray(value).tolist() for name, value in metrics.items()}
     assert metrics == {
         **{"loss": 2.0, "mtp_loss": 3.0, "mtp_accuracy": 1.0, "balance_loss": 0.25},
         **{"load_violation/moe_layers": [0.5], "load_violation/mtp_0": 0.0, "load_violation/mtp_1": 1.0},
     }
-    assert objective(tally, 0.1, 0.3, tally.tokens, tally.sequences) == pytest.approx(2 + 0.3 * 1.5 + 0.1 * 0.25)
+    assert objective(sums, 0.1, 0.3, sums.tokens, sums.sequences) == pytest.approx(2 + 0.3 * 1.5 + 0.1 * 0.25)
     counts = ("cross_entropy", "tokens", "mtp_cross_entropy", "mtp_tokens", "mtp_correct")
-    none = evaluate_tally(tally.replace(**dict.fromkeys(counts, jnp.float32(0))))
+    none = mean_metrics(sums.replace(**dict.fromkeys(counts, jnp.float32(0))))
     assert (none["loss"], none["mtp_loss"], none["mtp_accuracy"]) == (0, 0, 0)
-    assert evaluate_tally(tally.replace(load={})).keys() == {"loss"}
+    assert mean_metrics(sums.replace(depths=0, sparse=False)).keys() == {"loss"}
+    assert load_violations({}) == {}
 
 
 # Finite differences, in float64 ---------------------------------------------------------------------------

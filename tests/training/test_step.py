@@ -11,6 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from dsv3_jax import DeepSeekV3, Runtime
+from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, decays, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import TrainState, _accumulate, init_state, make_train_step, update_bias
@@ -27,7 +28,9 @@ SEGMENTS = np.array([[1] * 9, [1] * 4 + [2] * 5, [1] * 2 + [2] * 2 + [3] * 5, [1
 TRAINED = np.arange(36).reshape(4, 9) % 7 > 0
 
 DOUBLE_MODEL = DeepSeekV3(SPARSE, dataclasses.replace(DOUBLE, experts_impl="reference"))
-DOUBLE_STEP = jax.jit(make_train_step(DOUBLE_MODEL, optax.sgd(1.0), PAPER))  # SGD of rate 1: minus the gradient
+DOUBLE_STEP = jax.jit(
+    make_train_step(DOUBLE_MODEL, optax.sgd(1.0), PretrainingLoss(SPARSE, PAPER))
+)  # SGD of rate 1: minus the gradient
 
 
 def step_once(step):
@@ -111,7 +114,7 @@ def setup(optimizer_config=OptimizerConfig(), **how):
     model = DeepSeekV3(SMALL, Runtime(experts_impl="blocked"))
     optimizer = make_optimizer(optimizer_config, SCHEDULE)
     state = jax.jit(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
-    return state, jax.jit(make_train_step(model, optimizer, SCHEDULE, **how))
+    return state, jax.jit(make_train_step(model, optimizer, PretrainingLoss(model.config, SCHEDULE), **how))
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
