@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @functools.cache
 def _quiet_failed_writes() -> None:
-    """What stops a write reaches the main thread, which says it in one line: no tracebacks of other threads before it.
+    """Silences other threads' tracebacks of a failed write: the main thread says in one line what stopped it.
 
     Those are a thread that writes metrics, and tensorstore's, which report to an event loop that orbax has closed.
     """
@@ -95,7 +95,7 @@ def _parse(kind: Any, command: str, arguments: list[str], default: Any = None) -
 
 
 def _one_line(box: str) -> str:
-    """What a framed message over several lines says, without its frame and its hint at --help."""
+    """Joins a framed message of several lines into one, without its frame and its hint at --help."""
     lines = [re.sub(r"[\u2500-\u257f]", " ", line).strip() for line in box.splitlines()]
     return " ".join(" ".join(line for line in lines if line and "--help" not in line).split())
 

@@ -1,4 +1,4 @@
-"""What the model is (`ModelConfig`) and how a run computes it (`Runtime`).
+"""The architecture (`ModelConfig`) and how a run computes it (`Runtime`).
 
 Field names are those of the released `config.json`; the values of fields that only matter in training
 (`initializer_range`, `aux_loss_alpha`) are the technical report's, which the released file contradicts.
@@ -85,9 +85,9 @@ class ModelConfig:
     aux_loss_alpha: float = 1e-4
     """Factor of the sequence-wise balance loss (report section 4.2, alpha of eq. 17)."""
     bos_token_id: int | None = 0
-    """What a text begins with; None if with nothing."""
+    """Token that a text begins with; None for none."""
     eos_token_id: int | tuple[int, ...] | None = 1
-    """What ends a text; several tokens may."""
+    """Token or tokens that end a text."""
 
     # Derived sizes -------------------------------------------------------------------------------------
     @property
@@ -212,7 +212,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
 
 
 def build_dataclass(kind: Any, values: Any, what: str = "config", prefix: str = "") -> Any:
-    """What `dataclasses.asdict` took apart and JSON kept, put together again; fields that are dataclasses nest.
+    """Builds a dataclass from what `dataclasses.asdict` and JSON made of it; fields that are dataclasses nest.
 
     Args:
       what: the file, for errors. prefix: before the fields' names there, as "model.".
@@ -400,10 +400,10 @@ class Runtime:
     """How a run computes the model. None of it changes the parameter tree or, within the dtype, the numbers."""
 
     dtype: Dtype = "float32"
-    """Of activations and of weights as they are used; router, softmax, norms and losses stay in float32. In Python
-    any dtype-like is taken, here and below, such as jnp.bfloat16."""
+    """Dtype of activations and of weights as they are used; router, softmax, norms and losses stay in float32.
+    In Python any dtype-like is taken, here and below, such as jnp.bfloat16."""
     param_dtype: Dtype = "float32"
-    """Of the parameters as they are stored and optimised."""
+    """Dtype of the parameters as they are stored and optimised."""
     attention_form: Literal["expanded", "absorbed"] = "expanded"
     """`expanded` makes keys and values per head (training, prefill); `absorbed` attends to the latent (decode)."""
     attention_impl: Literal["reference", "pallas_reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret"] = (
@@ -416,9 +416,9 @@ class Runtime:
     """`ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, which is the fast way on a CPU. For
     bfloat16: `gpu`, our kernel for Hopper (at widths of multiples of 64 without a copy), and `tokamax` (TPUs)."""
     remat: Literal["none", "block", "paper"] = "none"
-    """What the backward pass recomputes: nothing, whole blocks, or norms and up-projections (report section 3.2.3)."""
+    """Recomputed in the backward pass: nothing, whole blocks, or norms and up-projections (report section 3.2.3)."""
     sharding: Literal["single", "fsdp", "fsdp_ep", "ep_tp", "pp_ep_dp"] = "single"
-    """What is cut over which mesh axes: a preset of `parallel.rules`."""
+    """Preset of `parallel.rules`: the mesh axes that each logical axis is sharded over."""
     sharding_overrides: tuple[str, ...] = ()
     """Changes to the preset, each `NAME=MESH,AXES`, such as `embed=fsdp,data`."""
     dispatch: Literal["all_to_all", "ragged_all_to_all", "all_gather"] = "all_to_all"
@@ -435,7 +435,7 @@ class Runtime:
 
     @classmethod
     def for_backend(cls, backend: str) -> Runtime:
-        """What to start from on `backend` ("cpu", "gpu" or "tpu"): float32 and `blocked` on a CPU, else bfloat16.
+        """A starting point on `backend` ("cpu", "gpu" or "tpu"): float32 and `blocked` on a CPU, else bfloat16.
 
         On a Hopper GPU the experts get our kernel: XLA's `ragged_dot` runs there at a few percent of the dense rate.
         """

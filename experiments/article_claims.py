@@ -44,7 +44,7 @@ COLORS = ("#1f6f8b", "#c8553d", "#6a8d3f", "#8c6bb1", "#b58900", "#5c5c5c")
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What the article says, what follows from first principles, and the figure that shows it."""
+    """A claim of the article, what follows from first principles, and the figure that shows it."""
 
     says: str
     verdict: str

@@ -29,13 +29,13 @@ ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to measure."""
+    """Measurements to make."""
 
     experts: int = 64
     top: int = 6
     tokens: int = 4096
     widths: tuple[tuple[int, int], ...] = ((512, 256), (1024, 512))
-    """Of the model and of an expert."""
+    """Widths of the model and of an expert."""
     repeats: int = 7
     results: Path = ROOT / "docs" / "results"
 

@@ -93,7 +93,7 @@ def device_seconds(call: Callable[[int], object], calls: int = 24) -> float:
 
 
 def ceilings() -> Iterator[Row]:
-    """What the card does at best: the two numbers that every floor uses."""
+    """The card's best rates: the two numbers that every floor uses."""
     x = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.bfloat16)
     negate = jax.jit(lambda x: -x)
     t = seconds_per_call(lambda _: negate(x))

@@ -60,7 +60,7 @@ def text_batch(batch: int, length: int) -> dict[str, jax.Array]:
 
 
 def gradient(model: DeepSeekV3, variables: Any, batch: Any) -> Any:
-    """Of the training objective."""
+    """Gradient of the training objective."""
 
     def loss(params: Any) -> jax.Array:
         sums = forward_sums(model, variables | {"params": params}, batch)

@@ -1,4 +1,6 @@
-"""What the TPU compiler says of the kernels at DeepSeek-V3's sizes. Needs libtpu (`make test` fetches it), but no TPU.
+"""Compiles the kernels for TPUs at DeepSeek-V3's sizes and reports their memory.
+
+Needs libtpu (`make test` fetches it), but no TPU.
 
     TPU_LIBRARY_PATH=.venv/tpu/libtpu/libtpu.so python -m experiments.compile_kernels --run-dir runs/compile_kernels
 
@@ -153,9 +155,9 @@ class Args:
     run_dir: pathlib.Path
     """Where report.md and report.json go."""
     only: tuple[str, ...] = tuple(GROUPS)
-    """Which of mla_decode, cache_update, mla_prefill, grouped."""
+    """Kernels, of mla_decode, cache_update, mla_prefill, grouped."""
     generations: tuple[str, ...] = tuple(TPUS)
-    """Which of v5p, v6e, tpu7x."""
+    """TPU generations, of v5p, v6e, tpu7x."""
 
 
 def report(rows: list[dict[str, Any]]) -> str:

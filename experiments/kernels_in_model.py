@@ -56,7 +56,7 @@ def in_form(model: DeepSeekV3, form: str) -> DeepSeekV3:
 
 
 def precision(name: str) -> Any:
-    """Of float32 products, GPUs make less by default."""
+    """Full precision of float32 products, which GPUs round by default."""
     return jax.default_matmul_precision("highest" if name == "float32" else "default")
 
 
@@ -109,7 +109,7 @@ def counting(seed: int, batch: int, length: int) -> dict[str, np.ndarray]:
 
 
 def gradients(found: dict[str, DeepSeekV3], variables: Any, batch: int, length: int) -> dict[str, Any]:
-    """Of the loss of one batch: errors against float32, of all together and of the worst parameter."""
+    """Errors of one batch's gradients against float32: of all together and of the worst parameter."""
     data = counting(0, batch, length)
     out: dict[str, Any] = {}
     for name, model in found.items():

@@ -52,12 +52,12 @@ def compile_for_tpu(
 
 
 def vmem_of_kernels(compiled: jax.stages.Compiled) -> list[int]:
-    """What each Pallas kernel of a compiled program takes of the vector memory (memory space 1), in its order."""
+    """Vector memory (memory space 1) of each Pallas kernel of a compiled program, in bytes, in its order."""
     kernels = [line for line in str(compiled.as_text()).splitlines() if '"custom_call_config"' in line]
     used = re.findall(r'"used_scoped_memory_configs":\[(.*?)\]', " ".join(kernels))
     return [int(size) for size in re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', " ".join(used))]
 
 
 def vmem_bytes(compiled: jax.stages.Compiled) -> int:
-    """What the greediest Pallas kernel of a compiled program takes of the vector memory."""
+    """Most vector memory that any Pallas kernel of a compiled program takes, in bytes."""
     return max(vmem_of_kernels(compiled), default=0)

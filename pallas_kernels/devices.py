@@ -1,4 +1,4 @@
-"""Which device a kernel is about to be compiled for."""
+"""The device that a kernel is about to be compiled for."""
 
 from __future__ import annotations
 

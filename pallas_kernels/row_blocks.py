@@ -28,7 +28,7 @@ TILED = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128))
 
 
 def visits(group_sizes: jax.Array, count: int) -> jax.Array:
-    """Which group visits which block of rows. A block of several groups' rows is visited once by each.
+    """Visits of row blocks by groups. A block of several groups' rows is visited once by each.
 
     Args:
       group_sizes: (G,) int32.

@@ -77,6 +77,14 @@ def test_no_module_imports_itself_by_way_of_others():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
+def test_docstrings_open_with_a_verb_or_a_noun():
+    """A field's or argument's help begins with its own words, not with a relative clause."""
+    for folder in ("dsv3_jax", "pallas_kernels", "experiments", "scripts"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found = re.findall(r'^ *r?"""(?:What|Of|Whose)\b.*', path.read_text(), re.MULTILINE)
+            assert not found, f"{path}: {found[0].strip()}"
+
+
 def test_requirements_are_pinned_within_the_ranges():
     text = (ROOT / "requirements.txt").read_text()
     pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", text, re.MULTILINE))

@@ -114,7 +114,7 @@ def describe_export(store: Store, dtype: str = "keep") -> str:
 
 
 def _block(store: Store, dtype: str) -> tuple[int, int] | None:
-    """Of the FP8 blocks of an export."""
+    """Size of the FP8 blocks of an export."""
     return (store.block or BLOCK) if dtype == "fp8" else store.block if dtype == "keep" else None
 
 
@@ -142,7 +142,7 @@ def _written_dtype(store: Store, name: str, dtype: str) -> str:
 
 
 def _files(entries: list[Entry]) -> dict[str, list[Entry]]:
-    """Which tensors go to which file, and where in it. A weight and its scales stay together."""
+    """Assigns tensors to files and offsets. A weight and its scales stay together."""
     groups: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -202,7 +202,7 @@ class _OutFile:
         os.posix_fadvise(self._handle, start, size, os.POSIX_FADV_DONTNEED)
 
     def hash(self, offset: int, nbytes: int) -> str:
-        """Of bytes that were written before."""
+        """Hash of bytes that were written before."""
         digest = xxhash.xxh3_128()
         for start in range(offset, offset + nbytes, _UNIT_BYTES):
             digest.update(os.pread(self._handle, min(_UNIT_BYTES, offset + nbytes - start), start))
@@ -268,7 +268,7 @@ def _write_tensor(
 
 
 def _check_hash(store: Store, name: str, dtype: str, digest: str) -> None:
-    """What is written in the source's dtype must be what was read there, if the store kept it."""
+    """Checks that tensors written in the source's dtype are what was read there, if the store kept it."""
     kept, expected = store.manifest["tensors"].get(name, (None, None))
     if store.manifest["dtype"] == "keep" and kept == dtype and expected != digest:
         raise CheckpointError(f"{name} in {store.directory} isn't what {MANIFEST} says: the checkpoint is damaged")

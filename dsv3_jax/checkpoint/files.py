@@ -26,7 +26,7 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "U8": np.dtype(np.uint8),
 }
-"""What a tensor may be stored as; U8 and F8_E8M0 only as power-of-two scales."""
+"""Dtypes that a tensor may be stored in; U8 and F8_E8M0 only as power-of-two scales."""
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

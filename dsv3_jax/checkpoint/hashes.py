@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 def hash_file(file: Path) -> FileHash:
-    """Of a file's bytes, streamed."""
+    """Hash of a file's bytes, streamed."""
     digest, buffer, size = xxhash.xxh3_128(), bytearray(1 << 18), 0
     with file.open("rb", buffering=0) as opened:
         while n := opened.readinto(buffer):
@@ -44,14 +44,14 @@ def hash_file(file: Path) -> FileHash:
 
 
 def hash_files(directory: Path, names: Iterable[str]) -> dict[str, FileHash]:
-    """Of several files below a directory, in parallel."""
+    """Hashes of several files below a directory, in parallel."""
     found: dict[str, FileHash] = {}
     in_parallel(lambda name: found.update({name: hash_file(directory / name)}), names, _WORKERS)
     return dict(sorted(found.items()))
 
 
 class FileHashes:
-    """What the files below a directory must be. Each is checked once, by whoever needs it first.
+    """Expected hashes of the files below a directory. Each file is checked once, by whoever needs it first.
 
     expected: by name below the directory. where: the name of the file that says so.
     """
@@ -154,7 +154,7 @@ def seal(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unseal(fields: Mapping[str, Any], file: Path, error: Raise = CheckpointError) -> dict[str, Any]:
-    """What `seal` was given. Raises `error` if a field isn't what it was."""
+    """Returns what `seal` was given. Raises `error` if a field isn't what it was."""
     kept = {name: value for name, value in fields.items() if name != SEAL}
     if fields.get(SEAL) != _hash_fields(kept):
         raise error(f"{file} isn't what was written: it is damaged or was changed, and its field {SEAL!r} doesn't fit")

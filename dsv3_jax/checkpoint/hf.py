@@ -31,10 +31,10 @@ _FLOATS = ("F32", "BF16", "F16")
 _SCALES = ("F32", "BF16", "F8_E8M0", "U8")
 
 _TEXT = "language_model."
-"""What the tensors of the language model begin with where a vision model wraps it; those of the rest as follows."""
+"""Prefix of the language model's tensors where a vision model wraps it; those of the rest follow."""
 _VISION = ("vision_tower.", "mm_projector.")
 _MTP_OWN = re.compile(r"^model\.layers\.\d+\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)\.")
-"""What only an MTP module has, beside its block."""
+"""Tensors that only an MTP module has, beside its block."""
 _NO_MTP = "; without MTP (--no-mtp, mtp=False) it isn't needed"
 
 
@@ -96,7 +96,7 @@ class HFCheckpoint:
         return {leaf.scale_path: leaf for leaf in self.leaves.values() if self.dtype(leaf) == FP8 and not leaf.start}
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        """Of the leaf's tensors in the files. Raises CheckpointError if they differ among each other."""
+        """Dtype of the leaf's tensors in the files. Raises CheckpointError if they differ among each other."""
         found = {self.files.tensors[name].dtype for name in leaf.names}
         if len(found) > 1:
             one = {d: next(n for n in leaf.names if self.files.tensors[n].dtype == d) for d in sorted(found)}
@@ -105,7 +105,7 @@ class HFCheckpoint:
         return np.dtype(np.float32) if leaf.kind.float32 else DTYPES[found.pop()]
 
     def scale_dtype(self, leaf: Leaf) -> np.dtype:
-        """Of the leaf's scale grids in the files."""
+        """Dtype of the leaf's scale grids in the files."""
         return DTYPES[self.files.tensors[leaf.names[0] + SCALE].dtype]
 
     def read(self, leaf: Leaf, region: Region, dtype: np.dtype | None = None) -> np.ndarray:

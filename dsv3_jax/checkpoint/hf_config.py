@@ -129,7 +129,7 @@ _NULL = {
     "n_group": 1,
     "topk_group": 1,
 }
-"""What null says, where it may stand: one full projection, no such token, no shared expert, no groups."""
+"""Meaning of null, where it may stand: one full projection, no such token, no shared expert, no groups."""
 
 _REQUIRED = {
     "hidden_act": "silu",
@@ -173,7 +173,7 @@ _METADATA = _words(
 """Fields that say nothing about the arithmetic."""
 
 _PRIVATE = ("_", "unsloth_")
-"""What names begin with that programs put there for themselves."""
+"""Prefixes of fields that programs write there for themselves."""
 
 _TRANSFORMERS_DEFAULT_KV_HEADS = 128
 """transformers writes this number for V3 when nobody set it; MLA shares one latent, so the number says nothing."""
@@ -383,7 +383,7 @@ def _check_layer_types(fields: Mapping[str, Any], values: dict[str, Any]) -> Non
 
 
 def _v2_normalisation(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """What `norm_topk_prob: true` says of a DeepSeek-V2, which no released file has: it depends on who reads it.
+    """Decides `norm_topk_prob: true` in a DeepSeek-V2, which no released file has: readers differ in it.
 
     The released code, which `auto_map` names, normalises the weights of several experts and then leaves out
     `routed_scaling_factor`; transformers' own class doesn't look at the field.

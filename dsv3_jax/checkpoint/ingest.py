@@ -120,7 +120,7 @@ def _from_quantised(piece: Piece, i: int, region: Region, made: dict[str, np.nda
 
 
 def _hash_tensor(source: HFCheckpoint, name: str) -> str:
-    """Of a tensor's bytes in its file. Memory is given back on the way: a mapped page counts as long as it is held."""
+    """Hash of a tensor's bytes in its file. Releases memory on the way: a mapped page counts as long as it is held."""
     digest, data = xxhash.xxh3_128(), _bytes(source.files.array(name))
     for start in range(0, len(data), 64 << 20):
         digest.update(data[start : start + (64 << 20)])
@@ -134,7 +134,7 @@ def _bytes(data: np.ndarray) -> np.ndarray:
 
 
 def _identity(plan: Plan) -> dict[str, Any]:
-    """What makes two conversions the same one."""
+    """Identity of a conversion: equal for the same one."""
     files = {i.file for i in plan.source.files.tensors.values()}
     stats = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     layers = dataclasses.astuple(plan.source.layers)

@@ -58,7 +58,7 @@ def from_file_axes(leaf: Leaf, tensors: np.ndarray) -> np.ndarray:
 
 
 def block_rows(leaf: Leaf, box: Region, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Which row and which column of the scale grid each row and column of the box has, one after another."""
+    """Rows and columns of the scale grid that belong to the rows and columns of the box."""
     n = len(leaf.tensor_out)
     rows = np.arange(math.prod(leaf.tensor_out)).reshape(leaf.tensor_out)[box[:n]].ravel()
     columns = np.arange(math.prod(leaf.tensor_in)).reshape(leaf.tensor_in)[box[n:]].ravel()

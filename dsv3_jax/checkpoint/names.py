@@ -18,7 +18,7 @@ SCALE = "_scale_inv"
 """A tensor `X.weight` in FP8 has its scales in `X.weight_scale_inv`, which multiply it whatever the name says."""
 
 TreePath = tuple[str, ...]
-"""Of an array in the variables: collection first, as ("params", "moe_layers", "self_attn", "o_proj")."""
+"""Path of an array in the variables: collection first, as ("params", "moe_layers", "self_attn", "o_proj")."""
 
 Where = Literal["model", "layer", "dense", "moe", "mtp"]
 
@@ -157,20 +157,20 @@ class Leaf:
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Of each tensor in the file."""
+        """Shape of each tensor in the file."""
         out = (math.prod(self.tensor_out),)
         return (*out, math.prod(self.tensor_in)) if self.tensor_in else out
 
     @property
     def scale_path(self) -> TreePath:
-        """Of its scale grids: the same path in the collection "scales"; the two halves of kv_b_proj share theirs."""
+        """Path of its scale grids: the same in the collection "scales"; the two halves of kv_b_proj share theirs."""
         last = "kv_b_proj" if len(self.kind.parts) > 1 else self.path[-1]
         return ("scales", *self.path[1:-1], last)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Which layers of a checkpoint make the model: the numbers that its files give them, in order.
+    """Layers of a checkpoint that make the model: the numbers that its files give them, in order.
 
     `main` are blocks of the model, dense ones first; `mtp` its MTP modules.
     """
@@ -235,7 +235,7 @@ def tensor_shapes(config: ModelConfig, layers: Layers | None = None) -> dict[str
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    """Of the scale grid of an FP8 matrix: one number a block, ragged blocks at the edges included."""
+    """Shape of the scale grid of an FP8 matrix: one number per block, ragged blocks at the edges included."""
     rows, columns = shape
     return -(-rows // block[0]), -(-columns // block[1])
 

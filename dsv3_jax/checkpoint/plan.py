@@ -1,4 +1,4 @@
-"""What a conversion to orbax reads and writes, made and checked from headers alone."""
+"""Plan of a conversion to orbax, made and checked from headers alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Piece:
 
 
 class Plan:
-    """What a conversion to orbax reads and writes: arrays, and units that together take every tensor exactly once."""
+    """Reads and writes of a conversion to orbax: arrays, and units that together take every tensor exactly once."""
 
     def __init__(self, source: HFCheckpoint, dtype: Target) -> None:
         self.source, self.dtype = source, dtype
@@ -77,7 +77,7 @@ class Plan:
             self.units.append(Unit(key, nbytes, Piece(leaves, tuple(arrays), box, taken, is_scale)))
 
     def stored_dtype(self, leaf: Leaf) -> np.dtype:
-        """Of the leaf's array in the store."""
+        """Dtype of the leaf's array in the store."""
         if leaf.kind.float32:
             return np.dtype(np.float32)
         if self.dtype in CASTS:
@@ -117,7 +117,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Of the arrays that the plan writes."""
+        """Bytes of the arrays that the plan writes."""
         return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self.arrays)
 
     def _check(self) -> None:
@@ -157,7 +157,7 @@ class Plan:
 
 
 class PlannedStore(Store):
-    """What a plan would make, for everything but its numbers: an export of it can be planned in turn."""
+    """A store as a plan would make it, but for its numbers: an export of it can be planned in turn."""
 
     def __init__(self, plan: Plan) -> None:
         self.directory, self.fields, self.block = plan.source.directory, plan.source.fields, plan.block

@@ -39,7 +39,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def step_hashes(step: Path, *, check_hashes: bool = True) -> FileHashes:
-    """What the files of a checkpoint must be. step: its directory."""
+    """Hashes that the files of a checkpoint must have. step: its directory."""
     if not check_hashes:
         return Unchecked(step, "asked for")
     if not (step / HASHES).exists():

@@ -284,7 +284,7 @@ class Store:
         return array
 
     def _describe(self, config: ModelConfig) -> None:
-        """What follows from the config alone, whatever holds the numbers."""
+        """Leaves that follow from the config alone, whatever holds the numbers."""
         self.config, self.leaves, self.copies = config, names.leaves(config), names.copies(config)
         # The first leaf that each tensor is part of, and which of its tensors it is.
         self._by_name = {
@@ -297,7 +297,7 @@ class Store:
         return hf_config.power_of_two_scales(self.fields)
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        """Of the leaf's array."""
+        """Dtype of the leaf's array."""
         return self._arrays[leaf.path].dtype.numpy_dtype
 
     def read(self, leaf: Leaf, region: Region, dtype: np.dtype | None = None) -> np.ndarray:
@@ -349,7 +349,7 @@ class Store:
             raise CheckpointError(f"{where} can't be read: {str(error)[:200]}") from None
 
     def file_dtype(self, name: str) -> str:
-        """What a tensor, or a scale grid, is in a file that keeps the store's numbers: what it was in the source.
+        """Dtype of a tensor or scale grid in a file that keeps the store's numbers: that of the source.
 
         A store of a cast has its own dtype; one that kept its source's may hold a narrower bias as float32.
         """
@@ -358,7 +358,7 @@ class Store:
         return next(n for n, dtype in DTYPES.items() if dtype == self.dtype_of(name))
 
     def identity(self) -> str:
-        """What makes two exports ones of the same checkpoint."""
+        """Identity of the checkpoint: equal for exports of the same one."""
         return xxhash.xxh3_128_hexdigest((self.directory / MANIFEST).read_bytes())
 
     def write_small_files(self, directory: Path) -> None:
@@ -377,7 +377,7 @@ class Store:
         return self._leaf(name)[0].tensor_out
 
     def dtype_of(self, name: str) -> np.dtype:
-        """What a tensor is stored as."""
+        """Dtype that a tensor is stored in."""
         return self.dtype(self._leaf(name)[0])
 
     def is_fp8(self, name: str) -> bool:

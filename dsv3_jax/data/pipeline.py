@@ -18,7 +18,7 @@ from dsv3_jax.json_input import check_type, field
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What a run reads."""
+    """Data that a run reads."""
 
     source: str = "stdlib"
     """"stdlib" for the text and code of Python's standard library, or a file or folder: .txt, .md, .rst, .py,
@@ -30,7 +30,7 @@ class DataConfig:
     validation_fraction: float = 0.05
     """The share of documents held out for validation, chosen by a hash of their text."""
     seed: int = 0
-    """Of the order of documents and sequences."""
+    """Seed of the order of documents and sequences."""
     text_field: str = "text"
     """The field of JSONL objects, or column of parquet files, that holds the text."""
     max_document_characters: int | None = None

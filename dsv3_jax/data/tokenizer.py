@@ -1,4 +1,4 @@
-"""What a tokenizer is: text <-> token ids."""
+"""The tokenizer interface: text <-> token ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Tokenizer(Protocol):
-    """What the pipeline and the command line need of a tokenizer."""
+    """A tokenizer, as the pipeline and the command line use it."""
 
     @property
     def vocab_size(self) -> int:
@@ -19,12 +19,12 @@ class Tokenizer(Protocol):
 
     @property
     def bos_id(self) -> int:
-        """What a document begins with."""
+        """Token that a document begins with."""
         ...
 
     @property
     def eos_id(self) -> int:
-        """What a document ends with."""
+        """Token that a document ends with."""
         ...
 
     def encode(self, text: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which tokenizer a path names: bytes, a `tokenizer.json`, a `tiktoken.model`, or the folder that holds one."""
+"""Tokenizers by path: bytes, a `tokenizer.json`, a `tiktoken.model`, or the folder that holds one."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class GenerateArgs:
     model: Annotated[Path, tyro.conf.Positional]
     """Directory of the run or checkpoint."""
     prompt: str = ""
-    """What to continue. Names of special tokens become those tokens."""
+    """Text to continue. Names of special tokens become those tokens."""
     max_new_tokens: int = 200
     """How many tokens to add at most."""
     temperature: float | None = None
@@ -45,7 +45,7 @@ class GenerateArgs:
     top_p: float | None = None
     """Draw among the fewest tokens that together have this probability; else generation_config.json's, else 0.95."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the sampling."""
     tokenizer: str | None = None
     """A tokenizer.json, a tiktoken.model, a folder that holds one, or "bytes"; by default the model's own."""
     check_hashes: bool = True

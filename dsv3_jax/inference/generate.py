@@ -110,7 +110,7 @@ def _steps(
 def generate(
     model: DeepSeekV3, variables: Mapping[str, Any], prompts: Any, max_new_tokens: int, **how: Any
 ) -> np.ndarray:
-    """What `stream` yields, as one array (B, at most max_new_tokens) int32. Arguments and errors are those of that."""
+    """Collects `stream` into one array (B, at most max_new_tokens) int32. Arguments and errors are the same."""
     return np.stack(list(stream(model, variables, prompts, max_new_tokens, **how)), axis=1)
 
 

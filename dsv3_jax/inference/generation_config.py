@@ -14,14 +14,14 @@ GENERATION_CONFIG = "generation_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """What the file says of sampling and of end tokens; None where it says nothing."""
+    """Sampling and end tokens of the file; None where it has none."""
 
     temperature: float | None = None
     """0 if the file asks for greedy decoding (`do_sample` false)."""
     top_k: int | None = None
     top_p: float | None = None
     end_ids: tuple[int, ...] | None = None
-    """What ends a text (`eos_token_id`)."""
+    """Tokens that end a text (`eos_token_id`)."""
 
 
 def read_generation_config(directory: Path) -> GenerationConfig:

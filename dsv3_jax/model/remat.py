@@ -1,4 +1,4 @@
-"""What the backward pass recomputes instead of keeping (report section 3.2.3)."""
+"""Rematerialisation: activations that the backward pass recomputes instead of saving (report section 3.2.3)."""
 
 from __future__ import annotations
 

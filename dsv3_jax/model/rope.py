@@ -17,7 +17,7 @@ def _mscale(factor: float, mscale: float = 1.0) -> float:
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """What multiplies q.k before the softmax: 1/sqrt(d_h + d_h^R) (eq. 10), times YaRN's temperature squared."""
+    """Factor of q.k before the softmax: 1/sqrt(d_h + d_h^R) (eq. 10), times YaRN's temperature squared."""
     scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     yarn = config.rope_scaling
     if yarn is not None and yarn.mscale_all_dim:
@@ -56,7 +56,7 @@ def _ramp_ends(config: ModelConfig, yarn: Yarn) -> tuple[float, float]:
 
 
 def rotation_scale(config: ModelConfig) -> float:
-    """What multiplies cos and sin: 1, unless YaRN's temperature isn't carried by the softmax scale alone."""
+    """Factor of cos and sin: 1, unless YaRN's temperature isn't carried by the softmax scale alone."""
     yarn = config.rope_scaling
     if yarn is None:
         return 1.0

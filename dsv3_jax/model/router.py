@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weight (report section 2.1.2, eq. 13 to 16)."""
+"""Router: the experts of each token and their weights (report section 2.1.2, eq. 13 to 16)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUTER = "router"
 
 @struct.dataclass
 class RouterStats:
-    """What balancing needs to know of one MoE layer's routing. Float32; B sequences, E experts.
+    """Routing statistics of one MoE layer, for balancing. Float32; B sequences, E experts.
 
     load: (B, E) tokens of the sequence that were sent to the expert.
     fraction: (B, E) f_i of eq. 18: E / (K T) times the tokens whose top K affinities include the expert.

@@ -180,7 +180,7 @@ def _route(
 
 
 def _reached(ids: jax.Array, bins: int, width: int) -> jax.Array:
-    """Which of `bins` groups of `width` consecutive experts each token has one of: bool (N, bins)."""
+    """Mask (N, bins): whether a token has an expert in each of `bins` groups of `width` consecutive ones."""
     return (ids[:, :, None] // width == jnp.arange(bins)).any(1)
 
 
@@ -244,7 +244,7 @@ class Hop:
 
 @dataclasses.dataclass(frozen=True)
 class Send:
-    """Which of its tokens a device sends where in a hop: the metadata that dispatch and combine share.
+    """Metadata of a hop that dispatch and combine share: the tokens that a device sends to each position.
 
     source, places: rows of the send buffer from tokens, and tokens' rows in it, as `parallel.rows` has them.
     ragged: sizes and offsets of `ragged_all_to_all`, out and back; None for equal pieces of `room` tokens.

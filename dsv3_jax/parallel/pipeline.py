@@ -202,7 +202,7 @@ def _add(a: Any, b: Any) -> Any:
 
 
 def layers_of_stages(layers: int, stages: int) -> np.ndarray:
-    """Which layers each stage has: (stages, most) int32, `layers` for none. Fewer go to both ends, which do more.
+    """Layers of each stage: (stages, most) int32, `layers` for none. Fewer go to both ends, which do more.
 
     Raises ConfigError if there are fewer layers than stages.
     """

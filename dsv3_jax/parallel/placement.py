@@ -96,7 +96,7 @@ class Placement:
         return OnMesh(self._jit(step, state), self.mesh)
 
     def lower(self, step: Callable[..., Any], state: Any, batch: Any) -> jax.stages.Lowered:
-        """What `jit_step` would compile, from the abstract state and batch of `abstract`."""
+        """Lowers what `jit_step` would compile, from the abstract state and batch of `abstract`."""
         with jax.set_mesh(self.mesh):
             return self._jit(step, state).lower(state, batch)
 
@@ -120,7 +120,7 @@ class Placement:
         return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
     def abstract_batch(self, names: Iterable[str], batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What `batch` makes, without its numbers."""
+        """Shapes, dtypes and shardings of what `batch` makes."""
         self._check(batch_size)
         one = jax.ShapeDtypeStruct((batch_size, length), np.int32, sharding=self._batch)
         return dict.fromkeys(names, one)

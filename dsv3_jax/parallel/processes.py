@@ -28,7 +28,7 @@ class Processes:
     count: int | None = None
     """How many processes there are, if `coordinator` is an address."""
     index: int | None = None
-    """Which of them this is, from 0, if `coordinator` is an address."""
+    """Index of this process, from 0, if `coordinator` is an address."""
 
     def __post_init__(self) -> None:
         if self.coordinator in (None, "auto"):

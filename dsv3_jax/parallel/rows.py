@@ -28,7 +28,7 @@ def _take(a: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _like(x: jax.Array) -> jax.Array:
-    """Of no size: what the backward pass has to know of `x` is its dtype."""
+    """An empty array of `x`'s dtype, which is all that the backward pass needs of `x`."""
     return jnp.zeros((0,), x.dtype)
 
 

@@ -24,7 +24,7 @@ BLOCK = (128, 128)
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 """A float32 below it is denormal, and processors that flush denormals to zero would divide by zero."""
 ACTIVATION_FLOOR = 1e-4
-"""What the released kernels take as the least maximum of an activation tile."""
+"""Least maximum of an activation tile, as in the released kernels."""
 
 
 def quantise_blocks(
@@ -88,7 +88,7 @@ def quantise_tiles(x: Array, tile: int = TILE, *, power_of_two: bool = False) ->
 
 
 def dequantise_tiles(values: Array, scales: Array, tile: int = TILE, dtype: np.dtype | type = np.float32) -> Array:
-    """What `quantise_tiles` returned, as numbers: values (..., N), scales (..., ceil(N / tile)) -> (..., N)."""
+    """Dequantises what `quantise_tiles` returned: values (..., N), scales (..., ceil(N / tile)) -> (..., N)."""
     xp, n = _module(values), values.shape[-1]
     wide = xp.repeat(scales, tile, axis=-1)[..., :n]
     return (values.astype(np.float32) * wide).astype(dtype)

@@ -31,7 +31,7 @@ class TrainConfig:
     microbatches: int = 1
     """Pieces of a batch whose gradients are accumulated one after the other."""
     seed: int = 0
-    """Of the parameters' init; the data has a seed of its own."""
+    """Seed of the parameters' initialisation; the data has a seed of its own."""
     log_every: int = 10
     """Steps between lines of metrics."""
     validate_every: int = 200
@@ -43,7 +43,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
     sample_prompt: str = "def "
-    """What the text sampled at the end begins with."""
+    """Prompt of the text sampled at the end."""
     sample_tokens: int = 400
     """Its length; 0 for none."""
 
@@ -166,7 +166,7 @@ _FREE = (
     *("data.source", "data.tokenizer"),  # where they lie: hashes tell whether they are the same
     *("model.bos_token_id", "model.eos_token_id"),  # a run takes them from its tokenizer
 )
-"""What a run may go on with other values of; besides the mesh, and how the runtime computes, but for the dtypes."""
+"""Fields that a resumed run may change, besides the mesh and the runtime's choices other than dtypes."""
 
 
 def _is_free(name: str) -> bool:

@@ -27,11 +27,11 @@ METRICS = "metrics.jsonl"
 LOCK = "lock"
 
 TOKENIZER_FILES = (TOKENIZER_JSON, TIKTOKEN_MODEL, *BESIDE_TOKENIZER)
-"""What a run keeps of its tokenizer, under the names that a Hugging Face checkpoint uses."""
+"""Files of the tokenizer that a run keeps, under the names that a Hugging Face checkpoint uses."""
 
 
 _AT_THE_START = {CONFIG, LOCK, CHECKPOINTS, "tensorboard", *TOKENIZER_FILES}
-"""What may be there before the first checkpoint is, which is that of step 0."""
+"""Files that may exist before the first checkpoint, which is that of step 0."""
 
 
 def check_directory(config: TrainConfig, directory: Path, *, resume: bool) -> None:
@@ -100,7 +100,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 
 
 def tokenizer_sources(path: str | Path | None) -> dict[str, Path]:
-    """Which file of the tokenizer at `path`, a file or a folder, is kept under which name. None for bytes."""
+    """Maps names under which a run keeps its tokenizer to the files at `path`, a file or a folder. None for bytes."""
     if path is None or str(path) == BYTES:
         return {}
     path = Path(path)

@@ -135,7 +135,7 @@ def shift_left(x: jax.Array, by: int) -> jax.Array:
 
 
 def predictable(batch: Batch, ahead: int) -> jax.Array:
-    """Which positions (B, T) have a target `ahead` tokens on: within the sequence and, with segments, the document.
+    """Mask (B, T) of positions with a target `ahead` tokens on: within the sequence and, with segments, the document.
 
     The row's last target, which lies just past it, counts to the document of the row's last token, unless it is
     `IGNORE`. Nor does any other target that is.

@@ -1,4 +1,4 @@
-"""What a run records: JSON lines, TensorBoard events, and a figure of loss and expert load."""
+"""Metrics of a run: JSON lines, TensorBoard events, and a figure of loss and expert load."""
 
 from __future__ import annotations
 

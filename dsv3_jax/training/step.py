@@ -42,7 +42,7 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `model.apply` takes."""
+        """Variables as `model.apply` takes them."""
         return {"params": self.params, ROUTER: self.router}
 
 

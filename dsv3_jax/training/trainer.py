@@ -245,7 +245,7 @@ class _Run:
         checkpoints.save(state, self.data.get_state())
 
     def _not_finite(self, state: TrainState) -> str:
-        """Which arrays hold something else than finite numbers, as words; nothing if none does."""
+        """Names the arrays that hold numbers that aren't finite; empty if none does."""
         finite = np.asarray(self.finite(state))
         names = [name for name, good in zip(_floats(state), finite, strict=True) if not good]
         more = f" and {len(names) - 1} more arrays" if len(names) > 1 else ""
@@ -351,7 +351,7 @@ class _Run:
 
 
 def _inputs(mask_documents: bool) -> tuple[str, ...]:
-    """What the step takes: without document masks, as in the report (section 4.1), only tokens and targets."""
+    """Keys of a batch that the step takes: without document masks (report section 4.1), only tokens and targets."""
     return ("tokens", "targets", "segments", "positions") if mask_documents else ("tokens", "targets")
 
 
@@ -363,7 +363,7 @@ def _floats(state: TrainState) -> dict[str, jax.Array]:
 
 
 def all_finite(state: TrainState) -> jax.Array:
-    """Of each of a state's arrays of floats, whether all of its numbers are finite."""
+    """For each floating-point array of a state, whether all of its numbers are finite."""
     return jnp.stack([jnp.all(jnp.isfinite(x)) for x in _floats(state).values()])
 
 

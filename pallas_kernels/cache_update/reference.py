@@ -18,7 +18,7 @@ def slots(block_tables: jax.Array, lengths: jax.Array, tokens: int, page_size: i
 
 
 def partner(x: jax.Array, interleave: bool) -> jax.Array:
-    """What multiplies the sine for each element of the last axis: -b for a, and a for b, where (a, b) is a pair."""
+    """Factor of the sine for each element of the last axis: -b for a, and a for b, where (a, b) is a pair."""
     pairs = (*x.shape[:-1], -1, 2) if interleave else (*x.shape[:-1], 2, -1)
     axis = -1 if interleave else -2
     a, b = jnp.moveaxis(x.reshape(pairs), axis, 0)

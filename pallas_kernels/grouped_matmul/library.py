@@ -12,7 +12,7 @@ ROWS, LAST_ROWS = 256, 128
 DEPTH, COLUMNS = 1024, 2048
 """The most of K of a tile of the matrices' gradient on TPUs, and of N of any tile."""
 VMEM_SHARE = 5 / 8
-"""Of the vector memory, what a product's tiles may take on TPUs. tokamax's own choice takes nine tenths by an estimate
+"""Vector memory that a product's tiles may take on TPUs. tokamax's own choice takes nine tenths by an estimate
 that leaves out what the compiler adds: with it V3's matrices didn't compile for v5p."""
 ZEROS = 2 << 20
 """Bytes of the vector memory that tokamax keeps for writing zeros."""

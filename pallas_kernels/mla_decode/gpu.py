@@ -205,7 +205,7 @@ def _kernel(
         row_layout = plgpu.Layout.WGMMA.reduce(1)
 
         def alone(shape, product):
-            """What `product` adds to the accumulator that it is given."""
+            """Term that `product` adds to the accumulator that it is given."""
 
             def value(ref):
                 product(ref)
@@ -219,7 +219,7 @@ def _kernel(
             return acc + alone(acc.shape, product)  # the interpreter knows no accumulator with a start value
 
         def page_scales(first, masked):
-            """What each token of my page is to be multiplied by, for all rows; 0 where there is none."""
+            """Factor of each token of my page, for all rows; 0 where there is none."""
             row = plgpu.load(scale_smem.at[mine], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
             scales = lax.broadcast_in_dim(row, (ROWS, PAGE), [1])
             return jnp.where(first + _iota(1) < stop, scales, 0.0) if masked else scales

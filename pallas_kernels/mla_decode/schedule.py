@@ -12,7 +12,7 @@ WHOLE, NONE = -1, -2
 
 
 class Plan(NamedTuple):
-    """What the thread blocks of one decode step do. Depends on the lengths only: all layers share it.
+    """Work of the thread blocks in one decode step. Depends on the lengths only: all layers share it.
 
     work: (pieces, 4) int32: a piece's sequence, first page, end page, and the slot of its partial result, or
       WHOLE or NONE. Longest first, so that the hardware's first-come scheduling balances well.

@@ -181,7 +181,7 @@ def _key(nope: jax.Array, rope: jax.Array) -> jax.Array:
 
 
 def _scores(q: jax.Array, key: jax.Array, places: tuple[Places, Places], i: jax.Array, j: jax.Array, scale: float):
-    """Of blocks i and j: (B, K, query rows, key rows), `UNSEEN` outside the mask; and the mask."""
+    """Scores of blocks i and j: (B, K, query rows, key rows), `UNSEEN` outside the mask; and the mask."""
     q_places, k_places = places
     mask = k_places.position[j][:, None] <= q_places.position[i][:, :, None]
     mask &= k_places.segment[j][:, None] == q_places.segment[i][:, :, None]

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is said in one clear error, and nothing is written."""
+"""Errors of a checkpoint: one clear line, and nothing is written."""
 
 import dataclasses
 import errno
@@ -49,7 +49,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.int8): "I
 
 
 def load_file(file):
-    """What safetensors' own function does, which knows no FP8 in NumPy."""
+    """As safetensors' own function, which knows no FP8 in NumPy."""
     data, infos = file.read_bytes(), read_header(file).values()
     return {i.name: np.frombuffer(data[i.start : i.stop], DTYPES[i.dtype]).reshape(i.shape) for i in infos}
 

@@ -56,7 +56,7 @@ def convert(source, target, **options):
 
 
 def assert_same_tensors(a, b):
-    """Of a language model inside another one (kimi_k25): without what that adds."""
+    """A language model inside another one (kimi_k25): without what that adds."""
     a, b = TensorFiles(a), TensorFiles(b)
     if any(name.startswith("language_model.") for name in a.tensors):
         a = HFCheckpoint(a.directory).files
@@ -162,7 +162,7 @@ def _digests(directory):
 
 
 def exact_weights(directory, block):
-    """What the FP8 tensors of a directory stand for, by the definition, one element at a time."""
+    """Numbers that the FP8 tensors of a directory stand for, by the definition, one element at a time."""
     files = TensorFiles(directory)
     weights = {}
     for name in files.tensors:
@@ -320,7 +320,7 @@ def test_each_device_reads_its_slice_only(fp8, layout, tmp_path, monkeypatch):
 
 
 def test_a_training_run_becomes_a_checkpoint(tmp_path):
-    """Of its newest step: loaded again the same, and within FP8's rounding if quantised."""
+    """An export of its newest step: loaded again the same, and within FP8's rounding if quantised."""
     model = DeepSeekV3(TINY)
     variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))
     state = TrainState(jnp.int32(7), variables["params"], variables["router"], {}, jax.random.key(0))

@@ -55,7 +55,7 @@ def checkpoint(tmp_path):
 
 
 def greedy(checkpoint, bos=True):
-    """What the model says after the prompt of GREEDY, without an end."""
+    """The model's text after the prompt of GREEDY, without an end."""
     tokenizer = load_tokenizer(checkpoint)
     prompt = [*[tokenizer.bos_id] * bos, *tokenizer.encode("ab cd").tolist()]
     return tokenizer, generate(*load_pretrained(checkpoint), [prompt], 12)[0].tolist()

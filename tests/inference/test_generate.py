@@ -125,7 +125,7 @@ def test_cut_logits_are_those_of_the_definition(temperature, top_k, top_p):
 
 
 def test_top_p_is_of_what_top_k_left():
-    """Of 0.5 and 0.25, which are 2/3 and 1/3: the first reaches 0.6 alone, though it has half of all probability."""
+    """Top-k of 0.5 and 0.25, then 2/3 and 1/3: the first reaches 0.6 alone, though it has half of all probability."""
     np.testing.assert_allclose(frequencies(Sampling(top_k=2, top_p=0.6)), [1, 0, 0, 0, 0])
 
 

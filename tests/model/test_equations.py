@@ -65,7 +65,7 @@ def test_the_model_is_the_equations(x64, change, runtime):
 
 
 def test_the_ends_of_a_pipeline_are_the_equations(x64):
-    """What its first and last stage compute, with no sparse layer between them."""
+    """The first and last stage, with no sparse layer between them."""
     config = dataclasses.replace(V3, num_hidden_layers=1, first_k_dense_replace=1)
     model, rng = DeepSeekV3(config, Runtime(**DOUBLE)), new_rng()
     variables = equations.random_variables(model, rng)
@@ -86,7 +86,7 @@ def test_the_ends_of_a_pipeline_are_the_equations(x64):
 
 
 def test_remat_keeps_what_its_name_says():
-    """Of a stack of layers: `block` their inputs alone, `paper` more, `none` still more."""
+    """Saved activations of a stack of layers: `block` their inputs alone, `paper` more, `none` still more."""
     config = dataclasses.replace(SMALL, num_hidden_layers=4, num_nextn_predict_layers=0)  # three layers are sparse
     tokens = jax.ShapeDtypeStruct((2, 7), np.int32)
 

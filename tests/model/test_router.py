@@ -74,7 +74,7 @@ def test_statistics_are_those_of_the_equations():
 
 @pytest.mark.parametrize("base", [10.0, 0.0, -20.0, -44.0, -50.0, -80.0, -120.0, -300.0])
 def test_gradients_of_saturated_affinities(base):
-    """Of sum_i a_i s_i / sum(s) over all experts and over the chosen ones, in float64 by hand."""
+    """Gradients of sum_i a_i s_i / sum(s) over all experts and over the chosen ones, in float64 by hand."""
     config = dataclasses.replace(BASE, n_routed_experts=4, n_group=1, topk_group=1)
     logits = np.float32(base) + np.array([0, 0.3, 0.7, 1], np.float32)
     z, of_all, of_chosen = np.float64(logits), np.arange(4.0), np.arange(1.0, 3.0)

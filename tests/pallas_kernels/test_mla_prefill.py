@@ -124,7 +124,7 @@ def test_blockwise_works_on_no_empty_pair(monkeypatch):
 
 
 def test_blockwise_memory_is_linear():
-    """Of a compiled training step with as many heads as V3 has, and so is its largest array."""
+    """Memory of a compiled training step with as many heads as V3 has; and so is its largest array."""
     used = {}
     for tokens in (4096, 8192):
         given = real_shapes(tokens, tokens)

@@ -14,7 +14,7 @@ KINDS = {"v5p": ("TPU v5p", 2), "v6e": ("TPU v6e", 1), "tpu7x": ("TPU7x", 1)}  #
 
 
 class Hopper(NamedTuple):
-    """What tokamax asks of the device at hand."""
+    """The device at hand, as tokamax asks for it."""
 
     platform: str = "gpu"
     device_kind: str = "NVIDIA H100 80GB HBM3"

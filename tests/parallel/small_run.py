@@ -13,7 +13,7 @@ WIDTHS = dict(
 
 
 def small_config(mesh, sharding, **model):
-    """Of 8 steps, with a checkpoint and metrics at every second."""
+    """A run of 8 steps, with a checkpoint and metrics at every second."""
     base = TrainConfig.preset("tiny", "cpu")
     return dataclasses.replace(
         base,

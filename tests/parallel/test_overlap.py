@@ -1,4 +1,4 @@
-"""What the TPU compiler puts beside an exchange of tokens: its schedule for four chips that are not there."""
+"""The TPU compiler's schedule for four chips that are not there: products beside an exchange of tokens."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What crosses the network, read from the compiled program."""
+"""Bytes that cross the network, read from the compiled program."""
 
 import dataclasses
 import math

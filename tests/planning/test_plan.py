@@ -103,7 +103,7 @@ def test_more_of_an_axis_never_needs_more_memory():
 
 
 def test_residuals_of_one_block():
-    """What a policy keeps, by hand: `block` its input; `paper` each product's result but MLA's up-projections."""
+    """Saved activations, by hand: `block` its input; `paper` each product's result but MLA's up-projections."""
     block = saved_by_block(V3, Runtime(dtype="bfloat16", remat="block"), True)
     assert block.per_token == pytest.approx(2 * 7168, abs=8)
     paper = saved_by_block(V3, Runtime(dtype="bfloat16", remat="paper"), True)
@@ -238,7 +238,7 @@ def test_nonsense_gets_one_clear_line(options, message):
 
 
 def test_a_plan_takes_less_than_five_seconds():
-    """Of processor time, imports included, so that other work on the machine doesn't count."""
+    """Processor time, imports included, so that other work on the machine doesn't count."""
     code = "import time; from dsv3_jax.planning.plan import *; plan_command(PlanArgs()); print(time.process_time())"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert float(out.split()[-1]) < 5

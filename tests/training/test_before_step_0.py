@@ -1,4 +1,4 @@
-"""What a run would meet later stops it before its first step; and a state that isn't finite is never saved."""
+"""Errors that a run would meet later stop it before its first step; and a state that isn't finite is never saved."""
 
 import dataclasses
 import io
