@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.moe import ExpertWeights, experts
+from dsv3_jax.runtime import Runtime
 
 ROOT = Path(__file__).parents[1]
 

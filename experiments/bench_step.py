@@ -25,9 +25,10 @@ import tyro
 
 from dsv3_jax.accounting.flops import model_flops, products
 from dsv3_jax.accounting.parameters import count_parameters
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.planning.compiled import costs, costs_of_all_layers, device_bytes
+from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import forward_sums, objective
 
 V2_LITE = dataclasses.replace(

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.cache import init_cache
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import PretrainingLoss, forward_sums
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig

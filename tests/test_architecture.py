@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"json_input"},
     {"config"},
+    {"runtime"},
     {"parallel", "quantization", "data"},
     {"model"},
     {"checkpoint"},

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import TokenPositions
 from dsv3_jax.model.remat import rematerialise
+from dsv3_jax.runtime import Runtime
 
 _PRIME = 1009
 """A sequence length that divides no width of a model, so that an array's size tells how it grows with the sequence."""

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
 from dsv3_jax.accounting.parameters import Variable, activated, model_variables
-from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.runtime import Runtime
 
 # Counting a program ----------------------------------------------------------------------------------------
 

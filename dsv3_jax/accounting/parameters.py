@@ -13,9 +13,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.cache import init_cache
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.runtime import Runtime
 
 
 @dataclasses.dataclass(frozen=True)

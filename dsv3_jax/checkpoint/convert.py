@@ -19,7 +19,7 @@ from dsv3_jax.checkpoint.jobs import keep_freed_memory
 from dsv3_jax.checkpoint.plan import Plan, PlannedStore, Target
 from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
 from dsv3_jax.checkpoint.store import MANIFEST, Store, Variables
-from dsv3_jax.config import Runtime
+from dsv3_jax.runtime import Runtime
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,12 @@ from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.layout import Region
 from dsv3_jax.checkpoint.names import Leaf, TreePath
 from dsv3_jax.checkpoint.store import MANIFEST, Store
-from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.rules import PRESETS, Axes, rules_of
 from dsv3_jax.parallel.sharding import LogicalSharding
+from dsv3_jax.runtime import Runtime
 
 
 def load_pretrained(

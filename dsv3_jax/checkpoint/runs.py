@@ -14,9 +14,10 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from dsv3_jax.checkpoint.files import CheckpointError
 from dsv3_jax.checkpoint.hashes import SEAL, FileHashes, Unchecked, file_hashes, unseal
 from dsv3_jax.checkpoint.names import TreePath
-from dsv3_jax.config import ConfigError, ModelConfig, Runtime, build_dataclass
+from dsv3_jax.config import ConfigError, ModelConfig, build_dataclass
 from dsv3_jax.json_input import read_json
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.runtime import Runtime
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds one checkpoint a step."""

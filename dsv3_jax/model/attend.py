@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dsv3_jax.config import ConfigError, Runtime
+from dsv3_jax.config import ConfigError
 from dsv3_jax.model.cache import Keys, TokenPositions
 from dsv3_jax.parallel.sharding import current_sharding
+from dsv3_jax.runtime import Runtime
 from pallas_kernels.mla_decode import SplitCache, mla_decode, pack
 from pallas_kernels.mla_prefill import mla_prefill
 

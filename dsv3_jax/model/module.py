@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 from flax import struct
 
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.parallel.sharding import Logical
+from dsv3_jax.runtime import Runtime
 
 LAYERS = {nn.PARTITION_NAME: "layers"}
 """The logical axis that `nn.scan` adds in front of the parameters of stacked layers."""

@@ -9,13 +9,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.linear import linear, weight
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.remat import kept
 from dsv3_jax.model.router import Router, RouterStats
 from dsv3_jax.parallel.dispatch import experts_are_spread, experts_held, spread_experts
 from dsv3_jax.parallel.rows import collect, spread
+from dsv3_jax.runtime import Runtime
 from pallas_kernels.grouped_matmul import grouped_swiglu
 
 PLACEMENT = "placement"

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.config import Runtime
+from dsv3_jax.runtime import Runtime
 
 _KEPT = "kept"
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import Cache, TokenPositions
 from dsv3_jax.model.linear import weight, wide_linear
@@ -23,6 +23,7 @@ from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.router import ROUTER, RouterStats
 from dsv3_jax.parallel.sharding import Logical, constrain
+from dsv3_jax.runtime import Runtime
 
 
 @struct.dataclass

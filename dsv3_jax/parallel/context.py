@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv3_jax.config import ConfigError, Runtime
+from dsv3_jax.config import ConfigError
 from dsv3_jax.parallel.sharding import current_sharding
+from dsv3_jax.runtime import Runtime
 
 
 def sequence_order(length: int, runtime: Runtime) -> np.ndarray | None:

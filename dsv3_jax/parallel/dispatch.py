@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.parallel.rows import collect, spread
 from dsv3_jax.parallel.sharding import LogicalSharding, current_sharding
+from dsv3_jax.runtime import Runtime
 
 LocalExperts = Callable[..., jax.Array]
 """`(x (M, D), ids (M, K), weights (M, K), expert weights, rows) -> (M, D)`: one device's experts on tokens that it

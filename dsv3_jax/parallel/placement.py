@@ -11,10 +11,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.config import ConfigError, Runtime
+from dsv3_jax.config import ConfigError
 from dsv3_jax.parallel.mesh import AXES, MeshShape, make_mesh
 from dsv3_jax.parallel.rules import rules_of
 from dsv3_jax.parallel.sharding import Logical, LogicalSharding, state_shardings
+from dsv3_jax.runtime import Runtime
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from dsv3_jax.config import ConfigError, Runtime
+from dsv3_jax.config import ConfigError
 from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.runtime import Runtime
 
 Axes = tuple[str, ...]
 

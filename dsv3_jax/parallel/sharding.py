@@ -16,8 +16,9 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.config import ConfigError, Runtime
+from dsv3_jax.config import ConfigError
 from dsv3_jax.parallel.rules import LOGICAL, Axes, Rules, rules_of
+from dsv3_jax.runtime import Runtime
 
 Logical = tuple[str | None, ...]
 """A field of `Rules`, or None, for each axis of an array."""

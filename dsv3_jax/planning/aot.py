@@ -40,13 +40,13 @@ def aot_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
 
     from dsv3_jax.accounting.flops import count_flops
     from dsv3_jax.accounting.hardware import hardware
-    from dsv3_jax.config import Runtime
     from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
     from dsv3_jax.parallel.mesh import MeshShape
     from dsv3_jax.parallel.placement import Placement
     from dsv3_jax.planning.compiled import collectives, costs, device_bytes
     from dsv3_jax.planning.memory import memory
     from dsv3_jax.planning.training_plan import TrainingPlan
+    from dsv3_jax.runtime import Runtime
     from dsv3_jax.training.losses import PretrainingLoss
     from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
     from dsv3_jax.training.schedule import Schedule, ScheduleConfig

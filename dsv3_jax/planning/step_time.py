@@ -6,10 +6,10 @@ import dataclasses
 
 from dsv3_jax.accounting.activations import saved_by_block
 from dsv3_jax.accounting.flops import matmul_seconds, model_flops, recomputed_flops
-from dsv3_jax.config import Runtime
 from dsv3_jax.planning.communication import Traffic, traffic
 from dsv3_jax.planning.memory import parameters_per_device, stage_shares
 from dsv3_jax.planning.training_plan import TrainingPlan
+from dsv3_jax.runtime import Runtime
 
 
 @dataclasses.dataclass(frozen=True)

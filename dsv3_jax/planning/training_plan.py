@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from dsv3_jax.accounting.hardware import Hardware
-from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.parallel.mesh import MeshShape
+from dsv3_jax.runtime import Runtime
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import tyro
 
 from dsv3_jax.checkpoint.runs import read_config
-from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Runtime, build_dataclass
+from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, build_dataclass
 from dsv3_jax.data import DataConfig
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.processes import Processes
+from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.optimizer import OptimizerConfig
 from dsv3_jax.training.schedule import ScheduleConfig
 

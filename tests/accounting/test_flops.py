@@ -12,7 +12,8 @@ from dsv3_jax.accounting.flops import (
     model_flops,
     recomputed_flops,
 )
-from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.runtime import Runtime
 
 
 def test_a_scan_counts_as_often_as_it_runs():

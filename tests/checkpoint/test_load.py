@@ -11,7 +11,8 @@ from rich.console import Console
 
 from dsv3_jax import ModelConfig, load_pretrained
 from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
-from dsv3_jax.config import ConfigError, Runtime
+from dsv3_jax.config import ConfigError
+from dsv3_jax.runtime import Runtime
 from dsv3_jax.training import trainer
 from tests.parallel.small_run import WIDTHS, small_config
 

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_jax.config import ConfigError, Runtime
+from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.expert_placement import expert_load, place_slots, place_slots_on_nodes, with_redundant_experts
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.rules import rules_of
 from dsv3_jax.parallel.sharding import state_shardings
+from dsv3_jax.runtime import Runtime
 from tests.parallel.test_meshes import CONFIG
 
 NODES = MeshShape(node=2, expert=2, tensor=2)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Runtime, Yarn, build_dataclass
+from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Yarn, build_dataclass
+from dsv3_jax.runtime import Runtime
 
 RELEASED = {  # deepseek-ai/DeepSeek-V3's config.json
     "architectures": ["DeepseekV3ForCausalLM"],

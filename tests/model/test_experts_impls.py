@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.moe import ExpertWeights, MoE, experts
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
+from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.config import TrainConfig
 from pallas_kernels.ahead_of_time import as_if_hopper, lower_for_hopper
 from pallas_kernels.grouped_matmul import api

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.moe import ExpertWeights, experts, experts_reference
 from dsv3_jax.parallel.dispatch import Layout
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
+from dsv3_jax.runtime import Runtime
 
 E, K, D, F, B, T = 16, 4, 8, 8, 8, 6
 CONFIG = dataclasses.replace(

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.rules import rules_of
 from dsv3_jax.parallel.sharding import state_shardings
 from dsv3_jax.planning.aot import topology_devices
 from dsv3_jax.planning.compiled import overlaps
+from dsv3_jax.runtime import Runtime
 
 CONFIG = dataclasses.replace(
     ModelConfig.preset("v3-mini"), num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ConfigError, Runtime
+from dsv3_jax.config import ConfigError
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.pipeline import duration, layers_of_stages
 from dsv3_jax.parallel.placement import Placement
+from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.step import init_state, make_train_step

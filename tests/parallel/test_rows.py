@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ModelConfig, Runtime
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.moe import ExpertWeights, experts
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.rows import collect, spread
+from dsv3_jax.runtime import Runtime
 from tests.conftest import new_rng
 
 

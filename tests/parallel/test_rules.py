@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Runtime
+from dsv3_jax.config import PRESETS, ConfigError, ModelConfig
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel import rules
 from dsv3_jax.parallel.context import sequence_order
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.parallel.sharding import state_shardings
+from dsv3_jax.runtime import Runtime
 
 
 def abstract(name):

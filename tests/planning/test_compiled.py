@@ -8,7 +8,7 @@ import pytest
 
 from dsv3_jax.accounting.flops import count_flops
 from dsv3_jax.accounting.hardware import hardware
-from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.planning.aot import aot_plan
@@ -16,6 +16,7 @@ from dsv3_jax.planning.compiled import costs, costs_of_all_layers, device_bytes
 from dsv3_jax.planning.memory import memory
 from dsv3_jax.planning.options import PlanArgs
 from dsv3_jax.planning.training_plan import TrainingPlan
+from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig

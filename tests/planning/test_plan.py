@@ -10,7 +10,7 @@ import pytest
 from dsv3_jax.accounting.activations import saved_by_block
 from dsv3_jax.accounting.hardware import HARDWARE, hardware
 from dsv3_jax.accounting.parameters import count_parameters
-from dsv3_jax.config import ConfigError, ModelConfig, Runtime
+from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.planning import published
 from dsv3_jax.planning.communication import exchange_seconds, nodes_reached, rate, traffic
@@ -29,6 +29,7 @@ from dsv3_jax.planning.serving import (
 )
 from dsv3_jax.planning.step_time import step_time
 from dsv3_jax.planning.training_plan import TrainingPlan, meshes
+from dsv3_jax.runtime import Runtime
 
 V3 = ModelConfig.preset("v3-671b")
 WITHIN = (0.6, 1.4)

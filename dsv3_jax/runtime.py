@@ -1,0 +1,92 @@
+"""How a run computes the model: `Runtime`, every choice that leaves the architecture as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, Literal
+
+import ml_dtypes  # noqa: F401  # teaches NumPy the name bfloat16
+import numpy as np
+
+from dsv3_jax.config import ConfigError
+from pallas_kernels.devices import is_hopper
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """How a run computes the model. None of it changes the parameter tree or, within the dtype, the numbers."""
+
+    dtype: Dtype = "float32"
+    """Dtype of activations and of weights as they are used; router, softmax, norms and losses stay in float32.
+    In Python any dtype-like is taken, here and below, such as jnp.bfloat16."""
+    param_dtype: Dtype = "float32"
+    """Dtype of the parameters as they are stored and optimised."""
+    attention_form: Literal["expanded", "absorbed"] = "expanded"
+    """`expanded` makes keys and values per head (training, prefill); `absorbed` attends to the latent (decode)."""
+    attention_impl: Literal["reference", "pallas_reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret"] = (
+        "reference"
+    )
+    """`gpu` and `tpu`: the kernels for Hopper and TPUs, bfloat16, tokens in their order (no context parallelism); see
+    `model.attend`. For tests on a CPU: `pallas_reference` takes the same way to the kernels' plain twins,
+    `_interpret` to the kernels, slowly."""
+    experts_impl: Literal["reference", "ragged", "blocked", "gpu", "tokamax"] = "ragged"
+    """`ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, which is the fast way on a CPU. For
+    bfloat16: `gpu`, our kernel for Hopper (fastest at widths of multiples of 256), and `tokamax` (TPUs)."""
+    remat: Literal["none", "block", "paper"] = "none"
+    """Recomputed in the backward pass: nothing, whole blocks, or norms and up-projections (report section 3.2.3)."""
+    sharding: Literal["single", "fsdp", "fsdp_ep", "ep_tp", "pp_ep_dp"] = "single"
+    """Preset of `parallel.rules`: the mesh axes that each logical axis is sharded over."""
+    sharding_overrides: tuple[str, ...] = ()
+    """Changes to the preset, each `NAME=MESH,AXES`, such as `embed=fsdp,data`."""
+    dispatch: Literal["all_to_all", "ragged_all_to_all", "all_gather"] = "all_to_all"
+    """How tokens reach experts on other devices: in padded pieces, in exact ones (TPU, GPU), or all to all devices."""
+    pipeline: Literal["1f1b", "zero_bubble"] = "1f1b"
+    """The order of work over the mesh axis `stage`; see `parallel.pipeline`."""
+    dispatch_slack: float = 1.2
+    """Room for uneven routing, over even routing's, before the exchange takes its slower way of several rounds."""
+    redundant_experts: int = 0
+    """Slots for experts beyond one each, for serving: `inference.expert_placement` fills them with the busiest."""
+    interleave: int = 1
+    """Shares of a batch that a sparse block computes side by side: one's exchange may hide behind another's attention.
+    """
+
+    @classmethod
+    def for_backend(cls, backend: str) -> Runtime:
+        """A starting point on `backend` ("cpu", "gpu" or "tpu"): float32 and `blocked` on a CPU, else bfloat16.
+
+        On a Hopper GPU the experts get our kernel: XLA's `ragged_dot` runs there at a few percent of the dense rate.
+        """
+        if backend == "cpu":
+            return cls(experts_impl="blocked")
+        return cls(dtype="bfloat16", remat="paper", experts_impl="gpu" if is_hopper() else "ragged")
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "param_dtype"):
+            object.__setattr__(self, name, _dtype_name(getattr(self, name)))
+        for name, hint in typing.get_type_hints(Runtime).items():
+            if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
+                valid = ", ".join(typing.get_args(hint))
+                raise ConfigError(f"runtime.{name} is {getattr(self, name)!r}: it must be one of {valid}")
+        if self.attention_impl not in ("reference", "pallas_reference") and self.dtype != "bfloat16":
+            raise ConfigError(f"runtime.attention_impl {self.attention_impl!r} takes dtype bfloat16, not {self.dtype}")
+        if self.experts_impl in ("gpu", "tokamax") and self.dtype != "bfloat16":
+            raise ConfigError(
+                f"runtime.experts_impl {self.experts_impl!r} takes dtype bfloat16, not {self.dtype}: ragged takes both"
+            )
+        if not self.dispatch_slack >= 1:
+            raise ConfigError(f"runtime.dispatch_slack is {self.dispatch_slack!r}: it must be at least 1")
+        if self.redundant_experts < 0:
+            raise ConfigError(f"runtime.redundant_experts is {self.redundant_experts!r}: it must not be negative")
+        if self.interleave < 1:
+            raise ConfigError(f"runtime.interleave is {self.interleave!r}: it must be at least 1")
+
+
+def _dtype_name(value: Any) -> Any:
+    """The name of any dtype-like; what is none stays as it is."""
+    try:
+        return value if value is None else np.dtype(value).name  # NumPy takes None for float64
+    except (TypeError, ValueError):
+        return value
