@@ -135,7 +135,7 @@ def _train(arguments: list[str]) -> None:
         default = dataclasses.replace(default, config=own)
     chosen = _parse(TrainArgs, "train", arguments, default)
     with last_words():
-        result = train(chosen.config, chosen.run_dir, resume=chosen.resume, check_hashes=chosen.check_hashes)
+        result = train(chosen.config, chosen.run_dir, resume=chosen.resume, check_hashes=chosen.check_hashes).metrics
     if result["stopped"]:
         again = ["python", "-m", "dsv3_jax", "train", "--run-dir", str(chosen.run_dir), "--resume"]
         for name, value in dataclasses.asdict(chosen.processes).items():

@@ -10,8 +10,7 @@ import jax
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from dsv3_jax import ModelConfig, cli
-from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
+from dsv3_jax import cli
 from dsv3_jax.config import PRESETS
 from dsv3_jax.training.config import TrainArgs, TrainConfig
 
@@ -38,15 +37,29 @@ def run_blocks(name):
 
 
 def test_readme_trains(here, monkeypatch):
-    # One layer, which has all that a block can have: compiling is what takes the time.
+    # One layer, which has all that a block can have, and few steps: compiling is what takes the time.
     small = dict(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], **small))
-    write_random_checkpoint(Path("path/to/checkpoint"), ModelConfig.preset("tiny"), block=None)
+    preset = TrainConfig.preset
+
+    def short(name, backend=None, *, steps=None):
+        assert (name, steps) == ("tiny", 200)
+        config = preset(name, backend, steps=2)
+        data, schedule = (
+            dataclasses.replace(config.data, sequence_length=32),
+            dataclasses.replace(config.schedule, batch_size=2),
+        )
+        return dataclasses.replace(config, data=data, schedule=schedule, validation_batches=1, sample_tokens=0)
+
+    monkeypatch.setattr(TrainConfig, "preset", short)
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         names = run_blocks("README.md")
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
+    assert names["run"].metrics["step"] == 2
+    assert (names["run"].directory / "report.md").exists()
+    assert isinstance(names["text"], str)
     assert names["logits"].shape == (*names["tokens"].shape, names["config"].vocab_size)
     assert set(names["variables"]) == {"params", "router"}
     assert names["metrics"]["loss"] < math.log(names["config"].vocab_size) - 2  # far below that of a first step

@@ -75,7 +75,7 @@ def load_pretrained(
     if not mtp:
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
         variables = {c: {k: v for k, v in tree.items() if not _is_mtp(k)} for c, tree in variables.items()}
-    return DeepSeekV3(config, runtime), variables
+    return DeepSeekV3(config, runtime, str(path)), variables
 
 
 def open_checkpoint(path: Path, *, mtp: bool = True, check_hashes: bool = True) -> HFCheckpoint | Store:

@@ -11,8 +11,6 @@ import jax
 import tyro
 
 from dsv3_jax.checkpoint import load_pretrained
-from dsv3_jax.checkpoint.load import open_checkpoint
-from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
 from dsv3_jax.checkpoint.runs import CHECKPOINTS
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import Tokenizer, has_tokenizer, load_tokenizer
@@ -20,6 +18,7 @@ from dsv3_jax.data.tokenizer import valid_unicode
 from dsv3_jax.inference.generate import stream
 from dsv3_jax.inference.generation_config import GENERATION_CONFIG, GenerationConfig, read_generation_config
 from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.inference.text import end_tokens, own_tokenizer
 
 _TEMPERATURE, _TOP_P = 0.7, 0.95
 
@@ -71,9 +70,7 @@ def generate_command(args: GenerateArgs) -> None:
             f"the tokenizer {args.tokenizer or f'of {args.model}'} has {tokenizer.vocab_size} tokens, but the model's "
             f"vocab_size is {model.config.vocab_size}: it is another model's"
         )
-    ends = {tokenizer.eos_id}  # of a run that is all that its documents ended with
-    if not is_run:
-        ends |= set(model.config.eos_token_ids if stored.end_ids is None else stored.end_ids)
+    ends = end_tokens(args.model, model.config, tokenizer)
     text = valid_unicode(args.prompt)
     prompt = tokenizer.encode_prompt(text).tolist()
     key = jax.random.key(args.seed)
@@ -96,14 +93,11 @@ def _tokenizer(args: GenerateArgs, is_run: bool) -> Tokenizer:
     """The tokenizer that is asked for, or the model's own."""
     if args.tokenizer is not None:
         return load_tokenizer(args.tokenizer, add_bos_token=True if is_run else None)
-    if is_run:
-        return run_tokenizer(args.model)
     try:
-        return load_tokenizer(args.model)
+        return own_tokenizer(args.model)
     except ConfigError as error:
-        if has_tokenizer(args.model):
+        if is_run or has_tokenizer(args.model):
             raise
-        open_checkpoint(args.model)  # if that isn't one, this is what to say
         raise ConfigError(f"{error}, with --tokenizer") from None
 
 

@@ -51,6 +51,8 @@ class DeepSeekV3(Module):
     """
 
     runtime: Runtime = Runtime()
+    source: str | None = None
+    """Directory of the checkpoint that `load_pretrained` read the variables from, whose tokenizer `generate` takes."""
 
     def setup(self) -> None:
         c, r = self.config, self.runtime

@@ -65,17 +65,20 @@ class MeshShape:
         return ",".join(f"{n}={s}" for n, s in dataclasses.asdict(self).items() if s > 1) or "one device"
 
 
-def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of `shape` over `devices`, by default all of the job's, arranged to suit their network.
+def make_mesh(shape: MeshShape | None = None, devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
+    """Makes the mesh of `shape`, or of axes' sizes as `fsdp=4, expert=2`, arranged to suit the devices' network.
+
+    devices: by default all of the job's.
 
     Raises ConfigError unless the sizes multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    shape = MeshShape(**sizes) if shape is None else dataclasses.replace(shape, **sizes)
     if shape.devices != len(devices):
         raise ConfigError(
             f"mesh {shape} has {shape.devices} devices, but there are {len(devices)}: the sizes of "
             f"{', '.join(AXES)} must multiply to that"
         )
-    sizes = dataclasses.astuple(shape)
-    arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    lengths = dataclasses.astuple(shape)
+    arranged = mesh_utils.create_device_mesh(lengths, devices, allow_split_physical_axes=True)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from dsv3_jax.checkpoint.runs import read_config
@@ -87,8 +88,22 @@ class TrainConfig:
                 raise ConfigError(f"microbatches is {self.microbatches}, which doesn't divide schedule.{name} ({size})")
 
     @classmethod
-    def preset(cls, name: str, backend: str) -> TrainConfig:
-        """A run of the model preset `name` on `backend`: the report's recipe, scaled down for the small models."""
+    def preset(cls, name: str, backend: str | None = None, *, steps: int | None = None) -> TrainConfig:
+        """A run of the model preset `name`: the report's recipe, scaled down for the small models.
+
+        Args:
+          backend: "cpu", "gpu" or "tpu", by default JAX's.
+          steps: instead of the preset's, with a warm-up of at most a tenth of them.
+        """
+        config = cls._preset(name, jax.default_backend() if backend is None else backend)
+        if steps is None:
+            return config
+        warmup = min(config.schedule.warmup_steps, max(steps // 10, 1))
+        schedule = dataclasses.replace(config.schedule, steps=steps, warmup_steps=warmup)
+        return dataclasses.replace(config, schedule=schedule)
+
+    @classmethod
+    def _preset(cls, name: str, backend: str) -> TrainConfig:
         if name not in PRESETS:
             ModelConfig.preset(name)  # raises, naming the presets
         model, runtime = ModelConfig.preset(name), Runtime.for_backend(backend)

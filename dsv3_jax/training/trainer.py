@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -52,28 +52,37 @@ from dsv3_jax.training.step import TrainState, init_state, make_eval_step, make_
 from dsv3_jax.training.throughput import Throughput
 
 
+class TrainResult(NamedTuple):
+    """The end of a run. metrics: the last of each kind."""
+
+    state: TrainState
+    metrics: dict[str, Any]
+    directory: Path
+
+
 class TrainingError(RuntimeError):
     """Training can't go on: the message says why, and what is saved."""
 
 
 def train(
     config: TrainConfig,
-    directory: Path,
+    directory: Path | str | None = None,
     *,
     resume: bool = False,
     check_hashes: bool = True,
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> TrainResult:
     """Trains to the last step of the schedule, or continues a run that was stopped.
 
     Args:
       directory: the run's own; `config.json`, the tokenizer's files, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
-        `metrics.png`, `sample.txt` and `report.md` go there.
+        `metrics.png`, `sample.txt` and `report.md` go there. By default a new one in `runs/`, named by date and time.
       resume: continue the run in `directory` from its newest finite checkpoint; on a CPU to the same bits.
       check_hashes: compare that checkpoint's files with the hashes that were saved with them.
 
     Returns:
-      The last metrics. `stopped` among them is true if Ctrl-C or SIGTERM ended the run early; it is saved then.
+      The state, the last metrics and the directory. `stopped` among the metrics is true if Ctrl-C or SIGTERM ended the
+      run early; it is saved then.
 
     Raises:
       ConfigError: `directory` holds another run or is held by another process, there is nothing to resume, or
@@ -82,6 +91,7 @@ def train(
       TrainingError: the loss, the gradient or the state is no longer finite: nothing of it is saved.
     """
     console = console or Console(quiet=jax.process_index() != 0)
+    directory = Path(directory or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
     check_config(config)
     check_directory(config, directory, resume=resume)
     tokenizer_path = kept_tokenizer(directory, config.data.tokenizer) if resume else config.data.tokenizer
@@ -160,7 +170,7 @@ class _Run:
         except ValueError as error:
             raise ConfigError(f"{what}: {error}") from error
 
-    def run(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> dict[str, Any]:
+    def run(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> TrainResult:
         config, primary = self.config, jax.process_index() == 0
         checkpoints = Checkpoints(self.directory / CHECKPOINTS, config.keep_checkpoints, check_hashes=check_hashes)
         last: dict[str, Any] = {}
@@ -213,7 +223,7 @@ class _Run:
         finished = int(state.step) == config.schedule.steps
         if primary:
             self._finish(state, finished)
-        return last | {"step": int(state.step), "stopped": not finished}
+        return TrainResult(state, last | {"step": int(state.step), "stopped": not finished}, self.directory)
 
     def _restore(self, checkpoints: Checkpoints, state: TrainState) -> TrainState:
         """The newest state that is finite, the data's position with it. Newer ones are set aside, and it is said."""

@@ -70,8 +70,8 @@ def test_resume_on_another_mesh(one_device, tmp_path, monkeypatch, before, after
     asked = iter([False, False, False, False, True])  # at the start, for the lock; at step 4: stopped as by Ctrl-C
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "any_process", lambda _: next(asked))
-        assert trainer.train(small_config(*before), directory, console=Console(quiet=True))["stopped"]
-    result = trainer.train(small_config(*after), directory, resume=True, console=Console(quiet=True))
+        assert trainer.train(small_config(*before), directory, console=Console(quiet=True)).metrics["stopped"]
+    result = trainer.train(small_config(*after), directory, resume=True, console=Console(quiet=True)).metrics
     assert not result["stopped"]
     got = losses(directory)
     assert got.keys() == one_device.keys()

@@ -1,0 +1,78 @@
+"""Text in, text out: `generate` with the tokenizer and end tokens of the checkpoint that a model was loaded from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dsv3_jax.checkpoint.load import open_checkpoint
+from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
+from dsv3_jax.checkpoint.runs import CHECKPOINTS
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.data import Tokenizer, has_tokenizer, load_tokenizer
+from dsv3_jax.data.tokenizer import valid_unicode
+from dsv3_jax.inference import generate as tokens
+from dsv3_jax.inference.generation_config import read_generation_config
+from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.model.transformer import DeepSeekV3
+
+
+def generate(
+    model: DeepSeekV3,
+    variables: Mapping[str, Any],
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+) -> Iterator[str]:
+    """Continues each prompt, all in one batch, and yields the new text of each, in their order.
+
+    Args:
+      max_new_tokens: tokens to add at most; a text ends before at one of the checkpoint's end tokens.
+      sampling: how tokens are drawn; greedily by default.
+      seed: of the sampling.
+      tokenizer: by default that of the checkpoint that `load_pretrained` read the model from.
+
+    Raises:
+      ConfigError: the model has no tokenizer, or `stream` refuses the prompts.
+    """
+    source = None if model.source is None else Path(model.source)
+    if tokenizer is None:
+        if source is None:
+            raise ConfigError("the model wasn't loaded from a checkpoint: pass tokenizer=load_tokenizer(path)")
+        tokenizer = own_tokenizer(source)
+    ends = {tokenizer.eos_id} if source is None else end_tokens(source, model.config, tokenizer)
+    encoded = [tokenizer.encode_prompt(valid_unicode(prompt)).tolist() for prompt in prompts]
+    how = {} if sampling is None else {"sampling": sampling}
+    drawn = tokens.generate(
+        model, variables, encoded, max_new_tokens, key=jax.random.key(seed), end_ids=tuple(ends), **how
+    )
+    for prompt, new in zip(encoded, drawn.tolist(), strict=True):
+        length = next((i for i, token in enumerate(new) if token in ends), len(new))
+        before = len(tokenizer.decode(prompt))
+        yield tokenizer.decode([*prompt, *new[:length]])[before:]
+
+
+def own_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a run or checkpoint. Raises ConfigError or CheckpointError, naming what is missing."""
+    if (path / CHECKPOINTS).is_dir():
+        return run_tokenizer(path)
+    try:
+        return load_tokenizer(path)
+    except ConfigError:
+        if not has_tokenizer(path):
+            open_checkpoint(path)  # if that isn't one, this is what to say
+        raise
+
+
+def end_tokens(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
+    """Tokens that end a text of the model in `path`: a run's documents end with the tokenizer's eos alone."""
+    if (path / CHECKPOINTS).is_dir():
+        return {tokenizer.eos_id}
+    stored = read_generation_config(path).end_ids
+    return {tokenizer.eos_id, *(config.eos_token_ids if stored is None else stored)}
