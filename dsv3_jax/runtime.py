@@ -10,7 +10,6 @@ import ml_dtypes  # noqa: F401  # teaches NumPy the name bfloat16
 import numpy as np
 
 from dsv3_jax.config import ConfigError
-from pallas_kernels.devices import is_hopper
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -26,15 +25,16 @@ class Runtime:
     """Dtype of the parameters as they are stored and optimised."""
     attention_form: Literal["expanded", "absorbed"] = "expanded"
     """`expanded` makes keys and values per head (training, prefill); `absorbed` attends to the latent (decode)."""
-    attention_impl: Literal["reference", "pallas_reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret"] = (
-        "reference"
-    )
-    """`gpu` and `tpu`: the kernels for Hopper and TPUs, bfloat16, tokens in their order (no context parallelism); see
-    `model.attend`. For tests on a CPU: `pallas_reference` takes the same way to the kernels' plain twins,
+    attention_impl: Literal[
+        "auto", "reference", "blockwise", "pallas_reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret"
+    ] = "auto"
+    """`auto`: the fastest that is right here; see `model.auto`. `gpu` and `tpu`: the kernels for Hopper and TPUs,
+    bfloat16, tokens in their order (no context parallelism). `blockwise`: plain JAX, memory linear in the sequence.
+    `reference`: one einsum. For tests on a CPU: `pallas_reference` takes the same way to the kernels' plain twins,
     `_interpret` to the kernels, slowly."""
-    experts_impl: Literal["reference", "ragged", "blocked", "gpu", "tokamax"] = "ragged"
-    """`ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, which is the fast way on a CPU. For
-    bfloat16: `gpu`, our kernel for Hopper (fastest at widths of multiples of 256), and `tokamax` (TPUs)."""
+    experts_impl: Literal["auto", "reference", "ragged", "blocked", "gpu", "tokamax"] = "auto"
+    """`auto`: the fastest that is right here. `ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, the
+    fast way on a CPU. For bfloat16: `gpu`, our kernel for Hopper, and `tokamax` (TPUs)."""
     remat: Literal["none", "block", "paper"] = "none"
     """Recomputed in the backward pass: nothing, whole blocks, or norms and up-projections (report section 3.2.3)."""
     sharding: Literal["single", "fsdp", "fsdp_ep", "ep_tp", "pp_ep_dp"] = "single"
@@ -55,13 +55,8 @@ class Runtime:
 
     @classmethod
     def for_backend(cls, backend: str) -> Runtime:
-        """A starting point on `backend` ("cpu", "gpu" or "tpu"): float32 and `blocked` on a CPU, else bfloat16.
-
-        On a Hopper GPU the experts get our kernel: XLA's `ragged_dot` runs there at a few percent of the dense rate.
-        """
-        if backend == "cpu":
-            return cls(experts_impl="blocked")
-        return cls(dtype="bfloat16", remat="paper", experts_impl="gpu" if is_hopper() else "ragged")
+        """A starting point on `backend` ("cpu", "gpu" or "tpu"): float32 on a CPU, else bfloat16 with recomputation."""
+        return cls() if backend == "cpu" else cls(dtype="bfloat16", remat="paper")
 
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
@@ -70,7 +65,10 @@ class Runtime:
             if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
                 valid = ", ".join(typing.get_args(hint))
                 raise ConfigError(f"runtime.{name} is {getattr(self, name)!r}: it must be one of {valid}")
-        if self.attention_impl not in ("reference", "pallas_reference") and self.dtype != "bfloat16":
+        if (
+            self.attention_impl not in ("auto", "reference", "blockwise", "pallas_reference")
+            and self.dtype != "bfloat16"
+        ):
             raise ConfigError(f"runtime.attention_impl {self.attention_impl!r} takes dtype bfloat16, not {self.dtype}")
         if self.experts_impl in ("gpu", "tokamax") and self.dtype != "bfloat16":
             raise ConfigError(

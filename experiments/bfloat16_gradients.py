@@ -111,7 +111,7 @@ def rounding_of_logits(width: int) -> dict[str, float]:
 
 def runtimes(cpu: bool) -> dict[str, Runtime]:
     """The bfloat16 implementations to look at, by name."""
-    plain = Runtime(dtype="bfloat16", experts_impl="ragged")
+    plain = Runtime(dtype="bfloat16", attention_impl="reference", experts_impl="ragged")
     if cpu:
         return {"ragged": plain, "blocked": dataclasses.replace(plain, experts_impl="blocked")}
     kernel = dataclasses.replace(plain, experts_impl="gpu", remat="paper")

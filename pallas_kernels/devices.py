@@ -15,6 +15,18 @@ def _target() -> tuple[str, str]:
     return device.platform, device.device_kind
 
 
+def platform() -> str:
+    """The target's platform: "cpu", "gpu" or "tpu"."""
+    name = _target()[0]
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def has_tpu_kernels() -> bool:
+    """Whether the target is a TPU of a kind that the kernels are compiled for in the tests."""
+    name, kind = _target()
+    return name == "tpu" and kind in TPUS
+
+
 def is_hopper() -> bool:
     """Whether the target is a Hopper GPU (compute capability 9.0)."""
     platform, kind = _target()
@@ -30,7 +42,6 @@ def require_hopper(kernel: str) -> None:
 
 
 def require_tpu(kernel: str) -> None:
-    """Raises ValueError unless the target is a TPU of a kind that the kernels are compiled for in the tests."""
-    platform, kind = _target()
-    if platform != "tpu" or kind not in TPUS:
-        raise ValueError(f"{kernel} for TPUs needs one of {', '.join(TPUS)}, but the device is {kind}")
+    """Raises ValueError unless `has_tpu_kernels`."""
+    if not has_tpu_kernels():
+        raise ValueError(f"{kernel} for TPUs needs one of {', '.join(TPUS)}, but the device is {_target()[1]}")

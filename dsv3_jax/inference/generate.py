@@ -13,6 +13,7 @@ import numpy as np
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.sampling import Sampling, sample
+from dsv3_jax.model.auto import kernels
 from dsv3_jax.model.cache import Cache, init_cache
 from dsv3_jax.model.transformer import DeepSeekV3, check_token_ids
 
@@ -122,7 +123,9 @@ def longest(model: DeepSeekV3) -> int:
 
 def _tile(model: DeepSeekV3) -> int:
     """Kernels work on whole tiles of keys and queries: prompts and the cache get some padding."""
-    return 1 if model.runtime.attention_impl == "reference" else _TILE
+    impl = model.runtime.attention_impl
+    plain = kernels(model.runtime) is None if impl == "auto" else impl in ("reference", "blockwise")
+    return 1 if plain else _TILE
 
 
 def _in_form(model: DeepSeekV3, form: Literal["expanded", "absorbed"]) -> DeepSeekV3:

@@ -1,9 +1,9 @@
-"""The attention seam: scores, softmax and weighted values of eq. 9 and 10, by the implementation that a runtime names.
+"""The attention seam: scores, softmax and weighted values (eq. 9 and 10), by the implementation of `model.auto`.
 
-`attention` is the reference, in plain `jnp`. The kernels compute the same for tokens in their order: the expanded form
-by `mla_prefill`, which wants a sequence's new tokens to be the last of the keys; the absorbed form over a cache by
-`mla_decode`, which takes the contiguous cache as pages in their order. On a mesh each device attends for its sequences
-and its heads.
+`attention` is the reference, in plain `jnp`; `blockwise` computes the same a block at a time. The kernels do so for
+tokens in their order: the expanded form by `mla_prefill`, which wants a sequence's new tokens to be the last of the
+keys; the absorbed form over a cache by `mla_decode`, which takes the contiguous cache as pages in their order. On a
+mesh each device attends for its sequences and its heads.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dsv3_jax.config import ConfigError
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.model.auto import PAGE, attention_impl
 from dsv3_jax.model.cache import Keys, TokenPositions
 from dsv3_jax.parallel.sharding import current_sharding
 from dsv3_jax.runtime import Runtime
 from pallas_kernels.mla_decode import SplitCache, mla_decode, pack
-from pallas_kernels.mla_prefill import mla_prefill
+from pallas_kernels.mla_prefill import blockwise, mla_prefill
 
-PAGE = 64
-"""Tokens of a page of a cache: its length must be a multiple."""
-
-_PREFILL = {"pallas_reference": "reference", "gpu": "tokamax", "tpu": "tpu", "tpu_interpret": "tpu_interpret"}
+_PREFILL = {"pallas_reference": "reference", "gpu": "gpu", "tpu": "tpu", "tpu_interpret": "tpu_interpret"}
 _DECODE = {
     "pallas_reference": "reference",
     "gpu": "gpu",
@@ -36,11 +34,25 @@ _DECODE = {
 }
 
 
-def arrange(keys: Keys, runtime: Runtime) -> Keys:
-    """Orders a cache's tokens as the runtime's implementation of the expanded form wants them."""
-    if keys.lengths is None or runtime.attention_impl == "reference" or runtime.attention_form != "expanded":
-        return keys
-    return right_align(keys)
+_PLAIN = ("reference", "blockwise")
+
+
+def _choose(keys: Keys, where: TokenPositions, config: ModelConfig, runtime: Runtime) -> str:
+    """The implementation for these queries and keys."""
+    return attention_impl(
+        runtime,
+        config,
+        tokens=where.positions.shape[1],
+        keys=keys.latent.shape[1],
+        cached=keys.lengths is not None,
+        in_order=where.order is None,
+    )
+
+
+def arrange(keys: Keys, where: TokenPositions, config: ModelConfig, runtime: Runtime) -> Keys:
+    """Orders a cache's tokens as the implementation of the expanded form wants them."""
+    kernel = _choose(keys, where, config, runtime) not in _PLAIN
+    return right_align(keys) if kernel and keys.lengths is not None and runtime.attention_form == "expanded" else keys
 
 
 def attend(
@@ -50,6 +62,7 @@ def attend(
     v: jax.Array,
     keys: Keys,
     where: TokenPositions,
+    config: ModelConfig,
     runtime: Runtime,
     *,
     scale: float,
@@ -71,15 +84,32 @@ def attend(
       ConfigError: the implementation has no kernel for the form, or none for tokens out of order.
     """
     heads = q_nope, q_rope, k_nope, keys.rope_key, v
-    if reference or runtime.attention_impl == "reference":
-        places = dict(q_places=where.places, k_places=keys.places)
-        return attention(*heads, **places, q_segments=where.segments, k_segments=keys.segments, scale=scale)
+    name = "reference" if reference else _choose(keys, where, config, runtime)
+    if name == "reference":
+        return attention(
+            *heads,
+            q_places=where.places,
+            k_places=keys.places,
+            q_segments=where.segments,
+            k_segments=keys.segments,
+            scale=scale,
+        )
+    if name == "blockwise":
+        in_order = where.order is None and keys.lengths is None
+        return blockwise.attention(
+            *heads,
+            q_index=None if in_order else where.places,
+            k_index=None if in_order else keys.places,
+            q_segments=None if keys.segments is None else where.segments,
+            k_segments=keys.segments,
+            scale=scale,
+        )
     if where.order is not None:
         raise ConfigError(
-            f"runtime.attention_impl {runtime.attention_impl!r} takes tokens in their order, but here they are spread "
-            "over devices: use 'reference'"
+            f"runtime.attention_impl {name!r} takes tokens in their order, but here they are spread over devices: use "
+            "'auto', 'blockwise' or 'reference'"
         )
-    return _kernel(keys, runtime, scale)(*heads)
+    return _kernel(name, keys, runtime, scale)(*heads)
 
 
 def attention(
@@ -123,9 +153,9 @@ def attention(
     return jnp.einsum(f"bhts,bs{heads}v->bthv", weights, v)
 
 
-def _kernel(keys: Keys, runtime: Runtime, scale: float) -> Callable[..., jax.Array]:
-    """The runtime's kernel as a function of `attention`'s five arrays."""
-    name, form = runtime.attention_impl, runtime.attention_form
+def _kernel(name: str, keys: Keys, runtime: Runtime, scale: float) -> Callable[..., jax.Array]:
+    """A kernel as a function of `attention`'s five arrays."""
+    form = runtime.attention_form
     choices = _PREFILL if form == "expanded" else _DECODE
     if name not in choices:
         raise ConfigError(f"runtime.attention_impl {name!r} has no {form} form: there are {', '.join(choices)}")

@@ -62,7 +62,7 @@ class MultiHeadLatentAttention(Module):
             keys = Keys(latent, k_rope, where.places, where.segments)
         else:
             cache, keys = cache.append(latent, k_rope, where)
-        keys = arrange(keys, self.runtime)
+        keys = arrange(keys, where, c, self.runtime)
 
         w_uk = weight(self, "k_b_proj", (rank, heads, nope), ("embed", "heads", None))
         w_uv = weight(self, "v_b_proj", (rank, heads, c.v_head_dim), ("embed", "heads", None))
@@ -73,7 +73,7 @@ class MultiHeadLatentAttention(Module):
         else:  # eq. 2 and 5
             k_nope, v = linear(keys.latent, w_uk), linear(keys.latent, w_uv)
         plain = self.is_initializing()
-        out = attend(q_nope, q_rope, k_nope, v, keys, where, self.runtime, scale=softmax_scale(c), reference=plain)
+        out = attend(q_nope, q_rope, k_nope, v, keys, where, c, self.runtime, scale=softmax_scale(c), reference=plain)
         if absorbed:
             out = jnp.einsum("bthr,rhv->bthv", out, w_uv)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.auto import experts_impl
 from dsv3_jax.model.linear import linear, weight
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.remat import kept
@@ -70,9 +71,9 @@ def experts(
     Args: x (B, T, D) of the runtime's dtype; ids (B, T, K) int32; weights (B, T, K) float32; expert parameters.
     Returns (B, T, D) of `x`'s dtype.
     """
-    compute = experts_reference
-    if runtime.experts_impl != "reference":
-        compute = functools.partial(experts_grouped, implementation=runtime.experts_impl)
+    compute, name = experts_reference, experts_impl(runtime)
+    if name != "reference":
+        compute = functools.partial(experts_grouped, implementation=name)
     if experts_are_spread(runtime):
         return spread_experts(x, ids, weights, w, compute=compute, config=config, runtime=runtime)
     flat = lambda a: a.reshape(-1, a.shape[-1])

@@ -70,6 +70,8 @@ def aot_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
     )
     runtime = Runtime(
         dtype="bfloat16",
+        attention_impl="reference",
+        experts_impl="ragged",
         remat=args.remat,
         sharding="single" if mesh.devices == 1 else "pp_ep_dp" if mesh.stage > 1 else "fsdp_ep",
         dispatch="ragged_all_to_all",

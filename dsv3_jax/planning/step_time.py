@@ -60,7 +60,7 @@ def elementwise_bytes(plan: TrainingPlan) -> float:
     Activations saved without recomputation stand for the tensors between products: each is written and read forward,
     its gradient written and read backward, and with recomputation the first pair happens once more.
     """
-    c, runtime = plan.config, Runtime(dtype="bfloat16", remat="none")
+    c, runtime = plan.config, Runtime(dtype="bfloat16", remat="none", experts_impl=plan.experts_impl)
     moe = c.num_moe_layers + (c.num_nextn_predict_layers if plan.mtp else 0)
     per_token = moe * saved_by_block(c, runtime, True).per_token if moe else 0.0
     if c.num_dense_layers:

@@ -131,7 +131,8 @@ def test_a_kernel_is_the_plain_attention(form, sharding, mesh, monkeypatch):
 
     @jax.jit
     def by_kernel(q, q_rope, k, k_rope, v):
-        return attend(q, q_rope, k, v, Keys(k[:, :, 0], k_rope, places, segments, held), where, runtime, scale=0.1)
+        keys = Keys(k[:, :, 0], k_rope, places, segments, held)
+        return attend(q, q_rope, k, v, keys, where, CONFIG, runtime, scale=0.1)
 
     with jax.set_mesh(make_mesh(MeshShape(data=2, tensor=2), jax.devices()[:4])) if mesh else contextlib.nullcontext():
         assert_same(by_kernel(q, q_rope, k, k_rope, v), expected, "float32")

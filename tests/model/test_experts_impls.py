@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.model.auto import experts_impl
 from dsv3_jax.model.moe import ExpertWeights, MoE, experts
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.runtime import Runtime
@@ -33,10 +34,10 @@ def test_our_kernel_lowers_for_hopper():
 
 
 def test_our_kernel_is_hoppers_default():
-    assert Runtime.for_backend("gpu").experts_impl == "ragged"  # this is no GPU
+    assert experts_impl(Runtime.for_backend("gpu")) == "blocked"  # this is no GPU
     with as_if_hopper():
-        assert Runtime.for_backend("gpu").experts_impl == "gpu"
-        assert TrainConfig.preset("v3-mini", "gpu").runtime.experts_impl == "gpu"
+        assert experts_impl(Runtime.for_backend("gpu")) == "gpu"
+        assert experts_impl(TrainConfig.preset("v3-mini", "gpu").runtime) == "gpu"
 
 
 @pytest.mark.parametrize("shape", ["expert=8", "fsdp=2,expert=2,tensor=2"])

@@ -1,0 +1,81 @@
+"""The automatic choice of implementations: what it picks on which device, and that what it picks is right."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
+from dsv3_jax.model.auto import attention_impl, choices, experts_impl
+from dsv3_jax.parallel.mesh import MeshShape, make_mesh
+from dsv3_jax.training.losses import forward_sums
+from pallas_kernels.ahead_of_time import as_if_hopper
+from tests.conftest import new_rng
+
+V3, BF16 = ModelConfig.preset("v3-671b"), Runtime(dtype="bfloat16")
+ABSORBED = dataclasses.replace(BF16, attention_form="absorbed")
+SMALL = dataclasses.replace(
+    ModelConfig.preset("tiny"),
+    **dict(vocab_size=32, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=1),
+    **dict(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=4),
+    **dict(first_k_dense_replace=0, n_group=1, topk_group=1, num_experts_per_tok=2, num_nextn_predict_layers=0),
+)
+
+
+def test_choices_on_hopper():
+    with as_if_hopper():
+        long = dict(tokens=4096, keys=4096, cached=False)
+        assert attention_impl(BF16, V3, **long) == "gpu"
+        assert attention_impl(Runtime(), V3, **long) == "blockwise"  # the kernels take bfloat16
+        assert attention_impl(BF16, V3, **long, in_order=False) == "blockwise"
+        decode = dict(tokens=1, keys=4096, cached=True)
+        assert attention_impl(ABSORBED, V3, **decode) == "gpu"
+        assert attention_impl(ABSORBED, ModelConfig.preset("v3-mini"), **decode) == "reference"
+        assert attention_impl(ABSORBED, V3, **decode | {"keys": 4100}) == "reference"
+        assert (experts_impl(BF16), experts_impl(Runtime())) == ("gpu", "ragged")
+        assert choices(BF16, V3, 4096) == "attention: gpu; experts: gpu (bfloat16 on gpu)"
+
+
+def test_choices_on_a_cpu():
+    assert attention_impl(BF16, V3, tokens=512, keys=512, cached=False) == "reference"
+    assert attention_impl(BF16, V3, tokens=4096, keys=4096, cached=False) == "blockwise"
+    assert choices(Runtime(), V3, 256) == "attention: reference; experts: blocked (float32 on cpu)"
+
+
+def test_a_name_is_taken_as_it_is():
+    runtime = dataclasses.replace(BF16, attention_impl="reference", experts_impl="ragged")
+    with as_if_hopper():
+        assert attention_impl(runtime, V3, tokens=4096, keys=4096, cached=False) == "reference"
+        assert experts_impl(runtime) == "ragged"
+
+
+@pytest.mark.parametrize("mesh", [None, "context=2"])
+def test_long_sequences_are_right_and_never_square(mesh):
+    """Loss and gradient of 1,280 tokens in two documents, and no array of H T S numbers in the program."""
+    rng = new_rng()
+    row = jnp.asarray(rng.integers(0, 32, (1, 1281)), jnp.int32)
+    batch = {"tokens": row[:, :-1], "targets": row[:, 1:], "segments": jnp.arange(1280)[None] // 700}
+
+    def lowered(impl, sharding="single"):
+        model = DeepSeekV3(SMALL, Runtime(attention_impl=impl, sharding=sharding))
+        variables = jax.jit(model.init)(jax.random.key(0), row[:, :4])
+        loss = lambda p: forward_sums(model, {**variables, "params": p}, batch).cross_entropy
+        return jax.jit(jax.value_and_grad(loss)).lower(variables["params"]), variables["params"]
+
+    plain, params = lowered("reference")
+    expected = plain.compile()(params)
+    if mesh is None:
+        ours, params = lowered("auto")
+        value = ours.compile()(params)
+    else:
+        with jax.set_mesh(make_mesh(MeshShape.parse(mesh), jax.devices()[:2])):
+            ours, params = lowered("auto", "fsdp")
+            value = ours.compile()(params)
+    square = re.compile("1280x1280x")
+    assert square.search(plain.as_text())
+    assert not square.search(ours.as_text())
+    for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
