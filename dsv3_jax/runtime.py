@@ -33,8 +33,8 @@ class Runtime:
     `reference`: one einsum. For tests on a CPU: `pallas_reference` takes the same way to the kernels' plain twins,
     `_interpret` to the kernels, slowly."""
     experts_impl: Literal["auto", "reference", "ragged", "blocked", "gpu", "tokamax"] = "auto"
-    """`auto`: the fastest that is right here. `ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, the
-    fast way on a CPU. For bfloat16: `gpu`, our kernel for Hopper, and `tokamax` (TPUs)."""
+    """`auto`: the fastest right one. `ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, the fast
+    way on a CPU. For bfloat16: `gpu`, our kernel for Hopper, and `tokamax` (TPUs)."""
     remat: Literal["none", "block", "paper"] = "none"
     """Recomputed in the backward pass: nothing, whole blocks, or norms and up-projections (report section 3.2.3)."""
     sharding: Literal["single", "fsdp", "fsdp_ep", "ep_tp", "pp_ep_dp"] = "single"

@@ -25,7 +25,7 @@ from pallas_kernels.row_blocks import MULTIPROCESSORS, TILE_ROWS, TILED, staging
 
 ROWS, DEPTH = 64, 64
 COLUMNS = 128
-"""The matrices' columns that a step fetches: of one, or half of each of two."""
+"""Columns of the matrices that a step fetches: of one, or half of each of two."""
 STAGES = 6
 
 
