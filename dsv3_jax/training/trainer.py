@@ -30,6 +30,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.data import load_tokenizer, train_iterator, validation_batches
 from dsv3_jax.inference.generate import generate, longest
 from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.model.auto import choices
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.placement import OnMesh, Placement, all_processes_here, any_process
 from dsv3_jax.training.checkpoints import Checkpoints
@@ -185,6 +186,8 @@ class _Run:
                 self._save(checkpoints, state)  # that there always is one; and a disk without room is noticed now
                 checkpoints.wait()
             first = int(state.step)
+            with jax.set_mesh(self.placement.mesh):
+                self.console.print(choices(config.runtime, config.model, config.data.sequence_length), soft_wrap=True)
             log = MetricsLog(self.directory if primary else None, first_step=first)
             with _stop_on_signal() as stopping, self._progress(first) as report:
                 for step in range(first, config.schedule.steps):
