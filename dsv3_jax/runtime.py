@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from typing import Any, Literal
 
@@ -61,10 +62,9 @@ class Runtime:
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
             object.__setattr__(self, name, _dtype_name(getattr(self, name)))
-        for name, hint in typing.get_type_hints(Runtime).items():
-            if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
-                valid = ", ".join(typing.get_args(hint))
-                raise ConfigError(f"runtime.{name} is {getattr(self, name)!r}: it must be one of {valid}")
+        for name, valid in _choices().items():
+            if getattr(self, name) not in valid:
+                raise ConfigError(f"runtime.{name} is {getattr(self, name)!r}: it must be one of {', '.join(valid)}")
         if (
             self.attention_impl not in ("auto", "reference", "blockwise", "pallas_reference")
             and self.dtype != "bfloat16"
@@ -88,3 +88,10 @@ def _dtype_name(value: Any) -> Any:
         return value if value is None else np.dtype(value).name  # NumPy takes None for float64
     except (TypeError, ValueError):
         return value
+
+
+@functools.cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """The values of each field of `Runtime` that is annotated as a Literal."""
+    hints = typing.get_type_hints(Runtime).items()
+    return {name: typing.get_args(hint) for name, hint in hints if typing.get_origin(hint) is Literal}

@@ -34,7 +34,9 @@ def test_a_while_loop_of_products_is_refused():
 def test_training_as_written_agrees_with_closed_forms(preset, remat):
     """The traced attention is the full square, so closed forms get all keys instead of half of them."""
     config, length = ModelConfig.preset(preset), 1024
-    forward, arguments = forward_program(config, Runtime(dtype="bfloat16", remat=remat), 1, length)
+    forward, arguments = forward_program(
+        config, Runtime(dtype="bfloat16", remat=remat, experts_impl="ragged"), 1, length
+    )
     variables, *rest = arguments
 
     def loss(params, variables, *rest):
@@ -52,7 +54,7 @@ def test_decoding_in_absorbed_form():
     from dsv3_jax.model.transformer import DeepSeekV3
 
     config, context = ModelConfig.preset("v2-lite-16b"), 4096
-    runtime = Runtime(dtype="bfloat16", attention_form="absorbed")
+    runtime = Runtime(dtype="bfloat16", attention_form="absorbed", experts_impl="ragged")
     model = DeepSeekV3(config, runtime)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     cache = jax.eval_shape(lambda: init_cache(config, runtime, 1, context))

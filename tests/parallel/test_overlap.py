@@ -22,7 +22,7 @@ CONFIG = dataclasses.replace(
 
 def beside_exchanges(interleave):
     """Products that run while tokens are under way, of the usual exchange, in a forward pass over expert=4."""
-    runtime = Runtime(dtype="bfloat16", sharding="fsdp_ep", interleave=interleave)
+    runtime = Runtime(dtype="bfloat16", sharding="fsdp_ep", interleave=interleave, experts_impl="ragged")
     model = DeepSeekV3(CONFIG, runtime)
     mesh = make_mesh(MeshShape(expert=4), topology_devices("v5p:2x2x1"))
     tokens = jax.ShapeDtypeStruct((32, 1024), jnp.int32)
