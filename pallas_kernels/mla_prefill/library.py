@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,7 @@ def tokamax(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
 def _tokamax(a, start, scale):
     from tokamax._src.ops.attention import api, base  # a dependency of this choice only; its public entry has no ranges
 
+    _without_cache_misses()
     *a, v = a
     q, k = _joined(*a)
     tokens, keys = q.shape[1], k.shape[1]
@@ -109,6 +111,12 @@ def _tokamax(a, start, scale):
     else:
         mask = base.Mask(k_start=start, k_end=keys - tokens + 1 + jnp.arange(tokens)[None])
     return api.IMPLEMENTATIONS["mosaic_gpu"](q, k, v, mask=mask, logits_scale=scale)
+
+
+@functools.cache
+def _without_cache_misses() -> None:
+    """Drops tokamax's warnings, one per call, that it takes its default tiles rather than tuned ones."""
+    logging.getLogger("absl").addFilter(lambda record: "Autotuning cache miss" not in record.getMessage())
 
 
 def _documents(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
