@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax import DeepSeekV3, Runtime
 from dsv3_jax.config import ConfigError
-from dsv3_jax.model.transformer import init_cache
+from dsv3_jax.model.cache import init_cache
 from tests.conftest import new_rng
 from tests.model import equations
 from tests.training.test_losses import SMALL

@@ -10,10 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from dsv3_jax.config import ModelConfig, Runtime
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.placement import Placement
+from dsv3_jax.runtime import Runtime
+from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
 from experiments.bfloat16_gradients import KINDS, errors, text_batch
@@ -30,11 +32,12 @@ CHOSEN = dict.fromkeys(("router", "experts"), (0.03, 0.05))
 def gradient_of_a_step(shape="", microbatches=1, config=CONFIG, **runtime):
     """What the optimizer is given, on the host."""
     model = DeepSeekV3(config, Runtime(**{"dtype": "bfloat16", "experts_impl": "blocked"} | runtime))
-    placement = Placement(MeshShape.parse(shape), model.runtime)
+    placement = Placement(MeshShape.parse(shape), model.runtime, parameter_axes(model))
     schedule = Schedule(ScheduleConfig(steps=10, batch_size=SEQUENCES))
     optimizer = optax.chain(KEEPS_GRADIENTS, optax.sgd(0.0))
     state = placement.init(lambda key: init_state(model, optimizer, key), jax.random.key(0))
-    step = placement.jit_step(make_train_step(model, optimizer, schedule, microbatches=microbatches), state)
+    loss = PretrainingLoss(config, schedule)
+    step = placement.jit_step(make_train_step(model, optimizer, loss, microbatches=microbatches), state)
     text = {name: np.asarray(x) for name, x in text_batch(SEQUENCES, LENGTH).items()}
     with jax.default_matmul_precision("highest" if model.runtime.dtype == "float32" else "default"):  # as users run it
         state, _ = step(state, placement.batch(np.arange(SEQUENCES), text, SEQUENCES))
