@@ -16,8 +16,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # to compile for TPUs in several workers at once
 if (libtpu := pathlib.Path(sys.prefix, "tpu/libtpu/libtpu.so")).exists():  # where the Makefile puts it
     os.environ.setdefault("TPU_LIBRARY_PATH", str(libtpu))
-# Compiling dominates these tests: at level 0 it takes half the time.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+# Compiling dominates these tests: at level 0 it takes half the time. On a busy machine of two cores, eight devices may
+# wait for each other longer than XLA's 40 seconds, at which it ends the process.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300 --xla_cpu_collective_timeout_seconds=300",
+)
 
 # The same small programs are compiled by many tests, and by the processes that some start: once is enough.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
