@@ -278,7 +278,7 @@ def test_refusals_by_the_backend_when_decoding(variables, form):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(attention_impl="flash"), "must be one of reference"),
+        (dict(attention_impl="flash"), "must be one of auto, reference"),
         (dict(attention_impl="gpu", dtype="float32"), "takes dtype bfloat16"),
     ],
 )
