@@ -11,6 +11,8 @@ from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.moe import ExpertWeights, experts, experts_reference
 from dsv3_jax.parallel.dispatch import Layout
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
+from dsv3_jax.parallel.rules import rules_of
+from dsv3_jax.parallel.sharding import LogicalSharding
 from dsv3_jax.runtime import Runtime
 
 E, K, D, F, B, T = 16, 4, 8, 8, 8, 6
@@ -72,7 +74,8 @@ def test_buffers_hold_what_even_routing_sends_and_half_as_much_again(shape, grou
     runtime = Runtime(sharding="fsdp_ep", dispatch_slack=1.5)
     mesh = make_mesh(MeshShape.parse(shape), jax.devices()[: 2 if shape == "expert=2" else 8])
     local = E // mesh.size
-    layout = Layout.of(config, runtime, mesh.abstract_mesh, tokens, K, local)
+    sharding = LogicalSharding(rules_of(runtime), mesh.abstract_mesh)
+    layout = Layout.of(config, runtime, sharding, tokens, K, local)
     assert (layout.node_room, layout.device_room, layout.row_room) == rooms
     most = min(K, local)  # experts of a token on one device
     fits = lambda n: np.less_equal([n, n * layout.node, n * mesh.size * most], rooms).all()
@@ -150,11 +153,15 @@ def test_ragged_exchange_lowers_for_accelerators():
 
 def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
     """`jax.lax.ragged_all_to_all` by its definition, from all devices' arrays: rows that nobody expects are lost."""
-    here, gather = jax.lax.axis_index(axis_name), lambda a: jax.lax.all_gather(a, axis_name)
+    here, parts = jax.lax.axis_index(axis_name), (operand, input_offsets, send_sizes, output_offsets)
+    # In one collective: eight devices of a CPU with few cores can block each other in several at once.
+    together = jax.lax.all_gather(jnp.concatenate([a.ravel().astype(jnp.float32) for a in parts]), axis_name)
+    cuts = np.cumsum([a.size for a in parts])[:-1]
     row = jnp.arange(len(output))[:, None]
-    for j, (sent, begin, size, lands) in enumerate(
-        zip(*map(gather, (operand, input_offsets, send_sizes, output_offsets)), strict=True)
-    ):
+    for j, device in enumerate(together):
+        sent, begin, size, lands = (
+            a.reshape(like.shape).astype(like.dtype) for a, like in zip(jnp.split(device, cuts), parts, strict=True)
+        )
         place = row - lands[here]
         mine = (place >= 0) & (place < jnp.minimum(size[here], recv_sizes[j]))
         output = jnp.where(mine, jnp.take(sent, begin[here] + place[:, 0], axis=0, mode="clip"), output)
