@@ -83,7 +83,7 @@ def test_mesh_axes_that_cut_nothing(tmp_path, mesh, sharding, axis):
     config = small_config(mesh, sharding)
     assert f"mesh.{axis} is 2, but runtime.sharding {sharding!r} cuts nothing" in refused(config, tmp_path / "run")
     with pytest.raises(ConfigError):
-        Placement(MeshShape.parse(mesh), config.runtime)
+        Placement(MeshShape.parse(mesh), config.runtime, {})
 
 
 def test_experts_over_devices_of_a_model_that_has_none(tmp_path):
