@@ -17,7 +17,9 @@ def test_rates_and_their_share_of_the_peak(monkeypatch):
     """Two H100s that train 4096 tokens in 2 s, at 6 FLOPs a token and weight that works for it."""
     clock = iter([10.0, 12.0])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 2)
+    monkeypatch.setattr(
+        jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", platform="gpu")] * 2
+    )
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     rates = throughput.Throughput(ModelConfig.preset("v3-671b"), 4096)
     rates.add(1)
