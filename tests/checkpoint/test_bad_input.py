@@ -1,6 +1,5 @@
 """Errors of a checkpoint: one clear line, and nothing is written."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -11,25 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_jax import ModelConfig
 from dsv3_jax.checkpoint import load_pretrained
 from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
 from dsv3_jax.checkpoint.files import DTYPES, read_header
 from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
+from tests.configs import SMALL_CHECKPOINT as TINY
 
-TINY = dataclasses.replace(
-    ModelConfig.preset("tiny"),
-    vocab_size=40,
-    hidden_size=24,
-    intermediate_size=20,
-    moe_intermediate_size=12,
-    num_hidden_layers=2,
-    q_lora_rank=20,
-    kv_lora_rank=12,
-    n_routed_experts=8,
-    max_position_embeddings=64,
-)
 INDEX = "model.safetensors.index.json"
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 SCALE = O_PROJ + "_scale_inv"

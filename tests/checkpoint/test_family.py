@@ -25,6 +25,7 @@ from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
 from dsv3_jax.config import ConfigError, build_dataclass
 from dsv3_jax.model.router import select_experts
 from tests.checkpoint.test_bad_input import load_file, save_file
+from tests.configs import SMALL_CHECKPOINT as TINY
 
 COMMON = {
     "attention_bias": False,
@@ -137,18 +138,6 @@ SARVAM = COMMON | {
     "rope_theta": 10000,
     "vocab_size": 262144,
 }
-TINY = dataclasses.replace(
-    ModelConfig.preset("tiny"),
-    vocab_size=40,
-    hidden_size=24,
-    intermediate_size=20,
-    moe_intermediate_size=12,
-    num_hidden_layers=2,
-    q_lora_rank=20,
-    kv_lora_rank=12,
-    n_routed_experts=8,
-    max_position_embeddings=64,
-)
 
 
 # config.json of the family -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsv3_jax import DeepSeekV3, ModelConfig
+from dsv3_jax import DeepSeekV3
 from dsv3_jax.checkpoint import load_pretrained
 from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
 from dsv3_jax.checkpoint.files import CheckpointError
@@ -24,19 +24,9 @@ from dsv3_jax.training.directory import write_config
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import init_state
+from tests.configs import SMALL_CHECKPOINT
 
-TINY = dataclasses.replace(
-    ModelConfig.preset("tiny"),
-    vocab_size=40,
-    hidden_size=24,
-    intermediate_size=20,
-    moe_intermediate_size=12,
-    num_hidden_layers=2,
-    q_lora_rank=20,
-    kv_lora_rank=12,
-    n_routed_experts=8,
-    max_position_embeddings=256,
-)
+TINY = dataclasses.replace(SMALL_CHECKPOINT, max_position_embeddings=256)
 
 
 def write_store(folder, dtype):
