@@ -17,16 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.moe import PLACEMENT
-from dsv3_jax.model.transformer import Outputs
 from dsv3_jax.parallel.mesh import MeshShape
-
-
-def expert_load(outputs: Outputs) -> dict[str, np.ndarray]:
-    """Tokens that each expert got in a `forward` call: by module, (layers, E) of the stacked ones, else (E,)."""
-    load = {f"mtp_{k}": np.asarray(stats.load.sum(0)) for k, stats in enumerate(outputs.mtp_stats)}
-    if outputs.stats is not None:
-        load["moe_layers"] = np.asarray(outputs.stats.load.sum(1))
-    return load
 
 
 def with_redundant_experts(
@@ -36,7 +27,7 @@ def with_redundant_experts(
 
     Args:
       variables: as trained or loaded, without slots.
-      load: as `expert_load` gives it, of all sparse modules; counts may be summed over any number of calls.
+      load: as `model.transformer.expert_load` gives it, of all sparse modules; may be summed over any number of calls.
       mesh: the experts' devices, node x expert.
       redundant: slots of a layer beyond one an expert.
 

@@ -40,6 +40,17 @@ class Outputs:
     mtp_stats: tuple[RouterStats, ...]
 
 
+def router_stats(outputs: Outputs) -> dict[str, RouterStats]:
+    """Routing of all sparse modules, keyed as the `router` collection is: {"moe_layers": ..., "mtp_0": ..., ...}."""
+    stats = {} if outputs.stats is None else {"moe_layers": outputs.stats}
+    return stats | {f"mtp_{k}": s for k, s in enumerate(outputs.mtp_stats)}
+
+
+def expert_load(outputs: Outputs) -> dict[str, jax.Array]:
+    """Tokens of the batch sent to each expert: {"moe_layers": (L, E), "mtp_0": (E,), ...}, float32."""
+    return {name: jnp.sum(s.load, axis=-2) for name, s in router_stats(outputs).items()}
+
+
 class DeepSeekV3(Module):
     """The model as pure functions.
 

@@ -12,7 +12,7 @@ from flax import struct
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.router import RouterStats
-from dsv3_jax.model.transformer import DeepSeekV3, Outputs
+from dsv3_jax.model.transformer import DeepSeekV3, Outputs, router_stats
 from dsv3_jax.parallel.context import sequence_order
 from dsv3_jax.training.schedule import Schedule
 
@@ -209,17 +209,6 @@ def forward_sums(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch) 
     """Runs the model on a batch and sums everything that pre-training's objective and metrics need."""
     inputs = model_inputs(model, batch)
     return loss_sums(forward(model, variables, inputs), inputs, model.config)
-
-
-def router_stats(outputs: Outputs) -> dict[str, RouterStats]:
-    """Routing of all sparse modules, keyed as the `router` collection is: {"moe_layers": ..., "mtp_0": ..., ...}."""
-    stats = {} if outputs.stats is None else {"moe_layers": outputs.stats}
-    return stats | {f"mtp_{k}": s for k, s in enumerate(outputs.mtp_stats)}
-
-
-def expert_load(outputs: Outputs) -> dict[str, jax.Array]:
-    """Tokens of the batch sent to each expert: {"moe_layers": (L, E), "mtp_0": (E,), ...}, float32."""
-    return {name: jnp.sum(s.load, axis=-2) for name, s in router_stats(outputs).items()}
 
 
 def loss_sums(outputs: Outputs, inputs: ModelInputs, config: ModelConfig) -> LossSums:

@@ -20,10 +20,10 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.router import ROUTER, RouterStats
-from dsv3_jax.model.transformer import DeepSeekV3, Outputs, parameter_axes
+from dsv3_jax.model.transformer import DeepSeekV3, Outputs, expert_load, parameter_axes
 from dsv3_jax.parallel.pipeline import layers_of_stages, pipeline_gradients
 from dsv3_jax.parallel.sharding import Logical, current_sharding
-from dsv3_jax.training.losses import Batch, Loss, StepSums, Whole, expert_load, model_inputs
+from dsv3_jax.training.losses import Batch, Loss, StepSums, Whole, model_inputs
 
 SPARSE = "moe_layers"
 

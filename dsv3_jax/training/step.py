@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,14 +11,13 @@ import optax
 from flax import struct
 
 from dsv3_jax.model.router import ROUTER
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.model.transformer import DeepSeekV3, expert_load
 from dsv3_jax.training.losses import (
     Batch,
     Loss,
     Metrics,
     StepSums,
     Whole,
-    expert_load,
     forward,
     load_violations,
     model_inputs,
@@ -70,13 +69,11 @@ def make_train_step(
         size = batch["tokens"].shape[0]
         if size % microbatches:
             raise ValueError(f"a batch of {size} sequences can't be cut into {microbatches} microbatches")
-        whole = Whole(state.step, jnp.sum(predictable(batch, 1)), jnp.asarray(size))
+        whole = _whole(state, batch)
 
         def objective(params: Any, piece: Batch) -> tuple[jax.Array, StepSums]:
-            inputs = model_inputs(model, piece, loss.batch_keys)
-            outputs = forward(model, {"params": params, ROUTER: state.router}, inputs)
-            value, sums = loss(outputs, inputs, whole)
-            return value, StepSums(value, sums, expert_load(outputs))
+            sums = _sums(model, loss, {"params": params, ROUTER: state.router}, piece, whole)
+            return sums.objective, sums
 
         if stages_in_use(model) > 1:
             grads, sums = pipelined_gradients(model, state.variables, _cut(batch, microbatches), loss, whole)
@@ -90,6 +87,17 @@ def make_train_step(
         return TrainState(state.step + 1, params, router, opt_state, state.rng), metrics
 
     return train_step
+
+
+def _whole(state: TrainState, batch: Batch) -> Whole:
+    return Whole(state.step, jnp.sum(predictable(batch, 1)), jnp.asarray(batch["tokens"].shape[0]))
+
+
+def _sums(model: DeepSeekV3, loss: Loss, variables: Mapping[str, Any], piece: Batch, whole: Whole) -> StepSums:
+    """Runs the model on a piece of the batch and applies the loss."""
+    inputs = model_inputs(model, piece, loss.batch_keys)
+    outputs = forward(model, variables, inputs)
+    return StepSums(*loss(outputs, inputs, whole), expert_load(outputs))
 
 
 def _accumulate(grad: Callable, params: Any, batch: Batch, microbatches: int) -> tuple[Any, StepSums]:
@@ -122,12 +130,4 @@ def update_bias(router: Any, load: dict[str, jax.Array], speed: jax.Array) -> An
 
 def make_eval_step(model: DeepSeekV3, loss: Loss) -> Callable[[TrainState, Batch], StepSums]:
     """Builds the pure `eval_step(state, batch) -> StepSums`; those of several batches add up leaf by leaf."""
-
-    def eval_step(state: TrainState, batch: Batch) -> StepSums:
-        inputs = model_inputs(model, batch, loss.batch_keys)
-        outputs = forward(model, state.variables, inputs)
-        whole = Whole(state.step, jnp.sum(predictable(batch, 1)), jnp.asarray(batch["tokens"].shape[0]))
-        value, sums = loss(outputs, inputs, whole)
-        return StepSums(value, sums, expert_load(outputs))
-
-    return eval_step
+    return lambda state, batch: _sums(model, loss, state.variables, batch, _whole(state, batch))

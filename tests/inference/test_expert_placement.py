@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.inference.expert_placement import expert_load, place_slots, place_slots_on_nodes, with_redundant_experts
-from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
+from dsv3_jax.inference.expert_placement import place_slots, place_slots_on_nodes, with_redundant_experts
+from dsv3_jax.model.transformer import DeepSeekV3, expert_load, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.rules import rules_of
 from dsv3_jax.parallel.sharding import state_shardings

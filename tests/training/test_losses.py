@@ -14,12 +14,12 @@ from dsv3_jax.data import Corpus, PackedSequences
 from dsv3_jax.model.attention import MultiHeadLatentAttention
 from dsv3_jax.model.cache import TokenPositions
 from dsv3_jax.model.router import Router
+from dsv3_jax.model.transformer import expert_load
 from dsv3_jax.training.losses import (
     IGNORE,
     LossSums,
     balance_loss,
     cross_entropy,
-    expert_load,
     forward,
     forward_sums,
     load_violations,
