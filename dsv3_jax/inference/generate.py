@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ConfigError
@@ -132,19 +131,23 @@ def _in_form(model: DeepSeekV3, form: Literal["expanded", "absorbed"]) -> DeepSe
     return model.clone(runtime=dataclasses.replace(model.runtime, attention_form=form))
 
 
-def _continue(model: DeepSeekV3, variables: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    return cast(tuple[jax.Array, Cache], model.apply(variables, tokens, cache, method="decode"))
+def _continue(
+    model: DeepSeekV3, variables: Any, tokens: jax.Array, cache: Cache, last: jax.Array | None = None
+) -> tuple[jax.Array, Cache]:
+    """Logits (B, V) after the token `last` (B,) of each sequence, by default the only one, and the extended cache."""
+    at = None if last is None else last[:, None]
+    logits, cache = cast(tuple[jax.Array, Cache], model.apply(variables, tokens, cache, at, method="decode"))
+    return logits[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
 def _prefill(model: DeepSeekV3, sampling: Sampling, variables: Any, tokens: Any, lengths: Any, cache: Cache, key: Any):
     """Fills the cache with right-padded prompts. What padding leaves past `length` is overwritten before it is seen."""
-    logits, cache = _continue(model, variables, tokens, cache)
-    last = jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)[:, 0]
-    return sample(last, sampling, key), dataclasses.replace(cache, length=lengths)
+    logits, cache = _continue(model, variables, tokens, cache, lengths - 1)
+    return sample(logits, sampling, key), dataclasses.replace(cache, length=lengths)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _decode(model: DeepSeekV3, sampling: Sampling, variables: Any, token: Any, cache: Cache, key: Any):
     logits, cache = _continue(model, variables, token[:, None], cache)
-    return sample(logits[:, -1], sampling, key), cache
+    return sample(logits, sampling, key), cache

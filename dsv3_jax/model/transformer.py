@@ -135,19 +135,22 @@ class DeepSeekV3(Module):
         further, stats = self._predict_further(hidden, further_tokens, self.token_positions(x[:, :, 0], **where))
         return Outputs(self._head(hidden), tuple(self._head(h) for h in further), None, stats)
 
-    def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def decode(self, tokens: jax.Array, cache: Cache, at: jax.Array | None = None) -> tuple[jax.Array, Cache]:
         """Continues sequences: the next T tokens of each, T >= 1, after those in the cache.
 
         Args:
           tokens: (B, T) int32.
           cache: as `init_cache` makes it. The caller makes sure that it has room for T more.
+          at: (B, N) int32, from 0 to T - 1: the tokens of each sequence whose logits are wanted; by default all.
 
         Returns:
-          logits (B, T, V) float32, and the extended cache.
+          logits (B, N, V) float32, by default (B, T, V), and the extended cache.
         """
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         hidden, extended, _ = self._trunk(tokens, TokenPositions(positions, cached=cache.length), cache)
         assert extended is not None  # since `cache` is
+        if at is not None:
+            hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
         return self._head(hidden), extended
 
     @nn.nowrap

@@ -1,5 +1,7 @@
 """Generation against recomputing everything at each token, and sampling against the distribution it should have."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 
 from dsv3_jax import DeepSeekV3
 from dsv3_jax.config import ConfigError
-from dsv3_jax.inference.generate import generate, stream
+from dsv3_jax.inference.generate import _prefill, generate, stream
 from dsv3_jax.inference.sampling import Sampling, cut, sample
+from dsv3_jax.model.cache import init_cache
 from tests.training.test_losses import SMALL
 
 
@@ -31,6 +34,15 @@ def test_greedy_generation_equals_full_passes_for_prompts_of_any_length(model):
             row.append(int(logits[0, len(row) - 1].argmax()))
         expected.append(row[len(prompt) :])
     assert generate(model, variables, prompts, 6).tolist() == expected
+
+
+def test_a_prompt_computes_the_logits_of_its_last_token_alone(model):
+    model, variables = model
+    prefill = functools.partial(_prefill.__wrapped__, model, Sampling(temperature=0), variables)
+    cache = init_cache(model.config, model.runtime, 3, 40)
+    program = str(jax.make_jaxpr(prefill)(np.zeros((3, 40), np.int32), np.array([40, 2, 7]), cache, jax.random.key(0)))
+    assert "f32[3,1,17]" in program  # B, 1, V
+    assert "[3,40,17]" not in program
 
 
 def test_end_tokens_end_each_prompt_and_then_all(model):
