@@ -8,16 +8,16 @@ from dsv3_jax import cli
 directory, *options = sys.argv[1:]
 if "--pause" in options:
     options.remove("--pause")
-    from dsv3_jax.training import trainer
+    from dsv3_jax.training.setup import Setup
 
-    batch = trainer._Run._batch
+    batch = Setup.batch
 
     def slow(self, step):
         if step > 4 and step % 2:
             time.sleep(2)
         return batch(self, step)
 
-    trainer._Run._batch = slow
+    Setup.batch = slow
 
 SMALL = {
     **{"model.hidden-size": 16, "model.intermediate-size": 16, "model.moe-intermediate-size": 8},

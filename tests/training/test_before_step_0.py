@@ -16,7 +16,7 @@ from dsv3_jax.data import DataConfig
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.parallel.processes import Processes
-from dsv3_jax.training import trainer
+from dsv3_jax.training import setup, trainer
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.metrics import read_metrics
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -133,7 +133,7 @@ def test_clip_norm_0_is_off():
 def test_a_diverged_state_is_not_saved_and_resume_finds_the_last_finite_one(tmp_path, monkeypatch):
     """From step 5 on the parameters are NaN; metrics are looked at too rarely to see it."""
     config = dataclasses.replace(ONE, log_every=1000, validate_every=1000, keep_checkpoints=1)
-    directory, original = tmp_path / "run", trainer.make_train_step
+    directory, original = tmp_path / "run", setup.make_train_step
 
     def poisoned(*arguments, **options):
         step = original(*arguments, **options)
@@ -146,14 +146,14 @@ def test_a_diverged_state_is_not_saved_and_resume_finds_the_last_finite_one(tmp_
         return poison
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "make_train_step", poisoned)
+        patch.setattr(setup, "make_train_step", poisoned)
         with pytest.raises(trainer.TrainingError, match=r"at step 6, which is not saved; .* of step 4"):
             trainer.train(config, directory, console=Console(quiet=True))
     saved = lambda: sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
     assert saved() == [4]
 
     # A checkpoint that isn't finite, as an earlier version would have left it.
-    run = trainer._Run(config, directory, trainer.load_tokenizer(None), Console(quiet=True))
+    run = setup.Setup(config, trainer.load_tokenizer(None))
     state = run.placement.init(run.init, jax.random.key(0))
     checkpoints = Checkpoints(directory / "checkpoints", 5)
     state, position = checkpoints.restore(state)
@@ -172,13 +172,13 @@ def test_a_diverged_state_is_not_saved_and_resume_finds_the_last_finite_one(tmp_
 
 
 def test_a_run_stops_by_the_name_of_what_is_not_finite(tmp_path, monkeypatch):
-    original = trainer.make_train_step
+    original = setup.make_train_step
 
     def poisoned(*arguments, **options):
         step = original(*arguments, **options)
         return lambda state, batch: (lambda new, m: (new, m | {"grad_norm": jnp.inf}))(*step(state, batch))
 
-    monkeypatch.setattr(trainer, "make_train_step", poisoned)
+    monkeypatch.setattr(setup, "make_train_step", poisoned)
     with pytest.raises(trainer.TrainingError, match=r"grad_norm is inf at step 2, which is not saved; .* of step 0"):
         trainer.train(ONE, tmp_path / "run", console=Console(quiet=True))
 
@@ -191,7 +191,7 @@ def test_metrics_survive_lines_that_are_none(tmp_path):
 
 @pytest.mark.parametrize("state", [{}, [], None, {"next_sequence": "4", "fingerprint": "x"}, {"next_sequence": -1}])
 def test_a_damaged_position_in_the_data_is_named(state):
-    data = trainer.train_iterator(ONE.data, trainer.load_tokenizer(None), 2)
+    data = setup.train_iterator(ONE.data, trainer.load_tokenizer(None), 2)
     if isinstance(state, dict) and state.get("next_sequence") == -1:
         state = data.get_state() | state
     with pytest.raises(ConfigError, match="the data's position"):

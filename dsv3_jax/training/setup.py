@@ -1,0 +1,121 @@
+"""Everything that a run needs before its first step: model, compiled steps, placement, data. Checked, not yet run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.data import train_iterator, validation_batches
+from dsv3_jax.inference.generate import generate, longest
+from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
+from dsv3_jax.parallel.placement import OnMesh, Placement
+from dsv3_jax.training.config import TrainConfig
+from dsv3_jax.training.guard import all_finite
+from dsv3_jax.training.losses import PretrainingLoss, load_violations, mean_metrics
+from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.schedule import Schedule
+from dsv3_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+from dsv3_jax.training.throughput import Throughput
+
+
+class Setup:
+    """The parts of a run. Raises ConfigError for what the run would meet later.
+
+    init: a state at step 0, from a typed key. abstract: its shapes, dtypes and shardings. train_step, evaluate, finite:
+    jitted on the mesh. data: the iterator of training batches. validation: batches as NumPy arrays.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Any) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.model = DeepSeekV3(config.model, config.runtime)
+        self.schedule = Schedule(config.schedule)
+        loss = PretrainingLoss(config.model, self.schedule)
+        optimizer = make_optimizer(config.optimizer, self.schedule)
+        self.init = lambda key: init_state(self.model, optimizer, key)
+        self.placement = Placement(config.mesh, config.runtime, parameter_axes(self.model))
+        self.abstract, _ = self.placement.abstract(self.init, {})
+        step = make_train_step(self.model, optimizer, loss, microbatches=config.microbatches)
+        self.train_step = self.placement.jit_step(step, self.abstract)
+        self.evaluate = self.placement.jit_evaluation(make_eval_step(self.model, loss))
+        self.finite = self.placement.jit_evaluation(all_finite)
+        sizes = [stage.batch_size for stage in self.schedule.stages]
+        ramp = f" (schedule's sizes are {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
+        for stage in self.schedule.stages:
+            self._check(self.train_step, stage.batch_size, f"the batch from step {stage.start_step} on{ramp}")
+        self.sample_prompt, self.sample_tokens = self._sample_request()
+        self.data = train_iterator(config.data, tokenizer, self.schedule.batch_size(0))
+        self.validation = []
+        if config.data.validation_fraction:
+            self.validation = validation_batches(
+                config.data,
+                tokenizer,
+                config.schedule.batch_size,
+                config.validation_batches,
+                multiple_of=self.placement.parts,
+            )
+            self._check(self.evaluate, len(self.validation[0]["tokens"]), "validation")
+        self.throughput = Throughput(config.model, config.data.sequence_length)
+
+    def _check(self, function: OnMesh, size: int, what: str) -> None:
+        """Traces a step for a batch of `size`: what can't be is said before the first step, not in the middle."""
+        names = _inputs(self.config.data.mask_documents)
+        try:
+            function.check(self.abstract, self.placement.abstract_batch(names, size, self.config.data.sequence_length))
+        except ValueError as error:
+            raise ConfigError(f"{what}: {error}") from error
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """The batch of step `step`, from 0; they are taken in order."""
+        size = self.schedule.batch_size(step)
+        rows = self.placement.rows(size)
+        return self._placed(rows, self.data.next_batch(size, rows), size)
+
+    def _placed(self, rows: np.ndarray, batch: dict[str, np.ndarray], size: int) -> dict[str, jax.Array]:
+        taken = {name: batch[name] for name in _inputs(self.config.data.mask_documents)}
+        return self.placement.batch(rows, taken, size)
+
+    def validate(self, state: TrainState) -> dict[str, Any]:
+        """Metrics over all validation batches, named `validation_...`."""
+        size = len(self.validation[0]["tokens"])
+        every = np.arange(size)
+        parts = [self.evaluate(state, self._placed(every, batch, size)) for batch in self.validation]
+        total = jax.tree.map(lambda *parts: sum(parts), *parts)
+        metrics = mean_metrics(total.loss) | load_violations(total.load)
+        return {f"validation_{k}": v for k, v in metrics.items()}
+
+    def due(self, done: int, every: int) -> bool:
+        """Whether something that happens every so many steps happens after `done`: after the last one always."""
+        return done % every == 0 or done == self.config.schedule.steps
+
+    def _sample_request(self) -> tuple[list[int], int]:
+        """The prompt of the sample at the end, and how many tokens are to follow. Raises ConfigError."""
+        prompt = [self.tokenizer.bos_id, *map(int, self.tokenizer.encode(self.config.sample_prompt))]
+        room = longest(self.model) - len(prompt)
+        if self.config.sample_tokens and room < 1:
+            raise ConfigError(
+                f"sample_prompt has {len(prompt)} tokens, which leaves no room of the {longest(self.model)} for a "
+                "sample: shorten it, or set sample_tokens to 0"
+            )
+        return prompt, min(self.config.sample_tokens, room)
+
+    def sample(self, state: TrainState) -> str:
+        """Continues the prompt: a text."""
+        new = generate(
+            self.model,
+            state.variables,
+            [self.sample_prompt],
+            self.sample_tokens,
+            sampling=Sampling(temperature=0.7, top_p=0.95),
+            key=jax.random.key(self.config.seed),
+            end_ids=[self.tokenizer.eos_id],
+        )[0]
+        return self.tokenizer.decode([*self.sample_prompt, *new])
+
+
+def _inputs(mask_documents: bool) -> tuple[str, ...]:
+    """Keys of a batch that the step takes: without document masks (report section 4.1), only tokens and targets."""
+    return ("tokens", "targets", "segments", "positions") if mask_documents else ("tokens", "targets")
