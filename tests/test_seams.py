@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
 from dsv3_jax.model.cache import Cache, Keys, init_cache
-from dsv3_jax.model.linear import linear, weight
+from dsv3_jax.model.linear import linear_weight, multiply
 from dsv3_jax.model.transformer import parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.placement import Placement
@@ -40,10 +40,10 @@ class WithAdapter(DeepSeekV3):
 
     def setup(self):
         super().setup()
-        self.adapter = weight(self, "adapter", (16, 16), ("embed", None))
+        self.adapter = linear_weight(self, "adapter", (16, 16), ("embed", None))
 
     def _head(self, hidden):
-        return super()._head(hidden + linear(hidden, self.adapter))
+        return super()._head(hidden + multiply(hidden, self.adapter))
 
 
 def test_a_weight(tmp_path):

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from dsv3_jax.model.attend import arrange, attend
 from dsv3_jax.model.cache import Keys, LayerCache, TokenPositions
-from dsv3_jax.model.linear import linear, weight
+from dsv3_jax.model.linear import linear, linear_einsum
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import kept
@@ -42,16 +41,16 @@ class MultiHeadLatentAttention(Module):
 
         # Queries (eq. 6 to 9): compressed, normed, expanded to heads; a rotated part beside the plain one.
         if c.q_lora_rank is None:
-            q = linear(x, weight(self, "q_proj", (d, heads, nope + rope), ("embed", "heads", None)))
+            q = linear(self, "q_proj", x, (d, heads, nope + rope), ("embed", "heads", None))
         else:
-            c_q = kept(linear(x, weight(self, "q_a_proj", (d, c.q_lora_rank), ("embed", None))))
+            c_q = kept(linear(self, "q_a_proj", x, (d, c.q_lora_rank), ("embed", None)))
             c_q = rms_norm(c_q, norm_scale(self, "q_a_layernorm", c.q_lora_rank), LATENT_NORM_EPS)
-            q = linear(c_q, weight(self, "q_b_proj", (c.q_lora_rank, heads, nope + rope), ("embed", "heads", None)))
+            q = linear(self, "q_b_proj", c_q, (c.q_lora_rank, heads, nope + rope), ("embed", "heads", None))
         q = constrain(q, self.runtime, "batch", "sequence", "heads", None)
         q_nope, q_rope = q[..., :nope], apply_rope(q[..., nope:], where.positions, c)
 
         # The latent (eq. 1) and the one rotated key of all heads (eq. 3): all that a cache needs.
-        kv = kept(linear(x, weight(self, "kv_a_proj_with_mqa", (d, rank + rope), ("embed", None))))
+        kv = kept(linear(self, "kv_a_proj_with_mqa", x, (d, rank + rope), ("embed", None)))
         latent = rms_norm(kv[..., :rank], norm_scale(self, "kv_a_layernorm", rank), LATENT_NORM_EPS)
         k_rope = apply_rope(kv[..., None, rank:], where.positions, c)[:, :, 0]
 
@@ -64,18 +63,19 @@ class MultiHeadLatentAttention(Module):
             cache, keys = cache.append(latent, k_rope, where)
         keys = arrange(keys, where, c, self.runtime)
 
-        w_uk = weight(self, "k_b_proj", (rank, heads, nope), ("embed", "heads", None))
-        w_uv = weight(self, "v_b_proj", (rank, heads, c.v_head_dim), ("embed", "heads", None))
+        up = ("embed", "heads", None)
+        w_uk, w_uv = (rank, heads, nope), (rank, heads, c.v_head_dim)
         absorbed = self.runtime.attention_form == "absorbed"
         if absorbed:
-            q_nope = jnp.einsum("bthn,rhn->bthr", q_nope, w_uk)
+            q_nope = linear_einsum(self, "k_b_proj", "bthn,rhn->bthr", q_nope, w_uk, up)
             k_nope = v = keys.latent[:, :, None]
         else:  # eq. 2 and 5
-            k_nope, v = linear(keys.latent, w_uk), linear(keys.latent, w_uv)
+            k_nope = linear(self, "k_b_proj", keys.latent, w_uk, up)
+            v = linear(self, "v_b_proj", keys.latent, w_uv, up)
         plain = self.is_initializing()
         out = attend(q_nope, q_rope, k_nope, v, keys, where, c, self.runtime, scale=softmax_scale(c), reference=plain)
         if absorbed:
-            out = jnp.einsum("bthr,rhv->bthv", out, w_uv)
+            out = linear_einsum(self, "v_b_proj", "bthr,rhv->bthv", out, w_uv, up)
 
-        w_o = weight(self, "o_proj", (heads, c.v_head_dim, d), ("heads", None, "embed"))
-        return kept(linear(kept(out), w_o, contract=2)), cache  # eq. 11
+        w_o = (heads, c.v_head_dim, d)
+        return kept(linear(self, "o_proj", kept(out), w_o, ("heads", None, "embed"), contract=2)), cache  # eq. 11

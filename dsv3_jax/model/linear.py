@@ -1,4 +1,9 @@
-"""The linear seam: every dense projection of the model goes through `linear`."""
+"""The linear seam: one call declares a weight, all-gathers it and multiplies with it.
+
+Every product with a weight goes through it: `linear`, `linear_einsum` where heads have matrices of their own,
+`grouped_swiglu` where experts do. What a product takes is a `Weight`, whose form is this file's own matter: so a
+runtime may quantise before the all-gather. `weight` is for the rest, which never quantise: embedding, head, router.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.model.module import Module
+from dsv3_jax.model.remat import kept
 from dsv3_jax.parallel.sharding import Logical, current_sharding
+from pallas_kernels import grouped_matmul
+
+type Weight = jax.Array
+"""A weight as products take it: cast to the runtime's dtype, all-gathered along `embed`."""
 
 
 def weight(module: Module, name: str, shape: tuple[int, ...], logical: Logical, dtype: Any = None) -> jax.Array:
@@ -28,16 +38,54 @@ def weight(module: Module, name: str, shape: tuple[int, ...], logical: Logical, 
     return current_sharding(module.runtime).all_gather_weight(used, name, logical)
 
 
-def linear(x: jax.Array, w: jax.Array, *, contract: int = 1) -> jax.Array:
-    """Contracts the last `contract` axes of `x` with as many first axes of `w`.
+def linear_weight(module: Module, name: str, shape: tuple[int, ...], logical: Logical) -> Weight:
+    """Declares a weight as `weight` does, for `multiply`, `weight_einsum` and `grouped_swiglu`."""
+    return weight(module, name, shape, logical)
+
+
+def linear(
+    module: Module, name: str, x: jax.Array, shape: tuple[int, ...], logical: Logical, *, contract: int = 1
+) -> jax.Array:
+    """Multiplies x (..., *I) with the weight (*I, *O) of `module` that it declares: (..., *O) of the runtime's dtype.
 
     Args:
-      x: (..., *I).
-      w: (*I, *O): input axes first, the transpose of PyTorch's. Its dtype is what `x` is cast to.
+      shape: of the weight, input axes first: the transpose of PyTorch's.
+      logical: the logical axis of each, or None; see `parallel.rules.Rules`.
       contract: number of axes in I.
+    """
+    with jax.named_scope(name):
+        return multiply(x, linear_weight(module, name, shape, logical), contract=contract)
 
-    Returns:
-      (..., *O) of `w`'s dtype. One two-dimensional product whatever the axes, so that every weight quantises alike.
+
+def linear_einsum(
+    module: Module, name: str, equation: str, x: jax.Array, shape: tuple[int, ...], logical: Logical
+) -> jax.Array:
+    """The same for other products, by their equation: "bthn,rhn->bthr" takes a head's output axis back to its input."""
+    with jax.named_scope(name):
+        return weight_einsum(equation, x, linear_weight(module, name, shape, logical))
+
+
+def grouped_swiglu(
+    x: jax.Array, gate: Weight, up: Weight, down: Weight, group_sizes: jax.Array, *, implementation: str
+) -> jax.Array:
+    """Experts on the rows sent to them, (M, D) sorted by expert -> (M, D); see `pallas_kernels.grouped_matmul`.
+
+    Args:
+      gate, up: (G, D, F). down: (G, F, D).
+      group_sizes: (G,) int32, rows of each expert.
+    """
+    return grouped_matmul.grouped_swiglu(x, gate, up, down, group_sizes, implementation=implementation, keep=kept)
+
+
+def weight_einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
+    """`jnp.einsum` of x and a weight."""
+    return jnp.einsum(equation, x, w)
+
+
+def multiply(x: jax.Array, w: Weight, *, contract: int = 1) -> jax.Array:
+    """Contracts the last `contract` axes of x (..., *I) with as many first axes of w (*I, *O): (..., *O).
+
+    One two-dimensional product of `w`'s dtype whatever the axes, so that every weight quantises alike.
     """
     batch = x.shape[: x.ndim - contract]
     inputs, outputs = math.prod(w.shape[:contract]), w.shape[contract:]
@@ -46,7 +94,7 @@ def linear(x: jax.Array, w: jax.Array, *, contract: int = 1) -> jax.Array:
 
 
 def wide_linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`linear` whose result isn't rounded: (..., I) and (I, O) of one dtype -> (..., O), float32 or wider."""
+    """`multiply` whose result isn't rounded: (..., I) and (I, O) of one dtype -> (..., O), float32 or wider."""
     return _product(x, w, True)
 
 

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.auto import experts_impl
-from dsv3_jax.model.linear import linear, weight
+from dsv3_jax.model.linear import Weight, grouped_swiglu, linear, linear_weight, weight_einsum
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.remat import kept
 from dsv3_jax.model.router import Router, RouterStats
 from dsv3_jax.parallel.dispatch import experts_are_spread, experts_held, spread_experts
 from dsv3_jax.parallel.rows import collect, spread
 from dsv3_jax.runtime import Runtime
-from pallas_kernels.grouped_matmul import grouped_swiglu
 
 PLACEMENT = "placement"
 """The Linen collection that says where redundant experts are; see `inference.expert_placement`."""
@@ -27,9 +26,9 @@ PLACEMENT = "placement"
 class ExpertWeights(NamedTuple):
     """SwiGLU of every expert: gate_proj and up_proj (E, D, F), down_proj (E, F, D)."""
 
-    gate_proj: jax.Array
-    up_proj: jax.Array
-    down_proj: jax.Array
+    gate_proj: Weight
+    up_proj: Weight
+    down_proj: Weight
 
 
 def experts_reference(
@@ -43,8 +42,8 @@ def experts_reference(
 
     Returns (N, D) of `x`'s dtype.
     """
-    hidden = jax.nn.silu(jnp.einsum("nd,edf->nef", x, w.gate_proj)) * jnp.einsum("nd,edf->nef", x, w.up_proj)
-    out = jnp.einsum("nef,efd->ned", hidden, w.down_proj)
+    up = functools.partial(weight_einsum, "nd,edf->nef", x)
+    out = weight_einsum("nef,efd->ned", jax.nn.silu(up(w.gate_proj)) * up(w.up_proj), w.down_proj)
     chosen = jax.nn.one_hot(ids, w.gate_proj.shape[0], dtype=weights.dtype)  # (N, K, E)
     return jnp.einsum("nke,nk,ned->nd", chosen, weights, out).astype(x.dtype)
 
@@ -58,7 +57,7 @@ def experts_grouped(
     sizes = jnp.bincount(ids.ravel(), length=w.gate_proj.shape[0]).astype(jnp.int32)
     place = jnp.full((tokens * k,), rows, order.dtype).at[order].set(jnp.arange(rows, dtype=order.dtype))
     maps = order // k, place.reshape(tokens, k)
-    out = grouped_swiglu(spread(x, *maps), *w, sizes, implementation=implementation, keep=kept)
+    out = grouped_swiglu(spread(x, *maps), *w, sizes, implementation=implementation)
     weighted = out * spread(weights.reshape(-1, 1), order, place[:, None])
     return collect(weighted, *maps).astype(x.dtype)
 
@@ -89,10 +88,9 @@ class FeedForward(Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> (..., D) of the runtime's dtype."""
         d = self.config.hidden_size
-        gate = kept(linear(x, weight(self, "gate_proj", (d, self.width), ("embed", "ffn"))))
-        up = kept(linear(x, weight(self, "up_proj", (d, self.width), ("embed", "ffn"))))
-        down = weight(self, "down_proj", (self.width, d), ("ffn", "embed"))
-        return linear(jax.nn.silu(gate) * up, down)
+        gate = kept(linear(self, "gate_proj", x, (d, self.width), ("embed", "ffn")))
+        up = kept(linear(self, "up_proj", x, (d, self.width), ("embed", "ffn")))
+        return linear(self, "down_proj", jax.nn.silu(gate) * up, (self.width, d), ("ffn", "embed"))
 
 
 class RoutedExperts(Module):
@@ -106,9 +104,9 @@ class RoutedExperts(Module):
             ids = self._slots(ids)
         e, d, f = experts_held(c, self.runtime), c.hidden_size, c.moe_intermediate_size
         w = ExpertWeights(
-            weight(self, "gate_proj", (e, d, f), ("experts", "embed", "expert_ffn")),
-            weight(self, "up_proj", (e, d, f), ("experts", "embed", "expert_ffn")),
-            weight(self, "down_proj", (e, f, d), ("experts", "expert_ffn", "embed")),
+            linear_weight(self, "gate_proj", (e, d, f), ("experts", "embed", "expert_ffn")),
+            linear_weight(self, "up_proj", (e, d, f), ("experts", "embed", "expert_ffn")),
+            linear_weight(self, "down_proj", (e, f, d), ("experts", "expert_ffn", "embed")),
         )
         return experts(x, ids, weights, w, c, self.runtime)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import LayerCache, TokenPositions
-from dsv3_jax.model.linear import linear, weight
+from dsv3_jax.model.linear import linear
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.router import RouterStats
@@ -32,7 +32,7 @@ class MTPModule(Module):
         c, r = self.config, self.runtime
         norm = lambda name, x: rms_norm(x, norm_scale(self, name, c.hidden_size), c.rms_norm_eps)
         both = jnp.concatenate([norm("enorm", embedded), norm("hnorm", hidden)], axis=-1)
-        x = linear(both, weight(self, "eh_proj", (2 * c.hidden_size, c.hidden_size), (None, "embed")))
+        x = linear(self, "eh_proj", both, (2 * c.hidden_size, c.hidden_size), (None, "embed"))
         x, (cache, stats) = Block(c, r, is_moe=True, name="block")(x, where, cache)
         assert stats is not None  # since the block is sparse
         return norm("norm", x), cache, stats
