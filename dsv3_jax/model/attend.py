@@ -55,6 +55,7 @@ def arrange(keys: Keys, where: TokenPositions, config: ModelConfig, runtime: Run
     return right_align(keys) if kernel and keys.lengths is not None and runtime.attention_form == "expanded" else keys
 
 
+@jax.named_scope("attend")
 def attend(
     q_nope: jax.Array,
     q_rope: jax.Array,

@@ -60,7 +60,8 @@ class MultiHeadLatentAttention(Module):
         if cache is None:
             keys = Keys(latent, k_rope, where.places, where.segments)
         else:
-            cache, keys = cache.append(latent, k_rope, where)
+            with jax.named_scope("cache"):
+                cache, keys = cache.append(latent, k_rope, where)
         keys = arrange(keys, where, c, self.runtime)
 
         up = ("embed", "heads", None)

@@ -65,6 +65,7 @@ def linear_einsum(
         return weight_einsum(equation, x, linear_weight(module, name, shape, logical))
 
 
+@jax.named_scope("grouped_swiglu")
 def grouped_swiglu(
     x: jax.Array, gate: Weight, up: Weight, down: Weight, group_sizes: jax.Array, *, implementation: str
 ) -> jax.Array:

@@ -14,6 +14,7 @@ def norm_scale(module: Module, name: str, size: int) -> jax.Array:
     return module.declare(name, nn.initializers.ones, (size,), (None,))
 
 
+@jax.named_scope("rms_norm")
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """`x / rms(x) * scale` over the last axis: x (..., D), scale (D,) -> (..., D) of `x`'s dtype.
 

@@ -67,6 +67,7 @@ def rotation_scale(config: ModelConfig) -> float:
     return _mscale(yarn.factor)
 
 
+@jax.named_scope("rope")
 def apply_rope(x: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
     """Rotates pairs of the last axis by position (eq. 4 and 8).
 

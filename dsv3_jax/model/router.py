@@ -39,6 +39,7 @@ def normalised_affinities(logits: jax.Array, config: ModelConfig) -> jax.Array:
     return jax.nn.softmax(jax.nn.log_sigmoid(logits) if config.scoring_func == "sigmoid" else logits, axis=-1)
 
 
+@jax.named_scope("select_experts")
 def select_experts(scores: jax.Array, bias: jax.Array | None, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Top-K experts of each token under group-limited routing (eq. 14 and 16).
 

@@ -256,6 +256,7 @@ class Send:
     places: jax.Array
     ragged: tuple[Any, Any] | None
 
+    @jax.named_scope("dispatch")
     def dispatch(self, a: jax.Array, fill: Any) -> jax.Array:
         """Sends rows of `a` (tokens, X) to the positions that their tokens need; `fill` where there is none."""
         rows = spread(a, self.source, self.places)
@@ -263,6 +264,7 @@ class Send:
             rows = jnp.where((self.source < len(self.places))[:, None], rows, fill)
         return self._exchange(rows, fill, 0)
 
+    @jax.named_scope("combine")
     def combine(self, y: jax.Array) -> jax.Array:
         """Sends results (size * room, X) back and adds up each token's: (tokens, X) float32 or wider."""
         return collect(self._exchange(y, 0, 1), self.source, self.places)
@@ -274,6 +276,7 @@ class Send:
         return lax.ragged_all_to_all(rows, empty, *self.ragged[way], axis_name=self.axis)
 
 
+@jax.named_scope("plan_dispatch")
 def _plan_send(hop: Hop, ids: jax.Array, method: str) -> Send:
     """Plans a hop for ids (N, K) counted over all `size * width` experts; `size * width` for none."""
     reached = _reached(ids, hop.size, hop.width)

@@ -132,9 +132,11 @@ class _Work:
         y, objective, total, local = self.function(own, shared, x, piece, self.constants, self.stage)
         return (y, objective), (total, local)
 
+    @jax.named_scope("forward")
     def forward(self, x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> jax.Array:
         return self.evaluate(self.own, self.shared, x, piece)[0][0]
 
+    @jax.named_scope("gradient")
     def gradient(self, x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> tuple[jax.Array, Any]:
         """The gradient of the input and, under 1F1B, of the weights."""
         d_parameters, totals = sums
@@ -147,6 +149,7 @@ class _Work:
         *made, dx = pull((g, jnp.ones_like(objective)))
         return dx, (_add(d_parameters, tuple(made)), _add(totals, measured))
 
+    @jax.named_scope("weight_gradient")
     def weight_gradient(self, x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> Any:
         of_weights = lambda own, shared: self.evaluate(own, shared, x, piece)
         (_, objective), pull, _ = jax.vjp(of_weights, self.own, self.shared, has_aux=True)
@@ -187,6 +190,7 @@ def _run(work: _Work, pieces: Any, stages: int, activation: jax.ShapeDtypeStruct
     return lax.scan(tick, (buffer, buffer, sums), jnp.arange(microbatches + 2 * (stages - 1)))[0][2]
 
 
+@jax.named_scope("send_to_neighbour")
 def _arrive(
     value: jax.Array, buffer: jax.Array, m: jax.Array, to: int, *, stage: jax.Array, stages: int, microbatches: int
 ) -> jax.Array:

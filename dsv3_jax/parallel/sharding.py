@@ -85,6 +85,7 @@ class LogicalSharding:
         spec = self.spec("an activation", x.shape, logical)
         return x if self.mesh is None else jax.lax.with_sharding_constraint(x, spec)
 
+    @jax.named_scope("all_gather_weight")
     def all_gather_weight(self, w: jax.Array, what: str, logical: Logical) -> jax.Array:
         """A stored parameter as a layer uses it: gathered along `embed` (FSDP), its gradient scattered again."""
         used = self._replace(embed=()).spec(what, w.shape, logical)

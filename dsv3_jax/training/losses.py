@@ -166,6 +166,7 @@ class ModelInputs:
     extra: dict[str, jax.Array]
 
 
+@jax.named_scope("model_inputs")
 def model_inputs(model: DeepSeekV3, batch: Batch, batch_keys: tuple[str, ...] = ()) -> ModelInputs:
     """Everything that looks along the sequence, done before its tokens are permuted for context parallelism.
 

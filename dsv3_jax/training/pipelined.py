@@ -82,7 +82,8 @@ def pipelined_gradients(
         x, stats = sparse_layers(own, bias, exists, x, model.token_positions(inputs.tokens, **inputs.where))
 
         def of(outputs: Outputs) -> StepSums:
-            objective, sums = loss(outputs, inputs, whole)
+            with jax.named_scope("loss"):
+                objective, sums = loss(outputs, inputs, whole)
             return StepSums(objective, sums, {k: v for k, v in expert_load(outputs).items() if k != SPARSE})
 
         last_stage = lambda x: of(cast(Any, apply)(x, inputs.further_tokens, method="last_stage", **inputs.where))

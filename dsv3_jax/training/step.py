@@ -79,11 +79,13 @@ def make_train_step(
             grads, sums = pipelined_gradients(model, state.variables, _cut(batch, microbatches), loss, whole)
         else:
             grads, sums = _accumulate(jax.grad(objective, has_aux=True), state.params, batch, microbatches)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         router = update_bias(state.router, sums.load, loss.bias_update_speed(state.step))
-        metrics = loss.metrics(sums.loss, whole) | load_violations(sums.load)
-        metrics |= {"objective": sums.objective, "grad_norm": optax.global_norm(grads)}
+        with jax.named_scope("metrics"):
+            metrics = loss.metrics(sums.loss, whole) | load_violations(sums.load)
+            metrics |= {"objective": sums.objective, "grad_norm": optax.global_norm(grads)}
         return TrainState(state.step + 1, params, router, opt_state, state.rng), metrics
 
     return train_step
@@ -97,7 +99,8 @@ def _sums(model: DeepSeekV3, loss: Loss, variables: Mapping[str, Any], piece: Ba
     """Runs the model on a piece of the batch and applies the loss."""
     inputs = model_inputs(model, piece, loss.batch_keys)
     outputs = forward(model, variables, inputs)
-    return StepSums(*loss(outputs, inputs, whole), expert_load(outputs))
+    with jax.named_scope("loss"):
+        return StepSums(*loss(outputs, inputs, whole), expert_load(outputs))
 
 
 def _accumulate(grad: Callable, params: Any, batch: Batch, microbatches: int) -> tuple[Any, StepSums]:
@@ -115,6 +118,7 @@ def _cut(batch: Batch, microbatches: int) -> dict[str, jax.Array]:
     return {name: x.reshape(microbatches, -1, *x.shape[1:]) for name, x in batch.items()}
 
 
+@jax.named_scope("router_bias")
 def update_bias(router: Any, load: dict[str, jax.Array], speed: jax.Array) -> Any:
     """Balancing without auxiliary loss (section 2.1.2): up by `speed` where an expert got too little, else down.
 

@@ -1,6 +1,7 @@
 """The training step: the report's equations; it learns; accumulation changes nothing; moments can be bfloat16."""
 
 import dataclasses
+import re
 
 import chex
 import jax
@@ -11,6 +12,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from dsv3_jax import DeepSeekV3, Runtime
+from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, decays, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
@@ -246,3 +248,25 @@ def test_runtime_doesnt_change_the_state():
     chex.assert_trees_all_equal(
         build(Runtime()).params, build(dataclasses.replace(Runtime(), dtype="bfloat16", remat="paper")).params
     )
+
+
+def test_a_profile_reads_like_the_model():
+    """Every block, seam and phase of the step gives its name to the operations in it."""
+    runtime, mesh = Runtime(sharding="fsdp_ep"), make_mesh(MeshShape(fsdp=2, expert=4))
+    schedule = Schedule(ScheduleConfig(steps=10, batch_size=8))
+    model, optimizer = DeepSeekV3(SMALL, runtime), make_optimizer(OptimizerConfig(), schedule)
+    state = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((8, 8), jnp.int32)
+    step = jax.jit(make_train_step(model, optimizer, PretrainingLoss(SMALL, schedule)))
+    with jax.set_mesh(mesh):
+        text = step.lower(state, {"tokens": tokens, "targets": tokens}).as_text(debug_info=True)
+    paths = [set(re.split(r"[/()]", path)) for path in re.findall(r'loc\("(jit\(train_step\)[^"]*)"', text)]
+    for name in ("model_inputs", "loss", "optimizer", "router_bias", "metrics"):
+        assert any(name in path for path in paths), name
+    attention = ("q_a_proj", "k_b_proj", "o_proj", "rms_norm", "rope", "attend", "all_gather_weight")
+    for block, seams in {"self_attn": attention, "mlp": ("gate", "select_experts", "shared_experts")}.items():
+        for seam in seams:
+            for stack in ("moe_layers", "mtp_0"):
+                assert any({stack, block, seam} <= path for path in paths), (stack, block, seam)
+    for name in ("plan_dispatch", "dispatch", "grouped_swiglu", "combine"):  # in a shard_map, which is lowered apart
+        assert f"/{name}/" in text, name
