@@ -18,7 +18,7 @@ LAYERS = (
     {"checkpoint"},
     {"accounting"},
     {"inference"},
-    {"training"},
+    {"training", "serving"},
     {"planning", "post_training"},
     {"cli", "__init__"},
     {"__main__"},

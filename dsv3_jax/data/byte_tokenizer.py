@@ -9,6 +9,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from dsv3_jax.data.hf_tokenizer import HuggingFaceTokenizer
+from dsv3_jax.data.token_bytes import byte_level_alphabet
 from dsv3_jax.data.tokenizer import valid_unicode
 
 
@@ -21,7 +22,7 @@ class ByteTokenizer(HuggingFaceTokenizer):
     vocab_size, bos_id, eos_id, pad_id = 259, 256, 257, 258
 
     def __init__(self) -> None:
-        tokenizer = RustTokenizer(models.BPE({char: byte for byte, char in enumerate(_byte_level_alphabet())}, []))
+        tokenizer = RustTokenizer(models.BPE({char: byte for byte, char in enumerate(byte_level_alphabet())}, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens(
@@ -35,10 +36,3 @@ class ByteTokenizer(HuggingFaceTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
-
-
-def _byte_level_alphabet() -> list[str]:
-    """The character of each byte in a byte-level BPE: the byte's own where it can be seen, else one from U+0100 on."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(hidden)) for byte in range(256)]

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import processors
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.data.token_bytes import bytes_reader
 from dsv3_jax.data.tokenizer import valid_unicode
 from dsv3_jax.json_input import check_type, read_json
 
@@ -89,15 +90,25 @@ class HuggingFaceTokenizer:
         encodings = self._tokenizer.encode_batch_fast([valid_unicode(t) for t in texts], add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
-    def encode_prompt(self, text: str) -> np.ndarray:
+    def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
         tokenizer, before = self._for_prompts
         ids = tokenizer.encode(valid_unicode(text), add_special_tokens=False).ids
+        if not add_special_tokens:
+            return np.array(ids, np.int32)
         if ids[:1] != [self.bos_id]:  # a chat template's text has its own bos: two would be another prompt
             ids = before + ids
         return np.array(ids or [self.bos_id], np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i >= 0], skip_special_tokens=True)
+
+    def token_bytes(self) -> list[bytes]:
+        read = bytes_reader(json.loads(self._tokenizer.to_str())["decoder"])
+        tokens = (self._tokenizer.id_to_token(i) for i in range(self.vocab_size))
+        return [b"" if token is None else read(token) for token in tokens]
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
 
     def save(self, directory: Path) -> None:
         bos, eos = self._bos or self._eos, self._eos

@@ -95,14 +95,22 @@ class TiktokenTokenizer:
         encoded = iter(self._encoding.encode_ordinary_batch([piece for text in pieces for piece in text]))
         return [np.array([i for _ in text for i in next(encoded)], np.int32) for text in pieces]
 
-    def encode_prompt(self, text: str) -> np.ndarray:
+    def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
         pieces = _pieces(valid_unicode(text))
         ids = [i for piece in pieces for i in self._encoding.encode(piece, allowed_special="all")]
+        if not add_special_tokens:
+            return np.array(ids, np.int32)
         before = [self.bos_id] if self._config.get("add_bos_token") and ids[:1] != [self.bos_id] else []
         return np.array(before + ids or [self.bos_id], np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._encoding.decode([int(i) for i in ids if 0 <= i < self._ordinary])
+
+    def token_bytes(self) -> list[bytes]:
+        return [self._encoding.decode_single_token_bytes(i) for i in range(self.vocab_size)]
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(range(self._ordinary, self.vocab_size))
 
     def save(self, directory: Path) -> None:
         for file in (self._path, *self._path.parent.glob("tokenization_*.py")):

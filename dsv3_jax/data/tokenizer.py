@@ -38,15 +38,30 @@ class Tokenizer(Protocol):
         """`encode` of each text, on all cores where that helps."""
         ...
 
-    def encode_prompt(self, text: str) -> np.ndarray:
+    def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
         """(n,) int32: a text for a model to continue, with what the tokenizer puts before a text, but nothing after.
 
         Names of special tokens become those tokens, as in transformers. At least one token: bos if there is no other.
+        Without `add_special_tokens` nothing is put before the text, and an empty one has no tokens.
         """
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`, without special tokens. Never fails, whatever the ids."""
+        ...
+
+    def token_bytes(self) -> list[bytes]:
+        """The UTF-8 bytes that each id below `vocab_size` adds within a text; b"" for an id without a token.
+
+        Special tokens add their names. A character may be spread over several tokens.
+
+        Raises:
+          ConfigError: text isn't made of tokens one after another, as in WordPiece.
+        """
+        ...
+
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that `decode` leaves out."""
         ...
 
     def save(self, directory: Path) -> None:

@@ -11,7 +11,9 @@ from dsv3_jax.data.tiktoken_tokenizer import TIKTOKEN_MODEL, TiktokenTokenizer
 from dsv3_jax.data.tokenizer import Tokenizer
 
 BYTES = "bytes"
-BESIDE_TOKENIZER = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Where newer versions of transformers write the chat template, which tokenizer_config.json had."""
+BESIDE_TOKENIZER = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, CHAT_TEMPLATE)
 """Files that are read beside a tokenizer's own."""
 
 _NAMES = (TOKENIZER_JSON, TIKTOKEN_MODEL)
