@@ -1,4 +1,4 @@
-"""What an assistant's text is made of: reasoning, content and tool calls, told apart as it streams."""
+"""Parts of an assistant's text, told apart as it streams: reasoning, content and tool calls."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class AssistantText:
         self._fenced, self.calls = False, 0
 
     def add(self, text: str) -> Delta:
-        """What the next piece adds."""
+        """Returns what the next piece adds."""
         if self._state is _State.START:
             text = self._opened(text)
         self._marks.add(text)
@@ -82,7 +82,7 @@ class AssistantText:
         return delta
 
     def end(self) -> Delta:
-        """What was held back, at the text's end."""
+        """Returns what was held back, at the text's end."""
         rest = self._start + self._marks.rest()
         self._start = ""
         match self._state:

@@ -63,7 +63,7 @@ class ChatTemplate:
         self._shows_tools = "tools" in names
         self.fenced_arguments = "```json" in source
         """Whether tool calls are in the format of V3 and R1, their arguments in a block of code; else in V3.1's."""
-        # OpenAI's arguments are JSON in a string. Templates that write them as JSON, or go through them, need the value.
+        # OpenAI's arguments are JSON in a string. Templates that write them as JSON themselves need the value.
         self._parses_arguments = bool(re.search(r"arguments\s*\|\s*(tojson|items)|arguments\.items", source))
 
     def render(
@@ -88,14 +88,14 @@ class ChatTemplate:
         Raises:
           ChatError: the template refuses the conversation.
         """
-        messages = [self._message(message) for message in messages]
+        talk = [self._message(message) for message in messages]
         if tools and not self._shows_tools:
-            messages = _with_system(messages, describe_tools(tools, fenced=self.fenced_arguments))
+            talk = _with_system(talk, describe_tools(tools, fenced=self.fenced_arguments))
         if continue_final_message:
-            if not messages or not isinstance(messages[-1].get("content"), str):
+            if not talk or not isinstance(talk[-1].get("content"), str):
                 raise ChatError("continue_final_message is set, but the last message has no text to continue")
-            messages[-1]["content"] += _TAG
-        variables = {**self._special_tokens, **(extra or {}), "messages": messages, "tools": tools or None}
+            talk[-1]["content"] += _TAG
+        variables = {**self._special_tokens, **(extra or {}), "messages": talk, "tools": tools or None}
         text = self._render(variables, add_generation_prompt)
         if continue_final_message:
             before, tag, _ = text.rpartition(_TAG)

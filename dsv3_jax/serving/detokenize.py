@@ -9,7 +9,7 @@ from dsv3_jax.data import Tokenizer
 
 
 class Vocabulary:
-    """What each token of a tokenizer adds to a text.
+    """The bytes that each token of a tokenizer adds to a text.
 
     Args:
       tokenizer: its ids may be fewer than the model's; ids beyond add nothing.
@@ -88,7 +88,7 @@ class Marks:
         return text, None
 
     def rest(self) -> str:
-        """What was held back, at the end of the text."""
+        """Returns what was held back, at the end of the text."""
         text, self._held = self._held, ""
         return text
 

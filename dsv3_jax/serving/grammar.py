@@ -76,7 +76,8 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary, end_ids: Collection[int], vocab_size: int) -> None:
         self._vocab_size = vocab_size
         ends = [i for i in end_ids if i < len(vocabulary.bytes)]
-        self._tokens = LLTokenizer(_Tokens(tokenizer, vocabulary), eos_token=ends or [tokenizer.eos_id])
+        tokens: Any = _Tokens(tokenizer, vocabulary)
+        self._tokens = LLTokenizer(tokens, eos_token=ends or [tokenizer.eos_id])
 
     def json_schema(self, schema: Mapping[str, Any], *, thinking: bool = False) -> Grammar:
         """JSON of a schema; `{}` for any. thinking: after reasoning, which ends with `</think>`.
