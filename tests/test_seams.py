@@ -16,7 +16,7 @@ from dsv3_jax.model.transformer import parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.training.checkpoints import Checkpoints
-from dsv3_jax.training.losses import Loss, PretrainingLoss, cross_entropy
+from dsv3_jax.training.losses import Loss, PretrainingLoss
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
 from tests.conftest import new_rng
@@ -71,7 +71,7 @@ class WeightedLoss(Loss):
     batch_keys = ("weights",)
 
     def __call__(self, outputs, inputs, whole):
-        nll = jnp.sum(cross_entropy(outputs.logits, inputs.targets[0]) * inputs.extra["weights"])
+        nll = jnp.sum(outputs.logits.cross_entropy(inputs.targets[0])[0] * inputs.extra["weights"])
         return nll / whole.tokens, {"weight": jnp.sum(inputs.extra["weights"])}
 
     def metrics(self, sums, whole):

@@ -102,7 +102,12 @@ def forward_program(config: ModelConfig, runtime: Runtime, batch: int, length: i
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     further = (tokens,) * config.num_nextn_predict_layers
-    return lambda v, t, f: model.apply(v, t, f, method="forward"), (variables, tokens, further)
+
+    def forward(variables: Any, tokens: Any, further: Any) -> Any:
+        out: Any = model.apply(variables, tokens, further, method="forward")
+        return out.replace(logits=out.logits.array(), mtp_logits=tuple(x.array() for x in out.mtp_logits))
+
+    return forward, (variables, tokens, further)
 
 
 # Closed forms ----------------------------------------------------------------------------------------------

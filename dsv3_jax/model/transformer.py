@@ -15,7 +15,8 @@ from flax import struct
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import Cache, TokenPositions
-from dsv3_jax.model.linear import weight, wide_linear
+from dsv3_jax.model.linear import weight
+from dsv3_jax.model.logits import Logits
 from dsv3_jax.model.module import LAYERS, Module, logical_axes
 from dsv3_jax.model.moe import PLACEMENT
 from dsv3_jax.model.mtp import MTPModule
@@ -30,12 +31,12 @@ from dsv3_jax.runtime import Runtime
 class Outputs:
     """Outputs of one forward pass that training needs.
 
-    logits: (B, T, V) float32; None for a part of the model without the head. mtp_logits: the same of each MTP depth.
+    logits: of the next token; None for a part of the model without the head. mtp_logits: those of each MTP depth.
     stats: routing of the sparse layers, leading axis L_moe; None without sparse layers. mtp_stats: that of each depth.
     """
 
-    logits: jax.Array | None
-    mtp_logits: tuple[jax.Array, ...]
+    logits: Logits | None
+    mtp_logits: tuple[Logits, ...]
     stats: RouterStats | None
     mtp_stats: tuple[RouterStats, ...]
 
@@ -99,7 +100,7 @@ class DeepSeekV3(Module):
         hidden, _, _ = self._trunk(tokens, where, None)
         if self.is_initializing():
             self._predict_further(hidden, (tokens,) * len(self.mtp), where)
-        return self._head(hidden)
+        return self._head(hidden).array()
 
     def forward(
         self,
@@ -151,7 +152,7 @@ class DeepSeekV3(Module):
         assert extended is not None  # since `cache` is
         if at is not None:
             hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
-        return self._head(hidden), extended
+        return self._head(hidden).array(), extended
 
     @nn.nowrap
     def token_positions(
@@ -202,8 +203,8 @@ class DeepSeekV3(Module):
             stats.append(routing)
         return further, tuple(stats)
 
-    def _head(self, hidden: jax.Array) -> jax.Array:
-        return constrain(wide_linear(hidden, self.lm_head), self.runtime, "batch", "sequence", "vocab")
+    def _head(self, hidden: jax.Array) -> Logits:
+        return Logits(hidden, self.lm_head, self.runtime)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import itertools
 from dsv3_jax.accounting.activations import saved_by_block
 from dsv3_jax.accounting.parameters import Variable, model_variables
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.logits import PIECE
 from dsv3_jax.planning.training_plan import TrainingPlan
 
 
@@ -131,9 +132,10 @@ def _stage_memory(plan: TrainingPlan, stage: StageShare, index: int) -> Memory:
     working, working_pairs = _largest_block(plan)
     if plan.remat == "none":
         working = working_pairs = 0.0
-    # Float32 logits of every head wait for the backward pass, which then makes the gradient of one.
-    heads = 2 + (c.num_nextn_predict_layers if plan.mtp else 0)
-    logits = heads * 4 * c.vocab_size / m.tensor * tokens if stage.ends else 0
+    # Float32 logits of every head wait for the backward pass, which then makes the gradient of one; or, where they are
+    # many, none wait: there are those of one piece, and their gradient.
+    heads, logits = 1 + (c.num_nextn_predict_layers if plan.mtp else 0), c.vocab_size / m.tensor * tokens
+    logits = 4 * ((heads + 1) * logits if logits <= PIECE else 2 * PIECE) if stage.ends else 0
     square = 0 if plan.fused_attention else tokens * plan.length / m.tensor
     return Memory(
         weights=weights,

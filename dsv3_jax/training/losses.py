@@ -113,17 +113,6 @@ class PretrainingLoss(Loss):
         return self.schedule.bias_update_speed(step)
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p(target), in nats: logits (..., V) float, targets (...) int32 -> (...) float32 or wider.
-
-    NaN for a target outside the vocabulary, `IGNORE` too: that is for the caller to mask.
-    """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    index = jnp.where(targets < 0, logits.shape[-1], targets)  # negative ones would count from the end
-    chosen = jnp.take_along_axis(logits, index[..., None], axis=-1, mode="fill")[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-
 def balance_loss(stats: RouterStats) -> jax.Array:
     """The sequence-wise balance loss, sum_i f_i P_i (eq. 17 without alpha): stats of (..., B, E) -> (..., B)."""
     return jnp.sum(stats.fraction * stats.affinity, axis=-1)
@@ -216,16 +205,17 @@ def loss_sums(outputs: Outputs, inputs: ModelInputs, config: ModelConfig) -> Los
     """Sums over a batch what the model made of it; of a pipeline's stage, what the stage has of it."""
     wide = jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(outputs)))
     zero, depths = jnp.zeros((), wide), config.num_nextn_predict_layers
-    total = lambda logits, targets, mask: jnp.sum(jnp.where(mask, cross_entropy(logits, targets), 0))
     nll = tokens = sequences = mtp_nll = mtp_count = mtp_correct = zero
     if outputs.logits is not None:
         mask = inputs.masks[0]
-        nll, tokens = total(outputs.logits, inputs.targets[0], mask), jnp.sum(mask).astype(wide)
+        nll = jnp.sum(jnp.where(mask, outputs.logits.cross_entropy(inputs.targets[0])[0], 0))
+        tokens = jnp.sum(mask).astype(wide)
         sequences = jnp.asarray(mask.shape[0], wide)
     for logits, target, mask in zip(outputs.mtp_logits, inputs.targets[1:], inputs.masks[1:], strict=False):
-        mtp_nll += total(logits, target, mask) / depths
+        each, correct = logits.cross_entropy(target)
+        mtp_nll += jnp.sum(jnp.where(mask, each, 0)) / depths
         mtp_count += jnp.sum(mask)
-        mtp_correct += jnp.sum((logits.argmax(-1) == target) & mask)
+        mtp_correct += jnp.sum(correct & mask)
     balance = sum((jnp.sum(balance_loss(s)) for s in router_stats(outputs).values()), zero)
     sparse = config.num_moe_layers + depths > 0
     return LossSums(nll, tokens, mtp_nll, mtp_count, mtp_correct, balance, sequences, depths, sparse)

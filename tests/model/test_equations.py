@@ -54,7 +54,7 @@ def test_the_model_is_the_equations(x64, change, runtime):
         ahead = [f[b] for f in further]
         logits, routing = equations.forward(*trees, tokens[b], ahead, config, positions[b], segments[b])
         for got, expected in zip((out.logits, *out.mtp_logits), logits, strict=True):
-            np.testing.assert_allclose(got[b], expected, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(got.array()[b], expected, rtol=1e-6, atol=1e-6)
         stats = {} if out.stats is None else {"moe_layers": out.stats}
         stats |= {f"mtp_{k}": jax.tree.map(lambda a: a[None], s) for k, s in enumerate(out.mtp_stats)}
         assert stats.keys() == routing.keys()
@@ -77,7 +77,7 @@ def test_the_ends_of_a_pipeline_are_the_equations(x64):
     for b in range(2):
         logits, routing = equations.forward(*trees, tokens[b], [f[b] for f in further], config)
         for got, expected in zip((out.logits, *out.mtp_logits), logits, strict=True):
-            np.testing.assert_allclose(got[b], expected, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(got.array()[b], expected, rtol=1e-6, atol=1e-6)
         for k, stats in enumerate(out.mtp_stats):
             np.testing.assert_array_equal(stats.load[b], routing[f"mtp_{k}"][0][0])
     sparse = DeepSeekV3(dataclasses.replace(config, first_k_dense_replace=0), Runtime(**DOUBLE))

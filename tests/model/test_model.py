@@ -80,7 +80,8 @@ def test_runtimes_agree_on_gradients(case, runtime):
         def loss(params):
             further = (jnp.roll(tokens, -1, 1), jnp.roll(tokens, -2, 1))
             out = model.apply({**variables, "params": params}, tokens, further, method="forward")
-            return sum(jnp.mean(jnp.sin(x)) for x in jax.tree.leaves(out))
+            logits = [x.array() for x in (out.logits, *out.mtp_logits)]
+            return sum(jnp.mean(jnp.sin(x)) for x in jax.tree.leaves((logits, out.stats, out.mtp_stats)))
 
         return jax.jit(jax.grad(loss))(variables["params"])
 

@@ -29,7 +29,7 @@ def beside_exchanges(interleave):
     variables = jax.eval_shape(lambda: DeepSeekV3(CONFIG).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
     where = state_shardings(variables, mesh, rules_of(runtime), parameter_axes(model))
     variables = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), variables, where)
-    forward = jax.jit(lambda v, t: model.apply(v, t, (), method="forward").logits.sum())
+    forward = jax.jit(lambda v, t: model.apply(v, t, (), method="forward").logits.array().sum())
     with jax.set_mesh(mesh):
         lowered = forward.lower(variables, tokens)
     found = overlaps(lowered.compile(compiler_options={"xla_tpu_enable_async_all_to_all": "true"}))

@@ -1,0 +1,182 @@
+"""The output head: logits that are computed where they are wanted, and their cross entropy without all of them.
+
+Logits over a vocabulary of 129,280 are by far the largest array of a training step. `Logits` holds what they are made
+of. Their cross entropy is computed for some tokens at a time, and the backward pass computes these tokens' logits
+again. Where the vocabulary is cut over devices, each has the logits of its part, and a few numbers a token are summed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from dsv3_jax.model.linear import wide_linear
+from dsv3_jax.parallel.sharding import Logical, LogicalSharding, constrain, current_sharding
+from dsv3_jax.runtime import Runtime
+
+PIECE = 2**27
+"""Logits that a device computes at a time: 512 MiB in float32. Up to so many are simply kept for the backward pass.
+
+With each piece the gradient of the whole head is read and written, which takes the more time the smaller pieces are."""
+
+_HIDDEN: Logical = ("batch", "sequence", None)
+_HEAD: Logical = (None, "vocab")
+_TOKENS: Logical = ("batch", "sequence")
+
+
+@struct.dataclass
+class Logits:
+    """Logits of the next token, yet to be computed.
+
+    hidden: (B, T, D) after the last norm. head: (D, V), of the same dtype.
+    """
+
+    hidden: jax.Array
+    head: jax.Array
+    runtime: Runtime = struct.field(pytree_node=False)
+
+    def array(self) -> jax.Array:
+        """All of them: (B, T, V), float32 or wider."""
+        return constrain(wide_linear(self.hidden, self.head), self.runtime, "batch", "sequence", "vocab")
+
+    def cross_entropy(self, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """-log p(target) in nats, float32 or wider, and whether the target is the most likely token: (B, T) both.
+
+        targets: (B, T) int32. For one outside the vocabulary, as `IGNORE`, it is NaN: that is for the caller to mask.
+        """
+        sharding = current_sharding(self.runtime)
+        parts = 1 if sharding.manual else math.prod(map(sharding.size, ("batch", "sequence", "vocab")))
+        pieces = -(-targets.size * self.head.shape[1] // (parts * PIECE))
+        if pieces == 1:
+            logits = self.array()
+            return cross_entropy(logits, targets), logits.argmax(-1) == targets
+        return _in_pieces(self.hidden, self.head, targets, pieces, sharding)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target), in nats: logits (..., V) float, targets (...) int32 -> (...) float32 or wider.
+
+    NaN for a target outside the vocabulary: that is for the caller to mask.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    index = jnp.where(targets < 0, logits.shape[-1], targets)  # negative ones would count from the end
+    chosen = jnp.take_along_axis(logits, index[..., None], axis=-1, mode="fill")[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _in_pieces(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, pieces: int, sharding: LogicalSharding
+) -> tuple[jax.Array, jax.Array]:
+    return _forward(hidden, head, targets, pieces, sharding)[0]
+
+
+def _forward(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, pieces: int, sharding: LogicalSharding
+) -> tuple[Any, Any]:
+    def on_device(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+        part = _VocabularyPart(head, sharding)
+
+        def of_piece(_: None, piece: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
+            h, t = piece
+            logits = wide_linear(h, head)
+            most = part.largest(logits.max(-1))
+            log_sum = most + jnp.log(part.add(jnp.sum(jnp.exp(logits - most[:, None]), -1)))
+            chosen = part.add(jnp.sum(jnp.where(part.is_target(t), logits, 0), -1))
+            known = (t >= 0) & (t < part.vocabulary)
+            return None, (jnp.where(known, log_sum - chosen, jnp.nan), known & (chosen >= most), log_sum)
+
+        return _join(lax.scan(of_piece, None, _cut((hidden, targets), pieces))[1], targets.shape)
+
+    run = _on_each_device(on_device, sharding, (_HIDDEN, _HEAD, _TOKENS), (_TOKENS,) * 3)
+    nll, correct, log_sum = run(hidden, head, targets)
+    return (nll, correct), (hidden, head, targets, log_sum)
+
+
+def _backward(
+    pieces: int, sharding: LogicalSharding, residuals: Any, cotangents: Any
+) -> tuple[jax.Array, jax.Array, None]:
+    hidden, head, targets, log_sum = residuals
+    wide = log_sum.dtype
+
+    def on_device(hidden: jax.Array, head: jax.Array, *of_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        part = _VocabularyPart(head, sharding)
+
+        def of_piece(d_head: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array]]:
+            h, t, log_sum, g = piece
+            p = jnp.exp(wide_linear(h, head) - log_sum[:, None])
+            d_logits = ((p - part.is_target(t)) * g[:, None]).astype(h.dtype)
+            d_head += jnp.matmul(h.T, d_logits, preferred_element_type=wide)
+            d_hidden = part.add(jnp.matmul(d_logits, head.T, preferred_element_type=wide))
+            return d_head, (d_hidden.astype(h.dtype),)
+
+        d_head, d_hidden = lax.scan(of_piece, jnp.zeros(head.shape, wide), _cut((hidden, *of_tokens), pieces))
+        over = () if sharding.manual else (*sharding.axes("batch"), *sharding.axes("sequence"))
+        return _join(d_hidden, hidden.shape)[0], lax.psum(d_head, over)
+
+    run = _on_each_device(on_device, sharding, (_HIDDEN, _HEAD, *(_TOKENS,) * 3), (_HIDDEN, _HEAD))
+    d_hidden, d_head = run(hidden, head, targets, log_sum, cotangents[0])
+    return d_hidden, d_head.astype(head.dtype), None
+
+
+_in_pieces.defvjp(_forward, _backward)
+
+
+class _VocabularyPart:
+    """A device's part of the vocabulary, and what it takes to put the parts together."""
+
+    def __init__(self, head: jax.Array, sharding: LogicalSharding) -> None:
+        self.axes = () if sharding.manual else sharding.axes("vocab")
+        self.tokens = head.shape[1]
+        self.vocabulary = self.tokens * (1 if sharding.manual else sharding.size("vocab"))
+        self.first = lax.axis_index(self.axes) * self.tokens if self.axes else 0
+
+    def is_target(self, targets: jax.Array) -> jax.Array:
+        """(N,) -> (N, tokens) bool."""
+        return targets[:, None] == self.first + jnp.arange(self.tokens, dtype=targets.dtype)
+
+    def add(self, x: jax.Array) -> jax.Array:
+        return lax.psum(x, self.axes)
+
+    def largest(self, x: jax.Array) -> jax.Array:
+        return lax.pmax(x, self.axes)
+
+
+def _on_each_device(
+    function: Callable[..., Any], sharding: LogicalSharding, takes: tuple[Logical, ...], gives: tuple[Logical, ...]
+) -> Callable[..., Any]:
+    """`function` of each device's parts of arrays, cut as `takes` says; the identity where they are parts already."""
+    if sharding.mesh is None or sharding.manual:
+        return function
+
+    def run(*arrays: jax.Array) -> Any:
+        specs = tuple(sharding.spec("an input of the loss", a.shape, t) for a, t in zip(arrays, takes, strict=True))
+        of = dict(zip(takes, specs, strict=True))
+        return jax.shard_map(function, in_specs=specs, out_specs=tuple(of[g] for g in gives), check_vma=False)(*arrays)
+
+    return run
+
+
+def _cut(arrays: tuple[jax.Array, ...], pieces: int) -> tuple[jax.Array, ...]:
+    """(B, T, ...) -> (pieces, tokens, ...), the last piece filled with zeros."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        flat = x.reshape(-1, *x.shape[2:])
+        size = -(-len(flat) // pieces)
+        return jnp.pad(flat, [(0, pieces * size - len(flat))] + [(0, 0)] * (flat.ndim - 1)).reshape(
+            pieces, size, *flat.shape[1:]
+        )
+
+    return tuple(map(cut, arrays))
+
+
+def _join(arrays: tuple[jax.Array, ...], shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """The opposite of `_cut`, to arrays (B, T, ...) of `shape`."""
+    return tuple(x.reshape(-1, *x.shape[2:])[: shape[0] * shape[1]].reshape(shape) for x in arrays)
