@@ -59,7 +59,7 @@ def test_a_weight(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(state, {})
     checkpoints.wait()
-    restored, _ = checkpoints.restore(state)
+    restored, *_ = checkpoints.restore(state)
     checkpoints.close()
     np.testing.assert_array_equal(restored.params["adapter"], state.params["adapter"])
     assert restored.params["adapter"].sharding == state.params["adapter"].sharding

@@ -25,6 +25,17 @@ CHECKPOINTS = "checkpoints"
 HASHES = "hashes.json"
 """The file of a step with the hashes of its other files."""
 
+RUN_ITEM = "run"
+"""The folder of a step with what the trainer's guards know."""
+
+VERSION = 2
+"""Of the format of a step's directory. 1: without `run`, and no version in hashes.json. 0: without hashes.json."""
+
+
+class VersionError(CheckpointError):
+    """A checkpoint in a format that a later version of this program wrote."""
+
+
 Shapes = Mapping[TreePath, tuple[int, ...]]
 
 
@@ -40,12 +51,21 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def step_hashes(step: Path, *, check_hashes: bool = True) -> FileHashes:
-    """Hashes that the files of a checkpoint must have. step: its directory."""
+    """Hashes that the files of a checkpoint must have. step: its directory. Raises VersionError, CheckpointError."""
+    file = step / HASHES
+    if not file.exists():
+        if (step / RUN_ITEM).exists():
+            raise CheckpointError(f"{file} is missing: the checkpoint is incomplete")
+        return Unchecked(step, f"it has no {HASHES}, as those of earlier versions")
+    fields = read_json(file, CheckpointError)
+    if isinstance(version := fields.get("version"), int) and version > VERSION:
+        raise VersionError(
+            f"checkpoint {step} is of format {version}, this version of dsv3_jax reads formats up to {VERSION}: "
+            "take the version that wrote it, or a later one"
+        )
     if not check_hashes:
         return Unchecked(step, "asked for")
-    if not (step / HASHES).exists():
-        return Unchecked(step, f"it has no {HASHES}, as those of earlier versions")
-    return file_hashes(step, unseal(read_json(step / HASHES, CheckpointError), step / HASHES), HASHES)
+    return file_hashes(step, unseal(fields, file), HASHES)
 
 
 def complete_steps(checkpoints: Path) -> list[int]:

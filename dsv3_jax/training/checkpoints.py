@@ -1,4 +1,8 @@
-"""Checkpoints of a training run: the state and the data's position, written by orbax, whole or not at all."""
+"""Checkpoints of a training run, written by orbax beside the steps, whole or not at all.
+
+A checkpoint is a directory named by its step, with three items: `state` (the arrays), `data` (the data's position) and
+`run` (what the guards know, and whether all was well). `hashes.json` has its format's version and a hash of every file.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,21 @@ import dataclasses
 import errno
 import json
 import logging
+import os
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 from dsv3_jax.checkpoint.files import CheckpointError
 from dsv3_jax.checkpoint.hashes import hash_files, seal
-from dsv3_jax.checkpoint.runs import HASHES, complete_steps, step_hashes
+from dsv3_jax.checkpoint.runs import HASHES, RUN_ITEM, VERSION, VersionError, complete_steps, step_hashes
+from dsv3_jax.json_input import read_json
 from dsv3_jax.parallel.placement import all_processes_here
 from dsv3_jax.training.step import TrainState
 
@@ -39,29 +47,58 @@ class _HashedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def _write_hashes(directory: Path) -> None:
-    files = (f for f in directory.rglob("*") if f.is_file() and f.name != _ORBAX_METADATA)
+    files = [f for f in directory.rglob("*") if f.is_file() and f.name != _ORBAX_METADATA]
     hashes = hash_files(directory, [str(f.relative_to(directory)) for f in files])
-    (directory / HASHES).write_text(json.dumps(seal({"hash": "xxh3_128", "files": hashes}), indent=1))
+    content = {"version": VERSION, "hash": "xxh3_128", "files": hashes}
+    (directory / HASHES).write_text(json.dumps(seal(content), indent=1))
+    # On disk before it gets its name: else a power failure could leave a complete name with incomplete files.
+    for path in (*files, directory / HASHES, *(d for d in directory.rglob("*") if d.is_dir()), directory):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without it
+            raise
+    finally:
+        os.close(descriptor)
+
+
+class Restored(NamedTuple):
+    """A checkpoint's content. data: the data's position. run: what else was given to `save`; earlier versions: none."""
+
+    state: TrainState
+    data: dict[str, Any]
+    run: dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints under a directory: one a step, the newest few kept.
+    """The checkpoints under a directory, one a step.
 
-    check_hashes: whether restoring compares a checkpoint's files with the hashes that were saved with them.
+    keep: how many of the newest stay on disk. keep_every: those of steps that it divides stay too; 0 for none. The
+    newest one that was saved as good always stays. check_hashes: whether restoring compares a checkpoint's files with
+    the hashes that were saved with them.
     """
 
-    def __init__(self, directory: Path, keep: int, *, check_hashes: bool = True) -> None:
+    def __init__(self, directory: Path, keep: int, *, keep_every: int = 0, check_hashes: bool = True) -> None:
+        self.directory, self._check_hashes = directory.absolute(), check_hashes
+        policies = [checkpoint_managers.LatestN(keep), _Kept(self)]
+        if keep_every:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
             temporary_path_class=_HashedPath,
         )
-        self.directory, self._check_hashes = directory.absolute(), check_hashes
         # The threads of a failed write log their tracebacks before we say in one line what they mean.
         for name in ("absl", "asyncio", "concurrent.futures"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self.good: int | None = max((step for step in self.steps() if self._saved_as_good(step)), default=None)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -71,42 +108,97 @@ class Checkpoints:
         """The steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, data_state: dict[str, Any]) -> None:
-        """Starts to write the state of step `state.step`; earlier ones are finished first. Raises CheckpointError."""
+    def save(
+        self, state: TrainState, data_state: dict[str, Any], run: dict[str, Any] | None = None, *, good: bool = True
+    ) -> None:
+        """Starts to write the state of step `state.step`; earlier ones are finished first. Raises CheckpointError.
+
+        run: further JSON to be restored. good: that the run was well then: the newest such checkpoint isn't deleted.
+        """
         step = int(state.step)
         if step == self.latest():
             return
         self._guard(lambda: _check_room(self.directory, state), step)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_with_raw_key(state)), data=ocp.args.JsonSave(data_state)
+            state=ocp.args.StandardSave(_with_raw_key(state)),
+            data=ocp.args.JsonSave(data_state),
+            **{RUN_ITEM: ocp.args.JsonSave({"good": good, **(run or {})})},
         )
-        self._guard(lambda: self._manager.save(step, args=items), step)
+        before, self.good = self.good, step if good else self.good
+        try:  # what is to be deleted is chosen here, and deleted when this one is complete
+            self._guard(lambda: self._manager.save(step, args=items), step)
+        except CheckpointError:
+            self.good = before
+            raise
 
     def wait(self) -> None:
         """Waits until everything is on disk. Raises CheckpointError."""
         self._guard(self._manager.wait_until_finished, None)
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """The state of a step, by default the newest, with the shapes, dtypes and shardings of `like`.
+    def restore(self, like: TrainState, step: int | None = None) -> Restored:
+        """The checkpoint of a step, by default the newest, with the shapes, dtypes and shardings of `like`.
 
         like: arrays or their abstract twins.
+
+        Raises:
+          CheckpointError: there is none, or its files aren't what was written.
+          VersionError: a later version of this program wrote it.
         """
         step = self.latest() if step is None else step
         if step is None:
             raise CheckpointError(f"{self.directory} holds no complete checkpoint: start without --resume")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _with_raw_key(like))
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        directory = self.directory / str(step)
+        items = {"state": ocp.args.StandardRestore(_abstract(like)), "data": ocp.args.JsonRestore()}
+        if (directory / RUN_ITEM).exists():
+            items[RUN_ITEM] = ocp.args.JsonRestore()
         try:
-            with step_hashes(self.directory / str(step), check_hashes=self._check_hashes).checking():
-                restored = self._manager.restore(step, args=items)
-        except (CheckpointError, FileNotFoundError):
+            with step_hashes(directory, check_hashes=self._check_hashes).checking():
+                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except FileNotFoundError as error:
+            raise CheckpointError(str(error)) from None
+        except CheckpointError:
             raise
         except Exception as error:  # orbax and tensorstore raise many kinds
-            raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} can't be read: {_first_line(error)}"
-            ) from error
+            raise CheckpointError(f"checkpoint {directory} can't be read: {_first_line(error)}") from error
         state = restored["state"]
-        return dataclasses.replace(state, rng=jax.random.wrap_key_data(state.rng)), restored["data"]
+        state = dataclasses.replace(state, rng=jax.random.wrap_key_data(state.rng))
+        return Restored(state, restored["data"], dict(restored.get(RUN_ITEM) or {}))
+
+    def restore_newest(
+        self, like: TrainState, wrong: Callable[[TrainState], str] = lambda _: ""
+    ) -> tuple[Restored, dict[int, str]]:
+        """The newest checkpoint that is whole, and by its step why each newer one isn't.
+
+        wrong: says of a restored state what is wrong with it, or nothing.
+
+        Raises CheckpointError if no checkpoint is whole, VersionError as `restore` does.
+        """
+        passed_over: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                restored = self.restore(like, step)
+                why = wrong(restored.state)
+            except VersionError:
+                raise
+            except CheckpointError as error:
+                why = str(error)
+            if not why:
+                return restored, passed_over
+            passed_over[step] = why
+        reasons = "; ".join(f"step {step}: {why}" for step, why in passed_over.items())
+        raise CheckpointError(
+            f"{self.directory} has no checkpoint that is whole and finite ({reasons or 'none at all'})"
+        )
+
+    def _saved_as_good(self, step: int) -> bool:
+        """Whether a checkpoint says so. Those of earlier versions were saved without a word about it."""
+        try:
+            run = read_json(self.directory / str(step) / RUN_ITEM / "metadata", CheckpointError)
+        except FileNotFoundError:
+            return True
+        except (OSError, CheckpointError):
+            return False  # damaged
+        return bool(run.get("good"))
 
     def set_aside(self, step: int) -> Path:
         """Moves a checkpoint out of the way, beside the directory of the others, and returns where it is.
@@ -123,6 +215,7 @@ class Checkpoints:
         return target
 
     def close(self) -> None:
+        """Waits until everything is on disk, and ends the threads. Raises CheckpointError."""
         self._guard(self._manager.close, None)
 
     def _guard(self, write: Any, step: int | None) -> None:
@@ -137,6 +230,16 @@ class Checkpoints:
             ) from error
 
 
+class _Kept:
+    """A policy of orbax that preserves the newest good checkpoint."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [info.step == self._checkpoints.good for info in checkpoints]
+
+
 def _check_room(directory: Path, state: TrainState) -> None:
     """Raises OSError if the disk can't hold the state: better before a byte is written than in the middle."""
     need = sum(x.nbytes for x in jax.tree.leaves(_with_raw_key(state)))
@@ -148,6 +251,13 @@ def _check_room(directory: Path, state: TrainState) -> None:
 def _with_raw_key(state: TrainState) -> TrainState:
     """Typed keys have no on-disk form: their data has."""
     return dataclasses.replace(state, rng=jax.random.key_data(state.rng))
+
+
+def _abstract(state: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of a state as it lies on disk."""
+    key = jax.eval_shape(jax.random.key_data, state.rng)
+    rng: Any = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.rng.sharding)
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, dataclasses.replace(state, rng=rng))
 
 
 def _first_line(error: BaseException) -> str:

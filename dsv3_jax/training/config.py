@@ -43,7 +43,9 @@ class TrainConfig:
     checkpoint_every: int = 200
     """Steps between checkpoints, and after the last step."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay on disk."""
+    """How many of the newest checkpoints stay on disk; the newest one that was saved while all was well does too."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides stay on disk for good; 0 for none."""
     sample_prompt: str = "def "
     """Prompt of the text sampled at the end."""
     sample_tokens: int = 400
@@ -60,8 +62,9 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.sample_tokens < 0:
-            raise ConfigError(f"sample_tokens is {self.sample_tokens}: it must not be negative")
+        for name in ("keep_every", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
         if self.runtime.redundant_experts:
             raise ConfigError(
                 f"runtime.redundant_experts is {self.runtime.redundant_experts}: copies of experts are for serving, "
@@ -177,7 +180,8 @@ class TrainConfig:
 
 
 _FREE = (
-    *("microbatches", "log_every", "validate_every", "validation_batches", "checkpoint_every", "keep_checkpoints"),
+    *("microbatches", "log_every", "validate_every", "validation_batches", "checkpoint_every"),
+    *("keep_checkpoints", "keep_every"),
     *("sample_prompt", "sample_tokens"),
     *("data.source", "data.tokenizer"),  # where they lie: hashes tell whether they are the same
     *("model.bos_token_id", "model.eos_token_id"),  # a run takes them from its tokenizer

@@ -41,13 +41,19 @@ class Loop:
     def run(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> TrainResult:
         """Takes the steps that are left, and leaves a checkpoint of the last one; see `train`."""
         config, setup, primary = self.config, self.setup, jax.process_index() == 0
-        checkpoints = Checkpoints(self.directory / CHECKPOINTS, config.keep_checkpoints, check_hashes=check_hashes)
+        checkpoints = Checkpoints(
+            self.directory / CHECKPOINTS,
+            config.keep_checkpoints,
+            keep_every=config.keep_every,
+            check_hashes=check_hashes,
+        )
         last: dict[str, Any] = {}
         lost, log = False, None
         try:
-            state = setup.placement.init(setup.init, jax.random.key(config.seed))
             if resume:
-                state = self._restore(checkpoints, state)
+                state = self._restore(checkpoints)
+            else:
+                state = setup.placement.init(setup.init, jax.random.key(config.seed))
             if primary:
                 write_config(self.directory, config, keep_tokenizer(self.directory, tokenizer_path))
             if not resume:
@@ -96,28 +102,24 @@ class Loop:
             self._finish(state, finished)
         return TrainResult(state, last | {"step": int(state.step), "stopped": not finished}, self.directory)
 
-    def _restore(self, checkpoints: Checkpoints, state: TrainState) -> TrainState:
-        """The newest state that is finite, the data's position with it. Newer ones are set aside, and it is said."""
-        passed_over = []
-        for step in reversed(checkpoints.steps()):
-            state, position = checkpoints.restore(state, step)
-            bad = self._not_finite(state)
-            if not bad:
-                break
-            self.console.print(f"the checkpoint of step {step} is passed over: {bad}")
-            passed_over.append(step)
-        else:
-            raise TrainingError(f"{checkpoints.directory} has no finite checkpoint to go on from")
+    def _restore(self, checkpoints: Checkpoints) -> TrainState:
+        """The newest state that verifies and is finite, the data's position with it.
+
+        Newer ones are set aside, and it is said.
+        """
+        restored, passed_over = checkpoints.restore_newest(self.setup.abstract, self._not_finite)
+        step = int(restored.state.step)
         try:
-            self.setup.data.set_state(position)
+            self.setup.data.set_state(restored.data)
         except ConfigError as error:
             raise ConfigError(f"checkpoint {checkpoints.directory / str(step)}: {error}") from None
-        for other in passed_over:
-            self.console.print(f"it is kept in {checkpoints.set_aside(other)}")
+        for other, why in passed_over.items():
+            aside = checkpoints.set_aside(other)
+            self.console.print(f"the checkpoint of step {other} is passed over and now {aside}: {why}", soft_wrap=True)
         changes = self.config.changes(TrainConfig.from_json(self.directory / CONFIG)).values()
         changed = f" with another config ({'; '.join(changes)})" if changes else ""
         self.console.print(f"going on from the checkpoint of step {step}{changed}", soft_wrap=True)
-        return state
+        return restored.state
 
     def _save(self, checkpoints: Checkpoints, state: TrainState) -> None:
         """Saves a state that is finite. Raises TrainingError if it isn't: it would push a good one out."""

@@ -75,7 +75,7 @@ def read_run(directory):
     """As `--resume` and `generate` read it."""
     yield TrainConfig.from_json(directory / "config.json")
     checkpoints = Checkpoints(directory / "checkpoints", keep=1)
-    state, data = checkpoints.restore(fresh_state())
+    state, data, _ = checkpoints.restore(fresh_state())
     checkpoints.close()
     yield data
     yield from map(np.asarray, jax.tree.leaves(dataclasses.replace(state, rng=jax.random.key_data(state.rng))))
