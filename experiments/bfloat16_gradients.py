@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
+import itertools
 import json
 import pydoc_data.topics
 import time
@@ -21,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.model.transformer import DeepSeekV3, expert_load
 from dsv3_jax.runtime import Runtime
-from dsv3_jax.training.losses import forward_sums, objective
+from dsv3_jax.training.losses import forward, loss_sums, model_inputs, objective
 
 V2_LITE = dataclasses.replace(
     ModelConfig.preset("tiny"),
@@ -60,14 +62,25 @@ def text_batch(batch: int, length: int) -> dict[str, jax.Array]:
     return {"tokens": cut(row[:-1]), "targets": cut(row[1:])}
 
 
-def gradient(model: DeepSeekV3, variables: Any, batch: Any) -> Any:
-    """Gradient of the training objective."""
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(model: DeepSeekV3, variables: Any, batch: Any) -> tuple[Any, Any]:
+    """Gradient of the training objective, and tokens sent to each expert of each layer."""
 
-    def loss(params: Any) -> jax.Array:
-        sums = forward_sums(model, variables | {"params": params}, batch)
-        return objective(sums, model.config.aux_loss_alpha, 0.3, sums.tokens, sums.sequences)
+    def loss(params: Any) -> tuple[jax.Array, Any]:
+        inputs = model_inputs(model, batch)
+        outputs = forward(model, variables | {"params": params}, inputs)
+        sums = loss_sums(outputs, inputs, model.config)
+        value = objective(sums, model.config.aux_loss_alpha, 0.3, sums.tokens, sums.sequences)
+        return value, expert_load(outputs)
 
-    return jax.jit(jax.grad(loss))(variables["params"])
+    return jax.grad(loss, has_aux=True)(variables["params"])
+
+
+def moved(load: Any, expected: Any) -> float:
+    """Share of the assignments of tokens to experts by which the loads differ: at least so many chose another."""
+    pairs = jax.tree.map(lambda a, b: (float(jnp.abs(a - b).sum()) / 2, float(b.sum())), load, expected)
+    pairs = jax.tree.leaves(pairs, is_leaf=lambda x: isinstance(x, tuple))
+    return sum(a for a, _ in pairs) / sum(b for _, b in pairs)
 
 
 @jax.jit
@@ -104,7 +117,7 @@ def rounding_of_logits(width: int) -> dict[str, float]:
     hidden = jnp.asarray(hidden / np.sqrt((hidden**2).mean(-1, keepdims=True)), jnp.bfloat16)
     head = jnp.asarray(rng.standard_normal((width, vocabulary)) * 4 / np.sqrt(width), jnp.bfloat16)
     variables = {**variables, "params": {**variables["params"], "lm_head": head.astype(jnp.float32)}}
-    logits = jax.jit(lambda v, h: model.apply(v, h, method=lambda m, h: m._head(h)))(variables, hidden)
+    logits = jax.jit(lambda v, h: model.apply(v, h, method=lambda m, h: m._head(h).array()))(variables, hidden)
     exact = np.asarray(hidden[0], np.float64) @ np.asarray(head, np.float64)
     return {"largest": float(np.abs(exact).max()), "error": float(np.abs(np.asarray(logits[0]) - exact).max())}
 
@@ -114,20 +127,16 @@ def runtimes(cpu: bool) -> dict[str, Runtime]:
     plain = Runtime(dtype="bfloat16", attention_impl="reference", experts_impl="ragged")
     if cpu:
         return {"ragged": plain, "blocked": dataclasses.replace(plain, experts_impl="blocked")}
-    kernel = dataclasses.replace(plain, experts_impl="gpu", remat="paper")
-    return {
-        "experts kernel, remat paper": kernel,
-        "and attention kernel": dataclasses.replace(kernel, attention_impl="gpu"),
-        "ragged": plain,
-    }
+    return {"auto, remat paper": Runtime(dtype="bfloat16", remat="paper"), "ragged": plain}
 
 
-def main(out: Path = Path("runs/bfloat16_gradients"), sizes: str = "") -> None:
+def main(out: Path = Path("runs/bfloat16_gradients"), sizes: str = "", seeds: int = 1) -> None:
     """Measures and reports.
 
     Args:
       out: folder of results.json and report.md.
       sizes: of "tiny" and "v2-lite", separated by commas; by default both, on a CPU tiny.
+      seeds: how many random initialisations of each.
     """
     cpu = jax.default_backend() == "cpu"
     known = {"tiny": (ModelConfig.preset("tiny"), 16, 256 if cpu else 1024), "v2-lite": (V2_LITE, 6, 1024)}
@@ -139,27 +148,35 @@ def main(out: Path = Path("runs/bfloat16_gradients"), sizes: str = "") -> None:
     print("logits", results["logits"], flush=True)
     # The loop over tiles is made for CPUs; a GPU is faster with every expert on every token.
     exact_runtime = Runtime(experts_impl="blocked") if cpu else Runtime(experts_impl="reference", remat="block")
-    for name in names:
+    for name, seed in itertools.product(names, range(seeds)):
         config, batch, length = known[name]
         data = text_batch(batch, length)
         most = int(np.bincount(np.asarray(data["tokens"]).ravel()).max())
-        rows = results["gradients"][name] = {"tokens": batch * length, "most frequent": most, "errors": {}}
+        rows = {"tokens": batch * length, "most frequent": most, "errors": {}, "moved": {}}
+        results["gradients"][f"{name}, seed {seed}"] = rows
         exact, start = DeepSeekV3(config, exact_runtime), time.perf_counter()
-        variables = jax.jit(exact.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+        variables = _init(exact, jax.random.key(seed))
         with jax.default_matmul_precision("highest"):  # of float32 products, GPUs make less by default
-            expected = jax.block_until_ready(gradient(exact, variables, data))
-        print(f"{name}, float32, {time.perf_counter() - start:.0f} s", flush=True)
+            expected, expected_load = jax.block_until_ready(gradient(exact, variables, data))
+        print(f"{name}, seed {seed}, float32, {time.perf_counter() - start:.0f} s", flush=True)
         for how, runtime in runtimes(cpu).items():
             start = time.perf_counter()
             try:
-                rows["errors"][how] = errors(gradient(DeepSeekV3(config, runtime), variables, data), expected)
+                got, load = gradient(DeepSeekV3(config, runtime), variables, data)
+                rows["errors"][how], rows["moved"][how] = errors(got, expected), moved(load, expected_load)
             except (ImportError, jax.errors.JaxRuntimeError) as error:  # no such library, or too little memory
                 rows["errors"][how] = f"not measured: {str(error).splitlines()[0]}"
             (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-            print(f"{name}, {how}, {time.perf_counter() - start:.0f} s: {rows['errors'][how]}", flush=True)
+            seconds = time.perf_counter() - start
+            print(f"{how}, {seconds:.0f} s: {rows['errors'][how]}, moved {rows['moved'].get(how)}", flush=True)
     text = _report(results)
     (out / "report.md").write_text(text)
     print(text)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(model: DeepSeekV3, key: jax.Array) -> Any:
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))
 
 
 def _report(results: dict[str, Any]) -> str:
@@ -180,6 +197,8 @@ def _report(results: dict[str, Any]) -> str:
         for kind in KINDS:
             cells = [f"{100 * e[kind]['all']:.2f}% (worst {100 * e[kind]['worst']:.2f}%)" for e in measured.values()]
             lines.append(f"| {kind} | {' | '.join(cells)} |")
+        cells = [f"{100 * rows['moved'][how]:.3f}%" for how in measured]
+        lines.append(f"| assignments to experts that differ, at least | {' | '.join(cells)} |")
         lines += [f"\n{how}: {e}." for how, e in rows["errors"].items() if isinstance(e, str)]
     lines += ["", "## Logits", "", f"Up to {logits['largest']:.1f}: largest rounding error {logits['error']:.1e} nats."]
     return "\n".join(lines) + "\n"
