@@ -75,6 +75,7 @@ def test_a_killed_process_ends_the_job_and_it_resumes(one_process, tmp_path):
         if line.startswith("step 4/"):
             break
     while not (directory / "checkpoints" / "4").exists():
+        assert processes[0].poll() is None, processes[0].communicate()[0]
         time.sleep(0.1)
     began = time.monotonic()
     processes[1].send_signal(signal.SIGKILL)
