@@ -91,17 +91,20 @@ def test_a_loss():
 
 @struct.dataclass
 class PagedCache:
-    """Pages of 4 tokens in any order: latent (pages, 4, R), rope_key (pages, 4, P), tables (B, pages of a sequence)."""
+    """Pages of 4 tokens in any order, the same in each layer.
+
+    latent: (L, pages, 4, R). rope_key: (L, pages, 4, P). tables: (B, pages of a sequence).
+    """
 
     latent: jax.Array
     rope_key: jax.Array
     tables: jax.Array
 
-    def append(self, latent, rope_key, where):
+    def append(self, latent, rope_key, where, layer):
         page, slot = jnp.take_along_axis(self.tables, where.places // 4, axis=1), where.places % 4
-        write = lambda pages, new: pages.at[page, slot].set(new)
+        write = lambda pages, new: pages.at[layer, page, slot].set(new)
         extended = PagedCache(write(self.latent, latent), write(self.rope_key, rope_key), self.tables)
-        read = lambda pages: pages[self.tables].reshape(len(self.tables), -1, pages.shape[-1])
+        read = lambda pages: pages[layer][self.tables].reshape(len(self.tables), -1, pages.shape[-1])
         places = jnp.broadcast_to(jnp.arange(4 * self.tables.shape[1]), (len(self.tables), 4 * self.tables.shape[1]))
         keys = Keys(read(extended.latent), read(extended.rope_key), places, lengths=where.cached + latent.shape[1])
         return extended, keys
@@ -114,7 +117,7 @@ def test_a_cache_layout():
     variables = jax.jit(model.init)(jax.random.key(0), tokens)
     tables = jnp.asarray(rng.permutation(6).reshape(2, 3))
     pages = lambda layers, width: jnp.zeros((layers, 6, 4, width))
-    stack = lambda n: PagedCache(pages(n, 8), pages(n, 4), jnp.broadcast_to(tables, (n, 2, 3)))
+    stack = lambda n: PagedCache(pages(n, 8), pages(n, 4), tables)
     caches = [Cache(stack(1), stack(1), (), jnp.zeros(2, jnp.int32)), init_cache(SMALL, model.runtime, 2, 12)]
     decode = jax.jit(lambda t, c: model.apply(variables, t, c, method="decode"))
     for piece in jnp.split(tokens, [5, 6, 8], axis=1):

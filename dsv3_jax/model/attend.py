@@ -2,13 +2,14 @@
 
 `attention` is the reference, in plain `jnp`; `blockwise` computes the same a block at a time. The kernels do so for
 tokens in their order: the expanded form by `mla_prefill`, which wants a sequence's new tokens to be the last of the
-keys; the absorbed form over a cache by `mla_decode`, which takes the contiguous cache as pages in their order. On a
+keys; the absorbed form over a cache by `mla_decode`, which takes it in pages. On a
 mesh each device attends for its sequences and its heads.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.auto import PAGE, attention_impl
-from dsv3_jax.model.cache import Keys, TokenPositions
+from dsv3_jax.model.cache import Keys, Pages, TokenPositions
 from dsv3_jax.parallel.sharding import current_sharding
 from dsv3_jax.runtime import Runtime
 from pallas_kernels.mla_decode import SplitCache, mla_decode, pack
@@ -169,14 +170,19 @@ def _kernel(name: str, keys: Keys, runtime: Runtime, scale: float) -> Callable[.
             f"runtime.attention_impl {name!r} has the absorbed form for decoding from a cache only: use the expanded "
             "form, or 'reference'"
         )
-    decode = lambda arrays, lengths: _decode(*arrays, lengths=lengths, **how)
-    return lambda *arrays: _on_each_device(decode, arrays, keys.lengths, runtime)
+    pages = keys.pages or _pages(keys)
+    return lambda q_nope, q_rope, *_: _on_each_device(
+        lambda queries, cache: _decode(*queries, *cache, **how), (q_nope, q_rope), (pages, keys.lengths), runtime
+    )
 
 
 def _on_each_device(
-    attend: Callable[[Any, Any], jax.Array], arrays: tuple[jax.Array, ...], rows: jax.Array | None, runtime: Runtime
+    attend: Callable[[Any, Any], jax.Array], arrays: tuple[jax.Array, ...], rows: Any, runtime: Runtime
 ) -> jax.Array:
-    """`attend(arrays, rows)`, sharded over the mesh in use by sequences and heads; `rows` has a row per sequence."""
+    """`attend(arrays, rows)`, sharded over the mesh in use by sequences and heads.
+
+    rows: segments (B, S), or pages and lengths (B,), cut by sequences only.
+    """
     sharding = current_sharding(runtime)
     if sharding.mesh is None or sharding.manual:
         return attend(arrays, rows)
@@ -186,7 +192,11 @@ def _on_each_device(
         logical = ("batch", None, heads, None)[: x.ndim]
         return sharding.spec("an input of an attention kernel", x.shape, logical)
 
-    specs = jax.tree.map(spec, (arrays, rows))
+    def by_sequence(x: jax.Array) -> PartitionSpec:
+        logical = {0: (), 5: (None, "batch")}.get(x.ndim, ("batch",))  # of pages, those that aren't of all sequences
+        return sharding.spec("a cache", x.shape, (*logical, *(None,) * (x.ndim - len(logical))))
+
+    specs = jax.tree.map(spec, arrays), jax.tree.map(by_sequence, rows)
     return jax.shard_map(attend, in_specs=specs, out_specs=specs[0][0], check_vma=False)(arrays, rows)
 
 
@@ -200,16 +210,26 @@ def right_align(keys: Keys) -> Keys:
     return Keys(take(keys.latent), take(keys.rope_key), entry, filled, keys.lengths)
 
 
-def _decode(q_nope, q_rope, latent, k_rope, _, *, lengths, scale, implementation):
-    """`mla_decode` of queries (B, T, H, R) and (B, T, H, P) from a cache (B, S, 1, R) and (B, S, P)."""
-    batch, size, _ = k_rope.shape
+def _pages(keys: Keys) -> Pages:
+    """Keys of a cache that isn't in pages."""
+    batch, size, _ = keys.latent.shape
     if size % PAGE:
         raise ConfigError(f"MLA decoding by a kernel needs a cache of a multiple of {PAGE} tokens, but it has {size}")
-    tables = jnp.arange(batch * size // PAGE, dtype=jnp.int32).reshape(batch, -1)
-    latent, k_rope = (x.reshape(-1, PAGE, x.shape[-1]) for x in (latent, k_rope))
-    cache = SplitCache(latent, k_rope)
-    if implementation.startswith("tpu"):
-        cache = pack(cache)  # a copy of the rope keys
+    in_pages = lambda x: x.reshape(1, batch, -1, PAGE, x.shape[-1])
+    return Pages(in_pages(keys.latent), in_pages(keys.rope_key), jnp.zeros((), jnp.int32))
+
+
+def _decode(q_nope, q_rope, pages, lengths, *, scale, implementation):
+    """`mla_decode` of queries (B, T, H, R) and (B, T, H, P) from one layer's pages."""
+    of_layer = pages.latent.shape[1:-2]
+    tables = pages.tables
+    if tables is None:
+        tables = jnp.arange(math.prod(of_layer), dtype=jnp.int32).reshape(of_layer)
+    tables += pages.layer * math.prod(of_layer)
+    # All layers' pages, of which the tables name one layer's: a kernel takes whole arrays, and a part would be a copy.
+    cache = SplitCache(*(x.reshape(-1, *x.shape[-2:]) for x in (pages.latent, pages.rope_key)))
+    if implementation.startswith("tpu") and not cache.packed:
+        cache = pack(cache)
     q = jnp.concatenate([q_nope, q_rope], axis=-1)
     # Has no gradient. Saying so also lets the scan over layers drop the call where it traces for constants only, as
     # Pallas doesn't by itself: without it, decoding on TPUs fails to trace.

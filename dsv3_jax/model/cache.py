@@ -1,11 +1,13 @@
 """The latent cache: the two vectors per token that decoding keeps, and the tokens that queries attend to.
 
-A layer's cache is any pytree with `append`. The model hands it the new tokens and gets back the tokens to attend to;
-how they lie in memory, in pages or padded, is the cache's own matter.
+The caches of all layers of one kind are one pytree with `append`, which passes through the layers whole, so that each
+extends it in place. The model hands it a layer's new tokens and gets back the tokens to attend to; how they lie in
+memory, in pages or padded, is the cache's own matter.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Protocol, Self
 
 import jax
@@ -13,7 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.auto import PAGE, attention_impl
 from dsv3_jax.runtime import Runtime
+from pallas_kernels.mla_decode import pack_rope
 
 
 @struct.dataclass
@@ -48,6 +52,7 @@ class Keys:
     places: (B, S) int32, places in the sequence: a query sees the keys whose place is at most its own.
     segments: (B, S) int32 or None: and whose segment is its own.
     lengths: (B,) int32 or None: of a cache, the tokens that it holds; the keys beyond are padding.
+    pages: the same tokens where they lie, for kernels that read a cache without a copy; None if it isn't in pages.
     """
 
     latent: jax.Array
@@ -55,47 +60,127 @@ class Keys:
     places: jax.Array
     segments: jax.Array | None = None
     lengths: jax.Array | None = None
+    pages: Pages | None = None
 
 
-class LayerCache(Protocol):
-    """The cache of one layer."""
+@struct.dataclass
+class Pages:
+    """A cache as the kernels that decode read it: pages of all L layers, of which a call reads one layer's.
 
-    def append(self, latent: jax.Array, rope_key: jax.Array, where: TokenPositions) -> tuple[Self, Keys]:
-        """Adds the call's tokens, latent (B, T, R) and rope_key (B, T, P), after the `where.cached` that it holds.
+    latent: (L, B, n, page, R), n pages of each sequence in their order; or (L, pages, page, R), where `tables` says
+    which are a sequence's. rope_key: the same with P, or as `pallas_kernels.mla_decode.pack_rope` packs it.
+    layer: () int32. tables: (B, n) int32, pages of a layer, or None.
+    """
 
-        Returns the extended cache, and all tokens that it then holds. The caller makes sure that it has room.
+    latent: jax.Array
+    rope_key: jax.Array
+    layer: jax.Array
+    tables: jax.Array | None = None
+
+
+class LayersCache(Protocol):
+    """The caches of all layers of one kind."""
+
+    def append(
+        self, latent: jax.Array, rope_key: jax.Array, where: TokenPositions, layer: jax.Array
+    ) -> tuple[Self, Keys]:
+        """Adds the call's tokens, latent (B, T, R) and rope_key (B, T, P), after the `where.cached` of a layer.
+
+        Returns the extended cache, and all tokens that it then holds of this layer, () int32. The caller makes sure
+        that it has room.
         """
         ...
 
 
 @struct.dataclass
+class LayerCache:
+    """The part of one layer, () int32."""
+
+    layers: LayersCache
+    layer: jax.Array | int
+
+    def append(self, latent: jax.Array, rope_key: jax.Array, where: TokenPositions) -> tuple[LayerCache, Keys]:
+        """As `LayersCache.append`, of this layer."""
+        layers, keys = self.layers.append(latent, rope_key, where, jnp.asarray(self.layer, jnp.int32))
+        return LayerCache(layers, self.layer), keys
+
+
+@struct.dataclass
 class ContiguousCache:
-    """One buffer per sequence: latent (B, S, R) and rope_key (B, S, P), filled from the left."""
+    """One buffer per layer and sequence, filled from the left.
+
+    latent: (L, B, S, R). rope_key: (L, B, S, P); or, where TPUs decode from it, (L, B, S / 64, 32, 2 P), as
+    `pallas_kernels.mla_decode.pack_rope` packs pages of 64 tokens.
+    """
 
     latent: jax.Array
     rope_key: jax.Array
 
-    def append(self, latent: jax.Array, rope_key: jax.Array, where: TokenPositions) -> tuple[ContiguousCache, Keys]:
+    def append(
+        self, latent: jax.Array, rope_key: jax.Array, where: TokenPositions, layer: jax.Array
+    ) -> tuple[ContiguousCache, Keys]:
         assert where.cached is not None, "a cache needs to know how many tokens it holds"
-        write = jax.vmap(lambda buffer, new, at: jax.lax.dynamic_update_slice_in_dim(buffer, new, at, axis=0))
-        extend = lambda buffer, new: write(buffer, new.astype(buffer.dtype), where.cached)
-        extended = ContiguousCache(extend(self.latent, latent), extend(self.rope_key, rope_key))
-        stored = extended.latent.astype(latent.dtype), extended.rope_key.astype(rope_key.dtype)
-        places = jnp.broadcast_to(jnp.arange(self.latent.shape[1], dtype=jnp.int32), self.latent.shape[:2])
-        return extended, Keys(*stored, places, lengths=where.cached + latent.shape[1])
+        write = _write_packed if self.rope_key.ndim == 5 else _write
+        cache = ContiguousCache(
+            _write(self.latent, latent, layer, where.cached), write(self.rope_key, rope_key, layer, where.cached)
+        )
+        batch, size = self.latent.shape[1:3]
+        in_pages = lambda x: x.reshape(*x.shape[:2], -1, PAGE, x.shape[-1]) if x.ndim == 4 else x
+        pages = Pages(in_pages(cache.latent), in_pages(cache.rope_key), layer) if size % PAGE == 0 else None
+        of_layer = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+        ropes = of_layer(cache.rope_key)
+        latents, ropes = of_layer(cache.latent), _unpack(ropes) if ropes.ndim == 4 else ropes
+        places = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (batch, size))
+        held = where.cached + latent.shape[1]
+        return cache, Keys(latents.astype(latent.dtype), ropes.astype(latent.dtype), places, None, held, pages)
+
+
+def _write(buffer: jax.Array, new: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
+    """`buffer` (L, B, S, W) with `new` (B, T, W) in a layer, each sequence's from `at` (B,) on."""
+    batch = jnp.arange(len(at), dtype=jnp.int32)
+    index = jnp.stack([jnp.broadcast_to(layer, batch.shape), batch, at], axis=-1)
+    windows = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 2)
+    )
+    new, unique = new.astype(buffer.dtype), dict(indices_are_sorted=True, unique_indices=True)
+    return jax.lax.scatter(buffer, index, new, windows, mode="clip", **unique)
+
+
+def _write_packed(buffer: jax.Array, new: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
+    """`_write` for packed pages: (L, B, n, PAGE / 2, 2 W)."""
+    (batch, tokens, width), half = new.shape, PAGE // 2
+    new = new.astype(buffer.dtype)
+    if tokens > half:  # many writes of a row each would take longer than to unpack the layer, and to pack it again
+        ropes = _unpack(jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False))
+        ropes = _write(ropes[None], new, jnp.int32(0), at)[0].reshape(-1, PAGE, width)
+        return jax.lax.dynamic_update_index_in_dim(buffer, pack_rope(ropes).reshape(buffer.shape[1:]), layer, 0)
+    place = at[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+    sequence = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], place.shape)
+    column = place % PAGE // half * width
+    index = jnp.stack([jnp.broadcast_to(layer, place.shape), sequence, place // PAGE, place % half, column], axis=-1)
+    windows = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(2,), inserted_window_dims=(0, 1, 2, 3), scatter_dims_to_operand_dims=(0, 1, 2, 3, 4)
+    )
+    return jax.lax.scatter(buffer, index, new, windows, mode="clip", unique_indices=True)
+
+
+def _unpack(rope_key: jax.Array) -> jax.Array:
+    """(B, n, PAGE / 2, 2 P) -> (B, n PAGE, P)."""
+    halves = jnp.concatenate(jnp.split(rope_key, 2, axis=-1), axis=2)
+    return halves.reshape(len(halves), -1, halves.shape[-1])
 
 
 @struct.dataclass
 class Cache:
     """The latent cache of a batch: R + P numbers per token and layer (report section 2.1.1).
 
-    dense, moe: layer caches of the dense and of the sparse layers, stacked along a leading axis; None where there are
-    none. mtp: one per multi-token prediction module in use. length: (B,) int32, tokens held of each sequence.
+    dense, moe: of the dense and of the sparse layers; None where there are none. mtp: one of one layer per multi-token
+    prediction module in use. length: (B,) int32, tokens held of each sequence.
     """
 
-    dense: LayerCache | None
-    moe: LayerCache | None
-    mtp: tuple[LayerCache, ...]
+    dense: LayersCache | None
+    moe: LayersCache | None
+    mtp: tuple[LayersCache, ...]
     length: jax.Array
 
 
@@ -113,13 +198,19 @@ def init_cache(config: ModelConfig, runtime: Runtime, batch: int, length: int, *
             f"a cache of {length} tokens exceeds max_position_embeddings ({config.max_position_embeddings})"
         )
 
-    def zeros(*layers: int) -> ContiguousCache:
-        make = lambda width: jnp.zeros((*layers, batch, length, width), jnp.dtype(runtime.dtype))
-        return ContiguousCache(make(config.kv_lora_rank), make(config.qk_rope_head_dim))
+    decodes_on_tpu = dataclasses.replace(runtime, attention_form="absorbed")
+    impl = attention_impl(decodes_on_tpu, config, tokens=1, keys=length, cached=True)
+    packed = impl.startswith("tpu") and length % PAGE == 0
+
+    def zeros(layers: int) -> ContiguousCache:
+        make = lambda *shape: jnp.zeros((layers, batch, *shape), jnp.dtype(runtime.dtype))
+        rope = config.qk_rope_head_dim
+        ropes = make(length // PAGE, PAGE // 2, 2 * rope) if packed else make(length, rope)
+        return ContiguousCache(make(length, config.kv_lora_rank), ropes)
 
     return Cache(
         dense=zeros(config.num_dense_layers) if config.num_dense_layers else None,
         moe=zeros(config.num_moe_layers) if config.num_moe_layers else None,
-        mtp=tuple(zeros() for _ in range(config.num_nextn_predict_layers)) if mtp else (),
+        mtp=tuple(zeros(1) for _ in range(config.num_nextn_predict_layers)) if mtp else (),
         length=jnp.zeros((batch,), jnp.int32),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block
-from dsv3_jax.model.cache import Cache, TokenPositions
+from dsv3_jax.model.cache import Cache, LayerCache, LayersCache, TokenPositions
 from dsv3_jax.model.linear import weight
 from dsv3_jax.model.logits import Logits
 from dsv3_jax.model.module import LAYERS, Module, logical_axes
@@ -72,9 +72,9 @@ class DeepSeekV3(Module):
         wide = jnp.promote_types(r.dtype, jnp.float32)
         self.embed_tokens = weight(self, "embed_tokens", (c.vocab_size, c.hidden_size), ("vocab", "embed"), dtype=wide)
         if c.num_dense_layers:
-            self.dense_layers = _stack(c.num_dense_layers, c, r, is_moe=False)
+            self.dense_layers = rematerialise(Block, r)(c, r, is_moe=False)
         if c.num_moe_layers:
-            self.moe_layers = _stack(c.num_moe_layers, c, r, is_moe=True)
+            self.moe_layers = rematerialise(Block, r)(c, r, is_moe=True)
         self.norm = norm_scale(self, "norm", c.hidden_size)
         self.lm_head = weight(self, "lm_head", (c.hidden_size, c.vocab_size), ("embed", "vocab"))
         self.mtp = [rematerialise(MTPModule, r)(c, r, name=f"mtp_{k}") for k in range(c.num_nextn_predict_layers)]
@@ -125,10 +125,8 @@ class DeepSeekV3(Module):
 
     def first_stage(self, tokens: jax.Array, **where: jax.Array | None) -> jax.Array:
         """The part of `forward` before the sparse layers, (B, T, D): the first stage's of a pipeline."""
-        x = self._embed(tokens)
-        return (
-            self.dense_layers(x, self.token_positions(tokens, **where), None)[0] if self.config.num_dense_layers else x
-        )
+        x, layers = self._embed(tokens), self.config.num_dense_layers
+        return _through(self.dense_layers, layers, x, self.token_positions(tokens, **where), None)[0] if layers else x
 
     def last_stage(self, x: jax.Array, further_tokens: tuple[jax.Array, ...], **where: jax.Array | None) -> Outputs:
         """The part of `forward` after the sparse layers, whose x (B, T, D) is: the last stage's of a pipeline."""
@@ -185,9 +183,9 @@ class DeepSeekV3(Module):
         x, stats = self._embed(tokens), None
         dense, moe = (cache.dense, cache.moe) if cache is not None else (None, None)
         if self.config.num_dense_layers:
-            x, (dense, _) = self.dense_layers(x, where, dense)
+            x, dense, _ = _through(self.dense_layers, self.config.num_dense_layers, x, where, dense)
         if self.config.num_moe_layers:
-            x, (moe, stats) = self.moe_layers(x, where, moe)
+            x, moe, stats = _through(self.moe_layers, self.config.num_moe_layers, x, where, moe)
         if cache is not None:
             cache = dataclasses.replace(cache, dense=dense, moe=moe, length=cache.length + tokens.shape[1])
         return rms_norm(x, self.norm, self.config.rms_norm_eps), cache, stats
@@ -225,10 +223,22 @@ def check_token_ids(tokens: jax.Array | np.ndarray, vocab_size: int) -> None:
         )
 
 
-def _stack(layers: int, config: ModelConfig, runtime: Runtime, *, is_moe: bool) -> nn.Module:
-    """`layers` blocks of one kind, scanned: parameters have a leading layer axis and compile time doesn't grow."""
+def _through(
+    block: nn.Module, layers: int, x: jax.Array, where: TokenPositions, cache: LayersCache | None
+) -> tuple[jax.Array, LayersCache | None, RouterStats | None]:
+    """x (B, T, D) through `layers` blocks of one kind, the extended cache, the routing with a leading axis of layers.
+
+    Scanned: parameters have a leading axis of layers, and compile time doesn't grow with it. The cache of all layers is
+    carried, not cut and put together again: so each layer extends it in place.
+    """
+
+    def layer(block: Any, carry: Any, where: TokenPositions, index: jax.Array) -> tuple[Any, RouterStats | None]:
+        x, cache = carry
+        x, (of_layer, stats) = block(x, where, None if cache is None else LayerCache(cache, index))
+        return (x, None if cache is None else of_layer.layers), stats
+
     scanned = nn.scan(
-        rematerialise(Block, runtime),
+        layer,
         variable_axes={"params": 0, ROUTER: 0, PLACEMENT: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
@@ -236,4 +246,5 @@ def _stack(layers: int, config: ModelConfig, runtime: Runtime, *, is_moe: bool) 
         length=layers,
         metadata_params=LAYERS,
     )
-    return scanned(config, runtime, is_moe)
+    (x, cache), stats = scanned(block, (x, cache), where, jnp.arange(layers, dtype=jnp.int32))
+    return x, cache, stats

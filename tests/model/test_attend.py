@@ -15,7 +15,7 @@ from dsv3_jax.inference.generate import generate
 from dsv3_jax.model import attend as seam
 from dsv3_jax.model.attend import attend, attention, right_align
 from dsv3_jax.model.attention import MultiHeadLatentAttention
-from dsv3_jax.model.cache import ContiguousCache, Keys, TokenPositions, init_cache
+from dsv3_jax.model.cache import ContiguousCache, Keys, LayerCache, TokenPositions, init_cache
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -43,6 +43,10 @@ CONFIG = dataclasses.replace(  # the kernels' own widths, and little else
 )
 # Of bfloat16: chosen, not derived from a bound.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+
+
+def one_layer(latent, rope_key):
+    return LayerCache(ContiguousCache(latent[None], rope_key[None]), 0)
 
 
 def models(impl, dtype, form="expanded"):
@@ -146,7 +150,7 @@ def test_layer_continues_from_a_cache(form):
     x, latent, rope_key = (
         jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 3, 64), (2, 128, 512), (2, 128, 64))
     )
-    index, cache = TokenPositions(start[:, None] + jnp.arange(3), cached=start), ContiguousCache(latent, rope_key)
+    index, cache = TokenPositions(start[:, None] + jnp.arange(3), cached=start), one_layer(latent, rope_key)
     variables = jax.jit(ref.init)(jax.random.key(0), x, index, cache)
     (a, cache_a), (b, cache_b) = (jax.jit(m.apply)(variables, x, index, cache) for m in (ref, ours))
     assert_same(b, a, "float32")
@@ -164,7 +168,7 @@ def test_decoding_layer(impl, capsys):
     )
     start = jnp.asarray([80, 33], jnp.int32)
     index = TokenPositions(start[:, None] + jnp.arange(2), cached=start)
-    cache = ContiguousCache(latent, rope_key)
+    cache = one_layer(latent, rope_key)
     variables = ref.init(key, x, index, cache)
     (a, cache_a), (b, cache_b) = (m.apply(variables, x, index, cache) for m in (ref, ours))
     assert_same(b.astype(jnp.float32), a.astype(jnp.float32), "bfloat16")
