@@ -106,6 +106,7 @@ def _one_line(box: str) -> str:
 def _train(arguments: list[str]) -> None:
     import jax
 
+    from dsv3_jax.compilation_cache import keep_compiled_programs
     from dsv3_jax.parallel.processes import Processes, join, last_words
     from dsv3_jax.training.config import TrainArgs, TrainConfig
     from dsv3_jax.training.directory import CONFIG
@@ -134,6 +135,7 @@ def _train(arguments: list[str]) -> None:
                 raise ConfigError(f"{run_dir} holds a run of another model than --preset {preset}: {'; '.join(others)}")
         default = dataclasses.replace(default, config=own)
     chosen = _parse(TrainArgs, "train", arguments, default)
+    print(keep_compiled_programs())
     with last_words():
         result = train(chosen.config, chosen.run_dir, resume=chosen.resume, check_hashes=chosen.check_hashes).metrics
     if result["stopped"]:
@@ -149,8 +151,10 @@ def _train(arguments: list[str]) -> None:
 
 
 def _generate(arguments: list[str]) -> None:
+    from dsv3_jax.compilation_cache import keep_compiled_programs
     from dsv3_jax.inference.command import GenerateArgs, generate_command
 
+    keep_compiled_programs()
     generate_command(_parse(GenerateArgs, "generate", arguments))
 
 

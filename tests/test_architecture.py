@@ -20,6 +20,7 @@ LAYERS = (
     {"inference"},
     {"training", "serving"},
     {"planning", "post_training"},
+    {"compilation_cache"},
     {"cli", "__init__"},
     {"__main__"},
 )

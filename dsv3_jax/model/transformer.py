@@ -47,6 +47,12 @@ def router_stats(outputs: Outputs) -> dict[str, RouterStats]:
     return stats | {f"mtp_{k}": s for k, s in enumerate(outputs.mtp_stats)}
 
 
+def only_of(outputs: Outputs, real: jax.Array) -> Outputs:
+    """Outputs whose routing is that of the sequences that `real` (B,) bool says: the others sent no token anywhere."""
+    stats, mtp_stats = jax.tree.map(lambda x: x * real[:, None], (outputs.stats, outputs.mtp_stats))
+    return outputs.replace(stats=stats, mtp_stats=mtp_stats)  # type: ignore[attr-defined]
+
+
 def expert_load(outputs: Outputs) -> dict[str, jax.Array]:
     """Tokens of the batch sent to each expert: {"moe_layers": (L, E), "mtp_0": (E,), ...}, float32."""
     return {name: jnp.sum(s.load, axis=-2) for name, s in router_stats(outputs).items()}

@@ -83,12 +83,11 @@ class TrainConfig:
             )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}: it must be in [0, 2**32)")
-        for name, size in (  # the ramp's other sizes are checked when the step is, with the mesh
-            ("batch_size", self.schedule.batch_size),
-            ("initial_batch_size", self.schedule.initial_batch_size),
-        ):
-            if size is not None and size % self.microbatches:
-                raise ConfigError(f"microbatches is {self.microbatches}, which doesn't divide schedule.{name} ({size})")
+        if self.schedule.batch_size % self.microbatches:  # a ramp's other sizes are filled up
+            raise ConfigError(
+                f"microbatches is {self.microbatches}, which doesn't divide schedule.batch_size "
+                f"({self.schedule.batch_size})"
+            )
 
     @classmethod
     def preset(cls, name: str, backend: str | None = None, *, steps: int | None = None) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -65,7 +66,10 @@ class Loop:
             log = MetricsLog(self.directory if primary else None, first_step=first)
             with stop_on_signal() as stopping, progress(self.console, first, steps, config.log_every) as show:
                 for step in range(first, steps):
-                    state, metrics = setup.train_step(state, setup.batch(step))
+                    state, metrics = setup.train_step(state, *setup.batch(step))
+                    if step == first:
+                        jax.block_until_ready(metrics)
+                        self.console.print(f"first step after {time.perf_counter() - setup.started:.1f} s")
                     done = step + 1
                     setup.throughput.add(setup.schedule.batch_size(step) * config.data.sequence_length)
                     if setup.due(done, config.log_every):

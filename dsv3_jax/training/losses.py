@@ -144,7 +144,8 @@ class ModelInputs:
 
     further_tokens: (B, T) each, the tokens 1 to D ahead, which the MTP modules take. targets, masks: (B, T) each, of
     the next token and of the one k further, for k up to D; `masks` says which of them there are. where: `positions`,
-    `segments` and `order`, as the model's methods take them. extra: the loss's own arrays (B, T).
+    `segments` and `order`, as the model's methods take them. extra: the loss's own arrays (B, T). sequences: how many,
+    padding not counted.
     """
 
     tokens: jax.Array
@@ -153,14 +154,18 @@ class ModelInputs:
     masks: tuple[jax.Array, ...]
     where: dict[str, Any]
     extra: dict[str, jax.Array]
+    sequences: jax.Array | int
 
 
 @jax.named_scope("model_inputs")
-def model_inputs(model: DeepSeekV3, batch: Batch, batch_keys: tuple[str, ...] = ()) -> ModelInputs:
+def model_inputs(
+    model: DeepSeekV3, batch: Batch, batch_keys: tuple[str, ...] = (), real: jax.Array | None = None
+) -> ModelInputs:
     """Everything that looks along the sequence, done before its tokens are permuted for context parallelism.
 
     Args:
       batch_keys: keys that the loss reads beyond the usual ones.
+      real: (B,) bool, sequences that aren't padding, whose targets are all `IGNORE`; None if none is.
 
     Raises:
       ValueError: the batch has a key that isn't known: what it is meant to change would be left out in silence.
@@ -186,6 +191,7 @@ def model_inputs(model: DeepSeekV3, batch: Batch, batch_keys: tuple[str, ...] = 
             "order": None if order is None else jnp.asarray(order),
         },
         {key: permute(batch[key]) for key in batch_keys},
+        tokens.shape[0] if real is None else jnp.sum(real),
     )
 
 
@@ -210,7 +216,7 @@ def loss_sums(outputs: Outputs, inputs: ModelInputs, config: ModelConfig) -> Los
         mask = inputs.masks[0]
         nll = jnp.sum(jnp.where(mask, outputs.logits.cross_entropy(inputs.targets[0])[0], 0))
         tokens = jnp.sum(mask).astype(wide)
-        sequences = jnp.asarray(mask.shape[0], wide)
+        sequences = jnp.asarray(inputs.sequences, wide)
     for logits, target, mask in zip(outputs.mtp_logits, inputs.targets[1:], inputs.masks[1:], strict=False):
         each, correct = logits.cross_entropy(target)
         mtp_nll += jnp.sum(jnp.where(mask, each, 0)) / depths

@@ -28,7 +28,7 @@ class ScheduleConfig:
     initial_batch_size: int | None = None
     """Sequences a step at first; by default no ramp. The report's: 3072."""
     ramp_stages: int = 8
-    """Batch sizes that the ramp passes through; each compiles a program of its own."""
+    """Batch sizes that the ramp passes through. One program takes all of them, unless a pipeline cuts the model."""
     ramp_until: float = 469e9 / _PAPER_TOKENS
     """Fraction of all tokens after which the batch has its full size; the report doesn't give the shape: linear."""
 

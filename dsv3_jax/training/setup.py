@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,11 +17,30 @@ from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.placement import OnMesh, Placement
 from dsv3_jax.training.config import TrainConfig
 from dsv3_jax.training.guard import all_finite
-from dsv3_jax.training.losses import PretrainingLoss, load_violations, mean_metrics
+from dsv3_jax.training.losses import IGNORE, PretrainingLoss, load_violations, mean_metrics
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 from dsv3_jax.training.throughput import Throughput
+
+
+class Cut(NamedTuple):
+    """Microbatches of a batch, and its sequences with padding."""
+
+    microbatches: int
+    sequences: int
+
+
+def cut_largest(sizes: Sequence[int], microbatches: int, unit: int) -> Cut:
+    """How a batch that grows through `sizes` is cut, so that one program takes them all.
+
+    A microbatch has about as many sequences as the smallest size, or fewer if `microbatches` asks for that at the
+    largest; a multiple of `unit`. A size takes as many as it fills, the last one padded.
+    """
+    pieces = max(microbatches, -(-max(sizes) // min(sizes)))
+    size = -(-max(sizes) // (pieces * unit)) * unit
+    pieces = -(-max(sizes) // size)
+    return Cut(pieces, pieces * size)
 
 
 class Setup:
@@ -30,6 +51,7 @@ class Setup:
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Any) -> None:
+        self.started = time.perf_counter()
         self.config, self.tokenizer = config, tokenizer
         self.model = DeepSeekV3(config.model, config.runtime)
         self.schedule = Schedule(config.schedule)
@@ -38,14 +60,22 @@ class Setup:
         self.init = lambda key: init_state(self.model, optimizer, key)
         self.placement = Placement(config.mesh, config.runtime, parameter_axes(self.model))
         self.abstract, _ = self.placement.abstract(self.init, {})
-        step = make_train_step(self.model, optimizer, loss, microbatches=config.microbatches)
+        sizes = [stage.batch_size for stage in self.schedule.stages]
+        self.cut = None
+        if len(sizes) > 1 and self.placement.sharding.size("layers") == 1:
+            unit = self.placement.parts * config.runtime.interleave
+            self.cut = cut_largest(sizes, config.microbatches, unit)
+        microbatches = self.cut.microbatches if self.cut else config.microbatches
+        step = make_train_step(self.model, optimizer, loss, microbatches=microbatches)
         self.train_step = self.placement.jit_step(step, self.abstract)
         self.evaluate = self.placement.jit_evaluation(make_eval_step(self.model, loss))
         self.finite = self.placement.jit_evaluation(all_finite)
-        sizes = [stage.batch_size for stage in self.schedule.stages]
         ramp = f" (schedule's sizes are {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
-        for stage in self.schedule.stages:
-            self._check(self.train_step, stage.batch_size, f"the batch from step {stage.start_step} on{ramp}")
+        if self.cut:
+            self._check(self.train_step, self.cut.sequences, f"the largest batch{ramp}", np.int32(sizes[0]))
+        else:
+            for stage in self.schedule.stages:
+                self._check(self.train_step, stage.batch_size, f"the batch from step {stage.start_step} on{ramp}")
         self.sample_prompt, self.sample_tokens = self._sample_request()
         self.data = train_iterator(config.data, tokenizer, self.schedule.batch_size(0))
         self.validation = []
@@ -60,19 +90,26 @@ class Setup:
             self._check(self.evaluate, len(self.validation[0]["tokens"]), "validation")
         self.throughput = Throughput(config.model, config.data.sequence_length)
 
-    def _check(self, function: OnMesh, size: int, what: str) -> None:
+    def _check(self, function: OnMesh, size: int, what: str, *more: Any) -> None:
         """Traces a step for a batch of `size`: what can't be is said before the first step, not in the middle."""
         names = _inputs(self.config.data.mask_documents)
         try:
-            function.check(self.abstract, self.placement.abstract_batch(names, size, self.config.data.sequence_length))
+            batch = self.placement.abstract_batch(names, size, self.config.data.sequence_length)
+            function.check(self.abstract, batch, *more)
         except ValueError as error:
             raise ConfigError(f"{what}: {error}") from error
 
-    def batch(self, step: int) -> dict[str, jax.Array]:
-        """The batch of step `step`, from 0; they are taken in order."""
+    def batch(self, step: int) -> tuple[Any, ...]:
+        """The batch of step `step`, from 0, as the step takes it; they are taken in order."""
         size = self.schedule.batch_size(step)
-        rows = self.placement.rows(size)
-        return self._placed(rows, self.data.next_batch(size, rows), size)
+        if self.cut is None:
+            rows = self.placement.rows(size)
+            return (self._placed(rows, self.data.next_batch(size, rows), size),)
+        rows = self.placement.rows(self.cut.sequences)
+        # Padding repeats sequences, so that it is routed as evenly as they are.
+        batch = self.data.next_batch(size, rows % size)
+        batch["targets"] = np.where(rows[:, None] < size, batch["targets"], IGNORE)
+        return self._placed(rows, batch, self.cut.sequences), np.int32(size)
 
     def _placed(self, rows: np.ndarray, batch: dict[str, np.ndarray], size: int) -> dict[str, jax.Array]:
         taken = {name: batch[name] for name in _inputs(self.config.data.mask_documents)}

@@ -11,7 +11,7 @@ import optax
 from flax import struct
 
 from dsv3_jax.model.router import ROUTER
-from dsv3_jax.model.transformer import DeepSeekV3, expert_load
+from dsv3_jax.model.transformer import DeepSeekV3, expert_load, only_of
 from dsv3_jax.training.losses import (
     Batch,
     Loss,
@@ -56,7 +56,11 @@ def init_state(model: DeepSeekV3, optimizer: optax.GradientTransformation, rng: 
 def make_train_step(
     model: DeepSeekV3, optimizer: optax.GradientTransformation, loss: Loss, *, microbatches: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Builds the pure `train_step(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`.
+    """Builds the pure `train_step(state, batch, sequences=None) -> (state, metrics)`; jit it with `donate_argnums=0`.
+
+    `sequences`, () int32, is for batches that grow, so that one program takes all sizes: the batch then has the largest
+    one, its first `sequences` rows count, and the targets of the others are `IGNORE`. Microbatches without any that
+    count aren't computed.
 
     Args:
       loss: the objective, such as `PretrainingLoss(model.config, schedule)`.
@@ -65,20 +69,22 @@ def make_train_step(
         The result is that of the whole batch: losses, loads and gradients are sums over the pieces.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, sequences: jax.Array | None = None) -> tuple[TrainState, Metrics]:
         size = batch["tokens"].shape[0]
         if size % microbatches:
             raise ValueError(f"a batch of {size} sequences can't be cut into {microbatches} microbatches")
-        whole = _whole(state, batch)
+        whole = _whole(state, batch, sequences)
 
-        def objective(params: Any, piece: Batch) -> tuple[jax.Array, StepSums]:
-            sums = _sums(model, loss, {"params": params, ROUTER: state.router}, piece, whole)
+        def objective(params: Any, piece: Batch, real: jax.Array | None = None) -> tuple[jax.Array, StepSums]:
+            sums = _sums(model, loss, {"params": params, ROUTER: state.router}, piece, whole, real)
             return sums.objective, sums
 
         if stages_in_use(model) > 1:
+            if sequences is not None:
+                raise ValueError("a pipeline takes batches without padding")
             grads, sums = pipelined_gradients(model, state.variables, _cut(batch, microbatches), loss, whole)
         else:
-            grads, sums = _accumulate(jax.grad(objective, has_aux=True), state.params, batch, microbatches)
+            grads, sums = _accumulate(jax.grad(objective, has_aux=True), state.params, batch, microbatches, sequences)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -91,27 +97,49 @@ def make_train_step(
     return train_step
 
 
-def _whole(state: TrainState, batch: Batch) -> Whole:
-    return Whole(state.step, jnp.sum(predictable(batch, 1)), jnp.asarray(batch["tokens"].shape[0]))
+def _whole(state: TrainState, batch: Batch, sequences: jax.Array | None = None) -> Whole:
+    count = jnp.asarray(batch["tokens"].shape[0] if sequences is None else sequences)
+    return Whole(state.step, jnp.sum(predictable(batch, 1)), count)
 
 
-def _sums(model: DeepSeekV3, loss: Loss, variables: Mapping[str, Any], piece: Batch, whole: Whole) -> StepSums:
-    """Runs the model on a piece of the batch and applies the loss."""
-    inputs = model_inputs(model, piece, loss.batch_keys)
+def _sums(
+    model: DeepSeekV3,
+    loss: Loss,
+    variables: Mapping[str, Any],
+    piece: Batch,
+    whole: Whole,
+    real: jax.Array | None = None,
+) -> StepSums:
+    """Runs the model on a piece of the batch and applies the loss; `real` as in `model_inputs`."""
+    inputs = model_inputs(model, piece, loss.batch_keys, real)
     outputs = forward(model, variables, inputs)
+    if real is not None:
+        outputs = only_of(outputs, real)
     with jax.named_scope("loss"):
         return StepSums(*loss(outputs, inputs, whole), expert_load(outputs))
 
 
-def _accumulate(grad: Callable, params: Any, batch: Batch, microbatches: int) -> tuple[Any, StepSums]:
+def _accumulate(
+    grad: Callable, params: Any, batch: Batch, microbatches: int, sequences: jax.Array | None = None
+) -> tuple[Any, StepSums]:
     """Sums gradients and loss sums over pieces of the batch, one piece in memory at a time, in float32 or wider."""
-    of_piece = lambda piece: jax.tree.map(lambda x: x.astype(jnp.promote_types(x, jnp.float32)), grad(params, piece))
-    if microbatches == 1:
+    wide = lambda x: x.astype(jnp.promote_types(x, jnp.float32))
+    of_piece = lambda *piece: jax.tree.map(wide, grad(params, *piece))
+    if microbatches == 1 and sequences is None:
         return of_piece(batch)
     pieces = _cut(batch, microbatches)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_piece, jax.tree.map(lambda x: x[0], pieces)))
-    add = lambda total, piece: (jax.tree.map(jnp.add, total, of_piece(piece)), None)
-    return jax.lax.scan(add, zeros, pieces)[0]
+    first = jax.tree.map(lambda x: x[0], pieces)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_piece, first))
+    add = lambda total, *piece: jax.tree.map(jnp.add, total, of_piece(*piece))
+    if sequences is None:
+        return jax.lax.scan(lambda total, piece: (add(total, piece), None), zeros, pieces)[0]
+    row = jnp.arange(batch["tokens"].shape[0]).reshape(microbatches, -1)
+
+    def add_piece(i: jax.Array, total: Any) -> Any:
+        piece, rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (pieces, row))
+        return add(total, piece, rows < sequences)
+
+    return jax.lax.fori_loop(0, -(-sequences // row.shape[1]), add_piece, zeros)
 
 
 def _cut(batch: Batch, microbatches: int) -> dict[str, jax.Array]:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dsv3_jax.checkpoint import load_pretrained
 from dsv3_jax.config import ConfigError
-from dsv3_jax.data import DataConfig
+from dsv3_jax.data import DataConfig, load_tokenizer
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.parallel.processes import Processes
@@ -56,10 +56,39 @@ def ramp(config, first, full, **changes):
 
 
 def test_each_batch_of_a_ramp(tmp_path):
-    found = refused(ramp(ONE, 8, 16, microbatches=4), tmp_path / "run")
+    stages = small_config("stage=2", "pp_ep_dp", num_hidden_layers=3)
+    found = refused(ramp(stages, 8, 16, microbatches=4), tmp_path / "run")
     assert "from step 10 on" in found
     assert "a batch of 9 sequences can't be cut into 4 microbatches" in found
-    assert "doesn't divide over fsdp = 2 devices" in refused(ramp(TWO, 8, 16), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "microbatches", "unit", "cut"),
+    [
+        ([3072, 4608, 15360], 1, 1, (5, 15360)),  # the report's
+        ([16, 22, 64], 1, 4, (4, 64)),
+        ([16, 22, 64], 8, 1, (8, 64)),
+        ([8, 9, 16], 1, 2, (2, 16)),
+        ([15, 61], 1, 1, (5, 65)),
+        ([2, 64], 1, 16, (4, 64)),
+    ],
+)
+def test_microbatches_of_a_ramp(sizes, microbatches, unit, cut):
+    assert setup.cut_largest(sizes, microbatches, unit) == cut
+
+
+def test_a_ramp_compiles_one_step():
+    """Of sizes that neither two devices nor microbatches divide."""
+    config = ramp(TWO, 3, 8)
+    made = setup.Setup(config, load_tokenizer(config.data.tokenizer))
+    state = made.placement.init(made.init, jax.random.key(0))
+    sizes = [stage.batch_size for stage in made.schedule.stages]
+    assert sizes[:3] == [3, 4, 4]
+    assert sizes[-1] == 8
+    for step in (stage.start_step for stage in made.schedule.stages):
+        state, metrics = made.train_step(state, *made.batch(step))
+        assert np.isfinite(float(metrics["loss"]))
+    assert made.train_step.jitted._cache_size() == 1
 
 
 def test_validation_over_more_devices_than_it_has_sequences(tmp_path, texts):

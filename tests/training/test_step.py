@@ -146,6 +146,23 @@ def test_accumulated_microbatches_equal_the_whole_batch():
     chex.assert_trees_all_close(a.opt_state, b.opt_state, atol=1e-6)
 
 
+def test_a_batch_that_grows_takes_one_program():
+    """Padding, whatever is in it, changes nothing: neither losses nor loads nor gradients."""
+    state, whole = setup()
+    grows = setup(microbatches=3)[1]
+    for size in (2, 3, 5, 9):
+        batch = batch_of(size, 9)
+        padded = {"tokens": batch["tokens"], "targets": np.where(np.arange(9)[:, None] < size, batch["targets"], -100)}
+        (a, expected), (b, got) = (
+            whole(state, {k: v[:size] for k, v in batch.items()}),
+            grows(state, padded, np.int32(size)),
+        )
+        chex.assert_trees_all_close(got, expected, rtol=2e-5)
+        chex.assert_trees_all_equal(b.router, a.router)
+        chex.assert_trees_all_close(b.opt_state, a.opt_state, atol=1e-6)
+    assert grows._cache_size() == 1
+
+
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_moments_have_their_dtype_whatever_the_parameters(param_dtype, moments):
