@@ -1,4 +1,4 @@
-"""The one entry to FP8 grouped matmul: checks the arguments, chooses a backend by name."""
+"""The entries to FP8 grouped matmul and its gradients: check the arguments, choose a backend by name."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import require_hopper, require_tpu
-from pallas_kernels.fp8_grouped_matmul import gpu, library, reference
+from pallas_kernels.fp8_grouped_matmul import gpu, gpu_weight_gradient, library, reference
 
 IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret", "tokamax")
+GRADIENT_IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret")
 BLOCK = reference.BLOCK
 
 
@@ -29,12 +30,15 @@ def fp8_grouped_matmul(
       rhs: (G, N, K) float8_e4m3fn, one matrix a group, transposed: the matrix units want both operands
         contiguous along K. N is a multiple of 128.
       rhs_scales: (G, N / 128, K / 128) float32, a block of 128 x 128 each.
-      group_sizes: (G,) int32, rows of each group; they sum to M.
+      group_sizes: (G,) int32, rows of each group; they sum to at most M.
       implementation: "reference" (plain, G times the work), "gpu" (Hopper), "gpu_interpret" (the same on a CPU) or
         "tokamax" (TPUs: products of bfloat16, into which scaled rows and matrices are rounded).
 
     Returns:
-      (M, N) bfloat16; sums are float32, "gpu"'s across tiles of 128.
+      (M, N) bfloat16; sums are float32, "gpu"'s across tiles of 128. Rows past the last group are zero.
+
+    The gradient of the rows is the same product: the cotangent's rows, quantised along N, and the matrices (G, K, N)
+    with the transposed scales.
 
     Raises:
       ValueError: shapes or dtypes don't fit together or the backend, or there is no such implementation.
@@ -69,3 +73,53 @@ def fp8_grouped_matmul(
         require_hopper("fp8_grouped_matmul")
     interpret = gpu.INTERPRET if implementation == "gpu_interpret" else None
     return gpu.fp8_grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, group_sizes, interpret=interpret)
+
+
+def fp8_grouped_weight_gradient(
+    lhs: jax.Array,
+    lhs_scales: jax.Array,
+    dout: jax.Array,
+    dout_scales: jax.Array,
+    group_steps: jax.Array,
+    *,
+    implementation: str,
+) -> jax.Array:
+    """Multiplies each group's transposed rows with the cotangents of their products: the gradient of its matrix.
+
+    Args:
+      lhs: (K, M) float8_e4m3fn, rows transposed: contiguous along the sum. K and M are multiples of 128, and each
+        group begins at one of M.
+      lhs_scales: (M / 128, K) float32: what a tile of 128 rows x 1 is to be multiplied by.
+      dout: (N, M), dout_scales: (M / 128, N): the same of the cotangents.
+      group_steps: (G,) int32, how many times 128 rows each group has; they sum to at most M / 128.
+      implementation: "reference", "gpu" (Hopper) or "gpu_interpret" (the same on a CPU).
+
+    Returns:
+      (G, K, N) float32, zero for groups without rows.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit together or the backend, or there is no such implementation.
+    """
+    if implementation not in GRADIENT_IMPLEMENTATIONS:
+        raise ValueError(f"no gradient {implementation!r}: there are {', '.join(GRADIENT_IMPLEMENTATIONS)}")
+    shapes = lhs.shape, lhs_scales.shape, dout.shape, dout_scales.shape, group_steps.shape
+    if [len(s) for s in shapes] != [2, 2, 2, 2, 1]:
+        raise ValueError(f"fp8_grouped_weight_gradient needs arrays of 2, 2, 2, 2 and 1 axes, but got {shapes}")
+    (depth, rows), columns = lhs.shape, len(dout)
+    if depth % BLOCK or rows % BLOCK or columns % BLOCK:
+        raise ValueError(
+            f"fp8_grouped_weight_gradient needs K, M and N to be multiples of {BLOCK}, "
+            f"but got {depth}, {rows} and {columns}"
+        )
+    steps = rows // BLOCK
+    expected = lhs.shape, (steps, depth), (columns, rows), (steps, columns), group_steps.shape
+    if shapes != expected:
+        raise ValueError(f"fp8_grouped_weight_gradient needs shapes {expected}, but got {shapes}")
+    if lhs.dtype != jnp.float8_e4m3fn or dout.dtype != jnp.float8_e4m3fn:
+        raise ValueError(f"fp8_grouped_weight_gradient takes float8_e4m3fn, but got {lhs.dtype} and {dout.dtype}")
+    if implementation == "reference":
+        return reference.weight_gradient(lhs, lhs_scales, dout, dout_scales, group_steps)
+    if implementation == "gpu":
+        require_hopper("fp8_grouped_weight_gradient")
+    interpret = gpu.INTERPRET if implementation == "gpu_interpret" else None
+    return gpu_weight_gradient.weight_gradient(lhs, lhs_scales, dout, dout_scales, group_steps, interpret=interpret)

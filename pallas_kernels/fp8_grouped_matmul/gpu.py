@@ -56,7 +56,9 @@ def fp8_grouped_matmul(
     # Thread blocks that stay, and fetch the next tile while they write one, drift apart. Where a matrix doesn't stay in
     # L2 that costs more than it gains (measured on an H100): there each tile has a thread block of its own.
     stays = depth * columns < 25 << 20
-    count = -(-(rows // BLOCK + groups) // SWATH) * SWATH
+    # Rows past the last group are a group without a matrix.
+    group_sizes = jnp.append(group_sizes, rows - jnp.sum(group_sizes))
+    count = -(-(-(-rows // BLOCK) + groups + 1) // SWATH) * SWATH
     cluster = 1 if interpret else 2  # the interpreter knows no clusters
     pad = ((0, -rows % BLOCK), (0, 0))
     work = visits(group_sizes, count)
@@ -84,7 +86,7 @@ def _kernel(
     *, x_smem, w_smem, out_smem, ready, free, cluster_free, tiles, steps, cluster, width,
 ):  # fmt: skip
     warpgroup = lax.axis_index("warpgroup")
-    column_blocks = out_gmem.shape[1] // BLOCK // width
+    groups, column_blocks = w_gmem.shape[0], out_gmem.shape[1] // BLOCK // width
     mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
 
     def prepare(tile):
@@ -97,7 +99,7 @@ def _kernel(
                 columns = pl.ds((column_block * width + i) * BLOCK, BLOCK)
                 fetch_shared(w_gmem.at[group, columns, depth], w_smem.at[stage, i], arrived, shared)
 
-        return jnp.where(lower < upper, steps, 0), shared, fetch
+        return jnp.where((lower < upper) & (group < groups), steps, 0), shared, fetch
 
     def multiply(tile, _):
         column_block, group, block, lower, upper, _ = visit_of(tile, work_gmem, column_blocks, cluster)
@@ -107,7 +109,8 @@ def _kernel(
             row = plgpu.load(
                 scale_gmem.at[step, pl.ds(origin, ROWS)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
             )
-            return row, [w_scale_gmem[group, column_block * width + i, step] for i in range(width)]
+            matrix = jnp.minimum(group, groups - 1)
+            return row, [w_scale_gmem[matrix, column_block * width + i, step] for i in range(width)]
 
         def body(step, carry):
             accs, (row, w_scales) = carry
@@ -130,7 +133,7 @@ def _kernel(
         @pl.when(lower < upper)
         def _():
             zero = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), plgpu.Layout.WGMMA)
-            accs, _ = lax.fori_loop(0, steps, body, ([zero] * width, scales(0)))
+            accs, _ = lax.fori_loop(0, jnp.where(group < groups, steps, 0), body, ([zero] * width, scales(0)))
             span = jnp.clip(lower - warpgroup * ROWS, 0, ROWS), jnp.clip(upper - warpgroup * ROWS, 0, ROWS)
             for i, acc in enumerate(accs):
                 columns = pl.ds((column_block * width + i) * BLOCK, BLOCK)

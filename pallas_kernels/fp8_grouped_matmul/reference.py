@@ -22,3 +22,17 @@ def fp8_grouped_matmul(
     for g in range(rhs.shape[0]):
         out += jnp.where(member[g][:, None], jnp.dot(x, w[g].T, precision="highest"), 0)
     return out.astype(jnp.bfloat16)
+
+
+def weight_gradient(
+    lhs: jax.Array, lhs_scales: jax.Array, dout: jax.Array, dout_scales: jax.Array, group_steps: jax.Array
+) -> jax.Array:
+    """See `api.fp8_grouped_weight_gradient`. Computes in the scales' dtype; costs G times the work."""
+    wide = lhs_scales.dtype
+    x = lhs.astype(wide) * jnp.repeat(lhs_scales.T, BLOCK, 1)
+    dy = dout.astype(wide) * jnp.repeat(dout_scales.T, BLOCK, 1)
+    ends = jnp.cumsum(group_steps) * BLOCK
+    row = jnp.arange(lhs.shape[1])
+    member = (row >= (ends - group_steps * BLOCK)[:, None]) & (row < ends[:, None])
+    product = lambda mine: jnp.dot(jnp.where(mine, x, 0), dy.T, precision="highest")
+    return jnp.stack([product(mine) for mine in member])

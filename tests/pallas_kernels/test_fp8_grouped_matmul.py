@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.ahead_of_time import lower_for_hopper
-from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_weight_gradient
 from tests.conftest import new_rng
 
 
@@ -52,6 +52,48 @@ def test_gpu(sizes, depth, columns, capsys):
     args = problem(sizes, depth, columns)
     check(fp8_grouped_matmul(*args, implementation="gpu_interpret"), args)
     assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+def test_rows_past_the_last_group_are_zero():
+    *args, sizes = problem([5, 70, 60], 128, 128)
+    out = fp8_grouped_matmul(*args, sizes.at[2].set(9), implementation="gpu_interpret")
+    expected = fp8_grouped_matmul(*args, sizes, implementation="reference").at[84:].set(0)
+    np.testing.assert_allclose(*(np.asarray(a.astype(jnp.float32)) for a in (out, expected)), rtol=1e-2, atol=1e-2)
+
+
+def gradient_problem(steps, depth, columns):
+    rng, rows = new_rng(), 128 * sum(steps)
+    fp8 = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float8_e4m3fn)
+    scales = lambda *shape: jnp.asarray(np.exp(rng.standard_normal(shape)), jnp.float32)
+    of = lambda width: (fp8(width, rows), scales(rows // 128, width))
+    return (*of(depth), *of(columns), jnp.asarray(steps, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "steps", "depth", "columns"),
+    [("reference", [2, 0, 1], 256, 128), ("gpu_interpret", [1, 0, 4], 256, 128), ("gpu_interpret", [2], 128, 256)],
+)
+def test_weight_gradient(implementation, steps, depth, columns, capsys):
+    x, x_scales, dy, dy_scales, sizes = args = gradient_problem(steps, depth, columns)
+    out = fp8_grouped_weight_gradient(*args, implementation=implementation)
+    wide = lambda a, s: np.asarray(a.astype(jnp.float32), np.float64) * np.repeat(np.asarray(s).T, 128, 1)
+    cuts = 128 * np.cumsum(np.asarray(sizes))[:-1]
+    split = lambda a: np.split(a, cuts, axis=1)
+    ref = np.stack([a @ b.T for a, b in zip(split(wide(x, x_scales)), split(wide(dy, dy_scales)), strict=True)])
+    assert np.linalg.norm(np.asarray(out) - ref) < 1e-6 * np.linalg.norm(ref)
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(33792, 7168, 4096), (33792, 2048, 7168), (256, 128, 384)])
+def test_weight_gradient_lowers(rows, depth, columns):
+    sd = jax.ShapeDtypeStruct
+    fp8, f32 = jnp.float8_e4m3fn, jnp.float32
+    text = lower_for_hopper(
+        functools.partial(fp8_grouped_weight_gradient, implementation="gpu"),
+        sd((depth, rows), fp8), sd((rows // 128, depth), f32),
+        sd((columns, rows), fp8), sd((rows // 128, columns), f32), sd((8,), jnp.int32),
+    )  # fmt: skip
+    assert "mosaic_gpu" in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,182 @@
+"""Layers whose products are FP8 forward and backward, and whose saved activations are FP8 (report section 3.3).
+
+The gradient of a weight is float32 and goes to its master, which the products themselves never read. The backward
+pass reads activations as they were saved, in tiles of 1 x 128, and quantises them again in tiles of 128 x 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dsv3_jax.quantization.fp8 import dequantise_blocks, dequantise_tiles
+from dsv3_jax.quantization.products import Quantised, multiply, weight_gradient
+from dsv3_jax.quantization.recipe import Recipe
+
+Keep = Callable[[jax.Array], jax.Array]
+
+
+@struct.dataclass
+class QuantisedWeight:
+    """A weight in FP8 blocks.
+
+    values: e4m3 (*stack, *I, *O), input axes first. scales: (*stack, ceil(|I| / 128), ceil(|O| / 128)) float32.
+    master: the weight that they were made of, to which the gradient goes; None if FP8 is how it is stored.
+    contract: the number of axes in I.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    master: jax.Array | None
+    contract: int = struct.field(pytree_node=False, default=1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def dequantise(self, dtype: Any) -> jax.Array:
+        """The weight in `dtype`; its gradient goes to the master as it is."""
+        w = self.matrix()
+        return _dequantise(dtype, w.master, w.values, w.scales).reshape(self.shape)
+
+    def matrix(self) -> QuantisedWeight:
+        """The same, of shape (*stack, |I|, |O|)."""
+        master = None if self.master is None else self.master.reshape(self.matrix_shape)
+        return QuantisedWeight(self.values.reshape(self.matrix_shape), self.scales, master)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """(*stack, |I|, |O|)."""
+        stack, axes = self.shape[: self.scales.ndim - 2], self.shape[self.scales.ndim - 2 :]
+        return (*stack, math.prod(axes[: self.contract]), math.prod(axes[self.contract :]))
+
+
+class _How(NamedTuple):
+    recipe: Recipe
+    power_of_two: bool
+    keep: Keep
+
+
+def linear(
+    recipe: Recipe, x: jax.Array, w: QuantisedWeight, *, power_of_two: bool = False, keep: Keep = lambda a: a
+) -> jax.Array:
+    """Multiplies x (M, K) with a matrix (K, N): (M, N) of `x`'s dtype.
+
+    Args:
+      power_of_two: of `x`'s scales: they then change by no rounding between tiles of 1 x 128 and of 128 x 1.
+      keep: applied to what is saved of `x`, for a name that a rematerialisation policy knows.
+    """
+    return _linear(_How(recipe, power_of_two, keep), x, w.master, w.values, w.scales)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(how: _How, x: jax.Array, master: Any, values: jax.Array, scales: jax.Array) -> jax.Array:
+    return _linear_forward(how, x, master, values, scales)[0]
+
+
+def _linear_forward(how, x, master, values, scales):
+    rows = how.recipe.rows(x, power_of_two=how.power_of_two)
+    y = multiply(how.recipe, rows, (values, scales)).astype(x.dtype)
+    return y, (tuple(map(how.keep, rows)), (values, scales), _like(x), _like(master))
+
+
+def _linear_backward(how, saved, dy):
+    rows, w, like_x, like_master = saved
+    x = _saved(rows, like_x)
+    dx = multiply(how.recipe, how.recipe.rows(dy, gradient=True), w, transposed=True)
+    return dx.astype(like_x.dtype), _of_master(how, x, dy, like_master), None, None
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def swiglu(
+    recipe: Recipe,
+    x: jax.Array,
+    gate: QuantisedWeight,
+    up: QuantisedWeight,
+    down: QuantisedWeight,
+    group_sizes: jax.Array | None = None,
+    *,
+    keep: Keep = lambda a: a,
+) -> jax.Array:
+    """Computes down(silu(gate(x)) * up(x)): x (M, D) -> (M, D) of its dtype.
+
+    Saved are x and what gate and up make, in FP8; their product is computed again in the backward pass (report 3.3.3).
+
+    Args:
+      gate, up: (D, F), or (G, D, F) with groups. down: (..., F, D).
+      group_sizes: (G,) int32, rows of each expert. Rows past the last group give zero.
+      keep: applied to what is saved of gate's and up's results.
+    """
+    how = _How(recipe, group_sizes is not None, keep)
+    weights = tuple((w.master, w.values, w.scales) for w in (gate, up, down))
+    return _swiglu(how, x, weights, group_sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _swiglu(how: _How, x: jax.Array, weights: Any, group_sizes: jax.Array | None) -> jax.Array:
+    return _swiglu_forward(how, x, weights, group_sizes)[0]
+
+
+def _swiglu_forward(how, x, weights, group_sizes):
+    (_, *gate), (_, *up), (_, *down) = weights
+    rows = how.recipe.rows(x, power_of_two=how.power_of_two)
+    product = lambda rows, w: multiply(how.recipe, rows, tuple(w), group_sizes).astype(x.dtype)
+    g, u = product(rows, gate), product(rows, up)
+    y = product(how.recipe.rows(jax.nn.silu(g) * u), down)
+    saved = tuple(tuple(map(how.keep, how.recipe.rows(a))) for a in (g, u))
+    masters = tuple(_like(master) for master, *_ in weights)
+    return y, (rows, saved, (gate, up, down), masters, group_sizes, _like(x))
+
+
+def _swiglu_backward(how, residuals, dy):
+    rows, (g, u), (gate, up, down), masters, group_sizes, like_x = residuals
+    x, g, u = (_saved(a, like_x) for a in (rows, g, u))
+    hidden, undo = jax.vjp(lambda g, u: jax.nn.silu(g) * u, g, u)
+    back = lambda dy, w: multiply(
+        how.recipe, how.recipe.rows(dy, gradient=True), tuple(w), group_sizes, transposed=True
+    )
+    d_gate, d_up = undo(back(dy, down).astype(hidden.dtype))
+    dx = back(d_gate, gate).astype(jnp.float32) + back(d_up, up)
+    pairs = ((x, d_gate, how), (x, d_up, how), (hidden, dy, how._replace(power_of_two=False)))
+    gradients = [_of_master(h, a, d, like, group_sizes) for (a, d, h), like in zip(pairs, masters, strict=True)]
+    return dx.astype(like_x.dtype), tuple((g, None, None) for g in gradients), None
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _saved(rows: Quantised, like: jax.Array) -> jax.Array:
+    return dequantise_tiles(*rows).astype(like.dtype)
+
+
+def _of_master(how: _How, x: jax.Array, dy: jax.Array, like: Any, group_sizes: jax.Array | None = None) -> Any:
+    if like is None:
+        return None
+    return weight_gradient(how.recipe, x, dy, group_sizes, power_of_two=how.power_of_two).astype(like.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dequantise(dtype: Any, master: Any, values: jax.Array, scales: jax.Array) -> jax.Array:
+    return dequantise_blocks(values, scales, dtype=dtype)
+
+
+_dequantise.defvjp(
+    lambda dtype, master, values, scales: (_dequantise(dtype, master, values, scales), _like(master)),
+    lambda dtype, like, g: (None if like is None else g.astype(like.dtype), None, None),
+)
+
+
+def _like(x: Any) -> Any:
+    """An empty array of `x`'s dtype, which is all that the backward pass needs of it."""
+    return None if x is None else jnp.zeros((0,), x.dtype)

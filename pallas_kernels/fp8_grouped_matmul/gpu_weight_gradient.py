@@ -1,0 +1,139 @@
+"""Gradient of the matrices of FP8 grouped matmul on Hopper (Mosaic GPU): both operands in tiles of 128 along the sum.
+
+A thread block computes 128 x 256 of a group's matrix (128 x 128, where 256 doesn't divide its columns), 64 rows a
+warpgroup; the third warpgroup fetches. Hopper multiplies FP8 only where both operands are contiguous along the sum, so
+both come transposed. As in the product (`gpu.py`), every 128 rows of the sum start from zero in the matrix units. What
+they give is scaled by both operands' scales, a vector along either side, and added in float32 registers.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.row_blocks import BLOCK, each_tile, fetch_shared, fetch_tiles, launch, stage_barriers
+
+ROWS = 64  # of a warpgroup
+STAGES = 3
+_FP8 = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+_FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+
+
+def weight_gradient(
+    lhs: jax.Array,
+    lhs_scales: jax.Array,
+    dout: jax.Array,
+    dout_scales: jax.Array,
+    group_steps: jax.Array,
+    *,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> jax.Array:
+    """See `api.fp8_grouped_weight_gradient`. `interpret` runs it on a CPU, slowly."""
+    depth, columns, groups = len(lhs), len(dout), len(group_steps)
+    width = 2 if columns % (2 * BLOCK) == 0 else 1
+    cluster = 2 if depth % (2 * BLOCK) == 0 and not interpret else 1  # the interpreter knows no clusters
+    ends = jnp.cumsum(group_steps)
+    spans = jnp.stack([ends - group_steps, group_steps], axis=1).astype(jnp.int32)
+    tiles = groups * (columns // BLOCK // width) * (depth // BLOCK // cluster)
+    return plgpu.kernel(
+        functools.partial(_kernel, tiles=tiles, cluster=cluster, width=width),
+        out_type=jax.ShapeDtypeStruct((groups, depth, columns), jnp.float32),
+        scratch_types=dict(
+            x_smem=plgpu.SMEM((STAGES, BLOCK, BLOCK), lhs.dtype, transforms=_FP8),
+            dy_smem=plgpu.SMEM((STAGES, width, BLOCK, BLOCK), dout.dtype, transforms=_FP8),
+            out_smem=[plgpu.SMEM((ROWS, BLOCK), jnp.float32, transforms=_FLOAT32) for _ in range(2)],
+            **stage_barriers(STAGES, 1 + width, cluster),
+        ),
+        **launch(tiles, cluster, interpret),
+    )(lhs, lhs_scales, dout, dout_scales, spans)
+
+
+def _kernel(
+    x_gmem, x_scale_gmem, dy_gmem, dy_scale_gmem, span_gmem, out_gmem,
+    *, x_smem, dy_smem, out_smem, ready, free, cluster_free, tiles, cluster, width,
+):  # fmt: skip
+    warpgroup = lax.axis_index("warpgroup")
+    _, depth, columns = out_gmem.shape
+    row_blocks, column_blocks = depth // BLOCK // cluster, columns // BLOCK // width
+    mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
+
+    def place(tile):
+        group, rest = tile // (row_blocks * column_blocks), lax.rem(tile, row_blocks * column_blocks)
+        row = (lax.rem(rest, row_blocks) * cluster + lax.axis_index("cluster")) * BLOCK
+        return group, row, rest // row_blocks * width * BLOCK, span_gmem[group, 0], span_gmem[group, 1]
+
+    def prepare(tile):
+        _, row, column, first, steps = place(tile)
+
+        def fetch(step, stage, arrived):
+            at = pl.ds((first + step) * BLOCK, BLOCK)
+            plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(row, BLOCK), at], x_smem.at[stage], arrived)
+            for i in range(width):
+                fetch_shared(
+                    dy_gmem.at[pl.ds(column + i * BLOCK, BLOCK), at], dy_smem.at[stage, i], arrived, cluster > 1
+                )
+
+        return steps, cluster > 1, fetch
+
+    def multiply(tile, _):
+        group, row, column, first, steps = place(tile)
+        origin = row + warpgroup * ROWS
+        layout = plgpu.Layout.WGMMA
+
+        def body(step, accs):
+            stage = lax.rem(step, STAGES)
+            of_x = plgpu.load(
+                x_scale_gmem.at[first + step, pl.ds(origin, ROWS)], layout=layout.reduce(1), optimized=False
+            )
+            of_dy = [
+                plgpu.load(
+                    dy_scale_gmem.at[first + step, pl.ds(column + i * BLOCK, BLOCK)],
+                    layout=layout.reduce(0),
+                    optimized=False,
+                )
+                for i in range(width)
+            ]
+            plgpu.barrier_wait(ready.at[stage])
+
+            def product(ref, i):
+                plgpu.wgmma(ref, x_smem.at[stage, mine], dy_smem.at[stage, i].transpose((1, 0)))
+                return ref[...]
+
+            sums = []
+            for i in range(width):
+                part = pl.run_scoped(functools.partial(product, i=i), plgpu.ACC((ROWS, BLOCK), jnp.float32))
+                if i == width - 1:
+                    plgpu.barrier_arrive(free.at[stage])
+                scaled = part * lax.broadcast_in_dim(of_x, part.shape, [0])
+                sums.append(accs[i] + scaled * lax.broadcast_in_dim(of_dy[i], part.shape, [1]))
+            return sums
+
+        zero = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), layout)
+        accs = lax.fori_loop(0, steps, body, [zero] * width)
+        for i, acc in enumerate(accs):
+            _store(out_smem, acc, out_gmem.at[group, pl.ds(origin, ROWS), pl.ds(column + i * BLOCK, BLOCK)])
+
+    pl.when(warpgroup == 2)(lambda: fetch_tiles(tiles, STAGES, prepare, ready, free, cluster_free))
+
+    @pl.when(warpgroup < 2)
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        each_tile(tiles, multiply)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _store(staged, values, target) -> None:
+    """Starts storing a warpgroup's values by way of its own shared memory."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # for what was stored before
+    for w, smem in enumerate(staged):
+
+        @pl.when(lax.axis_index("warpgroup") == w)
+        def _(smem=smem):
+            smem[...] = values
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(smem, target)

@@ -1,0 +1,170 @@
+"""FP8 products: the emulation against the released kernels' golden vectors and float64, the kernels against it."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dsv3_jax.quantization import dequantise_blocks, dequantise_tiles, emulation, quantise_blocks, quantise_tiles
+from dsv3_jax.quantization.matmul import QuantisedWeight, linear, swiglu
+from dsv3_jax.quantization.products import multiply, weight_gradient
+from dsv3_jax.quantization.recipe import Recipe
+from tests.conftest import new_rng
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "fp8.npz")
+E4M3 = ml_dtypes.float8_e4m3fn
+
+
+def bits(x):
+    return np.asarray(x).view(np.uint8)
+
+
+def wide(values, scales, tile):
+    """Values times scales in float64; `tile` is a group's rows and columns."""
+    grid = np.kron(np.asarray(scales, np.float64), np.ones(tile))[..., : values.shape[-2], : values.shape[-1]]
+    return np.asarray(values).astype(np.float64) * grid
+
+
+def relative(got, expected):
+    return np.linalg.norm(np.asarray(got, np.float64) - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("module", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("scale_format", ["", "_ue8m0"])
+def test_tiles_are_the_released_kernels(module, scale_format):
+    x = module(GOLDEN["x"].view(ml_dtypes.bfloat16))
+    quantise = functools.partial(quantise_tiles, power_of_two=bool(scale_format))
+    values, scales = (jax.jit(quantise) if module is jnp.asarray else quantise)(x)
+    np.testing.assert_array_equal(np.asarray(scales), GOLDEN["scales" + scale_format])
+    np.testing.assert_array_equal(bits(values), GOLDEN["values" + scale_format])
+
+
+def test_blocks_are_the_released_ones():
+    values, scales = jax.jit(quantise_blocks)(jnp.asarray(GOLDEN["w"].view(ml_dtypes.bfloat16)))
+    np.testing.assert_array_equal(np.asarray(scales), GOLDEN["w_scales"])
+    np.testing.assert_array_equal(bits(values), GOLDEN["w_values"])
+
+
+@pytest.mark.parametrize("scale_format", ["", "_ue8m0"])
+def test_multiply_is_the_released_kernel(scale_format):
+    x, w = GOLDEN["values" + scale_format].view(E4M3), GOLDEN["w_values"].view(E4M3)
+    x_scales, w_scales = GOLDEN["scales" + scale_format], GOLDEN["w_scales"]
+    y = jax.jit(emulation.multiply)(x, x_scales, w.T, w_scales.T)
+    expected = wide(x, x_scales, (1, 128)) @ wide(w, w_scales, (128, 128)).T
+    np.testing.assert_allclose(y, GOLDEN["y" + scale_format], rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    for row, exact in zip(np.asarray(y), expected, strict=True):
+        assert np.linalg.norm(row - exact) <= 1e-6 * np.linalg.norm(exact)
+
+
+def test_outliers():
+    """Zero tiles are zero, a spike stays in its tile, and what isn't finite spoils its own tile alone."""
+    x = new_rng().standard_normal((4, 384)).astype(np.float32)
+    x[0, :128], x[1, 5], x[2, 130], x[3, 300] = 0, 1e4, np.nan, np.inf
+    values, scales = jax.jit(quantise_tiles)(x)
+    after = np.asarray(dequantise_tiles(values, scales))
+    assert not after[0, :128].any()
+    clean = np.delete(x, 5, axis=1)[1, 127:]
+    assert np.abs(after[1, 128:] - clean).max() < 2**-4 * np.abs(clean).max()
+    np.testing.assert_allclose(after[1, 5], 1e4, rtol=1e-6)
+    for row, tile in ((2, 1), (3, 2)):
+        spoiled = np.isnan(after[row]).reshape(3, 128)
+        assert spoiled[tile].any()
+        assert not np.delete(spoiled, tile, 0).any()
+
+
+def grouped_linear(recipe, x, w, sizes):
+    """One product of experts, made of what `swiglu` is made of."""
+
+    @jax.custom_vjp
+    def f(x, master):
+        return multiply(recipe, recipe.rows(x, power_of_two=True), (w.values, w.scales), sizes)
+
+    def forward(x, master):
+        return f(x, master), recipe.rows(x, power_of_two=True)
+
+    def backward(rows, dy):
+        dx = multiply(recipe, recipe.rows(dy, gradient=True), (w.values, w.scales), sizes, transposed=True)
+        return dx, weight_gradient(recipe, dequantise_tiles(*rows), dy, sizes, power_of_two=True)
+
+    f.defvjp(forward, backward)
+    return f(x, w.master)
+
+
+SIZES = [5, 0, 130, 9, 100]  # and 12 rows of no group
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_products_are_those_of_the_quantised_numbers(grouped):
+    """Fprop, Dgrad and Wgrad against float64 on what was quantised here, step by step as the report says."""
+    rng, recipe = new_rng(), Recipe()
+    rows, d, f = 256, 200, 144
+    sizes = SIZES if grouped else [rows]
+    x, dy = rng.standard_normal((rows, d)), 1e-6 * rng.standard_normal((rows, f))
+    w = 0.05 * rng.standard_normal((len(sizes), d, f))
+    x, dy, w = (a.astype(np.float32) for a in (x, dy, w))
+    blocks = [quantise_blocks(m) for m in w]
+    weight = QuantisedWeight(*map(jnp.stack, zip(*blocks, strict=True)), jnp.asarray(w))
+
+    def product(x, master):
+        if not grouped:
+            return linear(recipe, x, jax.tree.map(lambda a: a[0], weight.replace(master=master)))
+        return grouped_linear(recipe, x, weight.replace(master=master), jnp.asarray(sizes, jnp.int32))
+
+    y, back = jax.vjp(product, jnp.asarray(x), jnp.asarray(w))
+    dx, dw = back(jnp.asarray(dy))
+    p2 = dict(power_of_two=grouped)
+    xq = wide(*quantise_tiles(x, **p2), (1, 128))
+    dyq = wide(*quantise_tiles(dy, floor=0.0), (1, 128))
+    starts = np.cumsum([0, *sizes])
+    for g, (values, scales) in enumerate(blocks):
+        mine, m = slice(starts[g], starts[g + 1]), wide(values, scales, (128, 128))
+        if not sizes[g]:
+            assert not np.asarray(dw[g]).any()
+            continue
+        assert relative(y[mine], xq[mine] @ m) < 1e-6
+        assert relative(dx[mine], dyq[mine] @ m.T) < 1e-6
+        again = wide(*quantise_blocks(xq[mine].astype(np.float32), (128, 1), floor=1e-4, **p2), (128, 1))
+        of_dy = wide(*quantise_blocks(dy[mine], (128, 1)), (128, 1))
+        assert relative(dw[g], again.T @ of_dy) < 2e-6
+        assert relative(dw[g], x[mine].astype(np.float64).T @ dy[mine]) < 0.06
+    assert not np.asarray(y[starts[-1] :]).any()
+
+
+@pytest.mark.parametrize("scales", ["tiles", "block_gradients", "tensor"])
+def test_swiglu_against_float32(scales):
+    """Every recipe is within FP8's rounding of the products in float32, forward and backward."""
+    rng, recipe = new_rng(), Recipe(scales=scales)
+    x, dy = (jnp.asarray(rng.standard_normal((256, 128)), jnp.float32) for _ in range(2))
+    shapes = ((5, 128, 160), (5, 128, 160), (5, 160, 128))
+    masters = [jnp.asarray(rng.standard_normal(s) / 11, jnp.float32) for s in shapes]
+    sizes = jnp.asarray(SIZES, jnp.int32)
+
+    def quantised(x, *masters):
+        weights = [QuantisedWeight(*recipe.matrices(jax.lax.stop_gradient(m)), m) for m in masters]
+        return swiglu(recipe, x, *weights, sizes)
+
+    def exact(x, gate, up, down):
+        dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes, precision="highest")
+        return dot(jax.nn.silu(dot(x, gate)) * dot(x, up), down)
+
+    outs = []
+    for f in (quantised, exact):
+        y, back = (
+            jax.jit(lambda *a, f=f: jax.vjp(f, *a)[0])(x, *masters),
+            jax.jit(lambda *a, f=f: jax.vjp(f, *a)[1](dy)),
+        )
+        outs.append((y, *back(x, *masters)))
+    for got, expected in zip(*outs, strict=True):
+        assert 1e-3 < relative(got, np.asarray(expected, np.float64)) < 0.09
+
+
+def test_dequantised_weight_has_its_masters_gradient():
+    w = jnp.asarray(new_rng().standard_normal((2, 64, 192)), jnp.float32)
+    values, scales = quantise_blocks(w.reshape(128, 192))
+    weight = lambda m: QuantisedWeight(values.reshape(w.shape), scales, m, contract=2).dequantise(jnp.float32)
+    np.testing.assert_array_equal(weight(w).reshape(128, 192), dequantise_blocks(values, scales))
+    np.testing.assert_array_equal(jax.grad(lambda m: jnp.sum(weight(m) * w))(w), w)
