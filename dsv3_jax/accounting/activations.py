@@ -36,10 +36,10 @@ def saved_by_block(config: ModelConfig, runtime: Runtime, is_moe: bool) -> Saved
     block = rematerialise(Block, runtime)(config, runtime, is_moe)
     x = jax.ShapeDtypeStruct((1, _PRIME, config.hidden_size), jnp.dtype(runtime.dtype))
 
-    def backward(x: jax.Array):
+    def backward(x: jax.Array) -> Any:
         where = TokenPositions(jnp.zeros((1, _PRIME), jnp.int32))
 
-        def forward(variables, x):
+        def forward(variables: Any, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
             result: Any = block.apply(variables, x, where, None)
             out, (_, stats) = result
             return out, None if stats is None else stats.affinity

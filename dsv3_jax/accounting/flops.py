@@ -82,19 +82,22 @@ def _bytes(eqn: Any) -> int:
 
 def _dot_flops(eqn: Any) -> int:
     (contract, _), _ = eqn.params["dimension_numbers"]
-    depth = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * depth
+    depth: int = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
+    size: int = math.prod(eqn.outvars[0].aval.shape)
+    return 2 * size * depth
 
 
 def _ragged_dot_flops(eqn: Any) -> int:
     """Each row meets one group's matrix, so that the group axis of the right side costs nothing."""
-    left, right = (v.aval.shape for v in eqn.invars[:2])
+    left, right = (tuple[int, ...](v.aval.shape) for v in eqn.invars[:2])
     if len(right) == 3:  # (M, K) x (G, K, N) -> (M, N)
         return 2 * left[0] * right[1] * right[2]
     return 2 * left[0] * left[1] * right[1]  # the gradient of the weights: (M, K) x (M, N) -> (G, K, N)
 
 
-def forward_program(config: ModelConfig, runtime: Runtime, batch: int, length: int) -> tuple[Callable, tuple]:
+def forward_program(
+    config: ModelConfig, runtime: Runtime, batch: int, length: int
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The training forward pass, MTP included, and its abstract arguments."""
     from dsv3_jax.model.transformer import DeepSeekV3
 

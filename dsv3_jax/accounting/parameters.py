@@ -92,9 +92,11 @@ def count_parameters(config: ModelConfig) -> Parameters:
     """Counts the parameters of `config`: total, and activated per token (report section 4.2)."""
     main = tuple(variable for variable in model_variables(config) if not variable.is_mtp)
     mtp = tuple(variable for variable in model_variables(config) if variable.is_mtp)
-    total = lambda group: sum(variable.size for variable in group)
-    used = lambda group: sum(activated(variable, config) for variable in group)
-    return Parameters(total(main), used(main), total(mtp), used(mtp), _table(main, config), _table(mtp, config))
+
+    def count(group: tuple[Variable, ...]) -> tuple[int, int]:
+        return sum(variable.size for variable in group), sum(activated(variable, config) for variable in group)
+
+    return Parameters(*count(main), *count(mtp), _table(main, config), _table(mtp, config))
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: str = "bfloat16") -> int:

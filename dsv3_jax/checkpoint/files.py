@@ -187,7 +187,9 @@ def _list(directory: Path) -> dict[str, str] | None:
                 f"{directory} holds no safetensors checkpoint: it must hold {SINGLE}, or {INDEX} and the files it names"
             )
         return None
-    listed = field(read_json(index, CheckpointError), "weight_map", dict[str, str], str(index), CheckpointError)
+    listed: dict[str, str] = field(
+        read_json(index, CheckpointError), "weight_map", dict[str, str], str(index), CheckpointError
+    )
     if not listed:
         raise CheckpointError(f"{index}: weight_map is empty: it must put every tensor in a file")
     for name, file in listed.items():

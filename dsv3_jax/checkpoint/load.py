@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -134,7 +134,8 @@ def shardings(
 
 def _array(source: HFCheckpoint | Store, leaf: Leaf, dtype: np.dtype, sharding: Sharding) -> jax.Array:
     if isinstance(sharding, SingleDeviceSharding):
-        return jax.device_put(source.read(leaf, tuple(slice(0, n) for n in leaf.shape), dtype), sharding)
+        whole = source.read(leaf, tuple(slice(0, n) for n in leaf.shape), dtype)
+        return cast(jax.Array, jax.device_put(whole, sharding))
     read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def piece(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from dsv3_jax.config import ModelConfig
@@ -209,7 +209,9 @@ def leaves(config: ModelConfig, layers: Layers | None = None) -> dict[TreePath, 
                 for leaf in _leaves_of(kind, config, path, prefixes, stacked):
                     found[leaf.path] = leaf
 
-    prefix = lambda numbers: tuple(f"model.layers.{n}." for n in numbers)
+    def prefix(numbers: Sequence[int]) -> tuple[str, ...]:
+        return tuple(f"model.layers.{n}." for n in numbers)
+
     add(("model",), "", ("",), stacked=False)
     if dense:
         add(("layer", "dense"), "dense_layers/", prefix(dense), stacked=True)

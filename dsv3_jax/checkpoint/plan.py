@@ -81,7 +81,8 @@ class Plan:
         if leaf.kind.float32:
             return np.dtype(np.float32)
         if self.dtype in CASTS:
-            return CASTS[self.dtype]
+            cast: np.dtype = CASTS[self.dtype]
+            return cast
         return FP8 if self.dtype == "fp8" and leaf.kind.fp8 else self.source.dtype(leaf)
 
     def tensor_names(self) -> list[str]:

@@ -41,8 +41,9 @@ def kept_files(directory: Path) -> dict[str, str]:
     Raises ConfigError if a file isn't what it was when the run began.
     """
     what = f"{directory / 'config.json'}: tokenizer_files"
-    recorded = read_config(directory / "config.json").get("tokenizer_files", {})
-    for name, digest in check_type(recorded, dict[str, str], what, ConfigError).items():
+    found = read_config(directory / "config.json").get("tokenizer_files", {})
+    recorded: dict[str, str] = check_type(found, dict[str, str], what, ConfigError)
+    for name, digest in recorded.items():
         if Path(name).name != name:
             raise ConfigError(f"{what} names {name!r}: it must be a file's name")
         file = directory / name

@@ -96,7 +96,10 @@ def read_run(
         raise CheckpointError(f"{directory} is a training run without a complete checkpoint: let it reach one")
     model = DeepSeekV3(config, Runtime(param_dtype=runtime.param_dtype))
     abstract = dict(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-    keys = lambda path: tuple(part.key for part in path)
+
+    def keys(path: Any) -> tuple[str, ...]:
+        return tuple(part.key for part in path)
+
     where = place(config, {keys(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(abstract)})
     item = jax.tree_util.tree_map_with_path(
         lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[keys(path)]), abstract

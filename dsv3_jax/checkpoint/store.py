@@ -333,7 +333,8 @@ class Store:
     def _read_scales(self, leaf: Leaf, stack: Region) -> np.ndarray:
         array = self._arrays[leaf.scale_path]
         self._check(leaf.scale_path, (*stack, *full_region(array.shape[leaf.stack :])))
-        return self._finish(array[stack].read(), leaf.scale_path)
+        scales: np.ndarray = self._finish(array[stack].read(), leaf.scale_path)
+        return scales
 
     def _check(self, path: TreePath, region: Region) -> None:
         """Compares the files that hold a box of an array with their hashes, those that weren't yet."""
@@ -354,7 +355,7 @@ class Store:
         A store of a cast has its own dtype; one that kept its source's may hold a narrower bias as float32.
         """
         if name in self.manifest["tensors"] and self.manifest["dtype"] not in CASTS:
-            return self.manifest["tensors"][name][0]
+            return str(self.manifest["tensors"][name][0])
         return next(n for n, dtype in DTYPES.items() if dtype == self.dtype_of(name))
 
     def identity(self) -> str:
@@ -382,7 +383,7 @@ class Store:
 
     def is_fp8(self, name: str) -> bool:
         """Whether a tensor is stored in FP8."""
-        return self.dtype_of(name) == FP8
+        return bool(self.dtype_of(name) == FP8)
 
     def _leaf(self, name: str) -> tuple[Leaf, int]:
         """The first leaf that a tensor is part of, and which of its tensors it is."""
@@ -392,7 +393,8 @@ class Store:
         """The scale grid of an FP8 tensor, in the file's orientation and as stored."""
         leaf, i = self._leaf(name)
         place = np.unravel_index(i, leaf.shape[: leaf.stack]) if leaf.stack else ()
-        return self._read_scales(leaf, tuple(slice(int(n), int(n) + 1) for n in place))[(0,) * leaf.stack]
+        grids = self._read_scales(leaf, tuple(slice(int(n), int(n) + 1) for n in place))
+        return np.asarray(grids[(0,) * leaf.stack])
 
     def matrix(self, name: str, rows: slice | None = None, dtype: np.dtype | None = None) -> np.ndarray:
         """A tensor in the file's layout, or some of its rows: entries of its first output axis."""

@@ -89,5 +89,7 @@ def _check_all[T](
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     """Bit for bit, whatever each one's dtype says about the bits."""
-    as_bits = lambda x: np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
-    return a.dtype.itemsize == b.dtype.itemsize and np.array_equal(as_bits(a), as_bits(b))
+    if a.dtype.itemsize != b.dtype.itemsize:
+        return False
+    bits = np.dtype(f"u{a.dtype.itemsize}")
+    return np.array_equal(np.ascontiguousarray(a).view(bits), np.ascontiguousarray(b).view(bits))

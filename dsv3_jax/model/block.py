@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -62,10 +63,12 @@ def _interleaved(
     """
     if x.shape[0] % parts:
         raise ConfigError(f"runtime.interleave is {parts}: it doesn't divide the {x.shape[0]} sequences of a batch")
-    share = lambda a, i: a.reshape(-1, parts, *a.shape[1:])[:, i]
     of_batch = dataclasses.replace(where, order=None)
-    done = [
-        block(share(x, i), jax.tree.map(lambda a, i=i: share(a, i), of_batch).replace(order=where.order), None)
-        for i in range(parts)
-    ]
-    return jax.tree.map(lambda *shares: jnp.stack(shares, 1).reshape(-1, *shares[0].shape[1:]), *done)
+
+    def on_share(i: int) -> tuple[jax.Array, tuple[LayerCache | None, RouterStats | None]]:
+        mine, place = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:])[:, i], (x, of_batch))
+        return block(mine, dataclasses.replace(place, order=where.order), None)
+
+    done = [on_share(i) for i in range(parts)]
+    whole: Any = jax.tree.map(lambda *shares: jnp.stack(shares, 1).reshape(-1, *shares[0].shape[1:]), *done)
+    return cast(tuple[jax.Array, tuple[LayerCache | None, RouterStats | None]], whole)

@@ -113,11 +113,11 @@ def _wide(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _product_forward(x, w, wide):
+def _product_forward(x: jax.Array, w: jax.Array, wide: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _product(x, w, wide), (x, w)
 
 
-def _product_backward(wide, residuals, g):
+def _product_backward(wide: bool, residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
     g, tokens = g.astype(x.dtype), tuple(range(x.ndim - 1))
     dw = jnp.tensordot(x, g, (tokens, tokens), preferred_element_type=_wide(x))

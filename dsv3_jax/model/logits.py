@@ -75,7 +75,8 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def _in_pieces(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, pieces: int, sharding: LogicalSharding
 ) -> tuple[jax.Array, jax.Array]:
-    return _forward(hidden, head, targets, pieces, sharding)[0]
+    sums: tuple[jax.Array, jax.Array] = _forward(hidden, head, targets, pieces, sharding)[0]
+    return sums
 
 
 def _forward(
@@ -143,10 +144,12 @@ class _VocabularyPart:
         return targets[:, None] == self.first + jnp.arange(self.tokens, dtype=targets.dtype)
 
     def add(self, x: jax.Array) -> jax.Array:
-        return lax.psum(x, self.axes)
+        total: jax.Array = lax.psum(x, self.axes)
+        return total
 
     def largest(self, x: jax.Array) -> jax.Array:
-        return lax.pmax(x, self.axes)
+        largest: jax.Array = lax.pmax(x, self.axes)
+        return largest
 
 
 def _on_each_device(

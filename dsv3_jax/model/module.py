@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -38,7 +38,7 @@ class Module(nn.Module):
             raise ValueError(f"{name} has shape {shape}, but logical axes {logical}: give one, or None, for each axis")
         boxed = lambda *args: _Declared(init(*args), logical)
         stored: Any = self.param(name, boxed, shape, jax.numpy.dtype(self.runtime.param_dtype))
-        return stored
+        return cast(jax.Array, stored)
 
 
 def logical_axes(module: Module, *args: Any) -> dict[tuple[str, ...], Logical]:

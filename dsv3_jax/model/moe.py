@@ -15,7 +15,7 @@ from dsv3_jax.model.linear import Weight, grouped_swiglu, linear, linear_weight,
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.remat import kept
 from dsv3_jax.model.router import Router, RouterStats
-from dsv3_jax.parallel.dispatch import experts_are_spread, experts_held, spread_experts
+from dsv3_jax.parallel.dispatch import experts_are_spread, experts_held, flatten, spread_experts
 from dsv3_jax.parallel.rows import collect, spread
 from dsv3_jax.runtime import Runtime
 
@@ -75,8 +75,7 @@ def experts(
         compute = functools.partial(experts_grouped, implementation=name)
     if experts_are_spread(runtime):
         return spread_experts(x, ids, weights, w, compute=compute, config=config, runtime=runtime)
-    flat = lambda a: a.reshape(-1, a.shape[-1])
-    return compute(flat(x), flat(ids), flat(weights), w, ids.size).reshape(x.shape)
+    return compute(flatten(x), flatten(ids), flatten(weights), w, ids.size).reshape(x.shape)
 
 
 class FeedForward(Module):

@@ -30,7 +30,10 @@ class MTPModule(Module):
         Position i takes h_i of depth k-1 and the embedding of token i+k; the shared head then predicts token i+k+1.
         """
         c, r = self.config, self.runtime
-        norm = lambda name, x: rms_norm(x, norm_scale(self, name, c.hidden_size), c.rms_norm_eps)
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return rms_norm(x, norm_scale(self, name, c.hidden_size), c.rms_norm_eps)
+
         both = jnp.concatenate([norm("enorm", embedded), norm("hnorm", hidden)], axis=-1)
         x = linear(self, "eh_proj", both, (2 * c.hidden_size, c.hidden_size), (None, "embed"))
         x, (cache, stats) = Block(c, r, is_moe=True, name="block")(x, where, cache)

@@ -32,11 +32,11 @@ def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
     return y * scale.astype(y.dtype)
 
 
-def _scaled_forward(y, scale):
+def _scaled_forward(y: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _scaled(y, scale), (y, scale)
 
 
-def _scaled_backward(residuals, g):
+def _scaled_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     y, scale = residuals
     wide = jnp.promote_types(y.dtype, jnp.float32)
     d_scale = jnp.sum(g.astype(wide) * y.astype(wide), axis=tuple(range(y.ndim - 1)))

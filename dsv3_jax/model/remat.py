@@ -18,7 +18,8 @@ def kept(x: jax.Array) -> jax.Array:
 
     Recomputed are then norms, up-projections, rotations, scores and SwiGLU products.
     """
-    return checkpoint_name(x, _KEPT)
+    named: jax.Array = checkpoint_name(x, _KEPT)
+    return named
 
 
 def rematerialise(module: Callable[..., nn.Module], runtime: Runtime) -> Callable[..., nn.Module]:

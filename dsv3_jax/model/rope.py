@@ -18,7 +18,7 @@ def _mscale(factor: float, mscale: float = 1.0) -> float:
 
 def softmax_scale(config: ModelConfig) -> float:
     """Factor of q.k before the softmax: 1/sqrt(d_h + d_h^R) (eq. 10), times YaRN's temperature squared."""
-    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    scale: float = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     yarn = config.rope_scaling
     if yarn is not None and yarn.mscale_all_dim:
         scale *= _mscale(yarn.factor, yarn.mscale_all_dim) ** 2
@@ -37,7 +37,8 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     interpolated = np.float32(1.0) / (np.float32(yarn.factor) * np.float32(config.rope_theta) ** pair)
     low, high = _ramp_ends(config, yarn)
     ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1).astype(np.float32)
-    return interpolated * ramp + extrapolated * (1 - ramp)
+    blended: np.ndarray = interpolated * ramp + extrapolated * (1 - ramp)
+    return blended
 
 
 def _ramp_ends(config: ModelConfig, yarn: Yarn) -> tuple[float, float]:

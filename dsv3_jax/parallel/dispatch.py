@@ -33,6 +33,11 @@ LocalExperts = Callable[..., jax.Array]
 holds. An id equal to the number of experts means none; at most `rows` of the M K ids are another."""
 
 
+def flatten(a: jax.Array) -> jax.Array:
+    """(..., X) -> (N, X)."""
+    return a.reshape(-1, a.shape[-1])
+
+
 def experts_are_spread(runtime: Runtime) -> bool:
     """Whether, under the mesh in use, experts or what they compute on are cut over devices."""
     return current_sharding(runtime).mesh is not None
@@ -70,9 +75,8 @@ def spread_experts(
     partial_sums = sharding.axes("expert_ffn")
 
     def on_device(x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any) -> jax.Array:
-        flat = lambda a: a.reshape(-1, a.shape[-1])
         layout = Layout.of(config, runtime, sharding, math.prod(x.shape[:2]), ids.shape[-1], len(w.gate_proj))
-        y = _route(flat(x), flat(ids), flat(weights), w, compute, layout)
+        y = _route(flatten(x), flatten(ids), flatten(weights), w, compute, layout)
         y = lax.psum(y, partial_sums) if partial_sums else y
         return y.astype(x.dtype).reshape(x.shape)
 
@@ -121,7 +125,10 @@ class Layout:
         devices, slack = node * expert, runtime.dispatch_slack
         # Groups that lie within nodes bound how many nodes a token reaches: M of section 2.1.2.
         nodes = min(k, node, config.topk_group if config.n_group % node == 0 else node)
-        room = lambda even, least, most: max(least, min(most, int(even * slack)))
+
+        def room(even: float, least: int, most: int) -> int:
+            return max(least, min(most, int(even * slack)))
+
         node_room = room(tokens * nodes / node, 1, tokens)
         device_room = room(tokens * min(k, devices) / expert, node, tokens * node)
         most = min(k, local)
@@ -168,16 +175,19 @@ def _route(
 
     def in_rounds(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         size = layout.round_tokens
-        cut = lambda a, fill: jnp.pad(a, ((0, rounds * size - len(a)), (0, 0)), constant_values=fill).reshape(
-            rounds, size, -1
-        )
+
+        def cut(a: jax.Array, fill: int) -> jax.Array:
+            padded = jnp.pad(a, ((0, rounds * size - len(a)), (0, 0)), constant_values=fill)
+            return padded.reshape(rounds, size, -1)
+
         step = jax.checkpoint(lambda _, part: (None, once(*part)))
-        y = lax.scan(step, None, (cut(x, 0), cut(ids, none), cut(weights, 0)))[1]
+        y: jax.Array = lax.scan(step, None, (cut(x, 0), cut(ids, none), cut(weights, 0)))[1]
         return y.reshape(rounds * size, -1)[: len(x)]
 
     nothing = lambda x, ids, weights: jnp.zeros_like(x)
     fits = _fits(ids, layout)
-    return once(x, jnp.where(fits, ids, none), weights) + lax.cond(fits, nothing, in_rounds, x, ids, weights)
+    slower: jax.Array = lax.cond(fits, nothing, in_rounds, x, ids, weights)
+    return once(x, jnp.where(fits, ids, none), weights) + slower
 
 
 def _reached(ids: jax.Array, bins: int, width: int) -> jax.Array:
@@ -187,7 +197,7 @@ def _reached(ids: jax.Array, bins: int, width: int) -> jax.Array:
 
 def _fits(ids: jax.Array, layout: Layout) -> jax.Array:
     """Whether this batch's routing fits into the buffers of all devices; the same answer on each."""
-    count = lambda reached: reached.sum(0, dtype=jnp.int32)
+    count = functools.partial(jnp.sum, axis=0, dtype=jnp.int32)
     devices = count(_reached(ids, layout.devices, layout.local)).reshape(layout.node, layout.expert)
     rows = jnp.bincount(ids.ravel() // layout.local, length=layout.devices)
     nodes = count(_reached(ids, layout.node, layout.expert * layout.local))
@@ -195,7 +205,8 @@ def _fits(ids: jax.Array, layout: Layout) -> jax.Array:
         devices = lax.psum(devices, "node")
     rows = lax.psum(rows, layout.axes)
     full = (nodes > layout.node_room).any() | (devices > layout.device_room).any() | (rows > layout.row_room).any()
-    return lax.psum(full.astype(jnp.int32), layout.axes) == 0
+    devices_full: jax.Array = lax.psum(full.astype(jnp.int32), layout.axes)
+    return devices_full == 0
 
 
 def _gather(
@@ -206,7 +217,8 @@ def _gather(
         x, ids, weights = (lax.all_gather(a, layout.axes, tiled=True) for a in (x, ids, weights))
     here = _here(ids, lax.axis_index(layout.axes) * layout.local, layout.local)
     y = compute(x, here, jnp.where(here < layout.local, weights, 0), w, len(x) * min(layout.k, layout.local))
-    return lax.psum_scatter(y, layout.axes, tiled=True) if layout.cut else lax.psum(y, layout.axes)
+    total: jax.Array = lax.psum_scatter(y, layout.axes, tiled=True) if layout.cut else lax.psum(y, layout.axes)
+    return total
 
 
 def _here(ids: jax.Array, first: jax.Array, count: int) -> jax.Array:
@@ -271,9 +283,15 @@ class Send:
 
     def _exchange(self, rows: jax.Array, fill: Any, way: int) -> jax.Array:
         if self.ragged is None:
-            return lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
+            return _all_to_all(rows, self.axis)
         empty = jnp.full_like(rows, fill)
-        return lax.ragged_all_to_all(rows, empty, *self.ragged[way], axis_name=self.axis)
+        received: jax.Array = lax.ragged_all_to_all(rows, empty, *self.ragged[way], axis_name=self.axis)
+        return received
+
+
+def _all_to_all(a: jax.Array, axis: str) -> jax.Array:
+    received: jax.Array = lax.all_to_all(a, axis, 0, 0, tiled=True)
+    return received
 
 
 @jax.named_scope("plan_dispatch")
@@ -283,7 +301,7 @@ def _plan_send(hop: Hop, ids: jax.Array, method: str) -> Send:
     place = jnp.cumsum(reached, axis=0) - 1  # of a token among those that go to the same position
     starts, ragged = jnp.arange(hop.size) * hop.room, None
     if method == "ragged_all_to_all":  # pieces of exactly the tokens that are needed, end to end
-        swap = lambda a: lax.all_to_all(a, hop.axis, 0, 0, tiled=True)
+        swap = functools.partial(_all_to_all, axis=hop.axis)
         sent = reached.sum(0, dtype=jnp.int32)  # to each position
         starts = jnp.cumsum(sent) - sent
         received = swap(sent)

@@ -88,12 +88,11 @@ def pipeline_gradients(
         work = _Work(function, own, shared, (of_stage, constants[1]), lax.axis_index(STAGE), schedule)
         (d_own, d_shared), (total, local) = _run(work, pieces, stages, activation)
         d_shared = lax.psum(_add_up(d_shared, specs[1], batch), STAGE)
-        stacked = lambda tree: jax.tree.map(lambda a: a[None], tree)
         return (
-            stacked(_add_up(d_own, specs[0], batch)),
+            _stacked(_add_up(d_own, specs[0], batch)),
             d_shared,
             lax.psum(total, (STAGE, *batch)),
-            stacked(lax.psum(local, batch)),
+            _stacked(lax.psum(local, batch)),
         )
 
     by_stage, whole = PartitionSpec(STAGE), PartitionSpec()
@@ -106,10 +105,18 @@ def pipeline_gradients(
     return run(own, shared, pieces, constants)
 
 
+def _stacked(tree: Any) -> Any:
+    """The tree with a leading axis of one stage."""
+    return jax.tree.map(lambda a: a[None], tree)
+
+
 def _add_up(gradients: Any, specs: Any, batch: tuple[str, ...]) -> Any:
     """Sums gradients over the devices that hold the same parameters and computed them for their own sequences."""
-    others = lambda spec: tuple(a for a in batch if a not in jax.tree.leaves(tuple(spec)))
-    return jax.tree.map(lambda a, spec: lax.psum(a, others(spec)), gradients, specs)
+
+    def add_up(gradient: jax.Array, spec: PartitionSpec) -> Any:
+        return lax.psum(gradient, tuple(a for a in batch if a not in jax.tree.leaves(tuple(spec))))
+
+    return jax.tree.map(add_up, gradients, specs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +141,8 @@ class _Work:
 
     @jax.named_scope("forward")
     def forward(self, x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> jax.Array:
-        return self.evaluate(self.own, self.shared, x, piece)[0][0]
+        y: jax.Array = self.evaluate(self.own, self.shared, x, piece)[0][0]
+        return y
 
     @jax.named_scope("gradient")
     def gradient(self, x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> tuple[jax.Array, Any]:

@@ -82,7 +82,10 @@ class Placement:
 
         Raises ConfigError if an axis of the mesh cuts nothing of this state, as `expert` of a model without experts.
         """
-        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        def place(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
         state = jax.eval_shape(init, jax.random.key(0))
         shardings = state_shardings(state, self.mesh, self.sharding.rules, self._axes)
         cut = {axis for sharding in jax.tree.leaves(shardings) for axes in sharding.spec for axis in _axes(axes)}
@@ -99,7 +102,8 @@ class Placement:
     def lower(self, step: Callable[..., Any], state: Any, batch: Any) -> jax.stages.Lowered:
         """Lowers what `jit_step` would compile, from the abstract state and batch of `abstract`."""
         with jax.set_mesh(self.mesh):
-            return self._jit(step, state).lower(state, batch)
+            lowered: jax.stages.Lowered = self._jit(step, state).lower(state, batch)
+            return lowered
 
     def _jit(self, step: Callable[..., Any], state: Any) -> Any:
         shardings = jax.tree.map(lambda x: x.sharding, state)

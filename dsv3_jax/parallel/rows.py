@@ -10,6 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+Residuals = tuple[jax.Array, jax.Array, jax.Array]
+
 
 @jax.custom_vjp
 def spread(x: jax.Array, source: jax.Array, places: jax.Array) -> jax.Array:
@@ -32,12 +34,12 @@ def _like(x: jax.Array) -> jax.Array:
     return jnp.zeros((0,), x.dtype)
 
 
-def _spread_backward(residuals, g):
+def _spread_backward(residuals: Residuals, g: jax.Array) -> tuple[jax.Array, None, None]:
     like, source, places = residuals
     return collect(g, source, places).astype(like.dtype), None, None
 
 
-def _collect_backward(residuals, g):
+def _collect_backward(residuals: Residuals, g: jax.Array) -> tuple[jax.Array, None, None]:
     like, source, places = residuals
     return spread(g, source, places).astype(like.dtype), None, None
 

@@ -141,7 +141,8 @@ def _check_names(logical: Logical) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _all_gather(w: jax.Array, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
-    return jax.lax.with_sharding_constraint(w, used)
+    gathered: jax.Array = jax.lax.with_sharding_constraint(w, used)
+    return gathered
 
 
 def _scatter_gradient(used: PartitionSpec, stored: PartitionSpec, _: None, g: jax.Array) -> tuple[jax.Array]:

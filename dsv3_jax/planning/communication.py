@@ -54,7 +54,7 @@ def exchange_seconds(sheet: Hardware, config: ModelConfig, mesh: MeshShape, toke
     if group == 1:
         return 0.0
     if sheet.torus_axes:
-        side = group ** (1 / sheet.torus_axes)
+        side: float = group ** (1 / sheet.torus_axes)
         hops = max(1.0, sheet.torus_axes * side / 4)
         return tokens * min(k, group) * ring(group) * per_copy * hops / sheet.links
     inside = max(1, sheet.domain // (mesh.tensor * mesh.context))

@@ -32,13 +32,11 @@ def costs(compiled: Any) -> Costs:
 def device_bytes(compiled: Any) -> int:
     """Peak bytes per device: arguments, results that alias none of them, temporaries, the program."""
     m = compiled.memory_analysis()
-    return (
-        m.argument_size_in_bytes
-        + m.output_size_in_bytes
-        - m.alias_size_in_bytes
-        + m.temp_size_in_bytes
-        + m.generated_code_size_in_bytes
-    )
+    arguments: int = m.argument_size_in_bytes
+    results: int = m.output_size_in_bytes - m.alias_size_in_bytes
+    temporaries: int = m.temp_size_in_bytes
+    program: int = m.generated_code_size_in_bytes
+    return arguments + results + temporaries + program
 
 
 def costs_of_all_layers(compile_with: Callable[[ModelConfig], Any], config: ModelConfig) -> Costs:
@@ -56,9 +54,11 @@ def costs_of_all_layers(compile_with: Callable[[ModelConfig], Any], config: Mode
         raise ConfigError(
             f"needs layers of both kinds to tell them apart, but has no {'dense' if kind else 'sparse'} ones"
         )
-    with_layers = lambda dense, moe: costs(
-        compile_with(dataclasses.replace(config, num_hidden_layers=dense + moe, first_k_dense_replace=dense))
-    )
+
+    def with_layers(dense: int, moe: int) -> Costs:
+        layers = dataclasses.replace(config, num_hidden_layers=dense + moe, first_k_dense_replace=dense)
+        return costs(compile_with(layers))
+
     both, only_dense, only_moe = with_layers(1, 1), with_layers(1, 0), with_layers(0, 1)
     dense, moe = both.plus(only_moe, -1), both.plus(only_dense, -1)
     return both.plus(dense, config.num_dense_layers - 1).plus(moe, config.num_moe_layers - 1)
@@ -151,8 +151,11 @@ def overlaps(compiled: Any) -> list[Overlap]:
 
 def _bytes(types: str) -> list[int]:
     """Bytes of each array that an HLO type names."""
-    width = lambda kind: _WIDTHS.get(kind) or int(re.sub(r"\D", "", kind))
-    return [width(k) * math.prod(int(n) for n in dims.split(",") if n) // 8 for k, dims in _ARRAY.findall(types)]
+
+    def bits(kind: str) -> int:
+        return _WIDTHS.get(kind) or int(re.sub(r"\D", "", kind))
+
+    return [bits(k) * math.prod(int(n) for n in dims.split(",") if n) // 8 for k, dims in _ARRAY.findall(types)]
 
 
 def _rounds(instructions: dict[str, list[str]], loop: str) -> int:

@@ -30,7 +30,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(dataclasses.astuple(self))
+        return float(sum(dataclasses.astuple(self)))
 
 
 def in_one_piece(variable: Variable) -> bool:
@@ -152,14 +152,12 @@ def _activations(plan: TrainingPlan) -> tuple[float, float]:
     c, tensor = plan.config, plan.mesh.tensor
     moe = saved_by_block(c, plan.runtime, True) if c.num_moe_layers else None
     dense = saved_by_block(c, plan.runtime, False) if c.num_dense_layers else None
-    of = lambda get: (
-        (c.num_moe_layers * (get(moe) if moe else 0) + c.num_dense_layers * (get(dense) if dense else 0))
-        / c.num_hidden_layers
-    )
+    layers = [(c.num_moe_layers, moe), (c.num_dense_layers, dense)]
+    per_token = sum(n * saved.per_token for n, saved in layers if saved) / c.num_hidden_layers
+    per_pair = sum(n * saved.per_pair for n, saved in layers if saved) / c.num_hidden_layers
     # Activations per head or per hidden unit are sharded over tensor; the residual stream isn't.
     stream = 2 * c.hidden_size
-    per_token = of(lambda k: k.per_token)
-    return min(per_token, stream) + max(0, per_token - stream) / tensor, of(lambda k: k.per_pair)
+    return min(per_token, stream) + max(0, per_token - stream) / tensor, per_pair
 
 
 def _largest_block(plan: TrainingPlan) -> tuple[float, float]:

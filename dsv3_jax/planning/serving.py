@@ -140,11 +140,11 @@ def _product_seconds(serving: Serving, tokens: int, local: int, sampled: int) ->
     """
     c, s, sheet = serving.config, serving, serving.hardware
     operand = sheet.peak("fp8" if s.weight <= 1 else "bf16")
-    rows = lambda n: -(-n // sheet.matmul_rows) * sheet.matmul_rows
 
     def product(weights: float, n: float) -> float:
         """Seconds to pass n rows through that many weights, stored on one device."""
-        return max(weights * s.weight / sheet.bandwidth, 2 * weights * rows(n) / operand)
+        rows = -(-n // sheet.matmul_rows) * sheet.matmul_rows
+        return max(weights * s.weight / sheet.bandwidth, 2 * weights * rows / operand)
 
     attention = other = 0.0
     routed_per_expert = 0.0
@@ -267,7 +267,8 @@ def hops(sheet: Hardware, size: int) -> float:
     """Hops in a row when `size` devices gather: along each dimension of a torus, one behind a switch."""
     if not sheet.torus_axes:
         return 1.0 if size <= sheet.domain else 2.0
-    return sheet.torus_axes * (size ** (1 / sheet.torus_axes) - 1)
+    side: float = size ** (1 / sheet.torus_axes)
+    return sheet.torus_axes * (side - 1)
 
 
 # Memory ----------------------------------------------------------------------------------------------------

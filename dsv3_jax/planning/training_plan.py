@@ -90,7 +90,10 @@ def meshes(plan: TrainingPlan, devices: int) -> Iterator[TrainingPlan]:
     """Yields `plan` on every mesh of `devices` that its sizes allow: tensor up to 8, no context below 16K tokens."""
     c, sheet = plan.config, plan.hardware
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]
-    small = lambda limit: [d for d in divisors if d <= limit]
+
+    def small(limit: int) -> list[int]:
+        return [d for d in divisors if d <= limit]
+
     for tensor in small(8):
         for context in small(64) if plan.length >= 16384 else (1,):
             for expert in [d for d in divisors if c.num_moe_layers and c.n_routed_experts % d == 0]:
