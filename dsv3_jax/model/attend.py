@@ -215,11 +215,13 @@ def _pages(keys: Keys) -> Pages:
     batch, size, _ = keys.latent.shape
     if size % PAGE:
         raise ConfigError(f"MLA decoding by a kernel needs a cache of a multiple of {PAGE} tokens, but it has {size}")
-    in_pages = lambda x: x.reshape(1, batch, -1, PAGE, x.shape[-1])
-    return Pages(in_pages(keys.latent), in_pages(keys.rope_key), jnp.zeros((), jnp.int32))
+    latent, rope_key = (x.reshape(1, batch, -1, PAGE, x.shape[-1]) for x in (keys.latent, keys.rope_key))
+    return Pages(latent, rope_key, jnp.zeros((), jnp.int32))
 
 
-def _decode(q_nope, q_rope, pages, lengths, *, scale, implementation):
+def _decode(
+    q_nope: jax.Array, q_rope: jax.Array, pages: Pages, lengths: jax.Array, *, scale: float, implementation: str
+) -> jax.Array:
     """`mla_decode` of queries (B, T, H, R) and (B, T, H, P) from one layer's pages."""
     of_layer = pages.latent.shape[1:-2]
     tables = pages.tables
@@ -238,5 +240,5 @@ def _decode(q_nope, q_rope, pages, lengths, *, scale, implementation):
     return call(q, cache, tables, lengths)
 
 
-def _refuse_gradient(*_):
+def _refuse_gradient(*_: Any) -> Any:
     raise ConfigError("MLA decoding by a kernel has no gradient: train in the expanded form")

@@ -8,7 +8,8 @@ memory, in pages or padded, is the cache's own matter.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, Self
+import functools
+from typing import Protocol, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -125,14 +126,18 @@ class ContiguousCache:
             _write(self.latent, latent, layer, where.cached), write(self.rope_key, rope_key, layer, where.cached)
         )
         batch, size = self.latent.shape[1:3]
-        in_pages = lambda x: x.reshape(*x.shape[:2], -1, PAGE, x.shape[-1]) if x.ndim == 4 else x
-        pages = Pages(in_pages(cache.latent), in_pages(cache.rope_key), layer) if size % PAGE == 0 else None
-        of_layer = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+        pages = Pages(_in_pages(cache.latent), _in_pages(cache.rope_key), layer) if size % PAGE == 0 else None
+        of_layer = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
         ropes = of_layer(cache.rope_key)
         latents, ropes = of_layer(cache.latent), _unpack(ropes) if ropes.ndim == 4 else ropes
         places = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (batch, size))
         held = where.cached + latent.shape[1]
         return cache, Keys(latents.astype(latent.dtype), ropes.astype(latent.dtype), places, None, held, pages)
+
+
+def _in_pages(x: jax.Array) -> jax.Array:
+    """(L, B, S, W) -> (L, B, S / PAGE, PAGE, W); packed pages are what they are."""
+    return x.reshape(*x.shape[:2], -1, PAGE, x.shape[-1]) if x.ndim == 4 else x
 
 
 def _write(buffer: jax.Array, new: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
@@ -153,7 +158,8 @@ def _write_packed(buffer: jax.Array, new: jax.Array, layer: jax.Array, at: jax.A
     if tokens > half:  # many writes of a row each would take longer than to unpack the layer, and to pack it again
         ropes = _unpack(jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False))
         ropes = _write(ropes[None], new, jnp.int32(0), at)[0].reshape(-1, PAGE, width)
-        return jax.lax.dynamic_update_index_in_dim(buffer, pack_rope(ropes).reshape(buffer.shape[1:]), layer, 0)
+        packed = pack_rope(ropes).reshape(buffer.shape[1:])
+        return cast(jax.Array, jax.lax.dynamic_update_index_in_dim(buffer, packed, layer, 0))
     place = at[:, None] + jnp.arange(tokens, dtype=jnp.int32)
     sequence = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], place.shape)
     column = place % PAGE // half * width
@@ -203,10 +209,10 @@ def init_cache(config: ModelConfig, runtime: Runtime, batch: int, length: int, *
     packed = impl.startswith("tpu") and length % PAGE == 0
 
     def zeros(layers: int) -> ContiguousCache:
-        make = lambda *shape: jnp.zeros((layers, batch, *shape), jnp.dtype(runtime.dtype))
-        rope = config.qk_rope_head_dim
-        ropes = make(length // PAGE, PAGE // 2, 2 * rope) if packed else make(length, rope)
-        return ContiguousCache(make(length, config.kv_lora_rank), ropes)
+        rope, dtype = config.qk_rope_head_dim, jnp.dtype(runtime.dtype)
+        of_sequence = (length // PAGE, PAGE // 2, 2 * rope) if packed else (length, rope)
+        latent = jnp.zeros((layers, batch, length, config.kv_lora_rank), dtype)
+        return ContiguousCache(latent, jnp.zeros((layers, batch, *of_sequence), dtype))
 
     return Cache(
         dense=zeros(config.num_dense_layers) if config.num_dense_layers else None,

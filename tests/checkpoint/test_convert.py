@@ -260,8 +260,8 @@ def test_logits_after_conversion(case, dtype, tmp_path):
     depth = model.config.num_nextn_predict_layers
     ahead = tuple(jnp.roll(tokens, -k - 1, axis=1) for k in range(depth))
     out = jax.jit(lambda v: model.apply(v, tokens, ahead, method=DeepSeekV3.forward))(variables)
-    pairs = [(out.logits, expected["logits"])]
-    pairs += [(out.mtp_logits[k][:, : -k - 1], expected[f"mtp_logits_{k}"]) for k in range(depth)]
+    pairs = [(out.logits.array(), expected["logits"])]
+    pairs += [(out.mtp_logits[k].array()[:, : -k - 1], expected[f"mtp_logits_{k}"]) for k in range(depth)]
     for actual, wanted in pairs:
         assert np.abs(np.asarray(actual) - wanted).max() <= 2e-5 * np.abs(wanted).max()
 
