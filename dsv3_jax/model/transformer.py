@@ -50,7 +50,7 @@ def router_stats(outputs: Outputs) -> dict[str, RouterStats]:
 def only_of(outputs: Outputs, real: jax.Array) -> Outputs:
     """Outputs whose routing is that of the sequences that `real` (B,) bool says: the others sent no token anywhere."""
     stats, mtp_stats = jax.tree.map(lambda x: x * real[:, None], (outputs.stats, outputs.mtp_stats))
-    return outputs.replace(stats=stats, mtp_stats=mtp_stats)  # type: ignore[attr-defined]
+    return dataclasses.replace(outputs, stats=stats, mtp_stats=mtp_stats)
 
 
 def expert_load(outputs: Outputs) -> dict[str, jax.Array]:
