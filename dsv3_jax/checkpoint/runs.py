@@ -29,7 +29,7 @@ RUN_ITEM = "run"
 """The folder of a step with what the trainer's guards know."""
 
 VERSION = 2
-"""Version of the format of a step's directory. 1: without `run`, and no version in hashes.json. 0: without hashes.json."""
+"""Version of the format of a step's directory. 1: without `run` and its own number. 0: without hashes.json too."""
 
 
 class VersionError(CheckpointError):

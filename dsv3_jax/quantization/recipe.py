@@ -19,7 +19,7 @@ B.2), and one scale for a whole tensor."""
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What varies in an FP8 product.
+    """Choices of an FP8 product.
 
     power_of_two: of all scales; those of the input after attention and of experts always are (report 3.3.2, 3.3.3).
     """
