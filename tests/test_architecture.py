@@ -90,7 +90,8 @@ def test_docstrings_open_with_a_verb_or_a_noun():
 def test_requirements_are_pinned_within_the_ranges():
     text = (ROOT / "requirements.txt").read_text()
     pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", text, re.MULTILINE))
-    ranges = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = [*project["dependencies"], *project["optional-dependencies"]["test"]]
     version = lambda v: tuple(map(int, v.split(".")))
     for name, least in (re.match(r"([\w-]+)>=([\d.]+)", r).groups() for r in ranges):
         assert version(pinned[name]) >= version(least), name
