@@ -1,4 +1,4 @@
-"""Draws docs/diagrams.md from the code: `python scripts/diagrams.py`; a test compares the two.
+"""Draws docs/diagrams.md from the code: `python -m scripts.diagrams`; a test compares the two.
 
 Imports, rules and pipeline ticks are computed. Of the two flowcharts the arrows are written here, and every name in
 them is looked up in the code.
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import ast
 import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.rules import LOGICAL, PRESETS
+
+ROOT = Path(__file__).parents[1]
 
 Edge = tuple[str, str]
 

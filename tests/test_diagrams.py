@@ -10,7 +10,7 @@ from scripts import diagrams
 
 def test_diagrams_are_up_to_date():
     drawn = (Path(__file__).parents[1] / "docs" / "diagrams.md").read_text()
-    assert drawn == diagrams.document(), "run `python scripts/diagrams.py`"
+    assert drawn == diagrams.document(), "run `python -m scripts.diagrams`"
 
 
 def test_ticks_take_what_the_pipeline_says():
