@@ -19,25 +19,25 @@ TPUS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 VMEM_BYTES = {"v5p": 64 << 20, "v6e": 128 << 20, "tpu7x": 64 << 20}
 
 
-def as_if(kind: str, cores: int | None, platform: str) -> contextlib.AbstractContextManager:
+def as_if(kind: str, cores: int | None, platform: str) -> contextlib.AbstractContextManager[Any]:
     """In its context, programs are traced as for a device of a kind, of so many cores, on "gpu" or "tpu"."""
     device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
-def as_if_hopper() -> contextlib.AbstractContextManager:
+def as_if_hopper() -> contextlib.AbstractContextManager[Any]:
     """In its context, programs are traced as for an H100."""
     return as_if("NVIDIA H100 80GB HBM3", None, "gpu")
 
 
-def lower_for_hopper(function: Callable, *args: Any) -> str:
+def lower_for_hopper(function: Callable[..., Any], *args: Any) -> str:
     """The module of `function` lowered for an H100; args are arrays or ShapeDtypeStructs."""
     with as_if_hopper():
-        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        return str(jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text())
 
 
 def compile_for_tpu(
-    generation: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()
+    generation: str, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()
 ) -> jax.stages.Compiled:
     """`function` compiled for one chip of a TPU generation, by libtpu.
 

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import orbax.checkpoint as ocp
@@ -33,7 +33,7 @@ _ORBAX_METADATA = "_CHECKPOINT_METADATA"
 """Times and the kinds of the items: orbax writes it last, and nothing that is restored comes from it."""
 
 
-class _HashedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+class _HashedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):  # type: ignore[misc]  # orbax has no types
     """A checkpoint's temporary directory: its files are hashed before it gets its name.
 
     orbax calls `finalize` in one process, when all have written their files.
@@ -102,7 +102,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
-        return self._manager.latest_step()
+        return cast(int | None, self._manager.latest_step())
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, ascending."""
@@ -257,7 +257,8 @@ def _abstract(state: TrainState) -> TrainState:
     """Shapes, dtypes and shardings of a state as it lies on disk."""
     key = jax.eval_shape(jax.random.key_data, state.rng)
     rng: Any = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.rng.sharding)
-    return jax.tree.map(ocp.utils.to_shape_dtype_struct, dataclasses.replace(state, rng=rng))
+    abstract: TrainState = jax.tree.map(ocp.utils.to_shape_dtype_struct, dataclasses.replace(state, rng=rng))
+    return abstract
 
 
 def _first_line(error: BaseException) -> str:

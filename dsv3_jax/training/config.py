@@ -155,7 +155,8 @@ class TrainConfig:
         try:
             values = read_config(path)
             values.pop("tokenizer_files", None)  # of the directory, not of the run: `training.directory`
-            return build_dataclass(cls, values, str(path))
+            config: TrainConfig = build_dataclass(cls, values, str(path))
+            return config
         except OSError as error:
             raise ConfigError(f"{path} can't be read: {error.strerror or error}") from None
         except ConfigError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,7 +34,7 @@ def name_not_finite(state: TrainState, finite: Any) -> str:
 def _floats(state: TrainState) -> dict[str, jax.Array]:
     """The arrays of a state that hold floats, by name."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {name(path): x for path, x in leaves if jnp.issubdtype(x.dtype, jnp.floating)}
 
 

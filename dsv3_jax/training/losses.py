@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +176,10 @@ def model_inputs(
     last = batch["targets"][:, -1:]
     following = jnp.concatenate([tokens[:, 1:], jnp.where(last == IGNORE, tokens[:, -1:], last)], axis=1)
     order = sequence_order(tokens.shape[1], model.runtime)
-    permute = lambda x: x if order is None else x[:, order]
+
+    def permute(x: jax.Array) -> jax.Array:
+        return x if order is None else x[:, order]
+
     positions, segments = batch.get("positions"), batch.get("segments")
     if order is not None and positions is None:
         positions = jnp.broadcast_to(jnp.arange(len(order), dtype=jnp.int32), tokens.shape)
@@ -197,8 +200,8 @@ def model_inputs(
 
 def forward(model: DeepSeekV3, variables: Mapping[str, Any], inputs: ModelInputs) -> Outputs:
     """The model's outputs for a batch, MTP and routing included."""
-    outputs: Any = model.apply(variables, inputs.tokens, inputs.further_tokens, method="forward", **inputs.where)
-    return outputs
+    outputs = model.apply(variables, inputs.tokens, inputs.further_tokens, method="forward", **inputs.where)
+    return cast(Outputs, outputs)
 
 
 def forward_sums(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch) -> LossSums:
@@ -227,7 +230,9 @@ def loss_sums(outputs: Outputs, inputs: ModelInputs, config: ModelConfig) -> Los
     return LossSums(nll, tokens, mtp_nll, mtp_count, mtp_correct, balance, sequences, depths, sparse)
 
 
-def objective(sums: LossSums, alpha: float, mtp_weight: jax.Array | float, tokens: jax.Array, sequences: jax.Array):
+def objective(
+    sums: LossSums, alpha: float, mtp_weight: jax.Array | float, tokens: jax.Array, sequences: jax.Array
+) -> jax.Array:
     """The training loss: CE + lambda/D sum_k CE_k (eq. 24, 25) + alpha sum over layers of the balance loss (eq. 17).
 
     Each CE_k is divided by the number of next-token targets, as eq. 24 divides by T; the balance loss is a mean

@@ -69,7 +69,7 @@ def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
     def init(params: Any) -> optax.ScaleByAdamState:
         return cast(adam.init(params), stored)
 
-    def update(updates: Any, state: optax.ScaleByAdamState, params: Any = None):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         updates, state = adam.update(optax.tree.cast(updates, jnp.float32), cast(state, jnp.float32), params)
         return updates, cast(state, stored)
 

@@ -46,11 +46,13 @@ def pipelined_gradients(
     Raises ConfigError if there are fewer sparse layers than stages.
     """
     config, runtime, stages = model.config, model.runtime, stages_in_use(model)
-    add = lambda a, b: jax.tree.map(jnp.add, a, b)
     if not config.num_moe_layers:
         raise ConfigError("mesh.stage spreads sparse layers, but the model has none")
     layers = layers_of_stages(config.num_moe_layers, stages)  # (S, most)
-    spread = lambda stack: jax.tree.map(lambda a: jnp.take(a, layers, axis=0, mode="fill", fill_value=0), stack)
+
+    def spread(stack: Any) -> Any:
+        return jax.tree.map(lambda a: jnp.take(a, layers, axis=0, mode="fill", fill_value=0), stack)
+
     shared = dict(variables["params"])
     own = spread(stack := shared.pop(SPARSE))
     router = dict(variables[ROUTER])
@@ -68,7 +70,7 @@ def pipelined_gradients(
         def layer(x: jax.Array, of: Any) -> tuple[jax.Array, RouterStats]:
             *weights, there = of
             none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run, x, *weights)[1])
-            return lax.cond(there, run, lambda x, *_: (x, none), x, *weights)
+            return cast(tuple[jax.Array, RouterStats], lax.cond(there, run, lambda x, *_: (x, none), x, *weights))
 
         return lax.scan(layer, x, (own, bias, exists))
 
@@ -90,7 +92,9 @@ def pipelined_gradients(
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(last_stage, x))
         total = lax.cond(stage == stages - 1, last_stage, lambda _: nothing, x)
         here = of(Outputs(None, (), stats, ()))
-        total = total.replace(objective=total.objective + here.objective, loss=add(total.loss, here.loss))
+        total = total.replace(
+            objective=total.objective + here.objective, loss=jax.tree.map(jnp.add, total.loss, here.loss)
+        )
         return x, total.objective, total, jnp.sum(stats.load, axis=-2)
 
     sharding = current_sharding(runtime)

@@ -150,7 +150,7 @@ class Setup:
             key=jax.random.key(self.config.seed),
             end_ids=[self.tokenizer.eos_id],
         )[0]
-        return self.tokenizer.decode([*self.sample_prompt, *new])
+        return str(self.tokenizer.decode([*self.sample_prompt, *new]))
 
 
 def _inputs(mask_documents: bool) -> tuple[str, ...]:

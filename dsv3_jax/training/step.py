@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -120,26 +120,32 @@ def _sums(
 
 
 def _accumulate(
-    grad: Callable, params: Any, batch: Batch, microbatches: int, sequences: jax.Array | None = None
+    grad: Callable[..., Any], params: Any, batch: Batch, microbatches: int, sequences: jax.Array | None = None
 ) -> tuple[Any, StepSums]:
     """Sums gradients and loss sums over pieces of the batch, one piece in memory at a time, in float32 or wider."""
-    wide = lambda x: x.astype(jnp.promote_types(x, jnp.float32))
-    of_piece = lambda *piece: jax.tree.map(wide, grad(params, *piece))
+
+    def of_piece(*piece: Any) -> tuple[Any, StepSums]:
+        wide: Any = jax.tree.map(lambda x: x.astype(jnp.promote_types(x, jnp.float32)), grad(params, *piece))
+        return cast(tuple[Any, StepSums], wide)
+
+    def add(total: Any, *piece: Any) -> tuple[Any, StepSums]:
+        return cast(tuple[Any, StepSums], jax.tree.map(jnp.add, total, of_piece(*piece)))
+
     if microbatches == 1 and sequences is None:
         return of_piece(batch)
     pieces = _cut(batch, microbatches)
     first = jax.tree.map(lambda x: x[0], pieces)
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_piece, first))
-    add = lambda total, *piece: jax.tree.map(jnp.add, total, of_piece(*piece))
     if sequences is None:
-        return jax.lax.scan(lambda total, piece: (add(total, piece), None), zeros, pieces)[0]
+        total: tuple[Any, StepSums] = jax.lax.scan(lambda total, piece: (add(total, piece), None), zeros, pieces)[0]
+        return total
     row = jnp.arange(batch["tokens"].shape[0]).reshape(microbatches, -1)
 
     def add_piece(i: jax.Array, total: Any) -> Any:
         piece, rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (pieces, row))
         return add(total, piece, rows < sequences)
 
-    return jax.lax.fori_loop(0, -(-sequences // row.shape[1]), add_piece, zeros)
+    return cast(tuple[Any, StepSums], jax.lax.fori_loop(0, -(-sequences // row.shape[1]), add_piece, zeros))
 
 
 def _cut(batch: Batch, microbatches: int) -> dict[str, jax.Array]:

@@ -89,4 +89,7 @@ def cache_update(
         require_tpu("cache_update")
     module: Any = {"gpu": gpu, "tpu": tpu}[backend]
     interpret = module.INTERPRET if implementation.endswith("_interpret") else None
-    return module.cache_update(*arguments, eps=eps, interleave=interleave, interpret=interpret)
+    updated: jax.Array | SplitCache = module.cache_update(
+        *arguments, eps=eps, interleave=interleave, interpret=interpret
+    )
+    return updated

@@ -42,13 +42,27 @@ def new_entries(
     return latent, key.astype(kv.dtype)
 
 
-def cache_update(cache, kv, norm, cos, sin, block_tables, lengths, *, eps, interleave):
+def cache_update(
+    cache: jax.Array | SplitCache,
+    kv: jax.Array,
+    norm: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    block_tables: jax.Array,
+    lengths: jax.Array,
+    *,
+    eps: float,
+    interleave: bool,
+) -> jax.Array | SplitCache:
     """See `api.cache_update`."""
     latent, key = new_entries(kv, norm, cos, sin, eps=eps, interleave=interleave)
     parts = cache if isinstance(cache, SplitCache) else split(cache)
     page, slot = slots(block_tables, lengths, kv.shape[1], parts.latent.shape[1])
     page = jnp.where(page < 0, parts.latent.shape[0], page)  # past the end, where writes are dropped
-    put = lambda to, new: to.at[page, slot].set(new.astype(to.dtype), mode="drop")
+
+    def put(to: jax.Array, new: jax.Array) -> jax.Array:
+        return to.at[page, slot].set(new.astype(to.dtype), mode="drop")
+
     scales = parts.scales
     if scales is not None:
         latent, scale = quantise_latent(latent)

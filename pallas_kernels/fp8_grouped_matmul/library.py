@@ -31,9 +31,10 @@ def tokamax(
 def _bfloat16(lhs: jax.Array, scales: jax.Array) -> jax.Array:
     """The rows with their scales applied; block by block, or else XLA writes out a scale for every element."""
 
-    def one(i, out):
+    def one(i: jax.Array, out: jax.Array) -> jax.Array:
         block = lax.dynamic_slice_in_dim(lhs, i * BLOCK, BLOCK, 1).astype(jnp.float32)
         scaled = block * lax.dynamic_slice_in_dim(scales, i, 1, 1)
         return lax.dynamic_update_slice_in_dim(out, scaled.astype(jnp.bfloat16), i * BLOCK, 1)
 
-    return lax.fori_loop(0, scales.shape[1], one, lax.empty(lhs.shape, jnp.bfloat16))
+    rows: jax.Array = lax.fori_loop(0, scales.shape[1], one, lax.empty(lhs.shape, jnp.bfloat16))
+    return rows

@@ -34,5 +34,4 @@ def weight_gradient(
     ends = jnp.cumsum(group_steps) * BLOCK
     row = jnp.arange(lhs.shape[1])
     member = (row >= (ends - group_steps * BLOCK)[:, None]) & (row < ends[:, None])
-    product = lambda mine: jnp.dot(jnp.where(mine, x, 0), dy.T, precision="highest")
-    return jnp.stack([product(mine) for mine in member])
+    return jnp.stack([jnp.dot(jnp.where(mine, x, 0), dy.T, precision="highest") for mine in member])

@@ -65,10 +65,12 @@ def _forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, transpos
         def tile(at: jax.Array, mine: jax.Array, out: jax.Array) -> jax.Array:
             return _write(out, lax.dot_general(_rows(lhs, at), matrix, contract), at, mine)
 
-        return _over_tiles(g, len(lhs), group_sizes, tile, out)
+        written: jax.Array = _over_tiles(g, len(lhs), group_sizes, tile, out)
+        return written
 
     empty = jnp.zeros((len(lhs), rhs.shape[1 if transpose_rhs else 2]), lhs.dtype)
-    return lax.fori_loop(0, len(rhs), group, empty)
+    out: jax.Array = lax.fori_loop(0, len(rhs), group, empty)
+    return out
 
 
 def _weight_gradient(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -77,17 +79,23 @@ def _weight_gradient(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array) ->
             return total + _wide_product(jnp.where(mine, _rows(lhs, at), 0).T, _rows(dout, at))
 
         total = _over_tiles(g, len(lhs), group_sizes, tile, _wide_zeros(drhs[0]))
-        return lax.dynamic_update_index_in_dim(drhs, total.astype(drhs.dtype), g, 0)
+        updated: jax.Array = lax.dynamic_update_index_in_dim(drhs, total.astype(drhs.dtype), g, 0)
+        return updated
 
     empty = jnp.zeros((len(group_sizes), lhs.shape[1], dout.shape[1]), lhs.dtype)
-    return lax.fori_loop(0, len(group_sizes), group, empty)
+    drhs: jax.Array = lax.fori_loop(0, len(group_sizes), group, empty)
+    return drhs
 
 
-def _vjp_forward(lhs, rhs, group_sizes):
+def _vjp_forward(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     return grouped_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
-def _vjp_backward(residuals, dout):
+def _vjp_backward(
+    residuals: tuple[jax.Array, jax.Array, jax.Array], dout: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     lhs, rhs, group_sizes = residuals
     dlhs = _forward(dout, rhs, group_sizes, transpose_rhs=True)
     return dlhs, _weight_gradient(lhs, dout, group_sizes), None
@@ -102,7 +110,9 @@ def grouped_swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
     return _swiglu_forward(x, gate, up, down, group_sizes, for_gradient=False)[0]
 
 
-def _swiglu_forward(x, gate, up, down, group_sizes, *, for_gradient):
+def _swiglu_forward(
+    x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array, *, for_gradient: bool
+) -> tuple[jax.Array, ...]:
     """The result (M, D) and, for a gradient, what gate and up made of each row, (M, F) each."""
 
     def group(g: jax.Array, out: Any) -> Any:
@@ -116,17 +126,20 @@ def _swiglu_forward(x, gate, up, down, group_sizes, *, for_gradient):
 
         return _over_tiles(g, len(x), group_sizes, tile, out)
 
-    empty = lambda width: jnp.zeros((len(x), width), x.dtype)
-    out = (empty(down.shape[2]),) + (empty(gate.shape[2]), empty(gate.shape[2])) * for_gradient
-    return lax.fori_loop(0, len(gate), group, out)
+    widths = (down.shape[2], gate.shape[2], gate.shape[2]) if for_gradient else (down.shape[2],)
+    empty = tuple(jnp.zeros((len(x), width), x.dtype) for width in widths)
+    out: tuple[jax.Array, ...] = lax.fori_loop(0, len(gate), group, empty)
+    return out
 
 
-def _swiglu_vjp_forward(x, gate, up, down, group_sizes):
+def _swiglu_vjp_forward(
+    x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     y, a, b = _swiglu_forward(x, gate, up, down, group_sizes, for_gradient=True)
     return y, (x, gate, up, down, group_sizes, a, b)
 
 
-def _swiglu_vjp_backward(residuals, dy):
+def _swiglu_vjp_backward(residuals: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array | None, ...]:
     x, gate, up, down, group_sizes, a, b = residuals
 
     def group(g: jax.Array, out: Any) -> Any:

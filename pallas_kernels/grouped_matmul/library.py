@@ -31,19 +31,24 @@ def tpu(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """
     if lhs.dtype != jnp.bfloat16:
         raise ValueError(f"grouped_matmul by tokamax takes bfloat16, but got {lhs.dtype}")
-    return _tpu(lhs, rhs, group_sizes)
+    out: jax.Array = _tpu(lhs, rhs, group_sizes)
+    return out
 
 
 @jax.custom_vjp
-def _tpu(lhs, rhs, group_sizes):
+def _tpu(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
     return product(lhs, rhs, group_sizes)
 
 
-def _tpu_forward(lhs, rhs, group_sizes):
+def _tpu_forward(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     return product(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
-def _tpu_backward(residuals, dout):
+def _tpu_backward(
+    residuals: tuple[jax.Array, jax.Array, jax.Array], dout: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     lhs, rhs, group_sizes = residuals
     return product(dout, rhs, group_sizes, transposed=True), matrix_gradient(lhs, dout, group_sizes), None
 
@@ -77,7 +82,7 @@ def product(
     heights = _heights(len(lhs), LAST_ROWS if scales is None else ROWS)
     tiles = gmm_v2.TileSizes(tile_k=depth, tile_n=_width(depth, columns, rhs.dtype), **heights)
     with jax.default_matmul_precision("default"):  # exact for bfloat16, and Mosaic compiles no other for it
-        out = gmm_v2.gmm_v2(
+        out: jax.Array = gmm_v2.gmm_v2(
             lhs,
             rhs,
             group_sizes,
@@ -102,9 +107,10 @@ def matrix_gradient(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array) -> 
     depth, columns = _split(lhs.shape[1], DEPTH), _split(dout.shape[1], COLUMNS)
     tiles = gmm_v2.TileSizes(tile_k=depth, tile_n=columns, **_heights(len(lhs), LAST_ROWS))
     with jax.default_matmul_precision("default"):
-        return tgmm_v2.tgmm_v2(
+        out: jax.Array = tgmm_v2.tgmm_v2(
             lhs, dout, group_sizes, len(group_sizes), tile_info=tiles, preferred_element_type=lhs.dtype
         )
+    return out
 
 
 def _whole_rows(a: jax.Array) -> tuple[jax.Array, int]:

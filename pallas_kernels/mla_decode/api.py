@@ -88,4 +88,6 @@ def mla_decode(
         require_tpu("mla_decode")
     module: Any = {"gpu": gpu, "tpu": tpu}[backend]
     interpret = module.INTERPRET if implementation.endswith("_interpret") else None
-    return module.mla_decode(q, cache, block_tables, lengths, scale=scale, schedule=schedule, interpret=interpret)
+    how = dict(scale=scale, schedule=schedule, interpret=interpret)
+    out: tuple[jax.Array, jax.Array] = module.mla_decode(q, cache, block_tables, lengths, **how)
+    return out

@@ -13,7 +13,7 @@ matrix.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,10 @@ LONG = 4096
 """Few large steps pay on accelerators; small ones skip more of a short sequence's triangle."""
 UNSEEN = -1e30
 """A score in place of minus infinity, whose differences are NaN."""
+
+
+Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+"""Queries, plain and rotated; keys, plain and rotated; values."""
 
 
 class Places(NamedTuple):
@@ -72,21 +76,35 @@ def attention(
         q_segments, k_segments = jnp.zeros((1, tokens), jnp.int32), jnp.zeros((1, keys), jnp.int32)
     # What fills up the last block of keys comes after all queries.
     places = _cut_places(q_index, q_segments), _cut_places(k_index, k_segments, np.iinfo(np.int32).max)
-    return _attention((q_nope, q_rope, k_nope, k_rope, v), places, float(scale), in_order, one_segment)
+    out: jax.Array = _attention((q_nope, q_rope, k_nope, k_rope, v), places, float(scale), in_order, one_segment)
+    return out
 
 
-def mla_prefill(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
+def mla_prefill(
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    k_nope: jax.Array,
+    k_rope: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    segments: jax.Array | None = None,
+) -> jax.Array:
     """See `api.mla_prefill`."""
     mine = None if segments is None else segments[:, k_nope.shape[1] - q_nope.shape[1] :]
     return attention(q_nope, q_rope, k_nope, k_rope, v, q_segments=mine, k_segments=segments, scale=scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _attention(arrays, places, scale, in_order, one_segment):
+def _attention(
+    arrays: Arrays, places: tuple[Places, Places], scale: float, in_order: bool, one_segment: bool
+) -> jax.Array:
     return _forward(arrays, places, scale, in_order, one_segment)[0]
 
 
-def _forward(arrays, places, scale, in_order, one_segment):
+def _forward(
+    arrays: Arrays, places: tuple[Places, Places], scale: float, in_order: bool, one_segment: bool
+) -> tuple[jax.Array, jax.Array]:
     """The output (B, T, H, V), and the scores' log-sum-exps (blocks of queries, B, K, rows) for the gradient."""
     q, k_nope, k_rope, v = _cut_all(arrays)
     wide, value = jnp.promote_types(q.dtype, jnp.float32), arrays[4]
@@ -94,10 +112,10 @@ def _forward(arrays, places, scale, in_order, one_segment):
     zeros = jnp.zeros(q.shape[1:-1], wide)
     fresh = zeros + UNSEEN, zeros, jnp.zeros((*zeros.shape, v.shape[-1]), wide)
 
-    def step(carry, pair):
+    def step(carry: Any, pair: Any) -> tuple[Any, None]:
         i, j, first, seen = pair
 
-        def attend(state):
+        def attend(state: Any) -> Any:
             top, total, acc = state
             scores, mask = _scores(q[i], _key(k_nope[j], k_rope[j]), places, i, j, scale)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
@@ -120,12 +138,16 @@ def _forward(arrays, places, scale, in_order, one_segment):
     return _join(out, (*arrays[0].shape[:3], v.shape[-1])), lse
 
 
-def _vjp_forward(arrays, places, scale, in_order, one_segment):
+def _vjp_forward(
+    arrays: Arrays, places: tuple[Places, Places], scale: float, in_order: bool, one_segment: bool
+) -> tuple[jax.Array, Any]:
     out, lse = _forward(arrays, places, scale, in_order, one_segment)
     return out, (arrays, places, out, lse)
 
 
-def _vjp_backward(scale, in_order, one_segment, residuals, dout):
+def _vjp_backward(
+    scale: float, in_order: bool, one_segment: bool, residuals: Any, dout: jax.Array
+) -> tuple[Arrays, None]:
     arrays, places, out, lse = residuals
     q, k_nope, k_rope, v = _cut_all(arrays)
     wide, heads = lse.dtype, v.shape[2]
@@ -134,10 +156,10 @@ def _vjp_backward(scale, in_order, one_segment, residuals, dout):
     pairs = _pairs(arrays, places, in_order, by_keys=True)
     nope = k_nope.shape[-1]
 
-    def step(carry, pair):
+    def step(carry: Any, pair: Any) -> tuple[Any, None]:
         i, j, first, seen = pair
 
-        def attend(sums):
+        def attend(sums: Any) -> Any:
             dk, dv, dq = sums
             key = _key(k_nope[j], k_rope[j])
             scores, mask = _scores(q[i], key, places, i, j, scale)
@@ -180,7 +202,9 @@ def _key(nope: jax.Array, rope: jax.Array) -> jax.Array:
     return jnp.concatenate([nope, jnp.broadcast_to(rope, (*nope.shape[:3], rope.shape[-1]))], axis=-1)
 
 
-def _scores(q: jax.Array, key: jax.Array, places: tuple[Places, Places], i: jax.Array, j: jax.Array, scale: float):
+def _scores(
+    q: jax.Array, key: jax.Array, places: tuple[Places, Places], i: jax.Array, j: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
     """Scores of blocks i and j: (B, K, query rows, key rows), `UNSEEN` outside the mask; and the mask."""
     q_places, k_places = places
     mask = k_places.position[j][:, None] <= q_places.position[i][:, :, None]
@@ -202,7 +226,7 @@ def _cut(x: jax.Array, heads: int) -> jax.Array:
     return x.reshape(len(x), batch, heads, -1, width)
 
 
-def _cut_all(arrays):
+def _cut_all(arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Queries, plain keys, rope keys and values."""
     q_nope, q_rope, k_nope, k_rope, v = arrays
     heads = k_nope.shape[2]
@@ -214,7 +238,7 @@ def _cut_places(index: jax.Array, segment: jax.Array, later: int | None = None) 
     """Two (B or 1, T) as (blocks, B or 1, rows). The last block is filled up with its last place, or `later`."""
     block = _block(index.shape[1])
 
-    def cut(x, **how):
+    def cut(x: jax.Array, **how: Any) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), **how)
         return x.reshape(len(x), -1, block).swapaxes(0, 1)
 
@@ -230,7 +254,7 @@ def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x.reshape(batch, -1, all_heads, width)[:, :tokens]
 
 
-def _pairs(arrays, places: tuple[Places, Places], in_order: bool, by_keys: bool) -> tuple[jax.Array, ...]:
+def _pairs(arrays: Arrays, places: tuple[Places, Places], in_order: bool, by_keys: bool) -> tuple[jax.Array, ...]:
     """The scan's pairs: a block of queries, one of keys, whether a row of pairs starts, whether anything may be seen.
 
     A row of pairs has one block of queries; or of keys, `by_keys`.

@@ -20,12 +20,21 @@ LONG = 4096
 """Tokens from which on cuDNN's forward and backward passes together are faster than tokamax's."""
 
 
-def _joined(q_nope, q_rope, k_nope, k_rope):
+def _joined(q_nope: jax.Array, q_rope: jax.Array, k_nope: jax.Array, k_rope: jax.Array) -> tuple[jax.Array, jax.Array]:
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
     return jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, k_rope], -1)
 
 
-def gpu(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
+def gpu(
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    k_nope: jax.Array,
+    k_rope: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    segments: jax.Array | None = None,
+) -> jax.Array:
     """The fastest on Hopper that takes the arguments, by measurements on an H100. Differentiable.
 
     tokamax; but for the gradients of long sequences, one a row, cuDNN; where a library isn't at hand, the other;
@@ -44,7 +53,7 @@ def gpu(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _tokamax_with_gradients_by_cudnn(a, scale):
+def _tokamax_with_gradients_by_cudnn(a: blockwise.Arrays, scale: float) -> jax.Array:
     return tokamax(*a, scale=scale)
 
 
@@ -54,7 +63,7 @@ _tokamax_with_gradients_by_cudnn.defvjp(
 )
 
 
-def has_cudnn(q_nope, q_rope, k_nope, k_rope, v) -> bool:
+def has_cudnn(q_nope: jax.Array, q_rope: jax.Array, k_nope: jax.Array, k_rope: jax.Array, v: jax.Array) -> bool:
     """Whether a cuDNN is at hand that takes keys wider than values, and these widths and dtype."""
     try:
         version = fused_attention_stablehlo.check_cudnn_version()
@@ -65,7 +74,16 @@ def has_cudnn(q_nope, q_rope, k_nope, k_rope, v) -> bool:
     return version >= 91000 and fits and v.dtype in (jnp.bfloat16, jnp.float16)
 
 
-def cudnn(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
+def cudnn(
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    k_nope: jax.Array,
+    k_rope: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    segments: jax.Array | None = None,
+) -> jax.Array:
     """cuDNN's fused attention, of whole sequences: `jax.nn.dot_product_attention` refuses values narrower than keys,
     but what it calls doesn't. Differentiable.
 
@@ -76,10 +94,20 @@ def cudnn(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
     if segments is not None or k.shape[1] != q.shape[1]:
         raise ValueError("mla_prefill by cuDNN takes neither segments nor a prefix")
     mask = fused_attention_stablehlo.MaskType.CAUSAL
-    return fused_attention_stablehlo.dot_product_attention(q, k, v, scale=scale, mask_type=mask)
+    out: jax.Array = fused_attention_stablehlo.dot_product_attention(q, k, v, scale=scale, mask_type=mask)
+    return out
 
 
-def tokamax(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
+def tokamax(
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    k_nope: jax.Array,
+    k_rope: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    segments: jax.Array | None = None,
+) -> jax.Array:
     """tokamax's Mosaic GPU flash attention. Differentiable.
 
     A document in one piece is a range of keys, and blocks outside it are skipped (in the backward pass masked); should
@@ -89,20 +117,21 @@ def tokamax(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None):
     if segments is None:
         return _tokamax(a, None, scale)
     start, in_one_piece = _documents(segments)
-    return lax.cond(
+    out: jax.Array = lax.cond(
         in_one_piece,
         lambda a, start, segments: _tokamax(a, start, scale),
         lambda a, start, segments: blockwise.mla_prefill(*a, scale=scale, segments=segments),
         a, start, segments,
     )  # fmt: skip
+    return out
 
 
-def _tokamax(a, start, scale):
+def _tokamax(a: blockwise.Arrays, start: jax.Array | None, scale: float) -> jax.Array:
     from tokamax._src.ops.attention import api, base  # a dependency of this choice only; its public entry has no ranges
 
     _without_cache_misses()
-    *a, v = a
-    q, k = _joined(*a)
+    v = a[4]
+    q, k = _joined(*a[:4])
     tokens, keys = q.shape[1], k.shape[1]
     if start is not None:
         start = start[:, None, keys - tokens :]
@@ -110,7 +139,8 @@ def _tokamax(a, start, scale):
         mask = base.Mask(is_causal=True, k_start=start)
     else:
         mask = base.Mask(k_start=start, k_end=keys - tokens + 1 + jnp.arange(tokens)[None])
-    return api.IMPLEMENTATIONS["mosaic_gpu"](q, k, v, mask=mask, logits_scale=scale)
+    out: jax.Array = api.IMPLEMENTATIONS["mosaic_gpu"](q, k, v, mask=mask, logits_scale=scale)
+    return out
 
 
 @functools.cache
@@ -127,7 +157,17 @@ def _documents(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
     return start, jnp.all(before <= after)
 
 
-def splash(q_nope, q_rope, k_nope, k_rope, v, *, scale, segments=None, interpret=False):
+def splash(
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    k_nope: jax.Array,
+    k_rope: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    segments: jax.Array | None = None,
+    interpret: bool = False,
+) -> jax.Array:
     """JAX's splash attention for TPUs. Differentiable."""
     from jax.experimental.pallas.ops.tpu import splash_attention as lib
 

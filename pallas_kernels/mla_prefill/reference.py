@@ -26,7 +26,7 @@ def mla_prefill(
     key_index = jnp.arange(keys)
 
     @functools.partial(jax.checkpoint, static_argnums=(2, 3))
-    def block(q_nope, q_rope, start, stop):
+    def block(q_nope: jax.Array, q_rope: jax.Array, start: int, stop: int) -> jax.Array:
         scores = jnp.einsum("bthn,bshn->bhts", q_nope, k_nope, preferred_element_type=wide)
         scores += jnp.einsum("bthp,bsp->bhts", q_rope, k_rope, preferred_element_type=wide)
         index = keys - tokens + jnp.arange(start, stop)
