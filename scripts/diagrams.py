@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.parallel.rules import LOGICAL, PRESETS
+from dsv3_jax.parallel.rules import LOGICAL, RULES
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,8 +40,8 @@ training.step.update_bias --> training.step.TrainState: router bias
 """
 
 DISPATCH = """
-model.router.select_experts --> parallel.dispatch.Layout: ids and weights (N, K)
-parallel.dispatch.Layout --> parallel.dispatch.Hop: buffers of fixed sizes
+model.router.select_experts --> parallel.dispatch.DispatchSizes: ids and weights (N, K)
+parallel.dispatch.DispatchSizes --> parallel.dispatch.Hop: buffers of fixed sizes
 parallel.dispatch.Hop --> parallel.dispatch.Send.dispatch: over `node`, once to each node that holds an expert
 parallel.dispatch.Send.dispatch --> parallel.dispatch.Send.dispatch: over `expert`, once to each device of that node
 parallel.dispatch.Send.dispatch --> model.moe.experts_grouped: tokens, sorted by expert
@@ -101,7 +101,7 @@ def _reaches(edges: set[Edge], start: str, end: str) -> bool:
 
 def rules() -> Iterator[str]:
     """A markdown table: the mesh axes that cut each logical axis, preset by preset."""
-    presets = {name: preset for name, preset in PRESETS.items() if name != "single"}
+    presets = {name: preset for name, preset in RULES.items() if name != "single"}
     yield f"| | {' | '.join(f'`{name}`' for name in presets)} |"
     yield "|---" * (len(presets) + 1) + "|"
     for logical in LOGICAL:

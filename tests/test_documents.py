@@ -11,7 +11,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from dsv3_jax import cli
+from dsv3_jax.checkpoint.convert import ConvertArgs
 from dsv3_jax.config import PRESETS
+from dsv3_jax.inference.command import GenerateArgs
+from dsv3_jax.planning.info import InfoArgs
+from dsv3_jax.planning.options import PlanArgs
 from dsv3_jax.training.config import TrainArgs, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +82,20 @@ def test_data_reads(here):
     assert names["batch"]["tokens"].shape == (16, names["config"].sequence_length)
     assert names["state"]["next_sequence"] == 16
     assert names["held_out"]
+
+
+def test_commands_have_these_options():
+    """Every command of README and docs is parsed, as far as `...` or the end of its first line."""
+    kinds = {"train": TrainArgs, "generate": GenerateArgs, "info": InfoArgs, "convert": ConvertArgs, "plan": PlanArgs}
+    found = set()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        blocks = "".join(re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE))
+        for line in re.findall(r"^python -m dsv3_jax (.*)", blocks, re.MULTILINE):
+            command, *words = shlex.split(line.split(" ...")[0].rstrip("\\"), comments=True)
+            default = TrainArgs(TrainConfig.preset("tiny", "cpu")) if command == "train" else None
+            cli._parse(kinds[command], command, words, default)  # exits at an option that isn't there
+            found.add(command)
+    assert found == set(kinds)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dsv3_jax.checkpoint.store import MANIFEST, Store
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.parallel.rules import PRESETS, Axes, rules_of
+from dsv3_jax.parallel.rules import RULES, Axes, rules_of
 from dsv3_jax.parallel.sharding import LogicalSharding
 from dsv3_jax.runtime import Runtime
 
@@ -112,7 +112,7 @@ def shardings(
     if mesh is None:
         return runs.one_device(config, shapes)
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    rules = PRESETS["fsdp_ep"] if runtime.sharding == "single" else rules_of(runtime)
+    rules = RULES["fsdp_ep"] if runtime.sharding == "single" else rules_of(runtime)
     stored, logical = LogicalSharding(rules, mesh).stored(), parameter_axes(DeepSeekV3(config))
 
     def cut(path: TreePath, shape: tuple[int, ...]) -> list[Axes | None]:

@@ -75,7 +75,7 @@ def spread_experts(
     partial_sums = sharding.axes("expert_ffn")
 
     def on_device(x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any) -> jax.Array:
-        layout = Layout.of(config, runtime, sharding, math.prod(x.shape[:2]), ids.shape[-1], len(w.gate_proj))
+        layout = DispatchSizes.of(config, runtime, sharding, math.prod(x.shape[:2]), ids.shape[-1], len(w.gate_proj))
         y = _route(flatten(x), flatten(ids), flatten(weights), w, compute, layout)
         y = lax.psum(y, partial_sums) if partial_sums else y
         return y.astype(x.dtype).reshape(x.shape)
@@ -90,7 +90,7 @@ def spread_experts(
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class DispatchSizes:
     """Who holds which expert, and how large the buffers are. All counts are of one device, of one layer.
 
     node, expert: sizes of the axes that experts are spread over; 1 if they aren't.
@@ -114,7 +114,7 @@ class Layout:
     @classmethod
     def of(
         cls, config: ModelConfig, runtime: Runtime, sharding: LogicalSharding, tokens: int, k: int, local: int
-    ) -> Layout:
+    ) -> DispatchSizes:
         axes, batch = sharding.axes("experts"), sharding.rules.batch
         if not set(axes) <= {"node", "expert"}:
             raise ConfigError(f"the rules spread experts over {', '.join(axes)}: it must be over node and expert")
@@ -160,7 +160,7 @@ class Layout:
 
 
 def _route(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any, compute: LocalExperts, layout: Layout
+    x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any, compute: LocalExperts, layout: DispatchSizes
 ) -> jax.Array:
     """One device's part: its tokens (N, D), ids and weights (N, K) -> what the experts make of them, (N, D)."""
     if layout.devices == 1:
@@ -195,7 +195,7 @@ def _reached(ids: jax.Array, bins: int, width: int) -> jax.Array:
     return (ids[:, :, None] // width == jnp.arange(bins)).any(1)
 
 
-def _fits(ids: jax.Array, layout: Layout) -> jax.Array:
+def _fits(ids: jax.Array, layout: DispatchSizes) -> jax.Array:
     """Whether this batch's routing fits into the buffers of all devices; the same answer on each."""
     count = functools.partial(jnp.sum, axis=0, dtype=jnp.int32)
     devices = count(_reached(ids, layout.devices, layout.local)).reshape(layout.node, layout.expert)
@@ -210,7 +210,7 @@ def _fits(ids: jax.Array, layout: Layout) -> jax.Array:
 
 
 def _gather(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any, compute: LocalExperts, layout: Layout
+    x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any, compute: LocalExperts, layout: DispatchSizes
 ) -> jax.Array:
     """Every device sees all tokens and adds its experts' share: for few tokens, or where they aren't cut anyway."""
     if layout.cut:
@@ -228,7 +228,7 @@ def _here(ids: jax.Array, first: jax.Array, count: int) -> jax.Array:
 
 
 def _exchange(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, *, w: Any, compute: LocalExperts, layout: Layout
+    x: jax.Array, ids: jax.Array, weights: jax.Array, *, w: Any, compute: LocalExperts, layout: DispatchSizes
 ) -> jax.Array:
     """Dispatch: tokens to nodes, then to devices. Experts. Combine: back the same way."""
     hops: list[tuple[Send, jnp.dtype]] = []

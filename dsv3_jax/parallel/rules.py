@@ -38,7 +38,7 @@ LOGICAL = tuple(f.name for f in dataclasses.fields(Rules))
 _TENSOR: dict[str, Axes] = {"vocab": ("tensor",), "heads": ("tensor",), "ffn": ("tensor",), "expert_ffn": ("tensor",)}
 _EXPERTS: Axes = ("node", "expert")
 
-PRESETS = {
+RULES = {
     "single": Rules(),
     "fsdp": Rules(batch=("data", "fsdp"), sequence=("context",), embed=("fsdp",), **_TENSOR),
     "fsdp_ep": Rules(
@@ -60,7 +60,7 @@ PRESETS = {
 @functools.cache
 def rules_of(runtime: Runtime) -> Rules:
     """The runtime's preset with its overrides. Raises ConfigError for an override that isn't `axis=mesh,axes`."""
-    rules = PRESETS[runtime.sharding]
+    rules = RULES[runtime.sharding]
     for text in runtime.sharding_overrides:
         name, equals, axes = text.partition("=")
         cut = tuple(filter(None, axes.split(",")))

@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.moe import ExpertWeights, experts, experts_reference
-from dsv3_jax.parallel.dispatch import Layout
+from dsv3_jax.parallel.dispatch import DispatchSizes
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.rules import rules_of
 from dsv3_jax.parallel.sharding import LogicalSharding
@@ -75,7 +75,7 @@ def test_buffers_hold_what_even_routing_sends_and_half_as_much_again(shape, grou
     mesh = make_mesh(MeshShape.parse(shape), jax.devices()[: 2 if shape == "expert=2" else 8])
     local = E // mesh.size
     sharding = LogicalSharding(rules_of(runtime), mesh.abstract_mesh)
-    layout = Layout.of(config, runtime, sharding, tokens, K, local)
+    layout = DispatchSizes.of(config, runtime, sharding, tokens, K, local)
     assert (layout.node_room, layout.device_room, layout.row_room) == rooms
     most = min(K, local)  # experts of a token on one device
     fits = lambda n: np.less_equal([n, n * layout.node, n * mesh.size * most], rooms).all()

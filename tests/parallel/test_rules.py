@@ -29,17 +29,17 @@ def axes(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("preset", rules.PRESETS)
+@pytest.mark.parametrize("preset", rules.RULES)
 def test_every_parameter_of_every_preset_has_a_place(name, preset):
     mesh = make_mesh(MeshShape(data=1, fsdp=2, expert=2, tensor=2))
-    shardings = state_shardings(abstract(name), mesh, rules.PRESETS[preset], axes(name))
+    shardings = state_shardings(abstract(name), mesh, rules.RULES[preset], axes(name))
     cut = [s for s in jax.tree.leaves(shardings) if not s.is_fully_replicated]
     assert len(cut) == 0 if preset == "single" else len(cut) > 10
 
 
 def test_cuts_of_the_report_model():
     mesh = make_mesh(MeshShape(fsdp=2, expert=2, tensor=2))
-    tree = state_shardings(abstract("v3-671b"), mesh, rules.PRESETS["fsdp_ep"], axes("v3-671b"))
+    tree = state_shardings(abstract("v3-671b"), mesh, rules.RULES["fsdp_ep"], axes("v3-671b"))
     moe = tree["params"]["moe_layers"]
     assert moe["mlp"]["experts"]["gate_proj"].spec == PartitionSpec(None, ("expert",), ("fsdp",), ("tensor",))
     assert moe["self_attn"]["q_b_proj"].spec == PartitionSpec(None, ("fsdp",), ("tensor",), None)
@@ -51,7 +51,7 @@ def test_fsdp_leaves_no_matrix_whole():
     """Whatever is left whole takes memory on every device, with its moments."""
     mesh = make_mesh(MeshShape(fsdp=8))
     tree = abstract("v3-671b")["params"]
-    shardings = state_shardings(tree, mesh, rules.PRESETS["fsdp"], axes("v3-671b"))
+    shardings = state_shardings(tree, mesh, rules.RULES["fsdp"], axes("v3-671b"))
     sizes = jax.tree.map(lambda leaf, s: (leaf.size, math.prod(s.shard_shape(leaf.shape))), tree, shardings)
     for path, (whole, here) in jax.tree_util.tree_leaves_with_path(sizes, is_leaf=lambda x: isinstance(x, tuple)):
         assert here == whole // 8 or path[-1].key.endswith("norm"), path
@@ -69,7 +69,7 @@ def test_a_size_that_does_not_divide_is_refused():
     odd = dataclasses.replace(ModelConfig.preset("tiny"), num_attention_heads=3)
     tree = jax.eval_shape(DeepSeekV3(odd).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     with pytest.raises(ConfigError, match=r"\w+_proj .*'heads' of 3 doesn't divide over tensor = 8 devices"):
-        state_shardings(tree, mesh, rules.PRESETS["fsdp"], parameter_axes(DeepSeekV3(odd)))
+        state_shardings(tree, mesh, rules.RULES["fsdp"], parameter_axes(DeepSeekV3(odd)))
 
 
 @pytest.mark.parametrize("text", ["embed", "width=fsdp", "embed=sideways"])
