@@ -91,7 +91,9 @@ def test_commands_have_these_options():
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         blocks = "".join(re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE))
         for line in re.findall(r"^python -m dsv3_jax (.*)", blocks, re.MULTILINE):
-            command, *words = shlex.split(line.split(" ...")[0].rstrip("\\"), comments=True)
+            command, *words = shlex.split(
+                line.split(" ...")[0].rstrip("\\").replace("HOST:PORT", "host:1234"), comments=True
+            )
             default = TrainArgs(TrainConfig.preset("tiny", "cpu")) if command == "train" else None
             cli._parse(kinds[command], command, words, default)  # exits at an option that isn't there
             found.add(command)
