@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ahead_of_time import VMEM_BYTES, compile_for_tpu, lower_for_hopper, vmem_bytes
+from pallas_kernels.ahead_of_time import compile_for_tpu, lower_for_hopper, vmem_bytes
 from pallas_kernels.cache_update import cache_update
 from pallas_kernels.mla_decode import SplitCache, join, pack, quantise, split
 from pallas_kernels.mla_decode.problem import random_problem
 from tests.conftest import new_rng
+from tests.pallas_kernels.generations import GENERATIONS
 
 LENGTHS = [0, 1, 2, 63, 64, 65, 130]
 EPS = 1e-6
@@ -97,7 +98,7 @@ def test_gpu_lowers(tokens, form):
 
 
 @pytest.mark.parametrize(("form", "page"), [("packed", 64), ("packed_fp8", 256)])
-@pytest.mark.parametrize("generation", VMEM_BYTES)
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_tpu_compiles(generation, form, page, record_property):
     given = shapes(128, 2, form, page)
     compiled = compile_for_tpu(generation, functools.partial(update, implementation="tpu"), *given, donate=(0,))

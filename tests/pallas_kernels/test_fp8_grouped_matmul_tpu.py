@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels.ahead_of_time import VMEM_BYTES, compile_for_tpu, vmem_bytes
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul
+from tests.pallas_kernels.generations import GENERATIONS
 from tests.pallas_kernels.test_fp8_grouped_matmul import check, problem
 from tests.pallas_kernels.tokamax_elsewhere import interpreted_tokamax
 
@@ -27,7 +28,7 @@ def test_interpreted(generation, sizes, depth, columns):
 
 
 @pytest.mark.parametrize(("depth", "columns"), [(7168, 4096), (2048, 7168)])
-@pytest.mark.parametrize("generation", VMEM_BYTES)
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_compiles(generation, depth, columns, record_property):
     sd, fp8, f32 = jax.ShapeDtypeStruct, jnp.float8_e4m3fn, jnp.float32
     rows, groups = 32768, 32

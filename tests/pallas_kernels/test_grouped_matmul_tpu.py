@@ -13,6 +13,7 @@ import pytest
 from pallas_kernels.ahead_of_time import VMEM_BYTES, compile_for_tpu, vmem_of_kernels
 from pallas_kernels.grouped_matmul import grouped_matmul, library
 from tests.conftest import new_rng
+from tests.pallas_kernels.generations import GENERATIONS
 from tests.pallas_kernels.tokamax_elsewhere import interpreted_tokamax
 
 by_tokamax = functools.partial(grouped_matmul, implementation="tokamax")
@@ -54,7 +55,7 @@ def result_and_gradients(x, w, dy, sizes):
 
 
 @pytest.mark.parametrize(("depth", "columns"), [(7168, 4096), (2048, 7168)])
-@pytest.mark.parametrize("generation", VMEM_BYTES)
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_compiles(generation, depth, columns, record_property):
     sd = jax.ShapeDtypeStruct
     x, w, dy = (sd(s, jnp.bfloat16) for s in ((32768, depth), (32, depth, columns), (32768, columns)))

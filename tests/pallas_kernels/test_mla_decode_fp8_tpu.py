@@ -14,6 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from pallas_kernels.ahead_of_time import VMEM_BYTES, compile_for_tpu, vmem_bytes
 from pallas_kernels.mla_decode import join, mla_decode, pack, plan, problem, quantise, split
 from tests.conftest import new_rng
+from tests.pallas_kernels.generations import GENERATIONS
 from tests.pallas_kernels.test_mla_decode import RACE, SCALE, check, in_fp8, shapes
 
 
@@ -54,7 +55,7 @@ def arguments(batch, tokens, heads, length, page):
 
 
 @pytest.mark.parametrize(("shape", "page"), [((128, 1, 128, 4096), 256), ((128, 2, 128, 32768), 512)])
-@pytest.mark.parametrize("generation", VMEM_BYTES)
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_compiles(generation, shape, page, record_property):
     args = arguments(*shape, page)
     compiled = compile_for_tpu(generation, functools.partial(mla_decode, scale=SCALE, implementation="tpu"), *args)

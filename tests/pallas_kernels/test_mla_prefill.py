@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from tokamax._src.ops.attention import api as tokamax_api
 
-from pallas_kernels.ahead_of_time import TPUS, compile_for_tpu, lower_for_hopper, vmem_bytes
+from pallas_kernels.ahead_of_time import compile_for_tpu, lower_for_hopper, vmem_bytes
 from pallas_kernels.mla_prefill import blockwise, library, mla_prefill, tpu
 from tests.conftest import new_rng
+from tests.pallas_kernels.generations import GENERATIONS
 from tests.pallas_kernels.tokamax_elsewhere import pretend_hopper
 
 SCALE = 192**-0.5
@@ -220,7 +221,7 @@ def training(implementation):
     return run
 
 
-@pytest.mark.parametrize("generation", TPUS)
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_tpu_compiles(generation, record_property):
     given = real_shapes(4096, 4096)
     segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
@@ -300,7 +301,7 @@ def test_gpu_chooses(found, dtype, packed, chosen, monkeypatch):
     assert library.gpu(*arrays(1, 128, 128, 2, dtype), scale=SCALE, segments=segments) == chosen
 
 
-@pytest.mark.parametrize("generation", TPUS)
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_splash_compiles(generation):
     given = real_shapes(4096, 4096, 16)
     segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
