@@ -92,6 +92,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def seal(index: dict[str, Any]) -> str:
+    """A hash of an index without its seal."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(index, sort_keys=True).encode())
+
+
 def file_hash(path: Path) -> str:
     """The xxh3_128 of a file's bytes."""
     digest = xxhash.xxh3_128()
@@ -114,6 +119,8 @@ class Prepared:
         path = directory / INDEX
         index = check_type(read_json(path, ConfigError), dict, str(path), ConfigError)
         version = field(index, "format", int, str(path), ConfigError)
+        if index.pop("seal", None) != seal(index):
+            raise ConfigError(f"{path} is not what was written: its seal differs; copy or prepare the data again")
         if version != FORMAT:
             raise ConfigError(f"{path} is of format {version}, this version reads {FORMAT}: prepare the data again")
         for split in SPLITS:
@@ -195,9 +202,7 @@ class Documents:
         records = dict(zip(wanted, self._read(shard, wanted), strict=True)) if wanted else {}
         found = []
         for (start, stop), own in zip(spans, chunks, strict=True):
-            pieces = [
-                np.frombuffer(records[c], self._dtype)[max(start - c * CHUNK, 0) : stop - c * CHUNK] for c in own
-            ]
+            pieces = [np.frombuffer(records[c], self._dtype)[max(start - c * CHUNK, 0) : stop - c * CHUNK] for c in own]
             found.append(np.concatenate(pieces) if pieces else np.empty(0, self._dtype))
         return found
 

@@ -68,13 +68,14 @@ class Record(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Documents that are next to each other. places: (file, line or row; 0 for a whole file) of each."""
+    """Documents that are next to each other. places: (file, line or row; 0 for a whole file) of each. after: None if more
+    of the last document follows."""
 
     records: list[bytes | str]
     is_json: list[bool]
     places: list[tuple[int, int]]
     long: LongDocument | None
-    after: Position
+    after: Position | None
     done: int
 
 
@@ -442,7 +443,9 @@ def _hub_file(source: str, number: int, text_field: str) -> File:
                 if text is not None and not isinstance(text, str):
                     raise ConfigError(f"{source}, row {row}: field {text_field!r} is not text")
                 if text is None and text_field not in values:
-                    raise ConfigError(f"{source} has no field {text_field!r}: set text_field to one of {sorted(values)}")
+                    raise ConfigError(
+                        f"{source} has no field {text_field!r}: set text_field to one of {sorted(values)}"
+                    )
                 if text is not None:
                     yield Record(valid_unicode(text), False, row, row, 0)
         except ConfigError:

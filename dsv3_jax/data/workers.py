@@ -1,4 +1,4 @@
-"""Processes that apply one function. They start from nothing, without fork and without the caller's `__main__`.
+"""Processes that work on one object. They start from nothing, without fork and without the caller's `__main__`.
 
 multiprocessing would import the caller's script anew, which trains a second time if the script isn't guarded.
 """
@@ -10,7 +10,6 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -20,22 +19,22 @@ _LENGTH = 8
 
 
 class Workers:
-    """`count` processes that call `function`, which is pickled once for each; with 0 the caller's thread does.
+    """`count` processes that call methods of `target`, which is pickled once for each; with 0 the caller's thread does.
 
-    An exception of the function is raised by its future.
+    An exception of the method is raised by its future.
     """
 
-    def __init__(self, count: int, function: Callable[..., Any]) -> None:
-        self._function, self._processes = function, list[subprocess.Popen[bytes]]()
+    def __init__(self, count: int, target: object) -> None:
+        self._target, self._processes = target, list[subprocess.Popen[bytes]]()
         self._mine = threading.local()
         self._threads = ThreadPoolExecutor(count, initializer=self._start) if count else None
 
-    def submit(self, *arguments: Any) -> Future[Any]:
-        """Calls the function in a free process; calls start in order."""
+    def submit(self, method: str, *arguments: Any) -> Future[Any]:
+        """Calls a method in a free process; calls start in order."""
         if self._threads is not None:
-            return self._threads.submit(self._ask, arguments)
+            return self._threads.submit(self._ask, method, arguments)
         future: Future[Any] = Future()
-        future.set_result(self._function(*arguments))
+        future.set_result(getattr(self._target, method)(*arguments))
         return future
 
     def close(self) -> None:
@@ -65,12 +64,12 @@ class Workers:
         )
         self._processes.append(process)
         self._mine.process = process
-        send(process.stdin, self._function)
+        send(process.stdin, self._target)
 
-    def _ask(self, arguments: tuple[Any, ...]) -> Any:
+    def _ask(self, method: str, arguments: tuple[Any, ...]) -> Any:
         process = self._mine.process
         try:
-            send(process.stdin, arguments)
+            send(process.stdin, (method, arguments))
             result, error = receive(process.stdout)
         except (EOFError, OSError):
             raise ConfigError(
@@ -105,11 +104,11 @@ def _serve() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may write between answers
     try:
-        function = receive(requests)
+        target = receive(requests)
         while True:
-            arguments = receive(requests)
+            method, arguments = receive(requests)
             try:
-                answer = (function(*arguments), None)
+                answer = (getattr(target, method)(*arguments), None)
             except Exception as error:
                 answer = (None, error)
             send(answers, answer)
