@@ -8,7 +8,7 @@ from fractions import Fraction
 
 
 class Mixture:
-    """Assigns sequences 0, 1, 2, ... to sources so that at every point each has had its share, to less than one sequence.
+    """Assigns sequences 0, 1, 2, ... to sources so that at every point each has had its share, to less than one.
 
     Tijdeman, "The chairman assignment problem" (Discrete Mathematics 32, 1980): of K sources, none is ever more than
     1 - 1 / (2K - 2) sequences away from its share, however the shares change.

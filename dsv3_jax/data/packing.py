@@ -20,8 +20,8 @@ class PackedSequences(grain.MapDataset):
     """Sequences of T tokens by index; index `epoch * len(self) + i` is sequence i of that epoch.
 
     An epoch puts blocks of documents, and the documents of each, into a new order, and cuts them into sequences that
-    overlap by one token: the last target of one is the first token of the next. So every token but the first is a target
-    once, except for the fewer than T tokens at the epoch's end.
+    overlap by one token: the last target of one is the first token of the next. So every token but the first is a
+    target once, except for the fewer than T tokens at the epoch's end.
 
     Elements are dicts of (T,) int32: `tokens`; `targets`, one token ahead; `segments`, the number of the token's
     document within the sequence, from 1; `positions`, the token's index within its segment. With `mask_documents`, a
@@ -70,10 +70,10 @@ class PackedSequences(grain.MapDataset):
         where = np.arange(begin, end - 1)
         of = np.searchsorted(starts, where, side="right")
         positions = where - np.maximum(np.array(starts)[of - 1], begin)
-        row = _element(tokens[:-1], tokens[1:], of, positions)
+        element = _element(tokens[:-1], tokens[1:], of, positions)
         if self._mask_documents and starts[-1] == end - 1:
-            row["targets"][-1] = IGNORE
-        return row
+            element["targets"][-1] = IGNORE
+        return element
 
     def _blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks' order, and where in the epoch each begins."""
@@ -100,8 +100,8 @@ class BestFitSequences(grain.MapDataset):
     """Sequences of whole documents by index, as in `PackedSequences`; a longer document is cut at T targets.
 
     Documents of a block go by best fit, the longest first (Ding et al., "Fewer Truncations Improve Language Modeling",
-    2024): each into the sequence with the least room that takes it. The rest of a sequence is padding: tokens 0, targets
-    -100, segment 0. A document's first token is no target: nothing comes before it.
+    2024): each into the sequence with the least room that takes it. The rest of a sequence is padding: tokens 0,
+    targets -100, segment 0. A document's first token is no target: nothing comes before it.
     """
 
     def __init__(self, documents: Documents, sequence_length: int, seed: int) -> None:

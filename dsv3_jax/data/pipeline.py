@@ -237,8 +237,8 @@ class _Rows:
 class TrainIterator(grain.DatasetIterator):
     """Batches without end, from the sequences of one or more sources in one global order.
 
-    A batch takes the next sequences of that order. What is saved is only how many were taken, of each source: a restored
-    iterator goes on at once, with any batch size and in any number of processes.
+    A batch takes the next sequences of that order. What is saved is only how many were taken, of each source: a
+    restored iterator goes on at once, with any batch size and in any number of processes.
 
     Batches are dicts of (B, T) int32, as `PackedSequences` describes them. The next ones, of the same size, are read
     ahead.
@@ -301,7 +301,7 @@ class TrainIterator(grain.DatasetIterator):
         return self.next_batch(self._batch_size)
 
     def metrics(self) -> dict[str, float]:
-        """`data_wait`: the share of time since the last call spent waiting for batches; `epochs/NAME` of each source."""
+        """`data_wait`: the share of time since the last call spent waiting for batches; `epochs/NAME` of sources."""
         now = time.perf_counter()
         wait = self._waited / max(now - self._since, 1e-9)
         self._waited, self._since = 0.0, now

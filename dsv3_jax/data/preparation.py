@@ -264,10 +264,10 @@ class _Job:
                 yield part, pool.submit("whole", list(group), [False] * len(group))
             return
         first = True
-        for text, following in _with_next(cut(texts, _PIECE, between_words=True)):
-            after = batch.after if following is None else None
+        for text, rest in _with_next(cut(texts, _PIECE, between_words=True)):
+            after = batch.after if rest is None else None
             note = _Piece(batch.places[0], digest, size, first, after, batch.done)
-            yield note, pool.submit("piece", text, first, following is None)
+            yield note, pool.submit("piece", text, first, rest is None)
             first = False
 
     def _consume(self, what: Batch | _Piece, future: Future[Any]) -> None:
@@ -381,7 +381,7 @@ class _Job:
         state = read_json(path, ConfigError)
         if state["job"] != json.loads(json.dumps(self.job)):
             raise ConfigError(
-                f"{self.partial} holds another unfinished preparation, of other files, options or tokenizer: remove it, "
+                f"{self.partial} holds another unfinished preparation, of other files, options or tokenizer: remove it "
                 "or choose another place"
             )
         self.state = state

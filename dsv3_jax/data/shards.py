@@ -1,6 +1,6 @@
 """Prepared data on disk: shards of tokens in ArrayRecord files, and the index that says what is in them.
 
-A directory holds `index.json`, the tokenizer's files, and shards of two splits, `training-00000.array_record` and so on.
+A directory holds `index.json`, the tokenizer's files, and shards of two splits, as `training-00000.array_record`.
 A shard is a stream of documents' tokens in records of `CHUNK` tokens, then the places where documents end in records of
 `BLOCK` documents. Records carry checksums of their own: a flipped bit is noticed when it is read.
 """

@@ -68,8 +68,8 @@ class Record(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Documents that are next to each other. places: (file, line or row; 0 for a whole file) of each. after: None if more
-    of the last document follows."""
+    """Documents that are next to each other. places: (file, line or row; 0 for a whole file) of each. after: None if
+    more of the last document follows."""
 
     records: list[bytes | str]
     is_json: list[bool]
@@ -104,8 +104,8 @@ def find_files(sources: Sequence[str], text_field: str) -> list[File]:
     Args:
       sources: each "stdlib" for the reference texts and modules of Python's standard library; or a file or folder, in
         which each `.txt`, `.md`, `.rst` or `.py` file is a document, each line of a `.jsonl` file (`.gz` and `.zst`
-        too), each row of a `.parquet` file; or "OWNER/NAME", a data set of the Hugging Face Hub. Folders are searched in
-        depth, in sorted order, without hidden entries.
+        too), each row of a `.parquet` file; or "OWNER/NAME", a data set of the Hugging Face Hub. Folders are searched
+        in depth, in sorted order, without hidden entries.
       text_field: the column of parquet files and of the Hub.
 
     Raises:
@@ -254,16 +254,16 @@ def _jsonl(path: Path, text_field: str, offset: int, number: int) -> Iterator[Re
         plain = file is raw
         try:
             _skip(file, offset, plain)
-            for line, offset in _lines(file, offset):
+            for line, after in _lines(file, offset):
                 number += 1
-                done = offset if plain else raw.tell()
+                done = after if plain else raw.tell()
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if len(line) >= _LONG:
                     long = LongDocument(lambda line=line: json_text(line, text_field))  # type: ignore[misc]
-                    yield Record(long, True, number, offset, done)
+                    yield Record(long, True, number, after, done)
                 elif line and not line.isspace():
-                    yield Record(line, True, number, offset, done)
+                    yield Record(line, True, number, after, done)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ConfigError(f"{path} is damaged or cut off after line {number}: {error}") from None
         except OSError as error:

@@ -53,10 +53,10 @@ class Conversation(Protocol):
 class Tokenize:
     """Makes tokens of a batch of documents. Pickled once for each process; reads its tokenizer there.
 
-    A document is bos, text, eos; only eos and text where the two are one token. With `fim_rate`, that share of documents
-    is bos, begin, prefix, hole, suffix, end, middle, eos, of a text cut at two random places (report section 4.1: PSM).
-    With `split_rate`, that share of tokens that join punctuation and line ends is two tokens. Chance follows from `seed`
-    and the text. With `chat`, which makes a template, records are conversations; see `_chat`.
+    A document is bos, text, eos; only eos and text where the two are one token. With `fim_rate`, that share of
+    documents is bos, begin, prefix, hole, suffix, end, middle, eos, of a text cut at two random places (report section
+    4.1: PSM). With `split_rate`, that share of tokens that join punctuation and line ends is two tokens. Chance follows
+    from `seed` and the text. With `chat`, which makes a template, records are conversations; see `_chat`.
     """
 
     tokenizer_path: str | None
@@ -155,7 +155,7 @@ class Tokenize:
         for digest, fim in zip(hashes, rearranged, strict=True):
             if fim:
                 begin, hole, end = self._fim_ids
-                pieces = [bos, [begin], next(ids), [hole], next(ids), [end], next(ids), eos]
+                pieces: list[Any] = [bos, [begin], next(ids), [hole], next(ids), [end], next(ids), eos]
             else:
                 pieces = [bos, next(ids), eos]
             tokens = np.concatenate(pieces).astype(np.int32)
@@ -182,8 +182,8 @@ class Tokenize:
             if None not in ids:
                 return tuple(i for i in ids if i is not None)
         raise ConfigError(
-            f"fim_rate is {self.fim_rate}, but the tokenizer has no tokens for it, as {', '.join(FIM_TOKENS[0])}: set it "
-            "to 0"
+            f"fim_rate is {self.fim_rate}, but the tokenizer has no tokens for it, as {', '.join(FIM_TOKENS[0])}: set "
+            "it to 0"
         )
 
     @functools.cached_property

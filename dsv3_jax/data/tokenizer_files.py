@@ -55,7 +55,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def tokenizer_sources(path: str | Path | None) -> dict[str, Path]:
-    """Maps names under which copies of a tokenizer are kept to the files at `path`, a file or a folder. None for bytes."""
+    """Maps names of copies to the files of the tokenizer at `path`, a file or a folder: none for bytes."""
     if path is None or str(path) == BYTES:
         return {}
     path = Path(path)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from dsv3_jax.config import ConfigError
 
@@ -80,7 +80,7 @@ class Workers:
         return result
 
 
-def send(pipe: BinaryIO | None, value: Any) -> None:
+def send(pipe: IO[bytes] | None, value: Any) -> None:
     """Writes a pickle with its length before it."""
     assert pipe is not None
     data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
@@ -89,7 +89,7 @@ def send(pipe: BinaryIO | None, value: Any) -> None:
     pipe.flush()
 
 
-def receive(pipe: BinaryIO | None) -> Any:
+def receive(pipe: IO[bytes] | None) -> Any:
     """Reads what `send` wrote. Raises EOFError when the other side is gone."""
     assert pipe is not None
     head = pipe.read(_LENGTH)
@@ -108,7 +108,7 @@ def _serve() -> None:
         while True:
             method, arguments = receive(requests)
             try:
-                answer = (getattr(target, method)(*arguments), None)
+                answer: tuple[Any, Exception | None] = (getattr(target, method)(*arguments), None)
             except Exception as error:
                 answer = (None, error)
             send(answers, answer)
