@@ -1,5 +1,7 @@
 """Prepared data of known tokens, for tests."""
 
+import itertools
+
 import numpy as np
 
 from dsv3_jax.data.shards import Documents, ShardWriter
@@ -19,4 +21,4 @@ def documents(path, texts, dtype="int32", shards=1):
 def counted(path, lengths, **how):
     """Documents whose tokens are all different, so that a token tells where it was."""
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
-    return documents(path, [np.arange(a, b) for a, b in zip(offsets[:-1], offsets[1:], strict=True)], **how), offsets
+    return documents(path, [np.arange(a, b) for a, b in itertools.pairwise(offsets)], **how), offsets

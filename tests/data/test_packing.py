@@ -75,7 +75,7 @@ def check_every_token_once(data, offsets, length, seed, epoch):
 @settings(max_examples=20)
 def test_equals_grain_concat_then_split(lengths, length, epoch):
     with tempfile.TemporaryDirectory() as folder:
-        data, offsets = counted(Path(folder), lengths)
+        data, _ = counted(Path(folder), lengths)
         packed = packed_or_none(data, length)
         if packed is None:
             return
