@@ -43,7 +43,7 @@ _ENOUGH = 1000
 
 @dataclasses.dataclass(frozen=True)
 class PrepareOptions:
-    """What becomes of documents."""
+    """Choices of what documents become."""
 
     tokenizer: str | None = None
     """A Hugging Face tokenizer.json, tiktoken.model, or the folder that holds one; bytes without one."""
