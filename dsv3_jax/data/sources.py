@@ -89,7 +89,7 @@ class File:
     records: Callable[[int, int], Iterator[Record]]
     """From (offset, number) on."""
     state: str
-    """What tells that the file has been changed."""
+    """Differs when the file has been changed."""
 
     def where(self, number: int) -> str:
         """The name of a document, for messages."""

@@ -44,7 +44,7 @@ class Tokenized(NamedTuple):
 
 
 class Conversation(Protocol):
-    """What renders chats: a chat template, as in `serving.chat`."""
+    """Renders chats: a chat template, as in `serving.chat`."""
 
     def render(self, messages: Any, tools: Any = None, *, add_generation_prompt: bool = True) -> Any: ...
 
