@@ -24,6 +24,16 @@ class Runtime:
     In Python any dtype-like is taken, here and below, such as jnp.bfloat16."""
     param_dtype: Dtype = "float32"
     """Dtype of the parameters as they are stored and optimised."""
+    precision: Literal["dtype", "fp8"] = "dtype"
+    """`dtype` multiplies in `dtype`. `fp8` quantises weights and activations of every linear layer and expert, forward
+    and backward (report section 3.3); embedding, head, router, norms and attention stay as they are. On a Hopper GPU,
+    or emulated on a CPU."""
+    fp8_scales: Literal["tiles", "block_gradients", "tensor"] = "tiles"
+    """`tiles` is the report's: 1 x 128 of activations and gradients, 128 x 128 of weights. For experiments: gradients
+    in 128 x 128 too, which diverged in the report's appendix B.2, and one scale for a whole tensor."""
+    fp8_power_of_two: bool = False
+    """Whether all FP8 scales are powers of two ("ue8m0", DeepSeek-V3.1). Those of the inputs of experts and of the
+    layer after attention always are."""
     attention_form: Literal["expanded", "absorbed"] = "expanded"
     """`expanded` makes keys and values per head (training, prefill); `absorbed` attends to the latent (decode)."""
     attention_impl: Literal[

@@ -71,12 +71,13 @@ class MultiHeadLatentAttention(Module):
             q_nope = linear_einsum(self, "k_b_proj", "bthn,rhn->bthr", q_nope, w_uk, up)
             k_nope = v = keys.latent[:, :, None]
         else:  # eq. 2 and 5
-            k_nope = linear(self, "k_b_proj", keys.latent, w_uk, up)
-            v = linear(self, "v_b_proj", keys.latent, w_uv, up)
+            k_nope = linear(self, "k_b_proj", keys.latent, w_uk, up, whole_sequence=True)
+            v = linear(self, "v_b_proj", keys.latent, w_uv, up, whole_sequence=True)
         plain = self.is_initializing()
         out = attend(q_nope, q_rope, k_nope, v, keys, where, c, self.runtime, scale=softmax_scale(c), reference=plain)
         if absorbed:
             out = linear_einsum(self, "v_b_proj", "bthr,rhv->bthv", out, w_uv, up)
 
         w_o = (heads, c.v_head_dim, d)
-        return kept(linear(self, "o_proj", kept(out), w_o, ("heads", None, "embed"), contract=2)), cache  # eq. 11
+        y = linear(self, "o_proj", out, w_o, ("heads", None, "embed"), contract=2, keep_input=True)  # eq. 11
+        return kept(y), cache

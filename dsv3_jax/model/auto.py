@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.quantization.recipe import Recipe, fp8_implementation
 from dsv3_jax.runtime import Runtime
 from pallas_kernels.devices import has_tpu_kernels, is_hopper, platform
 
@@ -65,6 +66,14 @@ def experts_impl(runtime: Runtime) -> str:
     return "tokamax" if device == "tpu" and _has_tokamax() else "ragged"
 
 
+def fp8_recipe(runtime: Runtime) -> Recipe:
+    """How the runtime multiplies in FP8. Raises ConfigError where this device can't, or `dtype` doesn't suit it."""
+    implementation = fp8_implementation()
+    if implementation == "gpu" and runtime.dtype != "bfloat16":
+        raise ConfigError(f"runtime.precision {runtime.precision!r} on a GPU takes dtype bfloat16, not {runtime.dtype}")
+    return Recipe(implementation, runtime.fp8_scales, runtime.fp8_power_of_two)
+
+
 @functools.cache
 def _has_tokamax() -> bool:
     return importlib.util.find_spec("tokamax") is not None
@@ -74,4 +83,8 @@ def choices(runtime: Runtime, config: ModelConfig, tokens: int) -> str:
     """One line: the implementations that a forward pass over sequences of `tokens` gets on this device."""
     attention = attention_impl(runtime, config, tokens=tokens, keys=tokens, cached=False)
     experts = f"; experts: {experts_impl(runtime)}" if config.num_moe_layers else ""
-    return f"attention: {attention}{experts} ({runtime.dtype} on {platform()})"
+    precision = runtime.dtype
+    if runtime.precision != "dtype":
+        recipe = fp8_recipe(runtime)
+        experts = f"; linear layers and experts: FP8 {recipe}"
+    return f"attention: {attention}{experts} ({precision} on {platform()})"

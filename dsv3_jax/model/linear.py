@@ -7,21 +7,26 @@ runtime may quantise before the all-gather. `weight` is for the rest, which neve
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.model import fp8_linear
+from dsv3_jax.model.auto import fp8_recipe
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.remat import kept
 from dsv3_jax.parallel.sharding import Logical, current_sharding
+from dsv3_jax.quantization import matmul as fp8
+from dsv3_jax.quantization.matmul import QuantisedWeight
 from pallas_kernels import grouped_matmul
 
-type Weight = jax.Array
-"""A weight as products take it: cast to the runtime's dtype, all-gathered along `embed`."""
+type Weight = jax.Array | QuantisedWeight
+"""A weight as products take it, all-gathered along `embed`: in the runtime's dtype, or in FP8 blocks."""
 
 
 def weight(module: Module, name: str, shape: tuple[int, ...], logical: Logical, dtype: Any = None) -> jax.Array:
@@ -38,13 +43,35 @@ def weight(module: Module, name: str, shape: tuple[int, ...], logical: Logical, 
     return current_sharding(module.runtime).all_gather_weight(used, name, logical)
 
 
-def linear_weight(module: Module, name: str, shape: tuple[int, ...], logical: Logical) -> Weight:
-    """Declares a weight as `weight` does, for `multiply`, `weight_einsum` and `grouped_swiglu`."""
-    return weight(module, name, shape, logical)
+def linear_weight(
+    module: Module, name: str, shape: tuple[int, ...], logical: Logical, *, contract: int = 1, stack: int = 0
+) -> Weight:
+    """Declares a weight as `weight` does, for `multiply`, `weight_einsum` and `grouped_swiglu`.
+
+    In FP8 it is quantised as it is stored and all-gathered after, and its gradient goes to what is stored.
+
+    Args:
+      contract: number of axes that products contract. stack: number of axes before them, which index matrices.
+    """
+    if module.runtime.precision != "fp8":
+        return weight(module, name, shape, logical)
+    stored = module.declare(name, nn.initializers.normal(module.config.initializer_range), shape, logical)
+    sharding, recipe = current_sharding(module.runtime), fp8_recipe(module.runtime)
+    w = QuantisedWeight.of(stored, recipe, contract=contract, stack=stack)
+    w = dataclasses.replace(w, master=sharding.all_gather_weight(stored, name, logical))
+    return fp8_linear.all_gather_blocks(sharding, name, w, logical)
 
 
 def linear(
-    module: Module, name: str, x: jax.Array, shape: tuple[int, ...], logical: Logical, *, contract: int = 1
+    module: Module,
+    name: str,
+    x: jax.Array,
+    shape: tuple[int, ...],
+    logical: Logical,
+    *,
+    contract: int = 1,
+    keep_input: bool = False,
+    whole_sequence: bool = False,
 ) -> jax.Array:
     """Multiplies x (..., *I) with the weight (*I, *O) of `module` that it declares: (..., *O) of the runtime's dtype.
 
@@ -52,9 +79,42 @@ def linear(
       shape: of the weight, input axes first: the transpose of PyTorch's.
       logical: the logical axis of each, or None; see `parallel.rules.Rules`.
       contract: number of axes in I.
+      keep_input: whether policy `paper` keeps x, in FP8 if that is how it multiplies, with scales of powers of two.
+      whole_sequence: whether every device of a sequence has all of x's tokens, (B, S, ...).
     """
     with jax.named_scope(name):
-        return multiply(x, linear_weight(module, name, shape, logical), contract=contract)
+        w = linear_weight(module, name, shape, logical, contract=contract)
+        if isinstance(w, QuantisedWeight):
+            compute = functools.partial(fp8.linear, power_of_two=keep_input, keep=kept if keep_input else _as_is)
+            return fp8_linear.linear(module.runtime, compute, x, w, logical, whole_sequence=whole_sequence)
+        return multiply(kept(x) if keep_input else x, w, contract=contract)
+
+
+def swiglu(module: Module, x: jax.Array, width: int) -> jax.Array:
+    """Declares gate_proj, up_proj and down_proj and computes down(silu(gate(x)) * up(x)): (B, T, D) -> (B, T, D)."""
+    d = x.shape[-1]
+    into, out = ((d, width), ("embed", "ffn")), ((width, d), ("ffn", "embed"))
+    gate, up, down = (linear_weight(module, n, *w) for n, w in zip(_SWIGLU, (into, into, out), strict=True))
+    if _in_blocks(weights := (gate, up, down)):
+        return fp8_linear.swiglu(module.runtime, functools.partial(fp8.swiglu, keep=kept), x, weights)
+
+    def named(name: str, x: jax.Array, w: Weight) -> jax.Array:
+        with jax.named_scope(name):
+            return multiply(x, w)
+
+    hidden = jax.nn.silu(kept(named("gate_proj", x, gate))) * kept(named("up_proj", x, up))
+    return named("down_proj", hidden, down)
+
+
+_SWIGLU = ("gate_proj", "up_proj", "down_proj")
+
+
+def _in_blocks(weights: tuple[Weight, ...]) -> TypeGuard[tuple[QuantisedWeight, QuantisedWeight, QuantisedWeight]]:
+    return all(isinstance(w, QuantisedWeight) for w in weights)
+
+
+def _as_is(x: jax.Array) -> jax.Array:
+    return x
 
 
 def linear_einsum(
@@ -75,11 +135,16 @@ def grouped_swiglu(
       gate, up: (G, D, F). down: (G, F, D).
       group_sizes: (G,) int32, rows of each expert.
     """
-    return grouped_matmul.grouped_swiglu(x, gate, up, down, group_sizes, implementation=implementation, keep=kept)
+    if _in_blocks(weights := (gate, up, down)):
+        return fp8.swiglu(x, *weights, group_sizes, keep=kept)
+    product = functools.partial(grouped_matmul.grouped_swiglu, implementation=implementation, keep=kept)
+    y: jax.Array = product(x, *weights, group_sizes)  # type: ignore[arg-type]
+    return y
 
 
 def weight_einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
-    """`jnp.einsum` of x and a weight."""
+    """`jnp.einsum` of x and a weight, which is taken out of its blocks first if it is in FP8."""
+    w = w.dequantise(x.dtype) if isinstance(w, QuantisedWeight) else w
     return jnp.einsum(equation, x, w)
 
 
@@ -88,6 +153,8 @@ def multiply(x: jax.Array, w: Weight, *, contract: int = 1) -> jax.Array:
 
     One two-dimensional product of `w`'s dtype whatever the axes, so that every weight quantises alike.
     """
+    if isinstance(w, QuantisedWeight):
+        return fp8_linear.local(fp8.linear, x, w)
     batch = x.shape[: x.ndim - contract]
     inputs, outputs = math.prod(w.shape[:contract]), w.shape[contract:]
     y = _product(x.reshape(*batch, inputs).astype(w.dtype), w.reshape(inputs, -1), False)

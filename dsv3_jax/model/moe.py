@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.auto import experts_impl
-from dsv3_jax.model.linear import Weight, grouped_swiglu, linear, linear_weight, weight_einsum
+from dsv3_jax.model.linear import Weight, grouped_swiglu, linear_weight, swiglu, weight_einsum
 from dsv3_jax.model.module import Module
-from dsv3_jax.model.remat import kept
 from dsv3_jax.model.router import Router, RouterStats
 from dsv3_jax.parallel.dispatch import experts_are_spread, experts_held, flatten, spread_experts
 from dsv3_jax.parallel.rows import collect, spread
@@ -86,10 +85,7 @@ class FeedForward(Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> (..., D) of the runtime's dtype."""
-        d = self.config.hidden_size
-        gate = kept(linear(self, "gate_proj", x, (d, self.width), ("embed", "ffn")))
-        up = kept(linear(self, "up_proj", x, (d, self.width), ("embed", "ffn")))
-        return linear(self, "down_proj", jax.nn.silu(gate) * up, (self.width, d), ("ffn", "embed"))
+        return swiglu(self, x, self.width)
 
 
 class RoutedExperts(Module):
@@ -103,9 +99,9 @@ class RoutedExperts(Module):
             ids = self._slots(ids)
         e, d, f = experts_held(c, self.runtime), c.hidden_size, c.moe_intermediate_size
         w = ExpertWeights(
-            linear_weight(self, "gate_proj", (e, d, f), ("experts", "embed", "expert_ffn")),
-            linear_weight(self, "up_proj", (e, d, f), ("experts", "embed", "expert_ffn")),
-            linear_weight(self, "down_proj", (e, f, d), ("experts", "expert_ffn", "embed")),
+            linear_weight(self, "gate_proj", (e, d, f), ("experts", "embed", "expert_ffn"), stack=1),
+            linear_weight(self, "up_proj", (e, d, f), ("experts", "embed", "expert_ffn"), stack=1),
+            linear_weight(self, "down_proj", (e, f, d), ("experts", "expert_ffn", "embed"), stack=1),
         )
         return experts(x, ids, weights, w, c, self.runtime)
 

@@ -88,8 +88,12 @@ class LogicalSharding:
     @jax.named_scope("all_gather_weight")
     def all_gather_weight(self, w: jax.Array, what: str, logical: Logical) -> jax.Array:
         """A stored parameter as a layer uses it: gathered along `embed` (FSDP), its gradient scattered again."""
-        used = self._replace(embed=()).spec(what, w.shape, logical)
+        used = self.used().spec(what, w.shape, logical)
         return w if self.mesh is None else _all_gather(w, used, self.stored().spec(what, w.shape, logical))
+
+    def used(self) -> LogicalSharding:
+        """The sharding of weights as layers use them, gathered along `embed`."""
+        return self._replace(embed=())
 
     def stored(self) -> LogicalSharding:
         """The sharding of master weights and optimizer state: over `zero` too (ZeRO-1), layers not over stages."""

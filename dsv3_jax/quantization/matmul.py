@@ -28,13 +28,22 @@ class QuantisedWeight:
 
     values: e4m3 (*stack, *I, *O), input axes first. scales: (*stack, ceil(|I| / 128), ceil(|O| / 128)) float32.
     master: the weight that they were made of, to which the gradient goes; None if FP8 is how it is stored.
-    contract: the number of axes in I.
+    recipe: how it multiplies. contract: the number of axes in I.
     """
 
     values: jax.Array
     scales: jax.Array
     master: jax.Array | None
+    recipe: Recipe = struct.field(pytree_node=False, default=Recipe())
     contract: int = struct.field(pytree_node=False, default=1)
+
+    @classmethod
+    def of(cls, w: jax.Array, recipe: Recipe, *, contract: int = 1, stack: int = 0) -> QuantisedWeight:
+        """Quantises a weight (*stack, *I, *O), of which `contract` axes are in I and `stack` index matrices."""
+        axes = w.shape[stack:]
+        matrices = w.reshape(*w.shape[:stack], math.prod(axes[:contract]), math.prod(axes[contract:]))
+        values, scales = recipe.matrices(jax.lax.stop_gradient(matrices))
+        return cls(values.reshape(w.shape), scales, w, recipe, contract)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,7 +60,7 @@ class QuantisedWeight:
     def matrix(self) -> QuantisedWeight:
         """The same, of shape (*stack, |I|, |O|)."""
         master = None if self.master is None else self.master.reshape(self.matrix_shape)
-        return QuantisedWeight(self.values.reshape(self.matrix_shape), self.scales, master)
+        return QuantisedWeight(self.values.reshape(self.matrix_shape), self.scales, master, self.recipe)
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -66,16 +75,14 @@ class _How(NamedTuple):
     keep: Keep
 
 
-def linear(
-    recipe: Recipe, x: jax.Array, w: QuantisedWeight, *, power_of_two: bool = False, keep: Keep = lambda a: a
-) -> jax.Array:
+def linear(x: jax.Array, w: QuantisedWeight, *, power_of_two: bool = False, keep: Keep = lambda a: a) -> jax.Array:
     """Multiplies x (M, K) with a matrix (K, N): (M, N) of `x`'s dtype.
 
     Args:
       power_of_two: of `x`'s scales: they then change by no rounding between tiles of 1 x 128 and of 128 x 1.
       keep: applied to what is saved of `x`, for a name that a rematerialisation policy knows.
     """
-    return _linear(_How(recipe, power_of_two, keep), x, w.master, w.values, w.scales)
+    return _linear(_How(w.recipe, power_of_two, keep), x, w.master, w.values, w.scales)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -100,7 +107,6 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def swiglu(
-    recipe: Recipe,
     x: jax.Array,
     gate: QuantisedWeight,
     up: QuantisedWeight,
@@ -118,7 +124,7 @@ def swiglu(
       group_sizes: (G,) int32, rows of each expert. Rows past the last group give zero.
       keep: applied to what is saved of gate's and up's results.
     """
-    how = _How(recipe, group_sizes is not None, keep)
+    how = _How(gate.recipe, group_sizes is not None, keep)
     weights = tuple((w.master, w.values, w.scales) for w in (gate, up, down))
     return _swiglu(how, x, weights, group_sizes)
 

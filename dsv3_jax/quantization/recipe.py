@@ -28,6 +28,11 @@ class Recipe:
     scales: Scales = "tiles"
     power_of_two: bool = False
 
+    def __str__(self) -> str:
+        by = "Hopper kernels" if self.implementation == "gpu" else "emulation"
+        scales = {"tiles": "1x128 and 128x128", "block_gradients": "128x128 gradients", "tensor": "one a tensor"}
+        return f"by {by}, scales {scales[self.scales]}{', powers of two' if self.power_of_two else ''}"
+
     def rows(self, x: jax.Array, *, gradient: bool = False, power_of_two: bool = False) -> tuple[jax.Array, jax.Array]:
         """Quantises rows (M, K) along K: values, scales (M, ceil(K / 128))."""
         return self._quantise(x, (1, TILE), gradient, power_of_two)

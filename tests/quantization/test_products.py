@@ -111,7 +111,7 @@ def test_products_are_those_of_the_quantised_numbers(grouped):
 
     def product(x, master):
         if not grouped:
-            return linear(recipe, x, jax.tree.map(lambda a: a[0], weight.replace(master=master)))
+            return linear(x, jax.tree.map(lambda a: a[0], weight.replace(master=master)))
         return grouped_linear(recipe, x, weight.replace(master=master), jnp.asarray(sizes, jnp.int32))
 
     y, back = jax.vjp(product, jnp.asarray(x), jnp.asarray(w))
@@ -144,8 +144,8 @@ def test_swiglu_against_float32(scales):
     sizes = jnp.asarray(SIZES, jnp.int32)
 
     def quantised(x, *masters):
-        weights = [QuantisedWeight(*recipe.matrices(jax.lax.stop_gradient(m)), m) for m in masters]
-        return swiglu(recipe, x, *weights, sizes)
+        weights = [QuantisedWeight.of(m, recipe, stack=1) for m in masters]
+        return swiglu(x, *weights, sizes)
 
     def exact(x, gate, up, down):
         dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes, precision="highest")
@@ -165,6 +165,6 @@ def test_swiglu_against_float32(scales):
 def test_dequantised_weight_has_its_masters_gradient():
     w = jnp.asarray(new_rng().standard_normal((2, 64, 192)), jnp.float32)
     values, scales = quantise_blocks(w.reshape(128, 192))
-    weight = lambda m: QuantisedWeight(values.reshape(w.shape), scales, m, contract=2).dequantise(jnp.float32)
+    weight = lambda m: QuantisedWeight.of(m, Recipe(), contract=2).dequantise(jnp.float32)
     np.testing.assert_array_equal(weight(w).reshape(128, 192), dequantise_blocks(values, scales))
     np.testing.assert_array_equal(jax.grad(lambda m: jnp.sum(weight(m) * w))(w), w)

@@ -1,0 +1,102 @@
+"""FP8 layers on a mesh: each device quantises and multiplies what it has, as kernels can't be partitioned."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.parallel.sharding import Logical, LogicalSharding, current_sharding
+from dsv3_jax.quantization.fp8 import TILE
+from dsv3_jax.quantization.matmul import QuantisedWeight
+from dsv3_jax.runtime import Runtime
+
+Compute = Callable[..., jax.Array]
+
+
+def local(compute: Compute, x: jax.Array, w: QuantisedWeight) -> jax.Array:
+    """Contracts the last axes of x (..., *I) with w (*I, *O) by `compute`, of matrices: (..., *O)."""
+    outputs = w.shape[w.contract :]
+    y = compute(x.reshape(-1, math.prod(w.shape[: w.contract])), w.matrix())
+    return y.reshape(*x.shape[: x.ndim - w.contract], *outputs)
+
+
+def linear(
+    runtime: Runtime, compute: Compute, x: jax.Array, w: QuantisedWeight, logical: Logical, *, whole_sequence: bool
+) -> jax.Array:
+    """`local` on the mesh in use: x (B, T, *I), w (*I, *O) -> (B, T, *O).
+
+    Raises ConfigError where a mesh axis cuts w within a block.
+    """
+    sharding = current_sharding(runtime).used()
+    if sharding.mesh is None or sharding.manual:
+        return local(compute, x, w)
+    ins, outs = logical[: w.contract], logical[w.contract :]
+    partial = tuple(axis for name in ins if name for axis in sharding.axes(name))
+    tokens = ("batch", None if whole_sequence else "sequence")
+    x_spec = sharding.spec("an activation", x.shape, (*tokens, *ins))
+    y_spec = sharding.spec("an activation", (*x.shape[:2], *w.shape[w.contract :]), (*tokens, *outs))
+
+    def on_device(x: jax.Array, w: QuantisedWeight) -> jax.Array:
+        y = local(compute, x, w)
+        return lax.psum(y, partial) if partial else y
+
+    specs = (x_spec, weight_specs(sharding, w, logical))
+    return jax.shard_map(on_device, in_specs=specs, out_specs=y_spec, check_vma=False)(x, w)
+
+
+def swiglu(
+    runtime: Runtime, compute: Compute, x: jax.Array, weights: tuple[QuantisedWeight, QuantisedWeight, QuantisedWeight]
+) -> jax.Array:
+    """`compute` of x (B, T, D) and the weights of gate, up (D, F) and down (F, D) on the mesh in use: (B, T, D)."""
+    sharding = current_sharding(runtime).used()
+    flat: Compute = lambda x, *w: compute(x.reshape(-1, x.shape[-1]), *w).reshape(x.shape)
+    if sharding.mesh is None or sharding.manual:
+        return flat(x, *weights)
+    partial = sharding.axes("ffn")
+    tokens = sharding.spec("an activation", x.shape, ("batch", "sequence", None))
+    into, out = ("embed", "ffn"), ("ffn", "embed")
+    specs = [weight_specs(sharding, w, names) for w, names in zip(weights, (into, into, out), strict=True)]
+    on_device: Compute = lambda x, *w: lax.psum(flat(x, *w), partial) if partial else flat(x, *w)
+    return jax.shard_map(on_device, in_specs=(tokens, *specs), out_specs=tokens, check_vma=False)(x, *weights)
+
+
+def weight_specs(sharding: LogicalSharding, w: QuantisedWeight, logical: Logical) -> QuantisedWeight:
+    """How the arrays of a weight are cut, scales as the first axes of I and O are.
+
+    Raises ConfigError where a mesh axis cuts a block, as it also does an axis other than those.
+    """
+    spec = sharding.spec("a weight", w.shape, logical)
+    stack = w.scales.ndim - 2
+    heads = [i for i in range(len(spec)) if i <= stack or i == stack + w.contract]
+    for i, cut in enumerate(spec):
+        parts = sharding.size(str(logical[i])) if cut else 1
+        inner = math.prod(w.shape[i : stack + w.contract] if i < stack + w.contract else w.shape[i:])
+        if i >= stack and parts > 1 and (i not in heads or inner // parts % TILE):
+            raise ConfigError(
+                f"a weight {w.shape} in FP8 is cut over {cut} within a block: "
+                f"{inner} over {parts} devices must be multiples of {TILE}"
+            )
+    scales = PartitionSpec(*(spec[i] for i in heads))
+    specs: Any = dict(values=spec, scales=scales, master=None if w.master is None else spec)
+    return dataclasses.replace(w, **specs)
+
+
+def all_gather_blocks(sharding: LogicalSharding, name: str, w: QuantisedWeight, logical: Logical) -> QuantisedWeight:
+    """A weight as a layer uses it: quantised where it is stored, and then gathered, a byte a number.
+
+    Raises ConfigError as `weight_specs`.
+    """
+    if sharding.mesh is None:
+        return w
+    if not sharding.manual:
+        weight_specs(sharding.used(), w, logical)
+    state: Compute = jax.lax.with_sharding_constraint
+    stored, used = sharding.stored().spec(name, w.shape, logical), sharding.used().spec(name, w.shape, logical)
+    return dataclasses.replace(w, values=state(state(w.values, stored), used))

@@ -1,0 +1,119 @@
+"""`runtime.precision = "fp8"`: the same parameters, gradients within FP8's rounding, on one device and many."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
+from dsv3_jax.config import ConfigError
+from dsv3_jax.model.auto import choices
+from dsv3_jax.model.transformer import parameter_axes
+from dsv3_jax.parallel.mesh import MeshShape
+from dsv3_jax.parallel.placement import Placement
+from tests.conftest import new_rng
+
+CONFIG = dataclasses.replace(
+    ModelConfig.preset("tiny"),
+    **dict(vocab_size=64, hidden_size=256, intermediate_size=256, moe_intermediate_size=256, num_hidden_layers=1),
+    **dict(first_k_dense_replace=0, num_attention_heads=4, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=64),
+    **dict(qk_rope_head_dim=64, v_head_dim=64, num_nextn_predict_layers=0, initializer_range=0.05),
+    # Every expert is chosen: else rounding would send some tokens to others, with all of their gradient.
+    **dict(n_routed_experts=4, num_experts_per_tok=4, n_group=1, topk_group=1),
+)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (8, 16)), jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradients(runtime, variables):
+    def loss(params):
+        outputs = DeepSeekV3(CONFIG, runtime).apply(variables | {"params": params}, TOKENS, (), method="forward")
+        return jnp.mean(outputs.logits.cross_entropy(jnp.roll(TOKENS, -1, 1))[0])
+
+    return jax.value_and_grad(loss)(variables["params"])
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return jax.jit(DeepSeekV3(CONFIG).init)(jax.random.key(0), TOKENS)
+
+
+@pytest.fixture(scope="module")
+def exact(variables):
+    return loss_and_gradients(Runtime(), variables)
+
+
+@pytest.fixture(scope="module")
+def fp8(variables):
+    return loss_and_gradients(Runtime(precision="fp8"), variables)
+
+
+def distances(got, expected):
+    norm = lambda a: np.linalg.norm(np.asarray(a, np.float64))
+    return jax.tree.map(lambda a, b: norm(a - b) / norm(b), got, expected)
+
+
+def test_the_parameters_are_the_same(variables):
+    again = jax.jit(DeepSeekV3(CONFIG, Runtime(precision="fp8")).init)(jax.random.key(0), TOKENS)
+    jax.tree.map(np.testing.assert_array_equal, variables, again)
+
+
+def test_gradients_are_those_of_float32_but_for_rounding(fp8, exact):
+    np.testing.assert_allclose(fp8[0], exact[0], rtol=5e-3)
+    assert not np.array_equal(fp8[0], exact[0])
+    far = distances(fp8[1], exact[1])
+    worst = max(jax.tree_util.tree_leaves_with_path(far), key=lambda leaf: leaf[1])
+    assert worst[1] < 0.3, worst
+
+
+def test_recomputation_changes_little(variables, fp8):
+    again = loss_and_gradients(Runtime(precision="fp8", remat="paper"), variables)
+    assert max(jax.tree.leaves(distances(again[1], fp8[1]))) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("sharding", "shape"),
+    [
+        pytest.param("fsdp", MeshShape(fsdp=4, tensor=2), marks=pytest.mark.slow),
+        ("fsdp_ep", MeshShape(fsdp=2, expert=4)),
+    ],
+)
+def test_on_a_mesh(sharding, shape, variables, fp8):
+    runtime = Runtime(precision="fp8", sharding=sharding)
+    placement = Placement(shape, runtime, parameter_axes(DeepSeekV3(CONFIG, runtime)))
+    with jax.set_mesh(placement.mesh):
+        loss, gradients = loss_and_gradients(runtime, variables)
+    np.testing.assert_allclose(loss, fp8[0], rtol=1e-3)
+    assert max(jax.tree.leaves(distances(gradients, fp8[1]))) < 0.1
+
+
+def test_a_run_says_its_precision():
+    line = choices(Runtime(precision="fp8", fp8_power_of_two=True), CONFIG, 16)
+    assert "FP8 by emulation, scales 1x128 and 128x128, powers of two (float32 on cpu)" in line
+
+
+def test_other_devices_are_refused(monkeypatch):
+    monkeypatch.setattr("dsv3_jax.quantization.recipe.platform", lambda: "tpu")
+    with pytest.raises(ConfigError, match="'fp8' needs a Hopper GPU"):
+        choices(Runtime(precision="fp8"), CONFIG, 16)
+
+
+def test_blocks_that_a_mesh_cuts_are_refused(variables):
+    runtime = Runtime(precision="fp8", sharding="fsdp")
+    placement = Placement(MeshShape(tensor=8), runtime, parameter_axes(DeepSeekV3(CONFIG, runtime)))
+    config = dataclasses.replace(CONFIG, num_attention_heads=8, qk_nope_head_dim=32, v_head_dim=32)
+    with jax.set_mesh(placement.mesh), pytest.raises(ConfigError, match="within a block"):
+        jax.eval_shape(DeepSeekV3(config, runtime).init, jax.random.key(0), TOKENS)
+
+
+def test_a_number_that_is_none_reaches_its_gradient(variables):
+    """So that the trainer's guard can name the array."""
+    poisoned = jax.tree.map(lambda a: a, variables)
+    experts = poisoned["params"]["moe_layers"]["mlp"]["experts"]
+    experts["up_proj"] = experts["up_proj"].at[0, 2, new_rng().integers(256), 3].set(jnp.nan)
+    loss, gradients = loss_and_gradients(Runtime(precision="fp8"), poisoned)
+    assert np.isnan(loss)
+    assert np.isnan(gradients["moe_layers"]["mlp"]["experts"]["up_proj"]).any()
