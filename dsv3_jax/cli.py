@@ -25,7 +25,8 @@ _INTERRUPTED = 130
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Exits with 0, with 2 after one clear line about what was wrong, or 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": _train, "generate": _generate, "convert": _convert, "info": _info, "plan": _plan}
+    commands = {"train": _train, "prepare": _prepare, "generate": _generate, "convert": _convert}
+    commands |= {"info": _info, "plan": _plan}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         sys.exit(0 if arguments else 2)
@@ -62,6 +63,7 @@ _USAGE = """\
 usage: python -m dsv3_jax COMMAND [OPTIONS]
 
   train      train a model: a small one on this machine's CPU by default
+  prepare    texts to tokens on disk, for training on more than memory holds
   generate   continue a text with a trained or converted model
   convert    a Hugging Face checkpoint to orbax, or back, without loss
   info       parameters and cache of a configuration, counted on the model itself
@@ -145,6 +147,23 @@ def _train(arguments: list[str]) -> None:
         print(f"stopped and saved at step {result['step']}; continue with: {shlex.join(again)}")
         sys.exit(_INTERRUPTED)
     print(f"done: {chosen.run_dir}/report.md")
+
+
+# prepare -------------------------------------------------------------------------------------------------
+
+
+def _prepare(arguments: list[str]) -> None:
+    from dsv3_jax.data.command import PrepareArgs, prepare_command
+
+    def chat_template(tokenizer: str | None) -> Any:
+        from dsv3_jax.serving.chat import chat_template_beside
+
+        if tokenizer is None:
+            raise ConfigError("--chat needs --tokenizer, with a chat template beside it")
+        chat_template_beside(Path(tokenizer))  # what is wrong is said before anything is read
+        return functools.partial(chat_template_beside, Path(tokenizer))
+
+    prepare_command(_parse(PrepareArgs, "prepare", arguments), chat_template)
 
 
 # generate ------------------------------------------------------------------------------------------------

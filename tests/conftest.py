@@ -29,6 +29,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled = tempfile.mkdtemp(prefix="dsv3_jax_tests_")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 
+# Texts that tests train on are prepared there, once for all.
+if "DSV3_TESTS_CACHE" not in os.environ:
+    os.environ["DSV3_TESTS_CACHE"] = os.environ["XDG_CACHE_HOME"] = prepared = tempfile.mkdtemp(prefix="dsv3_jax_data_")
+    atexit.register(shutil.rmtree, prepared, ignore_errors=True)
+
 import hypothesis
 import jax
 import numpy as np

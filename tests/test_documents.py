@@ -80,7 +80,7 @@ def test_data_reads(here):
     tokenizer.save("my/tokenizer.json")
     names = run_blocks("docs/data.md")
     assert names["batch"]["tokens"].shape == (16, names["config"].sequence_length)
-    assert names["state"]["next_sequence"] == 16
+    assert names["state"]["taken"] == [16]
     assert names["held_out"]
 
 

@@ -110,6 +110,9 @@ class HuggingFaceTokenizer:
     def special_ids(self) -> frozenset[int]:
         return frozenset(i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
 
+    def token_id(self, name: str) -> int | None:
+        return self._tokenizer.token_to_id(name)
+
     def save(self, directory: Path) -> None:
         bos, eos = self._bos or self._eos, self._eos
         written = RustTokenizer.from_str(self._tokenizer.to_str())

@@ -1,129 +1,173 @@
-"""Documents one after another, cut into sequences of one length (report section 4.1: document packing)."""
+"""Documents into sequences of one length: one after another (report section 4.1), or whole, by best fit."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import itertools
-from collections.abc import Sequence
+import bisect
+import functools
+from typing import Any
 
 import grain
 import numpy as np
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.shards import Documents
 
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """Tokenised documents in memory."""
-
-    tokens: np.ndarray
-    """(N,) uint16 or int32: the documents one after another."""
-    offsets: np.ndarray
-    """(documents + 1,) int64: document i is tokens[offsets[i]:offsets[i + 1]], and no document is empty."""
-
-    def fingerprint(self) -> str:
-        """Equal for equal documents and tokens in equal order, and else not."""
-        digest = hashlib.blake2b(self.offsets.tobytes(), digest_size=16)
-        digest.update(np.ascontiguousarray(self.tokens).data)
-        return digest.hexdigest()
-
-
-def tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> Corpus:
-    """Tokenises documents, each as bos, text, eos; only eos and text where the two are one token.
-
-    Raises:
-      ConfigError: the tokenizer fails on a document, or gives an id outside its vocabulary.
-    """
-    size, bos, eos = tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id
-    dtype = np.uint16 if size <= 2**16 else np.int32
-    end = [] if bos == eos else [eos]
-
-    pieces = []
-    for texts in itertools.batched(documents, 256):  # a library's encodings are far larger than their ids
-        for encoded in _encode(texts, tokenizer):
-            ids = np.concatenate([[bos], encoded, end]).astype(np.int64)
-            if ids.min() < 0 or ids.max() >= size:
-                bad = ids[(ids < 0) | (ids >= size)][0]
-                raise ConfigError(f"the tokenizer gave token id {bad}, outside its vocab_size of {size}")
-            pieces.append(ids.astype(dtype))
-    offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
-    return Corpus(np.concatenate(pieces) if pieces else np.empty(0, dtype), offsets)
-
-
-def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
-    try:
-        return tokenizer.encode_batch(texts)
-    except Exception:  # libraries raise nothing narrower
-        for text in texts:
-            try:
-                tokenizer.encode(text)
-            except Exception as error:
-                raise ConfigError(f"the tokenizer fails on the document that begins {text[:60]!r}: {error}") from None
-        raise
+IGNORE = -100
+"""The target where nothing is to be predicted."""
 
 
 class PackedSequences(grain.MapDataset):
     """Sequences of T tokens by index; index `epoch * len(self) + i` is sequence i of that epoch.
 
-    An epoch puts the documents into a new order and cuts them into sequences that overlap by one token: the last
-    target of one is the first token of the next. So every token but the first is a target once, except for the
-    fewer than T tokens at the epoch's end.
+    An epoch puts blocks of documents, and the documents of each, into a new order, and cuts them into sequences that
+    overlap by one token: the last target of one is the first token of the next. So every token but the first is a
+    target once, except for the fewer than T tokens at the epoch's end.
 
     Elements are dicts of (T,) int32: `tokens`; `targets`, one token ahead; `segments`, the number of the token's
     document within the sequence, from 1; `positions`, the token's index within its segment. With `mask_documents`, a
-    last target that is of another document is -100: the sequence's segments can't tell.
+    last target that is of another document is -100: the sequence's segments can't tell. So are targets that the
+    assistant didn't write, of chats.
+
+    Memory grows with the number of blocks: 24 bytes for `BLOCK` documents.
 
     Raises:
-      ConfigError: the corpus is shorter than one sequence and its last target.
+      ConfigError: the documents are shorter than one sequence and its last target.
     """
 
-    def __init__(self, corpus: Corpus, sequence_length: int, seed: int, *, mask_documents: bool = True) -> None:
+    def __init__(self, documents: Documents, sequence_length: int, seed: int, *, mask_documents: bool = True) -> None:
         super().__init__()
-        self._corpus, self._length, self._seed, self._mask_documents = corpus, sequence_length, seed, mask_documents
-        self._lengths = np.diff(corpus.offsets)
+        self._documents, self._length, self._seed = documents, sequence_length, seed
+        self._mask_documents = mask_documents
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
-        if len(self) < 1:
-            raise ConfigError(
-                f"{len(self._lengths)} documents of {len(corpus.tokens)} tokens in all are too few for one sequence of "
-                f"{sequence_length} tokens and its last target: give more text or lower data.sequence_length"
-            )
+        _check_enough(self, documents, sequence_length)
 
     def __len__(self) -> int:
-        return max(len(self._corpus.tokens) - 1, 0) // self._length
+        return max(self._documents.tokens - 1, 0) // self._length
 
     def __getitem__(self, index):  # untyped, as in the base class: an int, or a slice for a dataset
         if isinstance(index, slice):
             return self.slice(index)
         epoch, row = divmod(int(index), len(self))
-        order, starts = self._epoch_order(epoch)
-        where = row * self._length + np.arange(self._length)
-        begin, end = where[0], where[-1] + 2  # with the last target
-        first, last = np.searchsorted(starts, [begin, end - 1], side="right") - 1
-        pieces = []
-        for k in range(first, last + 1):
-            at = self._corpus.offsets[order[k]] - starts[k]  # from place in the epoch to place in the corpus
-            stop = min(end, starts[k] + self._lengths[order[k]])
-            pieces.append(self._corpus.tokens[at + max(begin, starts[k]) : at + stop])
+        begin = row * self._length
+        end = begin + self._length + 1  # with the last target
+        blocks, block_starts = self._blocks(epoch)
+        pieces, starts = [], []  # of each document: its tokens, and where it begins in the epoch
+        for k in range(int(np.searchsorted(block_starts, begin, side="right")) - 1, len(blocks)):
+            if block_starts[k] >= end:
+                break
+            shard, lengths, places = self._block(epoch, int(blocks[k]))
+            ends = block_starts[k] + np.cumsum(lengths)
+            first = int(np.searchsorted(ends, begin, side="right"))
+            last = min(int(np.searchsorted(ends, end, side="left")) + 1, len(ends))
+            spans = []
+            for d in range(first, last):
+                start = int(ends[d] - lengths[d])
+                at = int(places[d]) - start  # from place in the epoch to place in the shard
+                spans.append((at + max(begin, start), at + min(end, int(ends[d]))))
+                starts.append(start)
+            pieces += self._documents.read(shard, spans)
         tokens = np.concatenate(pieces).astype(np.int32)
-        segments = np.searchsorted(starts[first : last + 1], where, side="right")
-        positions = where - np.maximum(starts[first + segments - 1], begin)
-        targets = tokens[1:].copy()
-        if self._mask_documents and starts[last] == end - 1:
-            targets[-1] = -100
-        return {
-            "tokens": tokens[:-1],
-            "targets": targets,
-            "segments": segments.astype(np.int32),
-            "positions": positions.astype(np.int32),
-        }
+        where = np.arange(begin, end - 1)
+        of = np.searchsorted(starts, where, side="right")
+        positions = where - np.maximum(np.array(starts)[of - 1], begin)
+        element = _element(tokens[:-1], tokens[1:], of, positions)
+        if self._mask_documents and starts[-1] == end - 1:
+            element["targets"][-1] = IGNORE
+        return element
 
-    def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents' order, and where in the epoch each begins."""
+    def _blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks' order, and where in the epoch each begins."""
         cached = self._epoch  # read once: another thread may replace it
         if cached is None or cached[0] != epoch:
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._lengths))
-            lengths = self._lengths[order]
-            cached = self._epoch = (epoch, order, np.cumsum(lengths) - lengths)
+            tokens = self._documents.block_tokens
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(tokens))
+            cached = self._epoch = (epoch, order, np.cumsum(tokens[order]) - tokens[order])
         return cached[1], cached[2]
+
+    def _block(self, epoch: int, block: int) -> tuple[int, np.ndarray, np.ndarray]:
+        return _shuffled_block(self._documents, self._seed, epoch, block)
+
+
+@functools.lru_cache(maxsize=128)
+def _shuffled_block(documents: Documents, seed: int, epoch: int, block: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """The shard of a block, and its documents' lengths and places there, in the epoch's order."""
+    shard, bounds = documents.block(block)
+    order = np.random.default_rng([seed, epoch, block]).permutation(len(bounds) - 1)
+    return shard, np.diff(bounds)[order], bounds[order]
+
+
+class BestFitSequences(grain.MapDataset):
+    """Sequences of whole documents by index, as in `PackedSequences`; a longer document is cut at T targets.
+
+    Documents of a block go by best fit, the longest first (Ding et al., "Fewer Truncations Improve Language Modeling",
+    2024): each into the sequence with the least room that takes it. The rest of a sequence is padding: tokens 0,
+    targets -100, segment 0. A document's first token is no target: nothing comes before it.
+    """
+
+    def __init__(self, documents: Documents, sequence_length: int, seed: int) -> None:
+        super().__init__()
+        self._documents, self._length, self._seed = documents, sequence_length, seed
+        counts = [len(_bins(documents, block, sequence_length)[1]) for block in range(len(documents.block_tokens))]
+        self._starts = np.cumsum([0, *counts])
+        _check_enough(self, documents, sequence_length)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        row = int(index) % len(self)
+        block = int(np.searchsorted(self._starts, row, side="right")) - 1
+        shard, bins = _bins(self._documents, block, self._length)
+        pieces = self._documents.read(shard, bins[row - int(self._starts[block])])
+        arrays = {name: np.zeros(self._length, np.int32) for name in ("tokens", "targets", "segments", "positions")}
+        arrays["targets"][:] = IGNORE
+        start = 0
+        for number, piece in enumerate(pieces, 1):
+            tokens, size = piece.astype(np.int32), len(piece) - 1
+            element = _element(tokens[:-1], tokens[1:], np.full(size, number), np.arange(size))
+            for name, values in element.items():
+                arrays[name][start : start + size] = values
+            start += size
+        return arrays
+
+
+@functools.lru_cache(maxsize=128)
+def _bins(documents: Documents, block: int, length: int) -> tuple[int, list[list[tuple[int, int]]]]:
+    """The shard of a block, and its sequences: spans of tokens, each with one more than it has targets."""
+    shard, bounds = documents.block(block)
+    spans = []
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        spans += [(at, min(at + length, stop - 1) + 1) for at in range(start, stop - 1, length)]
+    spans.sort(key=lambda span: (span[0] - span[1], span[0]))
+    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
+    bins: list[list[tuple[int, int]]] = []
+    for start, stop in spans:
+        size = stop - start - 1
+        place = bisect.bisect_left(rooms, (size, 0))
+        room, number = rooms.pop(place) if place < len(rooms) else (length, len(bins))
+        if number == len(bins):
+            bins.append([])
+        bins[number].append((start, stop))
+        if room > size:
+            bisect.insort(rooms, (room - size, number))
+    return shard, bins
+
+
+def _element(tokens: Any, targets: Any, segments: Any, positions: Any) -> dict[str, np.ndarray]:
+    """A row; negative tokens are complements of those that aren't to be predicted."""
+    return {
+        "tokens": np.where(tokens < 0, ~tokens, tokens).astype(np.int32),
+        "targets": np.where(targets < 0, IGNORE, targets).astype(np.int32),
+        "segments": segments.astype(np.int32),
+        "positions": positions.astype(np.int32),
+    }
+
+
+def _check_enough(sequences: Any, documents: Documents, length: int) -> None:
+    if len(sequences) < 1:
+        raise ConfigError(
+            f"{documents.documents} documents of {documents.tokens} tokens in all are too few for one sequence of "
+            f"{length} tokens and its last target: give more text or lower data.sequence_length"
+        )

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import json
+import os
+import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
 
 import grain
 import numpy as np
+import xxhash
+from rich.console import Console
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.data.packing import PackedSequences, tokenize
-from dsv3_jax.data.sources import load_documents, split_documents
-from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.mixture import Mixture
+from dsv3_jax.data.packing import BestFitSequences, PackedSequences
+from dsv3_jax.data.preparation import PrepareOptions, prepare
+from dsv3_jax.data.shards import FORMAT, INDEX, Prepared
+from dsv3_jax.data.sources import content_hash, find_files
+from dsv3_jax.data.tokenizer import Tokenizer, identity
+from dsv3_jax.data.workers import Workers
 from dsv3_jax.json_input import check_type, field
+
+_PREFETCH = 2
+_INLINE = 1 << 26
+"""Bytes of text up to which starting processes to tokenise takes longer than it saves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,22 +38,30 @@ class DataConfig:
     """Data that a run reads."""
 
     source: str = "stdlib"
-    """"stdlib" for the text and code of Python's standard library, or a file or folder: .txt, .md, .rst, .py,
-    .jsonl, .parquet."""
+    """A directory that `prepare` made; or "stdlib" for the text and code of Python's standard library, or a file or
+    folder (.txt, .md, .rst, .py, .jsonl, .parquet), which is prepared first."""
+    sources: tuple[str, ...] = ()
+    """Instead of `source`, a mixture: NAME=SOURCE:WEIGHT of each."""
+    reweight: tuple[str, ...] = ()
+    """Other weights of the mixture from a number of trained tokens on: TOKENS:NAME=WEIGHT,NAME=WEIGHT."""
     tokenizer: str | None = None
-    """A Hugging Face tokenizer.json; bytes without one."""
+    """A Hugging Face tokenizer.json; by default that of the prepared data, else bytes."""
     sequence_length: int = 4096
     """Tokens of a sequence."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """Documents one after another, cut where a sequence ends (report section 4.1); or whole, with padding."""
+    mask_documents: bool = False
+    """Whether tokens attend within their own document only. The report packs without such a mask (section 4.1)."""
     validation_fraction: float = 0.05
-    """The share of documents held out for validation, chosen by a hash of their text."""
+    """The share of documents held out for validation, chosen by a hash of their text. Prepared data has its own."""
     seed: int = 0
     """Seed of the order of documents and sequences."""
     text_field: str = "text"
     """The field of JSONL objects, or column of parquet files, that holds the text."""
     max_document_characters: int | None = None
     """Cut longer documents into pieces of at most this length; for a corpus of few long files."""
-    mask_documents: bool = False
-    """Whether tokens attend within their own document only. The report packs without such a mask (section 4.1)."""
+    workers: int = 0
+    """Processes that read batches ahead; with 0 a thread does, which reads millions of tokens a second."""
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
@@ -48,72 +73,303 @@ class DataConfig:
         if self.max_document_characters is not None and self.max_document_characters < 1:
             value = self.max_document_characters
             raise ConfigError(f"data.max_document_characters is {value}: it must be at least 1, or None")
+        if self.workers < 0:
+            raise ConfigError(f"data.workers is {self.workers}: it must not be negative")
+        self.mixture()
+
+    def parts(self) -> dict[str, str]:
+        """Names and places of the sources; one source alone has the name "data"."""
+        return {name: place for name, place, _ in map(_part, self.sources)} or {"data": self.source}
+
+    def mixture(self) -> Mixture:
+        """The sources' shares over the run. Raises ConfigError."""
+        names = list(self.parts())
+        if len(names) < len(self.sources):
+            raise ConfigError(f"data.sources is {' '.join(self.sources)}: two have one name")
+        weights = {name: weight for name, _, weight in map(_part, self.sources)} or {"data": Fraction(1)}
+        if not any(weights.values()):
+            raise ConfigError("data.sources: all weights are 0")
+        stages = [(0, [weights[name] for name in names])]
+        for text in self.reweight:
+            tokens, weights = _stage(text, names)
+            start = int(tokens) // self.sequence_length
+            if start <= stages[-1][0]:
+                raise ConfigError(
+                    f"data.reweight {text!r}: it must begin after what is before it, by a sequence or more"
+                )
+            stages.append((start, [weights[name] for name in names]))
+        return Mixture(stages)
+
+
+def _part(text: str) -> tuple[str, str, Fraction]:
+    name, equals, rest = text.partition("=")
+    place, colon, weight = rest.rpartition(":")
+    if not (name and equals and place and colon):
+        raise ConfigError(f"data.sources: {text!r} is not NAME=SOURCE:WEIGHT, as web=data/web:0.7")
+    return name, place, _weight(weight, f"data.sources: {text!r}")
+
+
+def _stage(text: str, names: Sequence[str]) -> tuple[Fraction, dict[str, Fraction]]:
+    what = f"data.reweight: {text!r}"
+    tokens, _, rest = text.partition(":")
+    pairs = [pair.partition("=")[::2] for pair in rest.split(",")]
+    if sorted(name for name, _ in pairs) != sorted(names):
+        raise ConfigError(
+            f"{what} is not TOKENS:NAME=WEIGHT,... of each source ({', '.join(names)}), as 5e9:web=0.3,code=0.7"
+        )
+    weights = {name: _weight(weight, what) for name, weight in pairs}
+    if not any(weights.values()):
+        raise ConfigError(f"{what}: all weights are 0")
+    return _weight(tokens, what), weights
+
+
+def _weight(text: str, what: str) -> Fraction:
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(-1)
+    if value < 0:
+        raise ConfigError(f"{what}: {text!r} is not a number of 0 or more")
+    return value
+
+
+# Sources ---------------------------------------------------------------------------------------------------
+
+
+def prepared_tokenizer(config: DataConfig) -> str | None:
+    """Where a run's tokenizer is: as the config says, else with its prepared data; None for bytes."""
+    if config.tokenizer is not None:
+        return config.tokenizer
+    for place in config.parts().values():
+        if (Path(place) / INDEX).is_file():
+            return None if Prepared.open(Path(place)).index["tokenizer"].get("bytes") else place
+    return None
+
+
+def open_sources(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    tokenizer_path: str | Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Prepared]:
+    """Opens each source by its name; texts are prepared first, into a cache by their content.
+
+    Args:
+      tokenizer_path: where `tokenizer` is from, if it isn't where the config says.
+
+    Raises:
+      ConfigError: unreadable data, or data of another tokenizer.
+    """
+    mine, opened = identity(tokenizer), {}
+    for name, place in config.parts().items():
+        path = Path(place)
+        if path.is_dir() and (path / INDEX).is_file():
+            opened[name] = Prepared.open(path)
+            opened[name].check_tokenizer(mine)
+        else:
+            found = tokenizer_path or prepared_tokenizer(config)
+            opened[name] = _prepare_texts(place, config, mine, found, console)
+    return opened
+
+
+def cache_directory() -> Path:
+    """Where texts that a run names are prepared: `dsv3_jax/data` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax" / "data"
+
+
+def holds_out(opened: dict[str, Prepared]) -> list[str]:
+    """Names of the sources that hold out documents for validation."""
+    return [name for name, prepared in opened.items() if prepared.index["options"]["validation_fraction"]]
+
+
+def _prepare_texts(
+    place: str, config: DataConfig, tokenizer: str, tokenizer_path: str | Path | None, console: Console | None
+) -> Prepared:
+    options = PrepareOptions(
+        tokenizer=None if tokenizer_path is None else str(tokenizer_path),
+        text_field=config.text_field,
+        validation_fraction=config.validation_fraction,
+        max_document_characters=config.max_document_characters,
+        max_bad_fraction=0.0,
+    )
+    files = find_files([place], config.text_field)
+    settings = [FORMAT, tokenizer, options.text_field, options.validation_fraction, options.max_document_characters]
+    key = xxhash.xxh3_128_hexdigest(json.dumps([content_hash(files), settings]).encode())
+    workers = (os.cpu_count() or 1) if sum(file.size for file in files) > _INLINE else 0
+    return prepare([place], cache_directory() / key, options, workers=workers, console=console, files=files)
+
+
+def _pack(prepared: Prepared, split: str, config: DataConfig) -> grain.MapDataset:
+    """The sequences of one split, by index, in an order that each epoch has anew."""
+    documents = prepared.split(split)
+    if not documents.documents:
+        raise ConfigError(
+            f"no document of {prepared.directory} is for {split}: give more documents, or cut long ones with "
+            "max_document_characters"
+        )
+    packed: grain.MapDataset
+    try:
+        if config.packing == "best_fit":
+            packed = BestFitSequences(documents, config.sequence_length, config.seed)
+        else:
+            packed = PackedSequences(
+                documents, config.sequence_length, config.seed, mask_documents=config.mask_documents
+            )
+    except ConfigError as error:
+        raise ConfigError(f"the {split} part of {prepared.directory}: {error}") from None
+    # Neighbours are mostly of one long document: without a second shuffle a batch would hold little else.
+    return packed.shuffle(config.seed)
+
+
+# Batches ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Rows:
+    """Reads rows of batches; goes to worker processes whole."""
+
+    sources: list[grain.MapDataset]
+
+    def read(self, rows: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        return _stack([self.sources[source][index] for source, index in rows])
 
 
 class TrainIterator(grain.DatasetIterator):
-    """Batches without end, from sequences in one global order.
+    """Batches without end, from the sequences of one or more sources in one global order.
 
-    A batch takes the next sequences of that order. What is saved is only how many were taken: a restored iterator
-    goes on at once, with any batch size and in any number of processes.
+    A batch takes the next sequences of that order. What is saved is only how many were taken, of each source: a
+    restored iterator goes on at once, with any batch size and in any number of processes.
 
-    Batches are dicts of (B, T) int32, as `PackedSequences` describes them.
+    Batches are dicts of (B, T) int32, as `PackedSequences` describes them. The next ones, of the same size, are read
+    ahead.
+
+    Args:
+      sources: by name; element `epoch * len + i` is sequence i of an epoch.
+      workers: processes that read; with 0 a thread does.
+      ahead: how many batches are read ahead.
     """
 
-    def __init__(self, sequences: grain.MapDataset, batch_size: int, *, fingerprint: str) -> None:
+    def __init__(
+        self,
+        sources: dict[str, grain.MapDataset],
+        mixture: Mixture,
+        batch_size: int,
+        *,
+        fingerprint: str,
+        workers: int = 0,
+        ahead: int = _PREFETCH,
+    ) -> None:
         super().__init__()
-        self._sequences, self._batch_size, self._fingerprint = sequences, batch_size, fingerprint
-        self._next_sequence = 0
+        self._names, self._rows = list(sources), _Rows(list(sources.values()))
+        self._mixture, self._batch_size, self._fingerprint = mixture, batch_size, fingerprint
+        self._taken = [0] * len(sources)
+        self._ahead = max(ahead, workers)
+        self._planned: collections.deque[tuple[Any, list[int], Future[Any]]] = collections.deque()
+        self._pool: Executor | Workers = Workers(workers, self._rows) if workers else ThreadPoolExecutor(1)
+        self._waited, self._since = 0.0, time.perf_counter()
 
     def next_batch(self, batch_size: int, rows: Iterable[int] | None = None) -> dict[str, np.ndarray]:
         """The next `batch_size` sequences; of them only `rows`, by default all: what this process's devices hold."""
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}: it must be at least 1")
-        rows = range(batch_size) if rows is None else rows
-        batch = _stack([self._sequences[self._next_sequence + int(i)] for i in rows])
-        self._next_sequence += batch_size
+        wanted = (batch_size, tuple(range(batch_size) if rows is None else map(int, rows)))
+        began = time.perf_counter()
+        if self._planned and self._planned[0][0] != wanted:
+            self._planned.clear()
+        while len(self._planned) <= self._ahead:
+            self._plan(wanted)
+        _, self._taken, future = self._planned.popleft()
+        batch = future.result()
+        self._waited += time.perf_counter() - began
         return batch
+
+    def _plan(self, wanted: tuple[int, tuple[int, ...]]) -> None:
+        taken = list(self._planned[-1][1] if self._planned else self._taken)
+        first, sequences = sum(taken), []
+        for i in range(wanted[0]):
+            source = self._mixture.next(first + i, taken)
+            sequences.append((source, taken[source]))
+            taken[source] += 1
+        mine = [sequences[row] for row in wanted[1]]
+        if isinstance(self._pool, Workers):
+            future = self._pool.submit("read", mine)
+        else:
+            future = self._pool.submit(self._rows.read, mine)
+        self._planned.append((wanted, taken, future))
 
     def __next__(self) -> dict[str, np.ndarray]:
         return self.next_batch(self._batch_size)
 
+    def metrics(self) -> dict[str, float]:
+        """`data_wait`: the share of time since the last call spent waiting for batches; `epochs/NAME` of sources."""
+        now = time.perf_counter()
+        wait = self._waited / max(now - self._since, 1e-9)
+        self._waited, self._since = 0.0, now
+        lengths = map(len, self._rows.sources)
+        return {"data_wait": wait} | {
+            f"epochs/{name}": taken / length
+            for name, taken, length in zip(self._names, self._taken, lengths, strict=True)
+        }
+
+    def stop(self) -> None:
+        """Ends what reads ahead."""
+        self._planned.clear()
+        if isinstance(self._pool, Workers):
+            self._pool.close()
+        else:
+            self._pool.shutdown(cancel_futures=True)
+
     def get_state(self) -> dict[str, Any]:
         """JSON-serialisable, and the same in every process."""
-        return {"next_sequence": self._next_sequence, "fingerprint": self._fingerprint}
+        return {"taken": list(self._taken), "fingerprint": self._fingerprint}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where `get_state` was called. Raises ConfigError if the data isn't what it was then."""
         what = "the data's position"
         fingerprint = field(check_type(state, dict, what, ConfigError), "fingerprint", str, what, ConfigError)
-        position = field(state, "next_sequence", int, what, ConfigError)
-        if position < 0:
-            raise ConfigError(f"{what}: next_sequence is {position}: it must not be negative")
+        taken = field(state, "taken", list[int], what, ConfigError)
         if fingerprint != self._fingerprint:
             raise ConfigError(
                 f"the data is not what it was when the state was saved (fingerprint {self._fingerprint}, then "
                 f"{fingerprint}): go on with the same files, tokenizer, Python version and data settings"
             )
-        self._next_sequence = position
+        if len(taken) != len(self._taken) or min(taken) < 0:
+            raise ConfigError(f"{what}: taken is {taken}: it must be {len(self._taken)} numbers, none negative")
+        self._taken = list(taken)
+        self._planned.clear()
 
 
-def train_iterator(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> TrainIterator:
+def train_iterator(
+    config: DataConfig, tokenizer: Tokenizer, batch_size: int, *, opened: dict[str, Prepared] | None = None
+) -> TrainIterator:
     """Batches of the training documents, without end; each epoch is in a new order.
 
     Args:
       batch_size: sequences of a batch; `next_batch` takes another.
+      opened: what `open_sources` returned, if it has been called.
 
     Raises:
       ConfigError: unreadable data, or too little of it for one sequence.
     """
-    packed, fingerprint = _sequences(config, tokenizer, validation=False)
-    # Neighbours are mostly of one long document: without a second shuffle a batch would hold little else.
-    sequences = packed.shuffle(config.seed).repeat()
-    return TrainIterator(sequences, batch_size, fingerprint=fingerprint)
+    opened = opened or open_sources(config, tokenizer)
+    sources = {name: _pack(prepared, "training", config) for name, prepared in opened.items()}
+    order = [config.sequence_length, config.seed, config.packing, config.reweight]
+    weights = [str(_part(text)[2]) for text in config.sources]
+    what = [[prepared.fingerprint for prepared in opened.values()], weights, order]
+    fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(what).encode())
+    return TrainIterator(sources, config.mixture(), batch_size, fingerprint=fingerprint, workers=config.workers)
 
 
 def validation_batches(
-    config: DataConfig, tokenizer: Tokenizer, batch_size: int, count: int, *, multiple_of: int = 1
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    count: int,
+    *,
+    multiple_of: int = 1,
+    opened: dict[str, Prepared] | None = None,
 ) -> list[dict[str, np.ndarray]]:
-    """The same batches of held-out documents at every call.
+    """The same batches of held-out documents at every call; of a mixture, in its first shares.
 
     Args:
       multiple_of: what a batch's size must be a multiple of, as `batch_size` is: parts that devices take.
@@ -125,36 +381,28 @@ def validation_batches(
     Raises:
       ConfigError: no documents are held out, or too few for one sequence, or for `multiple_of`.
     """
-    packed, _ = _sequences(config, tokenizer, validation=True)
-    sequences = packed.shuffle(config.seed)
-    batch_size = min(batch_size, len(sequences) // multiple_of * multiple_of)
+    opened = opened or open_sources(config, tokenizer)
+    names = holds_out(opened)
+    sources = [_pack(opened[name], "validation", config) for name in names]
+    shares = {name: weight for name, _, weight in map(_part, config.sources)}
+    if not any(shares.get(name) for name in names):
+        shares = dict.fromkeys(names, Fraction(1))
+    mixture, taken, rows = Mixture([(0, [shares[name] for name in names])]), [0] * len(names), list[tuple[int, int]]()
+    while len(rows) < batch_size * count:
+        source = mixture.next(len(rows), taken)
+        if taken[source] == len(sources[source]):
+            break
+        rows.append((source, taken[source]))
+        taken[source] += 1
+    batch_size = min(batch_size, len(rows) // multiple_of * multiple_of)
     if not batch_size:
         raise ConfigError(
-            f"the validation part of {config.source!r} has {len(sequences)} sequences, too few for the {multiple_of} "
-            "parts that devices take of a batch: raise data.validation_fraction, or set it to 0 for no validation"
+            f"the validation part of {', '.join(config.parts().values())} has {len(rows)} sequences, too few for the "
+            f"{multiple_of} parts that devices take of a batch: raise validation_fraction, or set it to 0 for no "
+            "validation"
         )
-    batches = range(min(count, len(sequences) // batch_size))
-    return [_stack([sequences[b * batch_size + i] for i in range(batch_size)]) for b in batches]
-
-
-def _sequences(config: DataConfig, tokenizer: Tokenizer, *, validation: bool) -> tuple[PackedSequences, str]:
-    """One side of the split, packed, and what identifies its sequences and their order."""
-    documents = load_documents(
-        config.source, text_field=config.text_field, max_characters=config.max_document_characters
-    )
-    side = split_documents(documents, config.validation_fraction)[validation]
-    name = "validation" if validation else "training"
-    if not side:
-        raise ConfigError(
-            f"no document of {config.source!r} ({len(documents)} in all) is for {name} at data.validation_fraction = "
-            f"{config.validation_fraction}: give more documents, or cut long ones with data.max_document_characters"
-        )
-    corpus = tokenize(side, tokenizer)
-    try:
-        packed = PackedSequences(corpus, config.sequence_length, config.seed, mask_documents=config.mask_documents)
-    except ConfigError as error:
-        raise ConfigError(f"the {name} part of {config.source!r}: {error}") from None
-    return packed, f"{corpus.fingerprint()}-{config.sequence_length}-{config.seed}"
+    batches = range(min(count, len(rows) // batch_size))
+    return [_Rows(sources).read(rows[b * batch_size : (b + 1) * batch_size]) for b in batches]
 
 
 def _stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

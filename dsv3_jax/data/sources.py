@@ -1,86 +1,409 @@
-"""Where documents come from: Python's own library, or a file or folder of text; and which are for validation."""
+"""Where documents come from: files, folders, Python's own library, the Hub. Read as a stream, from any place on.
+
+Nothing here parses or decodes more than it must: lines and texts go on as bytes, to the processes that tokenise.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
+import gzip
+import importlib
+import io
 import json
+import re
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
+import xxhash
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import valid_unicode
-from dsv3_jax.json_input import show
 
 STDLIB = "stdlib"
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-_READABLE = (*_TEXT_SUFFIXES, ".jsonl", ".parquet")
+_JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_READABLE = (*_TEXT_SUFFIXES, *_JSONL_SUFFIXES, ".parquet")
 
 # Some distributions leave these out, so that the corpus would differ between machines (ensurepip to lib2to3);
 # the others are tables, or data that `_stdlib` reads in another way.
 _SKIPPED_PACKAGES = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle", "turtledemo"}
 _SKIPPED_PACKAGES |= {"encodings", "pydoc_data"}
 
+_BATCH = 1 << 20
+"""Bytes or characters of documents that go to a process together."""
+_LONG = 1 << 23
+"""Bytes or characters from which a document is tokenised in pieces, in memory that doesn't grow with it."""
+_PIECE = 1 << 20
 
-def load_documents(
-    source: str | Path = STDLIB, *, text_field: str = "text", max_characters: int | None = None
-) -> list[str]:
-    """Reads every document of a source, in an order that depends on nothing but the source.
+
+class Position(NamedTuple):
+    """A place between two documents. offset: bytes of a file after decompression, or rows. number: lines or rows."""
+
+    file: int = 0
+    offset: int = 0
+    number: int = 0
+
+
+class LongDocument(NamedTuple):
+    """A document's text in pieces, from the start at each call. Raises ValueError where there is none."""
+
+    pieces: Callable[[], Iterator[str]]
+
+
+class Record(NamedTuple):
+    """One document as it was found. data: a text file's bytes, a line of JSON (`is_json`), or text."""
+
+    data: bytes | str | LongDocument
+    is_json: bool
+    number: int
+    offset: int
+    done: int
+    """Bytes of the file on disk that have been read."""
+
+
+class Batch(NamedTuple):
+    """Documents that are next to each other. places: (file, line or row; 0 for a whole file) of each. after: None if
+    more of the last document follows."""
+
+    records: list[bytes | str]
+    is_json: list[bool]
+    places: list[tuple[int, int]]
+    long: LongDocument | None
+    after: Position | None
+    done: int
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file of documents, or what stands for one. size: bytes on disk, 0 if unknown. source: which of the sources."""
+
+    name: str
+    size: int
+    source: int
+    records: Callable[[int, int], Iterator[Record]]
+    """From (offset, number) on."""
+    state: str
+    """Differs when the file has been changed."""
+
+    def where(self, number: int) -> str:
+        """The name of a document, for messages."""
+        if not number:
+            return self.name
+        return f"{self.name}, {'line' if '.jsonl' in self.name.lower() else 'row'} {number}"
+
+
+def find_files(sources: Sequence[str], text_field: str) -> list[File]:
+    """Lists the files of sources, in an order that depends on nothing but them.
 
     Args:
-      source: "stdlib" for the reference texts and modules of Python's standard library; or a file or folder:
-        each `.txt`, `.md`, `.rst` or `.py` file is a document, each line of a `.jsonl` file, each row of a
-        `.parquet` file. Folders are searched in depth, in sorted order, without hidden entries.
-      text_field: the field of JSONL objects, the column of parquet files.
-      max_characters: cut longer documents, at line ends where possible.
-
-    Returns:
-      Documents that aren't blank; at least one. Lone surrogates, which JSON can hold and UTF-8 can't, are U+FFFD.
+      sources: each "stdlib" for the reference texts and modules of Python's standard library; or a file or folder, in
+        which each `.txt`, `.md`, `.rst` or `.py` file is a document, each line of a `.jsonl` file (`.gz` and `.zst`
+        too), each row of a `.parquet` file; or "OWNER/NAME", a data set of the Hugging Face Hub. Folders are searched
+        in depth, in sorted order, without hidden entries.
+      text_field: the column of parquet files and of the Hub.
 
     Raises:
-      ConfigError: no such source, a file that can't be read (named, with its line), or no documents.
+      ConfigError: no such source, or none of its files can be read.
     """
-    texts = _stdlib() if source == STDLIB else _files(Path(source), text_field)
-    documents = [piece for text in texts for piece in _cut(valid_unicode(text), max_characters) if piece.strip()]
-    if not documents:
-        known = "" if source == STDLIB else f" (files read: {', '.join(_READABLE)})"
-        raise ConfigError(f"data source {str(source)!r} holds no text{known}")
-    return documents
+    files = []
+    for number, source in enumerate(sources):
+        path = Path(source)
+        if source == STDLIB:
+            files.append(_stdlib_file(number))
+        elif path.exists():
+            files += [_file(p, number, text_field) for p in _paths(path)]
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source) and not path.parent.exists():
+            files.append(_hub_file(source, number, text_field))
+        else:
+            raise ConfigError(f"data source {source!r} doesn't exist: give a file, a folder, or {STDLIB!r}")
+    return files
 
 
-def split_documents(documents: Sequence[str], validation_fraction: float) -> tuple[list[str], list[str]]:
-    """(training, validation) documents, in the given order.
+def content_hash(files: Sequence[File]) -> str:
+    """Equal for sources of equal files in equal order, wherever they lie."""
+    digest = xxhash.xxh3_128()
+    for file in files:
+        path = Path(file.name)
+        if path.is_file():
+            digest.update(f"{path.name} {file.size}\n".encode("utf-8", "surrogateescape"))
+            with _reading(path), path.open("rb") as opened:
+                while piece := opened.read(1 << 22):
+                    digest.update(piece)
+        else:
+            digest.update(file.state.encode())
+    return digest.hexdigest()
 
-    A hash of a document's text decides, so that neither order nor company moves it, and equal texts stay
-    together. If all would fall on one side, the document of the extreme hash goes to the other.
+
+def read_batches(files: Sequence[File], start: Position) -> Iterator[Batch]:
+    """The documents from `start` on. Batches depend on that place alone."""
+    records: list[bytes | str] = []
+    is_json: list[bool] = []
+    places: list[tuple[int, int]] = []
+    size, done, after = 0, sum(file.size for file in files[: start.file]), start
+    for index in range(start.file, len(files)):
+        file, before = files[index], sum(f.size for f in files[:index])
+        offset, number = (start.offset, start.number) if index == start.file else (0, 0)
+        for record in file.records(offset, number):
+            data = record.data
+            if size and (isinstance(data, LongDocument) or size >= _BATCH):
+                yield Batch(records, is_json, places, None, after, done)
+                records, is_json, places, size = [], [], [], 0
+            after, done = Position(index, record.offset, record.number), before + record.done
+            if isinstance(data, LongDocument):
+                yield Batch([], [], [(index, record.number)], data, after, done)
+                continue
+            records.append(data)
+            is_json.append(record.is_json)
+            places.append((index, record.number))
+            size += len(data) + 1
+    if size:
+        yield Batch(records, is_json, places, None, after, done)
+
+
+def cut(pieces: Iterable[str], limit: int, *, between_words: bool = False) -> Iterator[str]:
+    """The same text in pieces of at most `limit` characters, cut at line ends where there are any.
+
+    between_words: cut only where a line that begins without space follows, since tokenizers join spaces to what comes
+      before and after them; without such a place, before a space.
     """
-    if not validation_fraction:
-        return list(documents), []
-    hashes = np.array([_hash(text) for text in documents], np.uint64)
-    held_out = (hashes < np.uint64(validation_fraction * 2**64)) | (hashes == hashes.min())
-    held_out &= hashes != hashes.max()
-    sides: tuple[list[str], list[str]] = ([], [])
-    for text, side in zip(documents, held_out, strict=True):
-        sides[int(side)].append(text)
-    return sides
+    rest = ""
+    for piece in pieces:
+        rest, start = rest + piece, 0
+        while len(rest) - start > limit:
+            end = _line_end(rest, start, start + limit, between_words)
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    yield rest
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+def _line_end(text: str, start: int, stop: int, between_words: bool) -> int:
+    end = text.rfind("\n", start, stop) + 1
+    while between_words and end and text[end : end + 1].isspace():
+        end = text.rfind("\n", start, end - 1) + 1
+    if between_words and not end:
+        end = max(text.rfind(" ", start + 1, stop), 0)
+    return end or stop
 
 
-def _cut(text: str, limit: int | None) -> Iterator[str]:
-    start = 0
-    while limit is not None and len(text) - start > limit:
-        end = text.rfind("\n", start, start + limit) + 1 or start + limit
-        yield text[start:end]
+# Files -----------------------------------------------------------------------------------------------------
+
+
+def _paths(source: Path) -> list[Path]:
+    if source.is_file():
+        if not source.name.lower().endswith(_READABLE):
+            raise ConfigError(f"can't read {source}: its name must end in one of {', '.join(_READABLE)}")
+        return [source]
+    found = _find(source, _READABLE)
+    if not found:
+        raise ConfigError(f"data source {str(source)!r} holds no text (files read: {', '.join(_READABLE)})")
+    return found
+
+
+def _find(root: Path, suffixes: Sequence[str]) -> list[Path]:
+    found = ((path.relative_to(root).as_posix(), path) for path in root.rglob("*"))
+    hidden = lambda name: any(part.startswith(".") for part in name.split("/"))
+    kept = [(name, p) for name, p in found if name.lower().endswith(tuple(suffixes)) and not hidden(name)]
+    return [path for _, path in sorted(kept) if path.is_file()]
+
+
+def _file(path: Path, source: int, text_field: str) -> File:
+    name = path.name.lower()
+    with _reading(path):
+        stat = path.stat()
+    if name.endswith(_JSONL_SUFFIXES):
+        records = lambda offset, number: _jsonl(path, text_field, offset, number)
+    elif name.endswith(".parquet"):
+        records = lambda offset, number: _parquet(path, text_field, offset)
+    else:
+        records = lambda offset, number: _text(path, offset)
+    return File(str(path), stat.st_size, source, records, f"{stat.st_size} {stat.st_mtime_ns}")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror or error}") from None
+
+
+def _text(path: Path, offset: int) -> Iterator[Record]:
+    if offset:  # it is one document, and has been read
+        return
+    with _reading(path):
+        size = path.stat().st_size
+        data = path.read_bytes() if size < _LONG else LongDocument(lambda: _text_pieces(path))
+    yield Record(data, False, 0, max(size, 1), size)
+
+
+def _text_pieces(path: Path) -> Iterator[str]:
+    with _reading(path), path.open(encoding="utf-8-sig") as file:
+        while piece := file.read(_PIECE):
+            yield piece
+
+
+def _jsonl(path: Path, text_field: str, offset: int, number: int) -> Iterator[Record]:
+    with _reading(path), path.open("rb") as raw, _decompressed(path, raw) as file:
+        plain = file is raw
+        try:
+            _skip(file, offset, plain)
+            for line, after in _lines(file, offset):
+                number += 1
+                done = after if plain else raw.tell()
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if len(line) >= _LONG:
+                    long = LongDocument(lambda line=line: json_text(line, text_field))  # type: ignore[misc]
+                    yield Record(long, True, number, after, done)
+                elif line and not line.isspace():
+                    yield Record(line, True, number, after, done)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ConfigError(f"{path} is damaged or cut off after line {number}: {error}") from None
+        except OSError as error:
+            if plain:
+                raise
+            raise ConfigError(f"{path} is damaged or cut off after line {number}: {error}") from None
+
+
+def _decompressed(path: Path, raw: Any) -> Any:
+    if path.suffix.lower() == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if path.suffix.lower() == ".zst":
+        import pyarrow as pa
+
+        return pa.CompressedInputStream(raw, "zstd")
+    return raw
+
+
+def _skip(file: Any, offset: int, plain: bool) -> None:
+    if plain:
+        file.seek(offset)
+        return
+    while offset:
+        piece = file.read(min(offset, 1 << 20))
+        if not piece:
+            raise EOFError("it is shorter than it was")
+        offset -= len(piece)
+
+
+def _lines(file: Any, offset: int) -> Iterator[tuple[bytes, int]]:
+    """Lines without their ends, each with the place after it."""
+    rest = bytearray()
+    while block := file.read(1 << 20):
+        first, *others = block.split(b"\n")
+        rest += first
+        for line in others:
+            offset += len(rest) + 1
+            yield bytes(rest), offset
+            rest = bytearray(line)
+    if rest:
+        yield bytes(rest), offset + len(rest)
+
+
+_JSON_TOKEN = re.compile(rb'\s*+("(?:[^"\\]++|\\.)*+"|[{}\[\],:]|[^\s"{}\[\],:]++)', re.DOTALL)
+_UNITS = re.compile(rb"(?:[^\\\x80-\xff]|[\xc0-\xff][\x80-\xbf]*+|\\u[0-9a-fA-F]{4}|\\[^u]){1,100000}+", re.DOTALL)
+_HIGH_SURROGATE = re.compile(rb"\\u[dD][89abAB]..\Z", re.DOTALL)
+
+
+def json_text(line: bytes, name: str) -> Iterator[str]:
+    """The text of a field of a JSON object, in pieces, without a copy of the whole. Raises ValueError."""
+    start, stop = _json_string(line, name)
+    while start < stop:
+        end = min(start + _PIECE, stop)
+        if end < stop:  # a space is never within an escape or a character
+            end = line.rfind(b" ", start + 1, end)
+        if end <= start:
+            units = _UNITS.match(line, start, stop)
+            if units is None:
+                raise ValueError(f"not JSON: byte {start} of the line")
+            end = units.end()
+            if end < stop and (high := _HIGH_SURROGATE.search(line, end - 6, end)) and high.start() > start:
+                end = high.start()
+        yield json.loads(b'"' + line[start:end] + b'"')
         start = end
-    yield text[start:]
+
+
+def _json_string(line: bytes, name: str) -> tuple[int, int]:
+    """Where the text of a top-level field stands, without its quotes."""
+    depth, key, found, place, expects_key = 0, None, None, 0, False
+    while token := _JSON_TOKEN.match(line, place):
+        place, first = token.end(), line[token.start(1)]
+        if depth == 1 and first == ord('"') and expects_key:
+            key, expects_key = json.loads(token[1]), False
+            continue
+        if depth == 1 and key == name and first != ord(":"):
+            if first != ord('"'):
+                raise ValueError(f"field {name!r} is not text")
+            found = (token.start(1) + 1, token.end(1) - 1)
+        if first != ord(":"):
+            key = None
+        depth += (first in b"{[") - (first in b"}]")
+        expects_key = depth == 1 and first in b"{,"
+    if depth or line[place:].strip():
+        raise ValueError("not JSON: it ends too early")
+    if found is None:
+        raise ValueError(f"no field {name!r}: set text_field")
+    return found
+
+
+def _parquet(path: Path, text_field: str, skip: int) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            _check_column(file.schema_arrow, text_field, path)
+            size = path.stat().st_size
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if row + rows <= skip:
+                    row += rows
+                    continue
+                done = size * (row + rows) // max(file.metadata.num_rows, 1)
+                for batch in file.iter_batches(64, row_groups=[group], columns=[text_field], use_threads=False):
+                    for value in batch.column(0):
+                        row += 1
+                        if row <= skip or not value.is_valid:
+                            continue
+                        text = value.as_py()
+                        data = text if len(text) < _LONG else LongDocument(lambda text=text: iter([text]))  # type: ignore[misc]
+                        yield Record(data, False, row, row, done)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}, row {row}: column {text_field!r} holds text that is not UTF-8: {error}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"can't read {path} as parquet (after row {row}): {error}") from None
+
+
+def _check_column(schema: Any, text_field: str, where: Path | str) -> None:
+    import pyarrow as pa
+
+    if text_field not in schema.names:
+        raise ConfigError(f"{where} has no column {text_field!r}: set text_field to one of {', '.join(schema.names)}")
+    kind = schema.field(text_field).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ConfigError(f"{where}: column {text_field!r} holds {kind}, not text")
+
+
+# The standard library, and the Hub --------------------------------------------------------------------------
+
+
+def _stdlib_file(source: int) -> File:
+    texts = list(_stdlib())
+    size = sum(map(len, texts))
+
+    def records(offset: int, number: int) -> Iterator[Record]:
+        for i in range(offset, len(texts)):
+            yield Record(texts[i], False, i + 1, i + 1, size * (i + 1) // len(texts))
+
+    return File(STDLIB, size, source, records, xxhash.xxh3_128_hexdigest(json.dumps(texts).encode()))
 
 
 def _stdlib() -> Iterator[str]:
@@ -94,74 +417,40 @@ def _stdlib() -> Iterator[str]:
     for top in sorted(wanted):
         for path in [root / f"{top}.py", *_find(root / top, (".py",))]:
             if path.is_file() and not {"test", "tests"} & set(path.relative_to(root).parts):
-                yield _read(path)
+                yield decode(path.read_bytes())
 
 
-def _files(source: Path, text_field: str) -> Iterator[str]:
-    if not source.exists():
-        raise ConfigError(f"data source {str(source)!r} doesn't exist: give a file, a folder, or {STDLIB!r}")
-    if source.is_file() and source.suffix.lower() not in _READABLE:
-        raise ConfigError(f"can't read {source}: its name must end in one of {', '.join(_READABLE)}")
-    for path in [source] if source.is_file() else _find(source, _READABLE):
-        if path.suffix.lower() == ".jsonl":
-            yield from _jsonl(path, text_field)
-        elif path.suffix.lower() == ".parquet":
-            yield from _parquet(path, text_field)
-        else:
-            yield _read(path)
+def decode(data: bytes) -> str:
+    """The text of a file: UTF-8, any line ends. Raises UnicodeDecodeError."""
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
 
 
-def _find(root: Path, suffixes: Sequence[str]) -> list[Path]:
-    found = ((path.relative_to(root).as_posix(), path) for path in root.rglob("*"))
-    hidden = lambda name: any(part.startswith(".") for part in name.split("/"))
-    kept = [(name, p) for name, p in found if p.suffix.lower() in suffixes and not hidden(name) and p.is_file()]
-    return [path for _, path in sorted(kept)]
-
-
-def _read(path: Path) -> str:
+def _hub_file(source: str, number: int, text_field: str) -> File:
+    name, _, split = source.partition("@")
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 (byte {error.start}): convert it or take it away") from None
-    except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}") from None
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError:
+        raise ConfigError(
+            f"data source {source!r} doesn't exist here; to read a data set of that name from the Hugging Face Hub: "
+            "pip install datasets"
+        ) from None
 
-
-def _jsonl(path: Path, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(_read(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    def records(offset: int, number: int) -> Iterator[Record]:
         try:
-            document = json.loads(line)
-        except RecursionError:
-            raise ConfigError(f"{path}, line {number} is not JSON of text: it is nested too deeply") from None
-        except ValueError as error:  # also of integers of thousands of digits
-            raise ConfigError(f"{path}, line {number} is not JSON: {error}") from None
-        try:
-            text = document[text_field]
-        except (KeyError, TypeError, IndexError):
-            raise ConfigError(f"{path}, line {number} has no field {text_field!r}: set data.text_field") from None
-        if not isinstance(text, str):
-            raise ConfigError(f"{path}, line {number}: field {text_field!r} is {show(text)}, not text")
-        yield text
+            rows = datasets.load_dataset(name, split=split or "train", streaming=True).skip(offset)
+            for row, values in enumerate(rows, offset + 1):
+                text = values.get(text_field)
+                if text is not None and not isinstance(text, str):
+                    raise ConfigError(f"{source}, row {row}: field {text_field!r} is not text")
+                if text is None and text_field not in values:
+                    raise ConfigError(
+                        f"{source} has no field {text_field!r}: set text_field to one of {sorted(values)}"
+                    )
+                if text is not None:
+                    yield Record(valid_unicode(text), False, row, row, 0)
+        except ConfigError:
+            raise
+        except Exception as error:  # of the network and of formats: the library raises many kinds
+            raise ConfigError(f"can't read {source} from the Hub: {' '.join(str(error).split())[:300]}") from None
 
-
-def _parquet(path: Path, text_field: str) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow
-            if text_field not in columns.names:
-                has = ", ".join(columns.names)
-                raise ConfigError(f"{path} has no column {text_field!r}: set data.text_field to one of {has}")
-            kind = columns.field(text_field).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise ConfigError(f"{path}: column {text_field!r} holds {kind}, not text")
-            for batch in file.iter_batches(columns=[text_field]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: column {text_field!r} holds text that is not UTF-8: {error}") from None
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"can't read {path} as parquet: {error}") from None
+    return File(source, 0, number, records, source)

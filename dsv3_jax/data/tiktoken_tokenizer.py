@@ -112,6 +112,12 @@ class TiktokenTokenizer:
     def special_ids(self) -> frozenset[int]:
         return frozenset(range(self._ordinary, self.vocab_size))
 
+    def token_id(self, name: str) -> int | None:
+        try:
+            return self._encoding.encode_single_token(name)
+        except KeyError:
+            return None
+
     def save(self, directory: Path) -> None:
         for file in (self._path, *self._path.parent.glob("tokenization_*.py")):
             shutil.copyfile(file, directory / file.name)

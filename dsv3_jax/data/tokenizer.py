@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import xxhash
 
 
 class Tokenizer(Protocol):
@@ -64,12 +66,29 @@ class Tokenizer(Protocol):
         """Tokens that `decode` leaves out."""
         ...
 
+    def token_id(self, name: str) -> int | None:
+        """The id of a token by its name, or None."""
+        ...
+
     def save(self, directory: Path) -> None:
         """Writes the files by which `load_tokenizer(directory)` and transformers make this tokenizer again.
 
         Its prompts then begin with bos, as documents do in training.
         """
         ...
+
+
+def identity(tokenizer: Tokenizer) -> str:
+    """Equal for tokenizers that make equal tokens of documents, whatever files they come from."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save(Path(directory))
+        files = [
+            path for path in sorted(Path(directory).iterdir()) if path.name in ("tokenizer.json", "tiktoken.model")
+        ]
+        digest = xxhash.xxh3_128(f"{tokenizer.bos_id} {tokenizer.eos_id} {tokenizer.vocab_size}".encode())
+        for path in files:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def valid_unicode(text: str) -> str:

@@ -15,6 +15,8 @@ CHAT_TEMPLATE = "chat_template.jinja"
 """Where newer versions of transformers write the chat template, which tokenizer_config.json had."""
 BESIDE_TOKENIZER = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, CHAT_TEMPLATE)
 """Files that are read beside a tokenizer's own."""
+TOKENIZER_FILES = (TOKENIZER_JSON, TIKTOKEN_MODEL, *BESIDE_TOKENIZER)
+"""Files of a tokenizer that runs and prepared data keep, under the names that a Hugging Face checkpoint uses."""
 
 _NAMES = (TOKENIZER_JSON, TIKTOKEN_MODEL)
 _ELSEWHERE = {
@@ -50,6 +52,19 @@ def load_tokenizer(path: str | Path | None = None, *, add_bos_token: bool | None
 def has_tokenizer(directory: Path) -> bool:
     """Whether a directory holds a tokenizer that `load_tokenizer` reads."""
     return any((directory / name).is_file() for name in _NAMES)
+
+
+def tokenizer_sources(path: str | Path | None) -> dict[str, Path]:
+    """Maps names of copies to the files of the tokenizer at `path`, a file or a folder: none for bytes."""
+    if path is None or str(path) == BYTES:
+        return {}
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    found = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if path.is_dir():
+        return found
+    beside = {name: file for name, file in found.items() if name in BESIDE_TOKENIZER}
+    return {TIKTOKEN_MODEL if path.name == TIKTOKEN_MODEL else TOKENIZER_JSON: path} | beside
 
 
 def _file_in(directory: Path) -> Path:

@@ -156,6 +156,15 @@ def read_chat_template(directory: Path, special_tokens: Mapping[str, str]) -> Ch
     return None if source is None else ChatTemplate(source, special_tokens, name)
 
 
+def chat_template_beside(tokenizer: Path) -> ChatTemplate:
+    """The chat template beside a tokenizer's file, or in its folder. Raises ConfigError if there is none."""
+    directory = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    template = read_chat_template(directory, {"bos_token": "", "eos_token": ""})
+    if template is None:
+        raise ConfigError(f"{directory} has no chat template, neither {CHAT_TEMPLATE} nor one in {TOKENIZER_CONFIG}")
+    return template
+
+
 def template_file(path: Path, special_tokens: Mapping[str, str]) -> ChatTemplate:
     """The chat template in a file. Raises ConfigError if it can't be read or is no template."""
     try:

@@ -183,7 +183,8 @@ _FREE = (
     *("microbatches", "log_every", "validate_every", "validation_batches", "checkpoint_every"),
     *("keep_checkpoints", "keep_every"),
     *("sample_prompt", "sample_tokens"),
-    *("data.source", "data.tokenizer"),  # where they lie: hashes tell whether they are the same
+    *("data.source", "data.sources", "data.tokenizer"),  # where they lie: hashes tell whether they are the same
+    "data.workers",
     *("model.bos_token_id", "model.eos_token_id"),  # a run takes them from its tokenizer
 )
 """Fields that a resumed run may change, besides the mesh and the runtime's choices other than dtypes."""

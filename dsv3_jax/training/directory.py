@@ -18,17 +18,13 @@ from dsv3_jax.checkpoint.hashes import seal
 from dsv3_jax.checkpoint.run_tokenizer import kept_files
 from dsv3_jax.checkpoint.runs import CHECKPOINTS
 from dsv3_jax.config import ConfigError, build_dataclass
-from dsv3_jax.data.tokenizer_files import BESIDE_TOKENIZER, BYTES, TIKTOKEN_MODEL, TOKENIZER_JSON
+from dsv3_jax.data.tokenizer_files import TOKENIZER_FILES, tokenizer_sources
 from dsv3_jax.json_input import parse_json
 from dsv3_jax.training.config import TrainConfig
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 LOCK = "lock"
-
-TOKENIZER_FILES = (TOKENIZER_JSON, TIKTOKEN_MODEL, *BESIDE_TOKENIZER)
-"""Files of the tokenizer that a run keeps, under the names that a Hugging Face checkpoint uses."""
-
 
 _AT_THE_START = {CONFIG, LOCK, CHECKPOINTS, "tensorboard", *TOKENIZER_FILES}
 """Files that may exist before the first checkpoint, which is that of step 0."""
@@ -97,19 +93,6 @@ def locked(directory: Path) -> Iterator[str]:
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-
-
-def tokenizer_sources(path: str | Path | None) -> dict[str, Path]:
-    """Maps names under which a run keeps its tokenizer to the files at `path`, a file or a folder. None for bytes."""
-    if path is None or str(path) == BYTES:
-        return {}
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    found = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
-    if path.is_dir():
-        return found
-    beside = {name: file for name, file in found.items() if name in BESIDE_TOKENIZER}
-    return {TIKTOKEN_MODEL if path.name == TIKTOKEN_MODEL else TOKENIZER_JSON: path} | beside
 
 
 def hashes(files: dict[str, Path]) -> dict[str, str]:

@@ -74,7 +74,7 @@ class Loop:
                     setup.throughput.add(setup.schedule.batch_size(step) * config.data.sequence_length)
                     if setup.due(done, config.log_every):
                         self._check_finite(checkpoints, done, metrics)
-                        last = log.write(done, metrics | setup.throughput.measure(state.step))
+                        last = log.write(done, metrics | setup.throughput.measure(state.step) | setup.data.metrics())
                     if setup.validation and setup.due(done, config.validate_every):
                         last |= log.write(done, setup.validate(state))
                         setup.throughput.restart()
@@ -97,6 +97,7 @@ class Loop:
                 f"checkpoint is of step {checkpoints.latest()}: start all of them again with --resume"
             ) from None
         finally:
+            setup.data.stop()
             if log is not None:
                 log.close()
             if not lost:  # closing waits for the others

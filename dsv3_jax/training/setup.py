@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.data import train_iterator, validation_batches
+from dsv3_jax.data import open_sources, train_iterator, validation_batches
+from dsv3_jax.data.pipeline import holds_out
 from dsv3_jax.inference.generate import generate, longest
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
@@ -50,7 +53,13 @@ class Setup:
     jitted on the mesh. data: the iterator of training batches. validation: batches as NumPy arrays.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: Any,
+        tokenizer_path: str | Path | None = None,
+        console: Console | None = None,
+    ) -> None:
         self.started = time.perf_counter()
         self.config, self.tokenizer = config, tokenizer
         self.model = DeepSeekV3(config.model, config.runtime)
@@ -77,15 +86,17 @@ class Setup:
             for stage in self.schedule.stages:
                 self._check(self.train_step, stage.batch_size, f"the batch from step {stage.start_step} on{ramp}")
         self.sample_prompt, self.sample_tokens = self._sample_request()
-        self.data = train_iterator(config.data, tokenizer, self.schedule.batch_size(0))
+        opened = open_sources(config.data, tokenizer, tokenizer_path, console)
+        self.data = train_iterator(config.data, tokenizer, self.schedule.batch_size(0), opened=opened)
         self.validation = []
-        if config.data.validation_fraction:
+        if holds_out(opened):
             self.validation = validation_batches(
                 config.data,
                 tokenizer,
                 config.schedule.batch_size,
                 config.validation_batches,
                 multiple_of=self.placement.parts,
+                opened=opened,
             )
             self._check(self.evaluate, len(self.validation[0]["tokens"]), "validation")
         self.throughput = Throughput(config.model, config.data.sequence_length)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import load_tokenizer
+from dsv3_jax.data.pipeline import prepared_tokenizer
 from dsv3_jax.parallel.placement import all_processes_here, any_process
 from dsv3_jax.training.config import TrainConfig
 from dsv3_jax.training.directory import check_config, check_directory, kept_tokenizer, locked
@@ -52,7 +53,9 @@ def train(
     directory = Path(directory or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
     check_config(config)
     check_directory(config, directory, resume=resume)
-    tokenizer_path = kept_tokenizer(directory, config.data.tokenizer) if resume else config.data.tokenizer
+    tokenizer_path: str | Path | None = prepared_tokenizer(config.data)
+    if resume:
+        tokenizer_path = kept_tokenizer(directory, tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -62,7 +65,7 @@ def train(
     # A preset's are those of another tokenizer.
     model = dataclasses.replace(config.model, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     config = dataclasses.replace(config, model=model)
-    setup = Setup(config, tokenizer)  # reads the data: a failure leaves no directory behind
+    setup = Setup(config, tokenizer, tokenizer_path, console)  # reads the data: a failure leaves no directory behind
     all_processes_here()  # before one of them puts something into the directory that the others look at
     with _held_by_one(directory, console):
         check_directory(config, directory, resume=resume)  # again: another process may have been faster

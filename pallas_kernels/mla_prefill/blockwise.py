@@ -106,9 +106,9 @@ def _forward(
     arrays: Arrays, places: tuple[Places, Places], scale: float, in_order: bool, one_segment: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The output (B, T, H, V), and the scores' log-sum-exps (blocks of queries, B, K, rows) for the gradient."""
+    arrays, (places, pairs) = _as_one(arrays, (places, _pairs(arrays, places, in_order, by_keys=False)))
     q, k_nope, k_rope, v = _cut_all(arrays)
     wide, value = jnp.promote_types(q.dtype, jnp.float32), arrays[4]
-    pairs = _pairs(arrays, places, in_order, by_keys=False)
     zeros = jnp.zeros(q.shape[1:-1], wide)
     fresh = zeros + UNSEEN, zeros, jnp.zeros((*zeros.shape, v.shape[-1]), wide)
 
@@ -149,11 +149,11 @@ def _vjp_backward(
     scale: float, in_order: bool, one_segment: bool, residuals: Any, dout: jax.Array
 ) -> tuple[Arrays, None]:
     arrays, places, out, lse = residuals
+    arrays, (places, pairs) = _as_one(arrays, (places, _pairs(arrays, places, in_order, by_keys=True)))
     q, k_nope, k_rope, v = _cut_all(arrays)
     wide, heads = lse.dtype, v.shape[2]
     delta = jnp.einsum("bthv,bthv->bth", dout.astype(wide), out.astype(wide))
     delta, dout = _cut(delta[..., None], heads)[..., 0], _cut(dout.astype(v.dtype), heads)
-    pairs = _pairs(arrays, places, in_order, by_keys=True)
     nope = k_nope.shape[-1]
 
     def step(carry: Any, pair: Any) -> tuple[Any, None]:
@@ -191,6 +191,16 @@ def _vjp_backward(
 
 
 _attention.defvjp(_vjp_forward, _vjp_backward)
+
+
+def _as_one(arrays: Arrays, known: Any) -> tuple[Arrays, Any]:
+    """Both, neither of which is then known before the other.
+
+    Differentiating a scan around this one would otherwise compute the masks of all pairs of blocks ahead, from places
+    that depend on nothing, and keep them.
+    """
+    both: tuple[Arrays, Any] = lax.optimization_barrier((arrays, known))
+    return both
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:

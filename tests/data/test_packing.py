@@ -1,6 +1,8 @@
 """Packing against grain's own concat-then-split, and against its definition."""
 
 import itertools
+import tempfile
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -8,34 +10,44 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.config import ConfigError
-from dsv3_jax.data import ByteTokenizer, Corpus, PackedSequences, tokenize
+from dsv3_jax.data import BestFitSequences, PackedSequences
+from dsv3_jax.data import shards as shards_module
+from tests.data.corpora import counted, documents
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
 
-def corpus(lengths):
-    """Documents whose tokens are all different, so that a token tells where it was."""
-    offsets = np.cumsum([0, *lengths], dtype=np.int64)
-    return Corpus(np.arange(offsets[-1], dtype=np.uint16), offsets)
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Records of 16 tokens and blocks of 4 documents: everything is cut somewhere."""
+    monkeypatch.setattr(shards_module, "CHUNK", 16)
+    monkeypatch.setattr(shards_module, "BLOCK", 4)
 
 
-def epoch_stream(corpus, order):
-    return np.concatenate([corpus.tokens[corpus.offsets[d] : corpus.offsets[d + 1]] for d in order])
-
-
-def packed_or_none(corpus, length, seed=0, **how):
-    if len(corpus.tokens) <= length:
+def packed_or_none(data, length, seed=0, **how):
+    if data.tokens <= length:
         with pytest.raises(ValueError, match="too few"):
-            PackedSequences(corpus, length, seed, **how)
+            PackedSequences(data, length, seed, **how)
         return None
-    return PackedSequences(corpus, length, seed, **how)
+    return PackedSequences(data, length, seed, **how)
 
 
-@given(lengths, st.integers(1, 16), st.integers(0, 2**32 - 1), st.integers(0, 3))
-@settings(deadline=None)
-def test_every_token_in_order_once(lengths, length, seed, epoch):
-    data = corpus(lengths)
+@given(lengths, st.integers(1, 16), st.integers(0, 2**32 - 1), st.integers(0, 3), st.integers(1, 3))
+def test_every_token_in_order_once(lengths, length, seed, epoch, shards):
+    with tempfile.TemporaryDirectory() as folder:
+        data, offsets = counted(Path(folder), lengths, shards=shards)
+        check_every_token_once(data, offsets, length, seed, epoch)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_token_once_of_lengths_from_1_to_a_million(tmp_path, monkeypatch, shards):
+    monkeypatch.setattr(shards_module, "CHUNK", 8192)
+    many = [1, 10**6, 2, 7, 4096, 4097, 100_000, 1, 1, 33_333]
+    data, offsets = counted(tmp_path, many, shards=shards)
+    check_every_token_once(data, offsets, 4096, seed=5, epoch=2)
+
+
+def check_every_token_once(data, offsets, length, seed, epoch):
     packed = packed_or_none(data, length, seed, mask_documents=False)
     if packed is None:
         return
@@ -44,12 +56,12 @@ def test_every_token_in_order_once(lengths, length, seed, epoch):
     tokens = np.concatenate([row["tokens"] for row in rows])
     targets = np.concatenate([row["targets"] for row in rows])
     # Recover the documents' order from where each begins, and rebuild the epoch from it.
-    document = np.searchsorted(data.offsets, np.append(tokens, targets[-1]), side="right") - 1
+    document = np.searchsorted(offsets, np.append(tokens, targets[-1]), side="right") - 1
     order = list(dict.fromkeys(document.tolist()))
-    stream = epoch_stream(data, order)[: len(tokens) + 1]
+    stream = np.concatenate([np.arange(offsets[d], offsets[d + 1]) for d in order])[: len(tokens) + 1]
     np.testing.assert_array_equal(tokens, stream[:-1])
     np.testing.assert_array_equal(targets, stream[1:])
-    assert data.offsets[-1] - 1 - len(tokens) < length  # what is dropped is less than a sequence
+    assert offsets[-1] - 1 - len(tokens) < length  # what is dropped is less than a sequence
     # With documents masked, a last target of another document isn't one.
     masked = PackedSequences(data, length, seed)
     for i, row in enumerate(rows):
@@ -60,79 +72,66 @@ def test_every_token_in_order_once(lengths, length, seed, epoch):
 
 
 @given(lengths, st.integers(1, 16), st.integers(0, 3))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=20)
 def test_equals_grain_concat_then_split(lengths, length, epoch):
-    data = corpus(lengths)
-    packed = packed_or_none(data, length)
-    if packed is None:
-        return
-    order, _ = packed._epoch_order(epoch)
-    documents = [{"x": data.tokens[data.offsets[d] : data.offsets[d + 1]].astype(np.int32)} for d in order]
-    theirs = grain.experimental.ConcatThenSplitIterDataset(
-        grain.MapDataset.source(documents).to_iter_dataset(grain.ReadOptions(num_threads=0)),
-        length_struct={"x": length},
-        split_full_length_features=True,
-    )
-    for i, row in zip(range(len(packed)), itertools.islice(theirs, len(packed)), strict=True):
-        mine = packed[epoch * len(packed) + i]
-        np.testing.assert_array_equal(mine["tokens"], row["x"])
-        np.testing.assert_array_equal(mine["segments"], row["x_segment_ids"])
-        np.testing.assert_array_equal(mine["positions"], row["x_positions"])
+    with tempfile.TemporaryDirectory() as folder:
+        data, _ = counted(Path(folder), lengths)
+        packed = packed_or_none(data, length)
+        if packed is None:
+            return
+        blocks, _ = packed._blocks(epoch)
+        texts = []
+        for block in blocks:
+            _, sizes, places = packed._block(epoch, int(block))
+            texts += [{"x": np.arange(p, p + n, dtype=np.int32)} for p, n in zip(places, sizes, strict=True)]
+        theirs = grain.experimental.ConcatThenSplitIterDataset(
+            grain.MapDataset.source(texts).to_iter_dataset(grain.ReadOptions(num_threads=0)),
+            length_struct={"x": length},
+            split_full_length_features=True,
+        )
+        for i, row in zip(range(len(packed)), itertools.islice(theirs, len(packed)), strict=True):
+            mine = packed[epoch * len(packed) + i]
+            np.testing.assert_array_equal(mine["tokens"], row["x"])
+            np.testing.assert_array_equal(mine["segments"], row["x_segment_ids"])
+            np.testing.assert_array_equal(mine["positions"], row["x_positions"])
 
 
-def test_epochs_differ_and_repeat():
-    packed = PackedSequences(corpus([5] * 40), 7, seed=3)
-    again = PackedSequences(corpus([5] * 40), 7, seed=3)
+def test_epochs_differ_and_repeat(tmp_path):
+    data, _ = counted(tmp_path, [5] * 40)
+    packed, again = PackedSequences(data, 7, seed=3), PackedSequences(data, 7, seed=3)
     n = len(packed)
     first, second = packed[0]["tokens"], packed[n]["tokens"]
     assert (first != second).any()
     np.testing.assert_array_equal(again[n]["tokens"], second)  # from scratch, without epoch 0 before it
     np.testing.assert_array_equal(packed[0]["tokens"], first)
-    assert (PackedSequences(corpus([5] * 40), 7, seed=4)[0]["tokens"] != first).any()
+    assert (PackedSequences(data, 7, seed=4)[0]["tokens"] != first).any()
 
 
-def test_tokenize_puts_bos_and_eos_around_documents():
-    result = tokenize(["ab", "é"], ByteTokenizer())
-    assert result.tokens.tolist() == [256, 97, 98, 257, 256, 0xC3, 0xA9, 257]
-    assert result.offsets.tolist() == [0, 4, 8]
-    assert result.tokens.dtype == np.uint16
+@given(lengths.filter(lambda many: max(many) > 1), st.integers(1, 16))
+def test_best_fit_cuts_no_document_that_fits(lengths, length):
+    with tempfile.TemporaryDirectory() as folder:
+        data, offsets = counted(Path(folder), lengths, shards=2)
+        packed = BestFitSequences(data, length, 0)
+        seen = []
+        for i in range(len(packed)):
+            row = packed[i]
+            real = row["segments"] > 0
+            np.testing.assert_array_equal(row["targets"][~real], -100)
+            np.testing.assert_array_equal(row["targets"][real], row["tokens"][real] + 1)  # of the same document
+            for segment in np.unique(row["segments"][real]):
+                at = row["segments"] == segment
+                np.testing.assert_array_equal(row["positions"][at], np.arange(at.sum()))
+                document = np.searchsorted(offsets, row["tokens"][at][0], side="right") - 1
+                if lengths[document] - 1 <= length:
+                    assert at.sum() == lengths[document] - 1
+            seen += row["targets"][real].tolist()
+        every = np.setdiff1d(np.arange(offsets[-1]), offsets)  # all but the documents' first tokens
+        np.testing.assert_array_equal(np.sort(seen), every)
 
 
-class Strange(ByteTokenizer):
-    def __init__(self, ids, vocab_size=259, eos_id=257):
-        self.ids, self.vocab_size, self.eos_id = np.array(ids, np.int32), vocab_size, eos_id
-
-    def encode(self, text):
-        return self.ids
-
-
-def test_one_separator_when_bos_is_eos():
-    assert tokenize(["a", "b"], Strange([7], eos_id=256)).tokens.tolist() == [256, 7, 256, 7]
-
-
-def test_large_vocabulary_keeps_ids():
-    assert tokenize(["a"], Strange([128_000], vocab_size=129_280)).tokens.tolist() == [256, 128_000, 257]
-
-
-@pytest.mark.parametrize("bad", [-1, 259, 65_536 + 5])
-def test_id_outside_vocabulary_is_named(bad):
-    with pytest.raises(ValueError, match=rf"token id {bad}, outside its vocab_size of 259"):
-        tokenize(["a"], Strange([1, bad]))
-
-
-def test_a_document_that_a_tokenizer_fails_on_is_named():
-    class Picky(ByteTokenizer):
-        def encode(self, text):
-            if "!" in text:
-                raise Exception("no token for '!'")
-            return super().encode(text)
-
-    with pytest.raises(ConfigError, match=r"the document that begins 'b! and': no token for '!'"):
-        tokenize(["a", "b! and", "c"], Picky())
-
-
-def test_fingerprint_tells_tokens_and_boundaries():
-    base = tokenize(["ab", "cd"], ByteTokenizer()).fingerprint()
-    assert base == tokenize(["ab", "cd"], ByteTokenizer()).fingerprint()
-    assert base != tokenize(["ab", "ce"], ByteTokenizer()).fingerprint()
-    assert corpus([2, 3]).fingerprint() != corpus([3, 2]).fingerprint()
+def test_complements_are_tokens_that_are_no_targets(tmp_path):
+    data = documents(tmp_path, [[~1, ~2, 3, 4, ~5, 6]])
+    row = PackedSequences(data, 5, 0)[0]
+    assert row["tokens"].tolist() == [1, 2, 3, 4, 5]
+    assert row["targets"].tolist() == [-100, 3, 4, -100, 6]
+    assert BestFitSequences(data, 5, 0)[0]["targets"].tolist() == [-100, 3, 4, -100, 6]

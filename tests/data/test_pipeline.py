@@ -1,10 +1,12 @@
 """Batches: exact resumption, parts of a batch, changing batch sizes, validation apart from training."""
 
+import dataclasses
 import hashlib
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import grain
 import jax
@@ -16,8 +18,10 @@ from hypothesis import strategies as st
 from dsv3_jax.data import (
     ByteTokenizer,
     DataConfig,
+    PrepareOptions,
     TrainIterator,
     load_tokenizer,
+    prepare,
     train_iterator,
     validation_batches,
 )
@@ -65,6 +69,93 @@ def test_resume_anywhere_equals_straight_run(config, data):
     assert resumed.get_state() == straight.get_state()
 
 
+@pytest.fixture(scope="module")
+def mixed(config, tmp_path_factory):
+    """Three sources, one of them prepared before, whose weights change twice."""
+    root = tmp_path_factory.mktemp("mixture")
+    for i in range(12):
+        (root / f"{i}.md").write_text(f"[{i}]" * 40)
+    prepared = root / "prepared"
+    prepare([config.source], prepared, PrepareOptions(validation_fraction=0.2, shard_tokens=500))
+    sources = (f"a={config.source}:0.7", f"b={root / '3.md'}:0.1", f"c={prepared}:0.2")
+    reweight = ("320:a=1,b=0,c=1", "960:a=0.1,b=0.2,c=0.7")
+    return DataConfig(
+        sources=sources, reweight=reweight, sequence_length=16, validation_fraction=0, max_document_characters=40
+    )
+
+
+@given(st.data())
+@settings(max_examples=20)
+def test_a_mixture_goes_on_with_any_batch_size_and_process_count(mixed, data):
+    straight = train_iterator(mixed, TOKENIZER, 1)
+    sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
+    stop, processes = data.draw(st.integers(0, 100)), data.draw(st.sampled_from([1, 2, 4]))
+    for _ in range(stop):
+        next(straight)
+    state = json.loads(json.dumps(straight.get_state()))
+    parts = [train_iterator(mixed, TOKENIZER, 1) for _ in range(processes)]
+    for part in parts:
+        part.set_state(state)
+    for size in (n * processes for n in sizes):
+        rows = np.split(np.arange(size), processes)
+        together = concatenate([p.next_batch(size, mine) for p, mine in zip(parts, rows, strict=True)])
+        assert_same(together, straight.next_batch(size))
+    assert all(part.get_state() == straight.get_state() for part in parts)
+    assert sum(straight.get_state()["taken"]) == stop + sum(sizes) * processes
+
+
+def test_a_mixture_takes_each_source_in_its_own_order(mixed):
+    it = train_iterator(mixed, TOKENIZER, 1)
+    alone = [iter_alone(source) for source in it._rows.sources]
+    taken = [0, 0, 0]
+    for n in range(120):
+        row = next(it)
+        (chosen,) = np.flatnonzero(np.array(it.get_state()["taken"]) - taken)
+        taken = it.get_state()["taken"]
+        assert_same({k: v[0] for k, v in row.items()}, alone[chosen](taken[chosen] - 1))
+        assert all(abs(t - it._mixture.due(i, n + 1)) < 1 for i, t in enumerate(taken))
+    assert it.metrics()["epochs/b"] == taken[1] / len(it._rows.sources[1])
+
+
+def iter_alone(source):
+    return lambda index: source[index]
+
+
+def test_worker_processes_read_the_same(config):
+    here, there = (train_iterator(dataclasses.replace(config, workers=n), TOKENIZER, 5) for n in (0, 1))
+    try:
+        for size in (5, 5, 3):
+            assert_same(here.next_batch(size), there.next_batch(size))
+    finally:
+        there.stop()
+
+
+def test_a_flipped_bit_and_another_tokenizer_are_named(config, tmp_path):
+    prepared = prepare([config.source], tmp_path / "p", PrepareOptions(validation_fraction=0))
+    (shard,) = prepared.index["training"]
+    path = tmp_path / "p" / shard["file"]
+    data = bytearray(path.read_bytes())
+    where = data.index(b"<\0" + b"2\0" + b"9\0")  # in the middle of some text
+    data[where] ^= 1
+    path.write_bytes(data)
+    it = train_iterator(DataConfig(source=str(tmp_path / "p"), sequence_length=16), TOKENIZER, 1)
+    with pytest.raises(ValueError, match=r"training-00000\.array_record is damaged near record"):
+        it.next_batch(epoch_length(it))
+    with pytest.raises(ValueError, match=r"training-00000\.array_record is not what was written"):
+        prepared.check_hashes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=r"has \d+ bytes, index.json says"):
+        train_iterator(DataConfig(source=str(tmp_path / "p"), sequence_length=16), TOKENIZER, 1)
+    index = tmp_path / "p" / "index.json"
+    index.write_text(index.read_text().replace("uint16", "uint32"))
+    with pytest.raises(ValueError, match=r"index\.json is not what was written"):
+        train_iterator(DataConfig(source=str(tmp_path / "p"), sequence_length=16), TOKENIZER, 1)
+    other = load_tokenizer(Path(__file__).parents[1] / "golden/tokenizers/deepseek")
+    prepare([config.source], tmp_path / "q", PrepareOptions())
+    with pytest.raises(ValueError, match="was prepared with another tokenizer"):
+        train_iterator(DataConfig(source=str(tmp_path / "q"), sequence_length=16), other, 1)
+
+
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(1, 4))
 @settings(deadline=None, max_examples=25)
 def test_rows_of_all_processes_are_the_batch(config, sizes, processes):
@@ -83,12 +174,12 @@ def test_batch_size_does_not_change_the_order(config):
 
 
 def epoch_length(it):
-    return len(it._sequences.parents[0])
+    return len(it._rows.sources[0])
 
 
 def test_every_sequence_once_an_epoch(config):
     it = train_iterator(config, TOKENIZER, 1)
-    packed = it._sequences.parents[0].parents[0]
+    packed = it._rows.sources[0].parents[0]
     n = epoch_length(it)
     epochs = [[next(it)["tokens"].tobytes() for _ in range(n)] for _ in range(2)]
     for e, epoch in enumerate(epochs):
@@ -100,13 +191,13 @@ def test_the_same_in_another_process(config):
     code = (
         "import sys, hashlib; from dsv3_jax.data import *;"
         f"it = train_iterator({config!r}, load_tokenizer(), 8);"
-        "it.set_state({'next_sequence': 100, 'fingerprint': it.get_state()['fingerprint']});"
+        "it.set_state({'taken': [100], 'fingerprint': it.get_state()['fingerprint']});"
         "print(hashlib.sha256(next(it)['tokens'].tobytes()).hexdigest(), it.get_state()['fingerprint'])"
     )
     seen = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     it = train_iterator(config, TOKENIZER, 8)
     fingerprint = it.get_state()["fingerprint"]
-    it.set_state({"next_sequence": 100, "fingerprint": fingerprint})
+    it.set_state({"taken": [100], "fingerprint": fingerprint})
     digest = hashlib.sha256(next(it)["tokens"].tobytes()).hexdigest()
     assert seen.split() == [digest, fingerprint]
 
@@ -127,12 +218,12 @@ class _Few(grain.IterDataset):
     def __iter__(self):
         class Ending(TrainIterator):
             def __next__(self):
-                if self._next_sequence >= 20:
+                if self._taken[0] >= 20:
                     raise StopIteration
                 return super().__next__()
 
         it = train_iterator(self._config, TOKENIZER, 4)
-        return Ending(it._sequences, 4, fingerprint=it._fingerprint)
+        return Ending({"data": it._rows.sources[0]}, it._mixture, 4, fingerprint=it._fingerprint)
 
 
 def test_state_of_other_data_is_refused(config):

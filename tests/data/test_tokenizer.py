@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.data import ByteTokenizer, load_tokenizer, tokenize
+from dsv3_jax.data import ByteTokenizer, load_tokenizer
+from dsv3_jax.data.tokenize import Tokenize
 
 GOLDEN = Path(__file__).parents[1] / "golden/tokenizers"
 
@@ -105,7 +106,7 @@ def test_eos_alone_separates_documents(tmp_path):
     make_tokenizer(tmp_path, ["<|endoftext|>"])
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.bos_id == tokenizer.eos_id
-    assert (tokenize(["ab", "ab"], tokenizer).tokens == tokenizer.eos_id).sum() == 2
+    assert (Tokenize(str(tmp_path)).whole(["ab", "ab"], [False] * 2).tokens == tokenizer.eos_id).sum() == 2
 
 
 def test_declared_specials_come_first(tmp_path):

@@ -218,10 +218,10 @@ def test_metrics_survive_lines_that_are_none(tmp_path):
     assert read_metrics(path) == [{"step": 1}, {"step": 2}]
 
 
-@pytest.mark.parametrize("state", [{}, [], None, {"next_sequence": "4", "fingerprint": "x"}, {"next_sequence": -1}])
+@pytest.mark.parametrize("state", [{}, [], None, {"taken": "4", "fingerprint": "x"}, {"taken": [-1]}])
 def test_a_damaged_position_in_the_data_is_named(state):
     data = setup.train_iterator(ONE.data, trainer.load_tokenizer(None), 2)
-    if isinstance(state, dict) and state.get("next_sequence") == -1:
+    if isinstance(state, dict) and state.get("taken") == [-1]:
         state = data.get_state() | state
     with pytest.raises(ConfigError, match="the data's position"):
         data.set_state(json.loads(json.dumps(state)))

@@ -10,7 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
-from dsv3_jax.data import Corpus, PackedSequences
+from dsv3_jax.data import PackedSequences
 from dsv3_jax.model.attention import MultiHeadLatentAttention
 from dsv3_jax.model.cache import TokenPositions
 from dsv3_jax.model.logits import cross_entropy
@@ -31,6 +31,7 @@ from dsv3_jax.training.losses import (
     shift_left,
 )
 from tests.conftest import new_rng
+from tests.data.corpora import counted
 from tests.model import equations
 
 SMALL = dataclasses.replace(
@@ -136,15 +137,15 @@ def test_documents_bound_what_is_predicted(small):
     chex.assert_trees_all_close(sums.cross_entropy, again.cross_entropy)
 
 
-def test_predictable_is_the_definition():
+def test_predictable_is_the_definition(tmp_path):
     """Packed rows of short documents: both ends of a prediction in one document, also past the row's end."""
     rng = new_rng()
     lengths = rng.integers(1, 12, 200)
-    packed = PackedSequences(Corpus(np.arange(lengths.sum(), dtype=np.uint16), np.cumsum([0, *lengths])), 16, 0)
-    order, _ = packed._epoch_order(0)
-    document = np.repeat(np.arange(len(order)), lengths[order])
+    data, offsets = counted(tmp_path, lengths)
+    packed = PackedSequences(data, 16, 0)
     rows = [packed[r] for r in range(len(packed))]
     batch = {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
+    document = np.searchsorted(offsets, np.asarray(batch["tokens"]).ravel(), side="right")
     for ahead in (1, 2, 3):
         place = np.arange(len(rows))[:, None] * 16 + np.arange(16)
         inside = np.arange(16) + ahead <= 16  # the row's targets go one token further than its tokens

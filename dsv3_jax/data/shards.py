@@ -1,0 +1,226 @@
+"""Prepared data on disk: shards of tokens in ArrayRecord files, and the index that says what is in them.
+
+A directory holds `index.json`, the tokenizer's files, and shards of two splits, as `training-00000.array_record`.
+A shard is a stream of documents' tokens in records of `CHUNK` tokens, then the places where documents end in records of
+`BLOCK` documents. Records carry checksums of their own: a flipped bit is noticed when it is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from array_record.python import array_record_module
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.json_input import check_type, field, read_json
+
+INDEX = "index.json"
+FORMAT = 1
+CHUNK = 8192
+"""Tokens of a record."""
+BLOCK = 1024
+"""Documents of a block, the unit whose lengths are read together."""
+SPLITS = ("training", "validation")
+
+_OPEN_FILES = 512
+
+
+class ShardWriter:
+    """Writes one shard.
+
+    dtype: uint16, or int32 for larger vocabularies and for chats, in which a token that isn't to be predicted is stored
+    as its complement, a negative number.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.path, self.tokens = path, 0
+        self._dtype = dtype.newbyteorder("<")
+        self._writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        self._pending: list[np.ndarray] = []
+        self._ends: list[int] = []
+
+    def add(self, tokens: np.ndarray, *, last: bool = True) -> None:
+        """Appends a document's tokens; those of a long one in pieces, of which one is the `last`."""
+        self._pending.append(tokens)
+        self.tokens += len(tokens)
+        if self.tokens // CHUNK > (self.tokens - sum(map(len, self._pending))) // CHUNK:
+            self._write_chunks()
+        if last:
+            self._ends.append(self.tokens)
+
+    def _write_chunks(self, *, all_of_them: bool = False) -> None:
+        tokens = np.concatenate(self._pending).astype(self._dtype)
+        whole = len(tokens) if all_of_them else len(tokens) // CHUNK * CHUNK
+        for start in range(0, whole, CHUNK):
+            self._writer.write(tokens[start : min(start + CHUNK, whole)].tobytes())
+        self._pending = [tokens[whole:]]
+
+    def close(self) -> dict[str, Any]:
+        """Puts the shard on disk. Returns its entry of the index."""
+        if self._pending:
+            self._write_chunks(all_of_them=True)
+        ends = np.array(self._ends, "<i8")
+        for start in range(0, len(ends), BLOCK):
+            self._writer.write(ends[start : start + BLOCK].tobytes())
+        self._writer.close()
+        sync(self.path)
+        return {
+            "file": self.path.name,
+            "bytes": self.path.stat().st_size,
+            "xxh3_128": file_hash(self.path),
+            "documents": len(ends),
+            "tokens": self.tokens,
+            "block_ends": [int(ends[min(stop, len(ends)) - 1]) for stop in range(BLOCK, len(ends) + BLOCK, BLOCK)],
+        }
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's or directory's content is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(index: dict[str, Any]) -> str:
+    """A hash of an index without its seal."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(index, sort_keys=True).encode())
+
+
+def file_hash(path: Path) -> str:
+    """The xxh3_128 of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Prepared data: its directory and its index, read and checked. Raises ConfigError for what is none."""
+
+    directory: Path
+    index: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path) -> Prepared:
+        """Reads the index. Files are looked at for their size only: their records carry checksums."""
+        path = directory / INDEX
+        index = check_type(read_json(path, ConfigError), dict, str(path), ConfigError)
+        version = field(index, "format", int, str(path), ConfigError)
+        if index.pop("seal", None) != seal(index):
+            raise ConfigError(f"{path} is not what was written: its seal differs; copy or prepare the data again")
+        if version != FORMAT:
+            raise ConfigError(f"{path} is of format {version}, this version reads {FORMAT}: prepare the data again")
+        for split in SPLITS:
+            for shard in field(index, split, list, str(path), ConfigError):
+                check_type(shard, dict[str, Any], f"{path}: {split}", ConfigError)
+                where = f"{path}: a shard of {split}"
+                for name, kind in (("file", str), ("bytes", int), ("documents", int), ("tokens", int)):
+                    field(shard, name, kind, where, ConfigError)
+                field(shard, "block_ends", list[int], where, ConfigError)
+                file = directory / shard["file"]
+                size = file.stat().st_size if file.is_file() else None
+                if size != shard["bytes"]:
+                    has = "is missing" if size is None else f"has {size} bytes"
+                    raise ConfigError(f"{file} {has}, {INDEX} says {shard['bytes']}: copy or prepare the data again")
+        field(index, "dtype", str, str(path), ConfigError)
+        if index["dtype"] not in ("uint16", "int32"):
+            raise ConfigError(f"{path}: dtype is {index['dtype']!r}, not uint16 or int32")
+        field(index, "tokenizer", dict[str, Any], str(path), ConfigError)
+        return cls(directory, index)
+
+    def split(self, name: str) -> Documents:
+        """The documents of "training" or "validation"."""
+        return Documents(self.directory, self.index[name], self.index["dtype"])
+
+    def check_tokenizer(self, identity: str) -> None:
+        """Raises ConfigError if the tokens are those of another tokenizer."""
+        mine = self.index["tokenizer"].get("identity")
+        if mine != identity:
+            raise ConfigError(
+                f"{self.directory} was prepared with another tokenizer (identity {mine}, this one's is {identity}): "
+                "leave data.tokenizer out to use the one it holds, or prepare the data again"
+            )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Equal for equal tokens of equal documents in equal order, and else not."""
+        kept = {split: [[s["xxh3_128"], s["tokens"]] for s in self.index[split]] for split in SPLITS}
+        return xxhash.xxh3_128_hexdigest(json.dumps([kept, self.index["dtype"]]).encode())
+
+    def check_hashes(self) -> None:
+        """Reads every shard. Raises ConfigError, naming the first that isn't what was written."""
+        for split in SPLITS:
+            for shard in self.index[split]:
+                if file_hash(self.directory / shard["file"]) != shard["xxh3_128"]:
+                    raise ConfigError(f"{self.directory / shard['file']} is not what was written: its hash differs")
+
+
+class Documents:
+    """The tokens of documents, by block and place, read from disk. May be pickled, and shared by threads.
+
+    `block_tokens` (blocks,) int64: tokens of each block of at most `BLOCK` documents.
+    """
+
+    def __init__(self, directory: Path, shards: Sequence[dict[str, Any]], dtype: str) -> None:
+        self._paths = [directory / shard["file"] for shard in shards]
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._chunks = [-(-shard["tokens"] // CHUNK) for shard in shards]
+        ends = [np.array([0, *shard["block_ends"]], np.int64) for shard in shards]
+        self.block_tokens = np.concatenate([np.diff(e) for e in ends]) if ends else np.zeros(0, np.int64)
+        self._block_starts = np.concatenate([e[:-1] for e in ends]) if ends else np.zeros(0, np.int64)
+        self._first_blocks = np.cumsum([0, *(len(e) - 1 for e in ends)])
+        self.tokens = int(self.block_tokens.sum())
+        self.documents = sum(shard["documents"] for shard in shards)
+        self._readers: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_readers": OrderedDict()}
+
+    def block(self, block: int) -> tuple[int, np.ndarray]:
+        """(shard, bounds): document i of the block is tokens bounds[i] to bounds[i + 1] of that shard, int64."""
+        shard = int(np.searchsorted(self._first_blocks, block, side="right")) - 1
+        (record,) = self._read(shard, [self._chunks[shard] + block - int(self._first_blocks[shard])])
+        return shard, np.concatenate([self._block_starts[block : block + 1], np.frombuffer(record, "<i8")])
+
+    def read(self, shard: int, spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Tokens start to stop of a shard, for each (start, stop) of `spans`, in one access."""
+        chunks = [range(start // CHUNK, (stop - 1) // CHUNK + 1) for start, stop in spans]
+        wanted = sorted(set().union(*chunks))
+        records = dict(zip(wanted, self._read(shard, wanted), strict=True)) if wanted else {}
+        found = []
+        for (start, stop), own in zip(spans, chunks, strict=True):
+            pieces = [np.frombuffer(records[c], self._dtype)[max(start - c * CHUNK, 0) : stop - c * CHUNK] for c in own]
+            found.append(np.concatenate(pieces) if pieces else np.empty(0, self._dtype))
+        return found
+
+    def _read(self, shard: int, records: list[int]) -> list[bytes]:
+        path = self._paths[shard]
+        try:
+            return self._reader(shard).read(records)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ConfigError(
+                f"{path} is damaged near record {records[0]}: {' '.join(str(error).split())[:200]}; copy or prepare "
+                "the data again"
+            ) from None
+
+    def _reader(self, shard: int) -> Any:
+        reader = self._readers.get(shard)
+        if reader is None:
+            reader = array_record_module.ArrayRecordReader(str(self._paths[shard]), "readahead_buffer_size:0")
+            self._readers[shard] = reader
+            if len(self._readers) > _OPEN_FILES:
+                self._readers.popitem(last=False)  # a thread that still reads from it keeps it open
+        return reader
