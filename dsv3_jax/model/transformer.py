@@ -116,6 +116,7 @@ class DeepSeekV3(Module):
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
         order: jax.Array | None = None,
+        detach_mtp: bool = False,
     ) -> Outputs:
         """Everything that training needs: also the further predictions and the routing.
 
@@ -123,11 +124,14 @@ class DeepSeekV3(Module):
           tokens, positions, segments: as in `__call__`.
           further_tokens: for each MTP depth k in use, (B, T) int32: `tokens` shifted k to the left.
           order: (T,) int32, each token's place in its sequence, if they don't stand in this order.
+          detach_mtp: no gradient passes from the further predictions to what isn't of the MTP modules.
         """
         where = self.token_positions(tokens, positions, segments, order)
         hidden, _, stats = self._trunk(tokens, where, None)
-        further, mtp_stats = self._predict_further(hidden, further_tokens, where)
-        return Outputs(self._head(hidden), tuple(self._head(h) for h in further), stats, mtp_stats)
+        stop = jax.lax.stop_gradient if detach_mtp else lambda x: x
+        further, mtp_stats = self._predict_further(stop(hidden), further_tokens, where, detach=detach_mtp)
+        mtp_logits = tuple(Logits(h, stop(self.lm_head), self.runtime) for h in further)
+        return Outputs(self._head(hidden), mtp_logits, stats, mtp_stats)
 
     def first_stage(self, tokens: jax.Array, **where: jax.Array | None) -> jax.Array:
         """The part of `forward` before the sparse layers, (B, T, D): the first stage's of a pipeline."""
@@ -197,12 +201,18 @@ class DeepSeekV3(Module):
         return rms_norm(x, self.norm, self.config.rms_norm_eps), cache, stats
 
     def _predict_further(
-        self, hidden: jax.Array, further_tokens: tuple[jax.Array, ...], where: TokenPositions
+        self,
+        hidden: jax.Array,
+        further_tokens: tuple[jax.Array, ...],
+        where: TokenPositions,
+        *,
+        detach: bool = False,
     ) -> tuple[list[jax.Array], tuple[RouterStats, ...]]:
         """The chain of eq. 21 and 22: each depth's normed hidden states (B, T, D), and its routing."""
         further, stats = [], []
         for module, ahead in zip(self.mtp, further_tokens, strict=False):
-            hidden, _, routing = module(hidden, self._embed(ahead), where)
+            embedded = self._embed(ahead)
+            hidden, _, routing = module(hidden, jax.lax.stop_gradient(embedded) if detach else embedded, where)
             further.append(hidden)
             stats.append(routing)
         return further, tuple(stats)

@@ -42,6 +42,8 @@ class Loss:
 
     batch_keys: tuple[str, ...] = ()
     """Further arrays (B, T) of a batch that it reads, from `ModelInputs.extra`."""
+    detach_mtp: bool = False
+    """Whether the gradient of what the MTP modules predict stays in them: the rest is trained as if they weren't."""
 
     def __call__(self, outputs: Outputs, inputs: ModelInputs, whole: Whole) -> tuple[jax.Array, Any]:
         """Returns the part of the objective that this piece adds, a scalar, and sums for metrics: a pytree.
@@ -198,9 +200,10 @@ def model_inputs(
     )
 
 
-def forward(model: DeepSeekV3, variables: Mapping[str, Any], inputs: ModelInputs) -> Outputs:
-    """The model's outputs for a batch, MTP and routing included."""
-    outputs = model.apply(variables, inputs.tokens, inputs.further_tokens, method="forward", **inputs.where)
+def forward(model: DeepSeekV3, variables: Mapping[str, Any], inputs: ModelInputs, detach_mtp: bool = False) -> Outputs:
+    """The model's outputs for a batch, MTP and routing included; `detach_mtp` as in `Loss`."""
+    how = inputs.where | {"detach_mtp": detach_mtp}
+    outputs = model.apply(variables, inputs.tokens, inputs.further_tokens, method="forward", **how)
     return cast(Outputs, outputs)
 
 

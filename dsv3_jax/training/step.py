@@ -112,7 +112,7 @@ def _sums(
 ) -> StepSums:
     """Runs the model on a piece of the batch and applies the loss; `real` as in `model_inputs`."""
     inputs = model_inputs(model, piece, loss.batch_keys, real)
-    outputs = forward(model, variables, inputs)
+    outputs = forward(model, variables, inputs, loss.detach_mtp)
     if real is not None:
         outputs = only_of(outputs, real)
     with jax.named_scope("loss"):

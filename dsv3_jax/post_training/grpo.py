@@ -1,0 +1,206 @@
+"""GRPO: sample groups of texts with the engine, reward them, and train on what was better than its group's mean.
+
+The engine samples with the arrays that are trained: between two iterations it is handed the new ones, on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.data import Tokenizer
+from dsv3_jax.inference.engine import Engine, EngineConfig
+from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.post_training.losses import GRPOLoss, group_advantages
+from dsv3_jax.post_training.rewards import Problem, Reward, SafeReward
+from dsv3_jax.training.losses import IGNORE, Batch, forward, model_inputs
+from dsv3_jax.training.step import TrainState, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """How GRPO samples and trains."""
+
+    iterations: int = 100
+    """Rounds of sampling and training."""
+    prompts: int = 16
+    """Problems of an iteration."""
+    samples: int = 8
+    """Texts of each problem: a group."""
+    max_new_tokens: int = 64
+    """Tokens of a text at most."""
+    length: int = 128
+    """Tokens that a prompt and its text may have together: a row of the training batch."""
+    epochs: int = 1
+    """Times that an iteration's texts are trained on."""
+    minibatches: int = 1
+    """Optimizer steps of an epoch, each with its share of the texts."""
+    seed: int = 0
+    """Of the problems' order and of the sampling."""
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "prompts", "max_new_tokens", "length", "epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.samples < 2:
+            raise ConfigError(
+                f"samples is {self.samples}: a group needs at least 2, or nothing is better than its mean"
+            )
+        if self.prompts * self.samples % self.minibatches:
+            raise ConfigError(
+                f"minibatches is {self.minibatches}: it must divide prompts times samples, "
+                f"{self.prompts * self.samples}"
+            )
+
+
+@dataclasses.dataclass
+class Rollout:
+    """One sampled text: its tokens, their log-probabilities by the model that drew them, and its reward."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    reward: float = 0.0
+
+
+def grpo(
+    model: DeepSeekV3,
+    state: TrainState,
+    optimizer: Any,
+    loss: GRPOLoss,
+    problems: Sequence[Problem],
+    reward: Reward,
+    tokenizer: Tokenizer,
+    config: GRPOConfig,
+    *,
+    end_ids: Collection[int] | None = None,
+) -> Iterator[tuple[TrainState, dict[str, float]]]:
+    """Trains by GRPO; yields the state and the metrics of each iteration. The first state is the reference of the KL.
+
+    Args:
+      state: as `init_state` makes it, with the parameters to start from. It is used up: take what is yielded.
+      problems: each with a `prompt`; drawn without repetition until all have been.
+      reward: of a problem and a text; its errors count as 0 and are reported.
+      end_ids: tokens that end a text; by default the tokenizer's.
+
+    Raises ConfigError if a prompt is too long, or if the reward function fails on every text of an iteration.
+    """
+    encoded = [tokenizer.encode_prompt(str(problem["prompt"])).tolist() for problem in problems]
+    longest = max(map(len, encoded))
+    if longest + config.max_new_tokens > config.length:
+        raise ConfigError(
+            f"length is {config.length}: a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed it"
+        )
+    sizes = EngineConfig(max_batch=config.prompts * config.samples, max_length=config.length, drafts=0)
+    ends = {tokenizer.eos_id} if end_ids is None else set(end_ids)
+    engine = Engine(model, state.variables, sizes, end_ids=ends)
+    step = jax.jit(make_train_step(model, optimizer, loss), donate_argnums=0)
+    reference = jax.tree.map(jnp.copy, state.variables)
+    safe, order = SafeReward(reward), _order(len(problems), config.seed)
+    try:
+        for iteration in range(config.iterations):
+            chosen = [next(order) for _ in range(config.prompts)]
+            engine.replace_variables(state.variables)
+            rollouts = sample_groups(engine, [encoded[i] for i in chosen], config, iteration)
+            before = safe.errors
+            for rollout, i in zip(rollouts, np.repeat(chosen, config.samples).tolist(), strict=True):
+                text = tokenizer.decode([t for t in rollout.tokens if t not in ends])
+                rollout.reward = safe(problems[i], text)
+            if safe.errors - before == len(rollouts):
+                raise ConfigError(f"the reward function failed on every text of an iteration: {safe.last_error}")
+            rewards = np.array([r.reward for r in rollouts]).reshape(config.prompts, config.samples)
+            batch = grpo_batch(rollouts, group_advantages(rewards).ravel(), config.length)
+            batch["reference_logprobs"] = np.asarray(token_logprobs(model, reference, batch))
+            metrics: dict[str, Any] = {}
+            for pieces in _minibatches(batch, config, iteration):
+                state, metrics = step(state, pieces)
+            record = {k: float(v) for k, v in metrics.items() if jnp.ndim(v) == 0}
+            record |= {
+                "reward": float(rewards.mean()),
+                "solved": float((rewards == rewards.max()).mean()) if rewards.max() > 0 else 0.0,
+                "groups_without_signal": float((rewards.std(1) < 1e-9).mean()),
+                "length": float(np.mean([len(r.tokens) for r in rollouts])),
+                "reward_errors": float(safe.errors - before),
+            }
+            yield state, record
+    finally:
+        engine.close()
+
+
+def sample_groups(engine: Engine, prompts: Sequence[list[int]], config: GRPOConfig, iteration: int) -> list[Rollout]:
+    """Draws `config.samples` texts of each prompt at temperature 1, whose log-probabilities are the model's own."""
+    requests = []
+    for i, prompt in enumerate(np.repeat(np.arange(len(prompts)), config.samples).tolist()):
+        seed = int(np.random.SeedSequence([config.seed, iteration, i]).generate_state(1)[0])
+        how = Sampling(temperature=1.0, seed=seed)
+        request = engine.submit(prompts[prompt], how, max_new_tokens=config.max_new_tokens, logprobs=0)
+        requests.append((prompts[prompt], request))
+    rollouts = []
+    for tokens, request in requests:
+        rollout = Rollout(tokens, [], [])
+        for step in request:
+            if step.error is not None:
+                raise RuntimeError(step.error)
+            rollout.tokens += step.tokens
+            rollout.logprobs += [float(value) for _, value, _ in step.logprobs or [] if value is not None]
+        rollouts.append(rollout)
+    return rollouts
+
+
+def grpo_batch(rollouts: Sequence[Rollout], advantages: np.ndarray, length: int) -> dict[str, Any]:
+    """Rows of `tokens` and `targets` (B, length), the latter for sampled tokens only, and GRPO's arrays beside them."""
+    shape = len(rollouts), length
+    batch: dict[str, Any] = {
+        "tokens": np.zeros(shape, np.int32),
+        "targets": np.full(shape, IGNORE, np.int32),
+        "advantages": np.repeat(advantages[:, None], length, axis=1).astype(np.float32),
+        "old_logprobs": np.zeros(shape, np.float32),
+    }
+    for row, r in enumerate(rollouts):
+        text, start = [*r.prompt, *r.tokens][:-1], len(r.prompt) - 1
+        batch["tokens"][row, : len(text)] = text
+        batch["targets"][row, start : len(text)] = r.tokens
+        batch["old_logprobs"][row, start : len(text)] = r.logprobs
+    return batch
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def token_logprobs(model: DeepSeekV3, variables: Any, batch: Batch) -> jax.Array:
+    """Log-probability of every target, (B, T) float32; 0 where there is none."""
+    inputs = model_inputs(model, {k: batch[k] for k in ("tokens", "targets")})
+    logits = forward(model, variables, inputs).logits
+    assert logits is not None
+    return jnp.where(inputs.masks[0], -logits.cross_entropy(inputs.targets[0])[0], 0)
+
+
+def _order(count: int, seed: int) -> Iterator[int]:
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from rng.permutation(count).tolist()
+
+
+def _minibatches(batch: dict[str, Any], config: GRPOConfig, iteration: int) -> Iterator[Batch]:
+    rng = np.random.default_rng([config.seed, iteration])
+    for _ in range(config.epochs):
+        rows = np.arange(len(batch["tokens"])) if config.minibatches == 1 else rng.permutation(len(batch["tokens"]))
+        for part in np.split(rows, config.minibatches):
+            yield {k: jnp.asarray(v[part]) for k, v in batch.items()}
+
+
+def accuracy(
+    engine: Engine, problems: Sequence[Problem], reward: Reward, tokenizer: Tokenizer, max_new_tokens: int
+) -> float:
+    """Share of problems whose greedy text gets the full reward, 1."""
+    prompts = [tokenizer.encode_prompt(str(p["prompt"])).tolist() for p in problems]
+    texts = engine.generate(prompts, Sampling(temperature=0), max_new_tokens=max_new_tokens)
+    pairs = zip(problems, texts, strict=True)
+    got = [reward(p, tokenizer.decode([t for t in text if t != tokenizer.eos_id])) for p, text in pairs]
+    return float(np.mean([value >= 1 for value in got]))
