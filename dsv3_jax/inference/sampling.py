@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 
 from dsv3_jax.config import ConfigError
 
@@ -15,7 +19,8 @@ from dsv3_jax.config import ConfigError
 class Sampling:
     """How the next token is drawn: greedily at temperature 0, else from the tempered and cut distribution.
 
-    Temperature comes first, then top-k, then top-p of what top-k left, as in transformers and vLLM.
+    Penalties and biases come first, then temperature, then top-k, then top-p of what top-k left, then min-p, as in
+    transformers and vLLM.
     """
 
     temperature: float = 1.0
@@ -24,18 +29,73 @@ class Sampling:
     """Draws among this many most likely tokens, and those as likely as the last of them."""
     top_p: float = 1.0
     """Draws among the fewest most likely tokens that together have this share of the probability left by top_k."""
+    min_p: float = 0.0
+    """Draws among tokens that are at least this share as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens that prompt or text have."""
+    presence_penalty: float = 0.0
+    """Is subtracted from the logits of tokens that the text has."""
+    frequency_penalty: float = 0.0
+    """Is subtracted as often as the text has the token."""
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
+    """Is added to the logits of these tokens."""
+    seed: int | None = None
+    """Gives the same tokens whatever else runs; by default each text has another."""
+    stop_token_ids: tuple[int, ...] = ()
+    """End a text, besides the model's end tokens."""
+    ignore_eos: bool = False
+    """Goes on after the model's end tokens."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature is {self.temperature}: it must be 0 (greedy) or positive")
+        for name, low, high in (
+            ("temperature", 0, math.inf),
+            ("min_p", 0, 1),
+            ("presence_penalty", -2, 2),
+            ("frequency_penalty", -2, 2),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high or math.isinf(value):
+                limits = f"from {low} to {high}" if high < math.inf else "0 (greedy) or positive"
+                raise ConfigError(f"{name} is {value}: it must be {limits}")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}: it must be at least 1")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(f"repetition_penalty is {self.repetition_penalty}: it must be positive")
+
+    @property
+    def edits(self) -> bool:
+        """Whether logits change with the tokens that there are, or by a bias."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return bool(penalties or self.logit_bias)
+
+
+@struct.dataclass
+class Rows:
+    """`Sampling` of a batch, each (B,): float32, int32 top_k with 0 for none, uint32 seed."""
+
+    temperature: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
+    min_p: jax.Array | np.ndarray
+    seed: jax.Array | np.ndarray
+
+
+def rows(samplings: Sequence[Sampling], seeds: Sequence[int]) -> Rows:
+    """Collects the samplings of a batch, on the host."""
+    column = lambda values, dtype: np.array(list(values), dtype)
+    return Rows(
+        column((s.temperature for s in samplings), np.float32),
+        column((s.top_k or 0 for s in samplings), np.int32),
+        column((s.top_p for s in samplings), np.float32),
+        column((s.min_p for s in samplings), np.float32),
+        column((seed % 2**32 for seed in seeds), np.uint32),
+    )
 
 
 def sample(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Draws one token of each row: logits (B, V) float, a typed key -> (B,) int32."""
+    """Draws one token of each row: logits (B, V) float, a typed key -> (B,) int32. Without penalties and biases."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.random.categorical(key, cut(logits, sampling), axis=-1).astype(jnp.int32)
@@ -46,14 +106,101 @@ def cut(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
     (B, V) float -> (B, V) float32.
     """
+    column = rows([sampling] * len(logits), [0] * len(logits))
+    return _cut(logits, jax.tree.map(jnp.asarray, column))
+
+
+def sample_rows(logits: jax.Array, how: Rows, positions: jax.Array) -> jax.Array:
+    """Draws one token of each row by the row's own sampling.
+
+    The random number depends on the row's seed and on the token's position in its text alone: whatever else is in the
+    batch, and however often a text begins again, its tokens are the same.
+
+    Args:
+      logits: (B, V) float32. positions: (B,) int32, of the tokens to draw.
+
+    Returns (B,) int32.
+    """
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draw = functools.partial(_draw, logits, how, positions)
+    drawn = jax.lax.cond(jnp.any(how.temperature > 0), draw, lambda: best)
+    return jnp.where(how.temperature > 0, drawn, best)
+
+
+def _draw(logits: jax.Array, how: Rows, positions: jax.Array) -> jax.Array:
+    cut = _cut(logits, how)
+    keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(jnp.asarray(how.seed), positions)
+    gumbel = jax.vmap(lambda key: jax.random.gumbel(key, cut.shape[1:]))(keys)
+    return jnp.argmax(cut + gumbel, axis=-1).astype(jnp.int32)
+
+
+def _cut(logits: jax.Array, how: Rows) -> jax.Array:
+    """`cut` by each row's sampling; rows of temperature 0 are for the caller to leave out."""
     logits = logits.astype(jnp.float32)
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature  # no overflow at small temperatures
-    if sampling.top_k is not None:
-        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        order = jnp.argsort(logits, axis=-1, descending=True)
-        likely = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
-        kept = jnp.cumsum(likely, axis=-1) - likely < sampling.top_p  # while those before don't reach it
-        logits = jnp.where(jnp.put_along_axis(jnp.zeros_like(kept), order, kept, -1, inplace=False), logits, -jnp.inf)
-    return logits
+    temperature = jnp.where(how.temperature > 0, how.temperature, 1)[:, None]
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature  # no overflow at small temperatures
+    logits = jax.lax.cond(jnp.any(how.top_k > 0), _cut_top_k, lambda logits, k: logits, logits, jnp.asarray(how.top_k))
+    logits = jax.lax.cond(jnp.any(how.top_p < 1), _cut_top_p, lambda logits, p: logits, logits, jnp.asarray(how.top_p))
+    return jnp.where(logits < jnp.log(how.min_p)[:, None], -jnp.inf, logits)
+
+
+def _cut_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
+    wanted = jnp.where(k > 0, jnp.minimum(k, logits.shape[-1]), logits.shape[-1])
+    count = lambda above: jnp.sum(above, axis=-1, dtype=jnp.int32)
+    return _keep_from(logits, lambda above: count(above) >= wanted)
+
+
+def _cut_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    chances = jax.nn.softmax(logits, axis=-1)
+    kept = _keep_from(logits, lambda above: jnp.sum(jnp.where(above, chances, 0), axis=-1) >= p)
+    return jnp.where((p < 1)[:, None], kept, logits)
+
+
+def _keep_from(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Cuts logits below the largest of them for which those at or above it, a mask (B, V), are `enough` (B,).
+
+    That one is found bit by bit, in 32 passes over the logits: a sort of a vocabulary would take many times as long.
+    """
+    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+    ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # as the floats are
+
+    def decide(i: int, least: jax.Array) -> jax.Array:
+        candidate = least | (jnp.uint32(1 << 31) >> i)
+        return jnp.where(enough(ordered >= candidate[:, None]), candidate, least)
+
+    least = jax.lax.fori_loop(0, 32, decide, jnp.zeros(len(logits), jnp.uint32))
+    return jnp.where(ordered >= least[:, None], logits, -jnp.inf)
+
+
+@struct.dataclass
+class Edits:
+    """Changes to the logits of a batch, each (B, V) float32: `factor` of repetition, then `bias` added."""
+
+    factor: jax.Array | np.ndarray
+    bias: jax.Array | np.ndarray
+
+
+def edit(logits: jax.Array, edits: Edits) -> jax.Array:
+    """Logits (B, V) after penalties, biases and masks."""
+    logits = jnp.where(logits > 0, logits / edits.factor, logits * edits.factor)
+    return logits + edits.bias
+
+
+def edits_of(
+    vocabulary: int, sampling: Sampling, prompt: Sequence[int], text: Sequence[int], allowed: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A row of `Edits`, on the host.
+
+    prompt, text: the tokens that there are. allowed: (V,) bool, the tokens that a grammar takes next, or None for all.
+    """
+    factor, bias = np.ones(vocabulary, np.float32), np.zeros(vocabulary, np.float32)
+    if sampling.repetition_penalty != 1:
+        factor[np.array([*prompt, *text], int)] = sampling.repetition_penalty
+    if text:
+        counts = np.bincount(np.array(text, int), minlength=vocabulary)
+        bias -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
+    for token, value in sampling.logit_bias.items():
+        bias[token] += value
+    if allowed is not None:
+        bias[~allowed] = -np.inf
+    return factor, bias

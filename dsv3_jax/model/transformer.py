@@ -155,12 +155,39 @@ class DeepSeekV3(Module):
         Returns:
           logits (B, N, V) float32, by default (B, T, V), and the extended cache.
         """
+        hidden, extended = self.extend(tokens, cache)
+        if at is not None:
+            hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
+        return self.head(hidden), extended
+
+    def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """`decode` without the head: hidden states (B, T, D) after the last norm, and the extended cache."""
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         hidden, extended, _ = self._trunk(tokens, TokenPositions(positions, cached=cache.length), cache)
         assert extended is not None  # since `cache` is
-        if at is not None:
-            hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
-        return self._head(hidden).array(), extended
+        return hidden, extended
+
+    def draft(self, hidden: jax.Array, following: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Applies the first MTP module after a cache's tokens, as speculative decoding does (report section 5.4.3).
+
+        Args:
+          hidden: (B, T, D), of T tokens after the `cache.length` that the module's cache holds: `extend`'s, or this
+            function's, for one further token.
+          following: (B, T) int32, the token after each.
+
+        Returns:
+          hidden states (B, T, D), of which `head` makes the logits of the token after the following one; and the cache
+          with the module's entry extended, its length as it was.
+        """
+        positions = cache.length[:, None] + jnp.arange(following.shape[1], dtype=jnp.int32)
+        where = TokenPositions(positions, cached=cache.length)
+        hidden, entry, _ = self.mtp[0](hidden, self._embed(following), where, LayerCache(cache.mtp[0], 0))
+        assert entry is not None
+        return hidden, dataclasses.replace(cache, mtp=(entry.layers, *cache.mtp[1:]))
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits (..., V), float32 or wider, of hidden states (B, T, D)."""
+        return self._head(hidden).array()
 
     @nn.nowrap
     def token_positions(

@@ -1,0 +1,527 @@
+"""The engine: many texts at once over one pool of pages, on a thread of its own.
+
+It repeats: admit what has pages, put one piece of a prompt into the cache, take a step of all texts. Results are read
+one step later, so that the device computes the next step meanwhile; what a text draws, and how long it is, stays on the
+device. Only where the host must see each token first, for penalties or a grammar, does it wait.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import traceback
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.inference import steps
+from dsv3_jax.inference.paged_cache import SCRATCH, PagePool, init_pool
+from dsv3_jax.inference.pages import PageAllocator
+from dsv3_jax.inference.request import Grammar, Request, Score, Stats, Step
+from dsv3_jax.inference.sampling import Edits, Sampling, edits_of, rows
+from dsv3_jax.model.auto import PAGE
+from dsv3_jax.model.transformer import DeepSeekV3
+
+_GREEDY = Sampling(temperature=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine."""
+
+    max_batch: int = 32
+    """Texts that are generated at a time; others wait."""
+    max_length: int | None = None
+    """Tokens that a prompt and its continuation may have together; by default the model's range."""
+    cache_tokens: int | None = None
+    """Tokens that the cache has room for; by default a quarter of max_batch times max_length."""
+    cache_dtype: str | None = None
+    """Of the latents in the cache, by default the runtime's; float8_e4m3fn takes 5/9 of bfloat16's bytes."""
+    prefill_chunk: int = 256
+    """Tokens of a prompt that are put into the cache between two steps of the texts."""
+    drafts: int | None = None
+    """Tokens that the MTP module drafts per step; by default 1 if the model has one, else 0."""
+    drafts_up_to: int = 8
+    """Texts at a time up to which drafts are used: with more, the device has enough to do without."""
+    seed: int = 0
+    """Of the texts whose sampling has none."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.drafts is not None and self.drafts < 0:
+            raise ConfigError(f"drafts is {self.drafts}: it must not be negative")
+        if self.cache_dtype not in (None, "float32", "bfloat16", "float8_e4m3fn"):
+            raise ConfigError(f"cache_dtype is {self.cache_dtype!r}: it must be float32, bfloat16 or float8_e4m3fn")
+
+
+class _Running:
+    """A request that holds pages. `prefilled` of its tokens are in the cache, `pending` steps haven't been read."""
+
+    def __init__(self, request: Request, pages: list[int], found: int) -> None:
+        self.request, self.pages, self.prefilled, self.slot = request, pages, found, -1
+        self.tokens = [*request.prompt, *request.text]
+        self.pending = 0
+        self.ended = False
+
+    @property
+    def in_prefill(self) -> bool:
+        return self.prefilled < len(self.tokens)
+
+
+class Engine:
+    """Generates texts of one model.
+
+    Args:
+      model, variables: as `load_pretrained` returns them.
+      config: sizes.
+      end_ids: tokens that end a text; by default the model's.
+
+    ```
+    engine = Engine(model, variables)
+    for step in engine.submit([1, 2, 3], Sampling(temperature=0), max_new_tokens=8):
+        print(step.tokens)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: DeepSeekV3,
+        variables: Mapping[str, Any],
+        config: EngineConfig | None = None,
+        *,
+        end_ids: Collection[int] | None = None,
+    ) -> None:
+        config = EngineConfig() if config is None else config
+        self.config, c = config, model.config
+        limit = c.max_position_embeddings
+        if config.max_length is not None and not 2 <= config.max_length <= limit:
+            raise ConfigError(f"max_length is {config.max_length}: it must be from 2 to the model's range, {limit}")
+        self.max_length, self.vocab_size = config.max_length or limit, c.vocab_size
+        has_mtp = c.num_nextn_predict_layers > 0 and "mtp_0" in variables["params"]
+        self.drafts = (1 if has_mtp else 0) if config.drafts is None else config.drafts
+        if self.drafts and not has_mtp:
+            raise ConfigError("drafts need the model's MTP module: it has none, or was loaded without")
+        form = lambda name: model.clone(runtime=dataclasses.replace(model.runtime, attention_form=name, remat="none"))
+        self._expanded, self._absorbed, self._variables = form("expanded"), form("absorbed"), variables
+        self._ends = frozenset(c.eos_token_ids if end_ids is None else end_ids)
+
+        tokens = config.cache_tokens or max(config.max_batch * self.max_length // 4, self.max_length)
+        self._most_pages = -(-(self.max_length + 2 * (self.drafts + 1)) // PAGE)
+        count = 1 + -(-tokens // PAGE)
+        if count <= self._most_pages and config.cache_tokens:
+            raise ConfigError(
+                f"cache_tokens is {config.cache_tokens}: one text of max_length ({self.max_length}) needs "
+                f"{self._most_pages * PAGE}"
+            )
+        count = max(count, 1 + self._most_pages)
+        make = lambda: init_pool(c, model.runtime, count, mtp=self.drafts > 0, dtype=config.cache_dtype)
+        self._pool: PagePool = jax.jit(make)()
+        self.bytes_per_token = self._pool.bytes / (count * PAGE)
+        self._slots = steps.init_slots(config.max_batch, self.drafts)
+        self.pages = PageAllocator(count)
+        self._free_slots = list(range(config.max_batch - 1, -1, -1))
+        self._batch_sizes = _buckets(config.max_batch, 4)
+        self._table_sizes = _buckets(self._most_pages, 4)
+        self._chunk_sizes = sorted({min(32, config.prefill_chunk), config.prefill_chunk})
+
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._running: list[_Running] = []
+        self._unread: collections.deque[tuple[list[_Running], steps.Drawn, int]] = collections.deque()
+        self._new = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._submitted = 0
+        self._programs: set[Any] = set()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._accepted_at = [0] * self.drafts
+        self.failure: str | None = None
+        """What ended the engine's thread, if anything did."""
+
+    # What callers use, from any thread.
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling = _GREEDY,
+        *,
+        max_new_tokens: int,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        grammar: Grammar | None = None,
+    ) -> Request:
+        """Hands in a prompt.
+
+        Args:
+          prompt: token ids, at least one.
+          max_new_tokens: tokens to add at most.
+          logprobs: how many alternatives to each token are scored beside it, 0 to 20; None for no scores.
+          prompt_logprobs: the same for the prompt's tokens.
+          grammar: what the text must follow.
+
+        Raises:
+          ConfigError: an empty prompt, an id outside the vocabulary, or more tokens than `max_length`.
+        """
+        tokens = [int(t) for t in prompt]
+        if not tokens:
+            raise ConfigError("a prompt is empty: give it at least one token, for example the tokenizer's bos")
+        for token in (*tokens, *sampling.logit_bias):
+            if not 0 <= token < self.vocab_size:
+                raise ConfigError(f"token id {token} is outside the vocabulary: ids go from 0 to {self.vocab_size - 1}")
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+        if len(tokens) + max_new_tokens > self.max_length:
+            raise ConfigError(
+                f"a prompt of {len(tokens)} tokens and {max_new_tokens} new ones exceed the {self.max_length} tokens "
+                "that a text may have here"
+            )
+        for name, value in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
+            if value is not None and not 0 <= value <= steps.MOST_LOGPROBS:
+                raise ConfigError(f"{name} is {value}: it must be from 0 to {steps.MOST_LOGPROBS}")
+        with self._new:
+            if self.failure is not None:
+                raise ConfigError(f"the engine has stopped: {self.failure}")
+            if self._closing:
+                raise ConfigError("the engine is closed")
+            self._submitted += 1
+            seed = hash((self.config.seed, self._submitted)) if sampling.seed is None else sampling.seed
+            how = dict(logprobs=logprobs, prompt_logprobs=prompt_logprobs, grammar=grammar)
+            request = Request(tokens, sampling, seed=seed, max_new_tokens=max_new_tokens, **how)  # type: ignore[arg-type]
+            self._waiting.append(request)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+                self._thread.start()
+            self._new.notify()
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request, whose pages come free; nothing happens if it has ended."""
+        request.cancelled = True
+        with self._new:
+            self._new.notify()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling = _GREEDY, *, max_new_tokens: int
+    ) -> Iterator[list[int]]:
+        """Continues each prompt, all at once; yields the new tokens of each, in their order.
+
+        Raises ConfigError as `submit` does, and RuntimeError for a text that failed.
+        """
+        requests = [self.submit(prompt, sampling, max_new_tokens=max_new_tokens) for prompt in prompts]
+        for request in requests:
+            tokens: list[int] = []
+            for step in request:
+                if step.error is not None:
+                    raise RuntimeError(step.error)
+                tokens += step.tokens
+            yield tokens
+
+    def stats(self) -> Stats:
+        """Counts and state."""
+        n = self._counts
+        return Stats(
+            **dict(running=len(self._running), waiting=len(self._waiting), cache_usage=self.pages.usage),
+            **dict(preemptions=n["preemptions"], prefix_queries=self.pages.queries, prefix_hits=self.pages.hits),
+            **dict(drafts=n["drafts"], draft_tokens=n["draft_tokens"], accepted_tokens=n["accepted_tokens"]),
+            **dict(accepted_per_position=tuple(self._accepted_at), steps=n["steps"], tokens=n["tokens"]),
+            programs=len(self._programs),
+        )
+
+    def close(self) -> None:
+        """Ends the thread once all requests have ended; takes no more."""
+        with self._new:
+            self._closing = True
+            self._new.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def warm_up(self) -> int:
+        """Compiles the programs of ordinary requests, of every batch and length, before the first comes.
+
+        Returns how many there are. Penalties, grammars and log-probabilities have programs of their own.
+        """
+        nobody = np.array([self.config.max_batch], np.int32)
+        for table in self._table_sizes:
+            tables = np.full((1, table), SCRATCH, np.int32)
+            for size in self._chunk_sizes:
+                tokens = np.zeros((1, size), np.int32)
+                none = np.zeros(1, np.int32)
+                self._prefill(
+                    tokens, tokens, tables, nobody, none, none, np.zeros(1, bool), [_GREEDY], [0], None, False, False
+                )
+            for batch in self._batch_sizes:
+                for drafts in {0, self.drafts} if batch > self.config.drafts_up_to else {self.drafts}:
+                    self._decode([], batch, table, drafts, False, False)
+        return len(self._programs)
+
+    # The thread.
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._new:
+                    while not (self._waiting or self._running or self._unread or self._closing):
+                        self._new.wait()
+                    if self._closing and not (self._waiting or self._running or self._unread):
+                        return
+                self._turn()
+        except BaseException as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+            for request in [r.request for r in self._running] + list(self._waiting):
+                request.put(Step([], error=self.failure))
+            self._running, self._waiting = [], collections.deque()
+
+    def _turn(self) -> None:
+        """One round of the loop."""
+        self._end_cancelled()
+        self._admit()
+        prefilling = next((r for r in self._running if r.in_prefill), None)
+        if prefilling is not None:
+            self._prefill_piece(prefilling)
+        ready = [r for r in self._running if not r.in_prefill and not self._surely_ends(r)]
+        if any(r.request.constrained for r in ready):
+            self._read(0)
+            ready = [r for r in ready if not r.ended and not self._surely_ends(r)]
+        ready = self._with_pages(ready)
+        if ready:
+            self._step(ready)
+        self._read(1 if ready else 0)
+
+    def _surely_ends(self, r: _Running) -> bool:
+        """Whether steps that are under way complete the text, of each at least one token."""
+        return len(r.request.text) + r.pending >= r.request.max_new_tokens
+
+    def _end_cancelled(self) -> None:
+        if any(request.cancelled for request in list(self._waiting)):
+            with self._new:
+                self._waiting = collections.deque(r for r in self._waiting if not r.cancelled)
+        for r in [r for r in self._running if r.request.cancelled]:
+            self._release(r)
+
+    def _admit(self) -> None:
+        """Gives slots and pages to requests that wait, in their order."""
+        while self._waiting and self._free_slots:
+            request = self._waiting[0]
+            tokens = [*request.prompt, *request.text]
+            scores_prompt = request.prompt_logprobs is not None and not request.was_scored
+            found = [] if scores_prompt else self.pages.match(tokens)
+            more = self.pages.allocate(-(-(len(tokens) + 1 + self.drafts) // PAGE) - len(found))
+            if more is None:
+                self.pages.release(found)
+                return
+            with self._new:
+                self._waiting.popleft()
+            hit = len(found) * PAGE
+            if not request.text:
+                self.pages.count(len(tokens), hit)
+                request.cached = hit
+            r = _Running(request, found + more, hit)
+            r.slot = self._free_slots.pop()
+            self._running.append(r)
+
+    def _with_pages(self, ready: list[_Running]) -> list[_Running]:
+        """Extends the pages of texts that need more; those that came last give theirs up if there are none."""
+        for r in list(ready):
+            if r.ended:
+                continue
+            longest = len(r.request.prompt) + len(r.request.text) + (r.pending + 1) * (1 + self.drafts)
+            short = -(-longest // PAGE) - len(r.pages)
+            while short > 0 and not r.ended:
+                more = self.pages.allocate(short)
+                if more is not None:
+                    r.pages += more
+                    break
+                if self._unread:
+                    self._read(0)  # texts that have ended give pages back, and the others' lengths are known
+                    longest = len(r.request.prompt) + len(r.request.text) + 1 + self.drafts
+                    short = -(-longest // PAGE) - len(r.pages)
+                else:
+                    self._preempt(self._running[-1])
+        return [r for r in ready if not r.ended and not self._surely_ends(r)]
+
+    def _preempt(self, r: _Running) -> None:
+        """Takes a request's pages; it waits, first in line, and begins again with the tokens that it has."""
+        self._counts["preemptions"] += 1
+        self._release(r)
+        with self._new:
+            self._waiting.appendleft(r.request)
+
+    def _release(self, r: _Running, *, forget: bool = False) -> None:
+        if r.ended:
+            return
+        r.ended = True
+        self._running.remove(r)
+        self._free_slots.append(r.slot)
+        self.pages.release(r.pages, forget=forget)
+
+    # Device programs.
+
+    def _prefill_piece(self, r: _Running) -> None:
+        request, start = r.request, r.prefilled
+        piece = r.tokens[start : start + self.config.prefill_chunk]
+        size = next(s for s in self._chunk_sizes if s >= len(piece))
+        tokens, following = np.zeros((2, 1, size), np.int32)
+        tokens[0, : len(piece)] = piece
+        after = r.tokens[start + 1 : start + 1 + len(piece)]
+        following[0, : len(after)] = after
+        last = start + len(piece) == len(r.tokens)
+        if last and request.constrained:
+            self._read(0)
+        needed = -(-(start + size) // PAGE)
+        table = next((s for s in self._table_sizes if s >= needed), self._table_sizes[-1])
+        tables = self._tables([r], 1, table)
+        edits = self._edits([r], 1) if last and request.constrained else None
+        scored_prompt = request.prompt_logprobs is not None and not request.was_scored
+        one = lambda value, dtype=np.int32: np.array([value], dtype)
+        drawn = self._prefill(
+            tokens, following, tables, one(r.slot), one(start), one(len(piece)), one(last, bool),
+            [request.sampling], [request.seed], edits, request.logprobs is not None, scored_prompt,
+        )  # fmt: skip
+        r.prefilled += len(piece)
+        if scored_prompt:
+            assert drawn.prompt_scores is not None
+            if not request.prompt_scores:
+                request.prompt_scores = [(request.prompt[0], None, [])]
+            most = request.prompt_logprobs or 0
+            request.prompt_scores += _scores(drawn.prompt_scores, 0, after, most)
+        if last:
+            self.pages.publish(r.tokens, r.pages)
+            r.pending += 1
+            self._unread.append(([r], drawn, 0))
+
+    def _prefill(
+        self, tokens: Any, following: Any, tables: Any, slot: Any, cached: Any, new: Any, last: Any,
+        samplings: list[Sampling], seeds: list[int], edits: Edits | None, scored: bool, scored_prompt: bool,
+    ) -> steps.Drawn:  # fmt: skip
+        self._programs.add(("prefill", tokens.shape[1], tables.shape[1], edits is not None, scored, scored_prompt))
+        self._pool, self._slots, drawn = steps.prefill(
+            self._expanded, self._variables, self._pool, self._slots, tokens, following, tables, slot, cached, new, last,
+            rows(samplings, seeds), edits, scored=scored, scored_prompt=scored_prompt,
+        )  # fmt: skip
+        return drawn
+
+    def _step(self, ready: list[_Running]) -> None:
+        drafts = self.drafts if len(ready) <= self.config.drafts_up_to else 0
+        batch = next(s for s in self._batch_sizes if s >= len(ready))
+        pages = max(len(r.pages) for r in ready)
+        table = next(s for s in self._table_sizes if s >= pages)
+        scored = any(r.request.logprobs is not None for r in ready)
+        edited = any(r.request.constrained for r in ready)
+        drawn = self._decode(ready, batch, table, drafts, scored, edited)
+        self._counts["steps"] += 1
+        for r in ready:
+            r.pending += 1
+        self._unread.append((ready, drawn, drafts))
+
+    def _decode(
+        self, ready: list[_Running], batch: int, table: int, drafts: int, scored: bool, edited: bool
+    ) -> steps.Drawn:
+        self._programs.add(("decode", batch, table, drafts, scored, edited))
+        pad = batch - len(ready)
+        slot = np.array([r.slot for r in ready] + [self.config.max_batch] * pad, np.int32)
+        real = np.arange(batch) < len(ready)
+        plain = np.array([r.request.constrained for r in ready] + [False] * pad)
+        how = rows([r.request.sampling for r in ready] + [_GREEDY] * pad, [r.request.seed for r in ready] + [0] * pad)
+        edits = self._edits(ready, batch) if edited else None
+        self._pool, self._slots, drawn = steps.decode(
+            self._absorbed, self._variables, self._pool, self._slots, self._tables(ready, batch, table), slot, real, plain,
+            how, edits, drafts=drafts, scored=scored,
+        )  # fmt: skip
+        return drawn
+
+    def _tables(self, ready: list[_Running], batch: int, size: int) -> np.ndarray:
+        tables = np.full((batch, size), SCRATCH, np.int32)
+        for row, r in zip(tables, ready, strict=False):
+            row[: len(r.pages)] = r.pages[:size]
+        return tables
+
+    def _edits(self, ready: list[_Running], batch: int) -> Edits:
+        factor, bias = np.ones((batch, self.vocab_size), np.float32), np.zeros((batch, self.vocab_size), np.float32)
+        for i, r in enumerate(ready):
+            request, allowed = r.request, None
+            if request.grammar is not None:
+                bits = np.ascontiguousarray(request.grammar.mask()).view(np.uint8)
+                allowed = np.unpackbits(bits, bitorder="little")[: self.vocab_size].astype(bool)
+            factor[i], bias[i] = edits_of(self.vocab_size, request.sampling, request.prompt, request.text, allowed)
+        return Edits(factor, bias)
+
+    # Results.
+
+    def _read(self, leave: int) -> None:
+        """Reads the results of all steps but the newest `leave`, and hands them out."""
+        while len(self._unread) > leave:
+            ready, drawn, drafts = self._unread.popleft()
+            tokens, count, finite = jax.device_get((drawn.tokens, drawn.count, drawn.finite))
+            scores = jax.device_get(drawn.scores)
+            for i, r in enumerate(ready):
+                r.pending -= 1
+                if r.ended:
+                    continue
+                if not finite[i]:
+                    self._fail(r, "the logits are not finite: the weights or an activation hold NaN or infinity")
+                    continue
+                if drafts and not r.request.constrained:
+                    self._count_drafts(int(count[i]) - 1, drafts)
+                self._hand_out(r, tokens[i, : count[i]].tolist(), None if scores is None else (scores, i))
+
+    def _count_drafts(self, accepted: int, drafts: int) -> None:
+        self._counts.update(drafts=1, draft_tokens=drafts, accepted_tokens=accepted)
+        for position in range(accepted):
+            self._accepted_at[position] += 1
+
+    def _hand_out(self, r: _Running, tokens: list[int], scores: tuple[Any, int] | None) -> None:
+        """Gives a text its new tokens, up to the one that ends it."""
+        request = r.request
+        finish, stop = None, None
+        for at, token in enumerate(tokens):
+            request.text.append(token)
+            if request.grammar is not None and not request.grammar.finished:
+                request.grammar.accept(token)
+            if token in request.sampling.stop_token_ids or (token in self._ends and not request.sampling.ignore_eos):
+                finish, stop = "stop", token
+            elif len(request.text) >= request.max_new_tokens:
+                finish = "length"
+            if finish:
+                tokens = tokens[: at + 1]
+                break
+        self._counts["tokens"] += len(tokens)
+        step = Step(tokens, cached_tokens=request.cached, finish_reason=finish, stop_token=stop)
+        if scores is not None and request.logprobs is not None:
+            step.logprobs = _scores(*scores, tokens, request.logprobs)
+        if request.prompt_logprobs is not None and not request.was_scored:
+            step.prompt_logprobs, request.was_scored = request.prompt_scores, True
+        if finish:
+            self.pages.publish([*request.prompt, *request.text][:-1], r.pages)
+            self._release(r)
+        request.put(step)
+
+    def _fail(self, r: _Running, message: str) -> None:
+        """Ends one request with an error. Its pages are zeroed: the others' must stay finite when they get them."""
+        self._release(r, forget=True)
+        padded = r.pages + [SCRATCH] * (self._most_pages - len(r.pages))
+        self._pool = steps.clear(self._pool, np.array(padded, np.int32))
+        r.request.put(Step([], error=message))
+
+
+def _buckets(most: int, factor: int) -> list[int]:
+    """Sizes that programs are compiled for: 1, 4, 16, ... and the largest."""
+    sizes, size = [], 1
+    while size < most:
+        sizes.append(size)
+        size *= factor
+    return [*sizes, most]
+
+
+def _scores(scores: steps.Scores, row: int, tokens: Sequence[int], most: int) -> list[Score]:
+    """Scores of a row's first tokens, with `most` alternatives."""
+    of_row = jax.device_get(jax.tree.map(lambda x: x[row], scores))
+    ids, values = of_row.ids[:, :most].tolist(), of_row.values[:, :most].tolist()
+    return [
+        (token, float(of_row.token[i]), list(zip(ids[i], values[i], strict=True))) for i, token in enumerate(tokens)
+    ]

@@ -1,0 +1,136 @@
+"""A text that the engine generates, as its caller sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import queue
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from dsv3_jax.inference.sampling import Sampling
+
+Score = tuple[int, float | None, list[tuple[int, float]]]
+"""A token, its log-probability by the model (None for a prompt's first), and those of the most likely tokens."""
+
+
+class Grammar(Protocol):
+    """Restricts a text, token by token."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the text is complete."""
+        ...
+
+    def mask(self) -> np.ndarray:
+        """The tokens that may come next, as bits of an array of integers, the lowest bit first."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Takes the token that came."""
+        ...
+
+
+@dataclasses.dataclass
+class Step:
+    """Tokens of one request that came together.
+
+    logprobs: of the tokens, if asked for. prompt_logprobs: of the prompt's tokens, with the first step. cached_tokens:
+    those of the prompt that were in the cache. finish_reason: "stop" or "length" with the last step. stop_token: the
+    token that ended the text, the last of `tokens`. error: what went wrong, with the last step.
+    """
+
+    tokens: list[int]
+    logprobs: list[Score] | None = None
+    prompt_logprobs: list[Score] | None = None
+    cached_tokens: int = 0
+    finish_reason: str | None = None
+    stop_token: int | None = None
+    error: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more steps come."""
+        return self.finish_reason is not None or self.error is not None
+
+
+class Request:
+    """One text. Iterate over its steps, with `for` or, where it was submitted in an event loop, `async for`."""
+
+    def __init__(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        *,
+        seed: int,
+        max_new_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+        grammar: Grammar | None,
+    ) -> None:
+        self.prompt, self.sampling, self.seed, self.max_new_tokens = prompt, sampling, seed, max_new_tokens
+        self.logprobs, self.prompt_logprobs, self.grammar = logprobs, prompt_logprobs, grammar
+        self.cancelled = False
+        self.text: list[int] = []
+        """Tokens that came so far."""
+        self.cached: int = 0
+        self.prompt_scores: list[Score] = []
+        self.was_scored = False
+        try:
+            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+            self._steps: Any = asyncio.Queue[Step]()
+        except RuntimeError:
+            self._loop, self._steps = None, queue.SimpleQueue[Step]()
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the host must see each token before the next can be drawn."""
+        return self.sampling.edits or self.grammar is not None
+
+    def put(self, step: Step) -> None:
+        """Hands a step to the caller, from the engine's thread."""
+        if self._loop is None:
+            self._steps.put(step)
+        elif not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._steps.put_nowait, step)
+
+    def __iter__(self) -> Iterator[Step]:
+        while True:
+            step = self._steps.get()
+            yield step
+            if step.ended:
+                return
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        while True:
+            step = await self._steps.get()
+            yield step
+            if step.ended:
+                return
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Counts of an engine since its start, and its state now.
+
+    running, waiting: requests. cache_usage: share of the pages that are held. preemptions: requests that gave up their
+    pages and began again. prefix_queries, prefix_hits: tokens of prompts that were looked for in the cache, and found.
+    drafts: verifications of drafts; draft_tokens, accepted_tokens: their tokens; accepted_per_position: by place among
+    the drafts. steps: decoding steps. tokens: generated. programs: shapes that were compiled.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    cache_usage: float = 0.0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+    steps: int = 0
+    tokens: int = 0
+    programs: int = 0
