@@ -225,10 +225,18 @@ class Engine:
         """Counts and state."""
         n = self._counts
         return Stats(
-            **dict(running=len(self._running), waiting=len(self._waiting), cache_usage=self.pages.usage),
-            **dict(preemptions=n["preemptions"], prefix_queries=self.pages.queries, prefix_hits=self.pages.hits),
-            **dict(drafts=n["drafts"], draft_tokens=n["draft_tokens"], accepted_tokens=n["accepted_tokens"]),
-            **dict(accepted_per_position=tuple(self._accepted_at), steps=n["steps"], tokens=n["tokens"]),
+            running=len(self._running),
+            waiting=len(self._waiting),
+            cache_usage=self.pages.usage,
+            preemptions=n["preemptions"],
+            prefix_queries=self.pages.queries,
+            prefix_hits=self.pages.hits,
+            drafts=n["drafts"],
+            draft_tokens=n["draft_tokens"],
+            accepted_tokens=n["accepted_tokens"],
+            accepted_per_position=tuple(self._accepted_at),
+            steps=n["steps"],
+            tokens=n["tokens"],
             programs=len(self._programs),
         )
 
@@ -401,8 +409,8 @@ class Engine:
     ) -> steps.Drawn:  # fmt: skip
         self._programs.add(("prefill", tokens.shape[1], tables.shape[1], edits is not None, scored, scored_prompt))
         self._pool, self._slots, drawn = steps.prefill(
-            self._expanded, self._variables, self._pool, self._slots, tokens, following, tables, slot, cached, new, last,
-            rows(samplings, seeds), edits, scored=scored, scored_prompt=scored_prompt,
+            self._expanded, self._variables, self._pool, self._slots, tokens, following, tables, slot, cached, new,
+            last, rows(samplings, seeds), edits, scored=scored, scored_prompt=scored_prompt,
         )  # fmt: skip
         return drawn
 
@@ -430,8 +438,8 @@ class Engine:
         how = rows([r.request.sampling for r in ready] + [_GREEDY] * pad, [r.request.seed for r in ready] + [0] * pad)
         edits = self._edits(ready, batch) if edited else None
         self._pool, self._slots, drawn = steps.decode(
-            self._absorbed, self._variables, self._pool, self._slots, self._tables(ready, batch, table), slot, real, plain,
-            how, edits, drafts=drafts, scored=scored,
+            self._absorbed, self._variables, self._pool, self._slots, self._tables(ready, batch, table), slot, real,
+            plain, how, edits, drafts=drafts, scored=scored,
         )  # fmt: skip
         return drawn
 

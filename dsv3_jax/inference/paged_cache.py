@@ -97,7 +97,7 @@ class PagedCache:
 
 def batch_cache(pool: PagePool, tables: jax.Array, length: jax.Array, new: jax.Array) -> Cache:
     """The cache of a batch whose sequences hold `length` (B,) tokens, for a call of which `new` (B,) are real."""
-    of = lambda layers: None if layers is None else PagedCache(layers, tables, new)
+    of: Any = lambda layers: None if layers is None else PagedCache(layers, tables, new)
     return Cache(of(pool.dense), of(pool.moe), () if pool.mtp is None else (of(pool.mtp),), length)
 
 

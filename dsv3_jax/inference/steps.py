@@ -24,6 +24,10 @@ MOST_LOGPROBS = 20
 """Alternatives to a token whose log-probabilities can be asked for."""
 
 
+def _apply(model: DeepSeekV3, *arguments: Any, method: str) -> Any:
+    return model.apply(*arguments, method=method)
+
+
 @struct.dataclass
 class Slots:
     """Texts that are being generated, one a slot; the last slot is for padding.
@@ -95,14 +99,14 @@ def prefill(
       tables: (1, n) int32. slot, cached, new: (1,) int32: pages; tokens before; tokens of the piece. last: (1,) bool.
       how, edits: of the token to draw.
     """
-    hidden, cache = model.apply(variables, tokens, batch_cache(pool, tables, cached, new), method="extend")
+    hidden, cache = _apply(model, variables, tokens, batch_cache(pool, tables, cached, new), method="extend")
     at_last = jnp.take_along_axis(hidden, (new - 1)[:, None, None], axis=1)
     drawn, pool_after, slots = _finish(
         model, variables, pool_of(cache), slots, hidden, at_last, tables, slot, cached, new, how, edits, scored,
         following=following, drafted=None, last=last,
     )  # fmt: skip
     if scored_prompt:
-        logits = model.apply(variables, hidden, method="head")
+        logits = _apply(model, variables, hidden, method="head")
         drawn = dataclasses.replace(drawn, prompt_scores=_scores(logits, following))
     return pool_after, slots, drawn
 
@@ -132,7 +136,7 @@ def decode(
     drafted = slots.drafts[slot][:, :drafts]
     tokens = jnp.concatenate([slots.token[slot][:, None], drafted], axis=1)
     length, new = slots.length[slot], jnp.where(real, 1 + drafts, 0)
-    hidden, cache = model.apply(variables, tokens, batch_cache(pool, tables, length, new), method="extend")
+    hidden, cache = _apply(model, variables, tokens, batch_cache(pool, tables, length, new), method="extend")
     drawn, pool, slots = _finish(
         model, variables, pool_of(cache), slots, hidden, hidden, tables, slot, length, new, how, edits, scored,
         following=None, drafted=jnp.where(plain[:, None], -1, drafted), last=real,
@@ -159,8 +163,8 @@ def _finish(
     drafted: jax.Array | None,
     last: jax.Array,
 ) -> tuple[Drawn, PagePool, Slots]:
-    """Draws from the hidden states `wanted` (B, N, D), accepts drafts (B, N - 1), makes the next ones, updates slots."""
-    logits = model.apply(variables, wanted, method="head")
+    """Draws from the hidden states `wanted` (B, N, D), accepts `drafted` (B, N - 1), drafts anew, updates the slots."""
+    logits = _apply(model, variables, wanted, method="head")
     raw, (batch, count, _) = logits, logits.shape
     if edits is not None:  # of the first position: texts that have any don't count their drafts
         logits = logits.at[:, 0].set(edit(logits[:, 0], edits))
@@ -209,13 +213,13 @@ def _draft(
 
     def apply(hidden: jax.Array, following: jax.Array, at: jax.Array, new: jax.Array, pool: PagePool) -> Any:
         cache = batch_cache(pool, tables, at, new)
-        hidden, cache = model.apply(variables, hidden, following, cache, method="draft")
+        hidden, cache = _apply(model, variables, hidden, following, cache, method="draft")
         return hidden, pool_of(cache)
 
     hidden, pool = apply(hidden, following, cached, new, pool)
     hidden, drafts = jnp.take_along_axis(hidden, ends[:, None, None], axis=1), []
     for i in range(count):
-        drafts.append(jnp.argmax(model.apply(variables, hidden, method="head"), axis=-1).astype(jnp.int32))
+        drafts.append(jnp.argmax(_apply(model, variables, hidden, method="head"), axis=-1).astype(jnp.int32))
         if i + 1 < count:
             hidden, pool = apply(hidden, drafts[-1], cached + ends + 1 + i, jnp.minimum(new, 1), pool)
     return jnp.concatenate(drafts, axis=1), pool

@@ -1,215 +1,181 @@
-"""The engine against the plain loop of `generate`, which transformers' outputs are the reference of."""
+"""The engine against transformers' greedy continuations, whatever else it does at the time."""
 
-import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.checkpoint import load_pretrained
+from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.engine import Engine, EngineConfig
-from dsv3_jax.inference.generate import generate
-from dsv3_jax.inference.paged_cache import init_pool
-from dsv3_jax.inference.pages import PageAllocator
 from dsv3_jax.inference.sampling import Sampling
-from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.runtime import Runtime
-from tests.conftest import new_rng
 
-CONFIG = dataclasses.replace(
-    ModelConfig.preset("tiny"),
-    **dict(num_hidden_layers=2, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, vocab_size=64),
+GOLDEN = Path(__file__).parents[1] / "golden"
+GREEDY = Sampling(temperature=0)
+EXPECTED = json.loads((GOLDEN / "generated.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def checkpoints():
+    loaded = {}
+
+    def get(name):
+        if name not in loaded:
+            loaded[name] = load_pretrained(GOLDEN / name)
+        return loaded[name]
+
+    return get
+
+
+def engine(checkpoint, **sizes):
+    sizes = {"max_batch": 8, "max_length": 160} | sizes
+    return Engine(*checkpoint, EngineConfig(**sizes), end_ids=())
+
+
+def assert_nothing_leaks(e):
+    e.close()
+    stats = e.stats()
+    assert (stats.running, stats.waiting, stats.cache_usage) == (0, 0, 0.0)
+    assert e.pages.available == e.pages.total
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("v3_base", {}),
+        ("v3_base", {"prefill_chunk": 17}),
+        ("v3_yarn", {}),
+        ("v2_greedy", {}),
+        ("mtp_1", {"drafts": 1}),
+        ("mtp_1", {"drafts": 3}),
+        ("mtp_1", {"drafts": 2, "drafts_up_to": 3}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else ",".join(f"{k}={v}" for k, v in x.items()) or "plain",
 )
-NEW = 12
-SIZES = dict(max_batch=4, max_length=256, prefill_chunk=64)
+def test_a_batch_is_continued_as_by_transformers(checkpoints, name, sizes):
+    expected = EXPECTED[name]
+    e = engine(checkpoints(name), **sizes)
+    assert list(e.generate(expected["prompts"], GREEDY, max_new_tokens=64)) == expected["new"]
+    stats = e.stats()
+    if e.drafts:
+        assert stats.accepted_tokens == sum(stats.accepted_per_position) > 0
+    assert_nothing_leaks(e)
 
 
-@pytest.fixture(scope="module")
-def model():
-    model = DeepSeekV3(CONFIG)
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    return model, jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, variables)  # so that logits differ clearly
+def test_preempted_texts_are_continued_as_by_transformers(checkpoints):
+    expected = EXPECTED["v3_base"]
+    e = engine(checkpoints("v3_base"), cache_tokens=192 + 128)
+    assert list(e.generate(expected["prompts"], GREEDY, max_new_tokens=64)) == expected["new"]
+    assert e.stats().preemptions > 0
+    assert_nothing_leaks(e)
 
 
-@pytest.fixture(scope="module")
-def prompts():
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, 60, n).tolist() for n in (5, 130, 64, 9, 65)]
+def test_a_prefix_is_found_and_one_after_another_is_the_same(checkpoints):
+    expected = EXPECTED["mtp_1"]
+    e = engine(checkpoints("mtp_1"), drafts=1)
+    for prompt, new in zip(expected["prompts"], expected["new"], strict=True):
+        before = e.stats().prefix_hits
+        request = e.submit(prompt, GREEDY, max_new_tokens=64)
+        steps = list(request)
+        assert [t for s in steps for t in s.tokens] == new
+        assert steps[-1].finish_reason == "length"
+        hit = 64 if len(prompt) > 66 else 0
+        assert steps[0].cached_tokens == e.stats().prefix_hits - before == hit
+    programs = e.stats().programs
+    assert list(e.generate(expected["prompts"][:1], GREEDY, max_new_tokens=64)) == expected["new"][:1]
+    assert e.stats().programs == programs
+    assert_nothing_leaks(e)
 
 
-@pytest.fixture(scope="module")
-def expected(model, prompts):
-    return [generate(*model, [prompt], NEW)[0].tolist() for prompt in prompts]
+def test_seeded_texts_dont_depend_on_the_batch_or_on_drafts(checkpoints):
+    prompts = EXPECTED["mtp_1"]["prompts"]
+    sampling = Sampling(seed=7, top_k=20, top_p=0.9)
+    drawn = []
+    for drafts, rows in ((0, prompts[:4]), (2, prompts[:4]), (2, prompts[:1])):
+        e = engine(checkpoints("mtp_1"), drafts=drafts)
+        drawn.append(list(e.generate(rows, sampling, max_new_tokens=30)))
+        assert_nothing_leaks(e)
+    assert drawn[0] == drawn[1]
+    assert drawn[2] == drawn[0][:1]
 
 
-@pytest.fixture(scope="module")
-def engine(model):
-    engine = Engine(*model, EngineConfig(**SIZES, drafts=1), end_ids=())
-    yield engine
-    engine.close()
+def test_logprobs_penalties_biases_and_masks(checkpoints):
+    model, variables = checkpoints("v3_base")
+    prompt = EXPECTED["v3_base"]["prompts"][3]
+    e = engine((model, variables))
+    (plain,) = e.generate([prompt], GREEDY, max_new_tokens=8)
+    request = e.submit(prompt, GREEDY, max_new_tokens=8, logprobs=3, prompt_logprobs=1)
+    steps = list(request)
+    scores = [*steps[0].prompt_logprobs, *(score for step in steps for score in step.logprobs)]
+    whole = [*prompt, *plain]
+    assert [token for token, _, _ in scores] == whole
+    logits = jax.jit(model.apply)(variables, jnp.array([whole]))[0]
+    expected = np.take_along_axis(jax.nn.log_softmax(logits[:-1]), np.array(whole[1:])[:, None], 1)[:, 0]
+    assert scores[0][1] is None
+    np.testing.assert_allclose([value for _, value, _ in scores[1:]], expected, atol=1e-4)
+    assert [best[0][0] for _, _, best in scores[len(prompt) :]] == plain
 
+    def take(sampling, **how):
+        return [t for step in e.submit(prompt, sampling, max_new_tokens=8, **how) for t in step.tokens]
 
-def test_greedy_is_generates(engine, prompts, expected):
-    for prefix_hits in (0, 64 + 128):  # whole pages, but never a prompt's last token
-        assert list(engine.generate(prompts, max_new_tokens=NEW)) == expected
-        assert engine.stats().prefix_hits == prefix_hits
-    assert engine.pages.available == engine.pages.total  # nothing leaked
+    assert take(Sampling(temperature=0, logit_bias={5: 100.0})) == [5] * 8
+    assert take(Sampling(temperature=0, logit_bias={5: 60.0, 6: 59.0}, presence_penalty=2.0))[:2] == [5, 6]
+    assert len(set(take(Sampling(temperature=0, repetition_penalty=1e6)))) > 1
+    counted = take(Sampling(temperature=0, logit_bias={5: 60.0, 6: 58.0}, frequency_penalty=1.5))
+    assert counted[:5] == [5, 5, 6, 5, 6]
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("drafts", [0, 3])
-def test_drafts_change_no_token(model, prompts, expected, drafts):
-    engine = Engine(*model, EngineConfig(**SIZES, drafts=drafts), end_ids=())
-    assert list(engine.generate(prompts, max_new_tokens=NEW)) == expected
-
-
-def test_preempted_texts_are_the_same(model, prompts, expected):
-    engine = Engine(*model, EngineConfig(**SIZES, drafts=1, cache_tokens=5 * 64), end_ids=())
-    long = [[*prompts[3], *expected[3]], prompts[1], prompts[2], prompts[4]]
-    got = list(engine.generate(long, max_new_tokens=NEW))
-    assert got[1:] == [expected[1], expected[2], expected[4]]
-    assert engine.stats().preemptions > 0
-    assert engine.pages.available == engine.pages.total
-
-
-def test_sampled_texts_depend_on_their_seed_alone(engine, prompts):
-    how = Sampling(temperature=1.0, top_p=0.9, top_k=20, seed=3)
-    together = list(engine.generate(prompts, how, max_new_tokens=NEW))
-    alone = [next(engine.generate([prompt], how, max_new_tokens=NEW)) for prompt in prompts[:3]]
-    assert together[:3] == alone
-    assert together != list(engine.generate(prompts, dataclasses.replace(how, seed=4), max_new_tokens=NEW))
-
-
-def test_ends_and_scores(model, engine, prompts, expected):
-    stop = expected[0][4]
-    how = Sampling(temperature=0, stop_token_ids=(stop,))
-    steps = list(engine.submit(prompts[0], how, max_new_tokens=NEW, logprobs=2, prompt_logprobs=1))
-    tokens = [t for step in steps for t in step.tokens]
-    assert tokens == expected[0][: expected[0].index(stop) + 1]
-    assert (steps[-1].finish_reason, steps[-1].stop_token) == ("stop", stop)
-    whole = jnp.asarray([[*prompts[0], *tokens]])
-    logprobs = np.asarray(jax.nn.log_softmax(jax.jit(model[0].apply)(model[1], whole)[0]))
-    got = [score for step in steps for score in step.logprobs]
-    for i, (token, value, best) in enumerate(got):
-        row = logprobs[len(prompts[0]) - 1 + i]
-        np.testing.assert_allclose(value, row[token], atol=1e-4)
-        assert [k for k, _ in best] == np.argsort(-row)[:2].tolist()
-    of_prompt = steps[0].prompt_logprobs
-    assert of_prompt[0][1] is None
-    for i, (token, value, _) in enumerate(of_prompt[1:]):
-        assert token == prompts[0][i + 1]
-        np.testing.assert_allclose(value, logprobs[i][token], atol=1e-4)
-
-
-def test_penalties_and_grammars(engine, prompts, expected):
-    class Odd:
+    class OnlyOdd:
         finished = False
+        taken = ()
 
         def mask(self):
-            return np.packbits(np.arange(64) % 2 == 1, bitorder="little")
+            return np.array([0xAAAAAAAA, 0xAAAAAAAA], np.uint32)
 
         def accept(self, token):
-            assert token % 2 == 1
+            self.taken = (*self.taken, token)
 
-    other = engine.submit(prompts[3], max_new_tokens=NEW)  # beside them, unharmed
-    steps = engine.submit(prompts[0], max_new_tokens=6, grammar=Odd())
-    assert all(t % 2 == 1 for step in steps for t in step.tokens)
-    biased = engine.submit(prompts[0], Sampling(temperature=0, logit_bias={7: 100.0}), max_new_tokens=4)
-    assert [t for step in biased for t in step.tokens] == [7, 7, 7, 7]
-    once = Sampling(
-        temperature=0, logit_bias={7: 50.0}, presence_penalty=2, frequency_penalty=2, repetition_penalty=100
-    )
-    assert [t for step in engine.submit([7], once, max_new_tokens=3) for t in step.tokens].count(7) <= 1
-    assert [t for step in other for t in step.tokens] == expected[3]
+    grammar = OnlyOdd()
+    assert all(t % 2 for t in take(GREEDY, grammar=grammar))
+    assert len(grammar.taken) == 8
+    assert_nothing_leaks(e)
 
 
-def test_a_text_that_is_not_finite_fails_alone(model, prompts, expected):
-    module, variables = model
-    table = variables["params"]["embed_tokens"].at[63].set(jnp.nan)
-    variables = {**variables, "params": {**variables["params"], "embed_tokens": table}}
-    engine = Engine(module, variables, EngineConfig(**SIZES, drafts=0), end_ids=())
-    bad, good = engine.submit([1, 63, 2], max_new_tokens=NEW), engine.submit(prompts[0], max_new_tokens=NEW)
-    assert "not finite" in list(bad)[-1].error
-    assert [t for step in good for t in step.tokens] == expected[0]
-    # The pages that it had come to others without what it left there.
-    assert list(engine.generate(prompts[:2], max_new_tokens=NEW)) == expected[:2]
-
-
-def test_cancelled_texts_give_their_pages_back(engine, prompts):
-    request = engine.submit(prompts[1], max_new_tokens=100)
+def test_end_tokens_cancellation_and_errors_of_one_request(checkpoints):
+    model, variables = checkpoints("mtp_1")
+    expected = EXPECTED["mtp_1"]
+    prompt, new = expected["prompts"][4], expected["new"][4]
+    e = Engine(model, variables, EngineConfig(max_batch=4, max_length=160), end_ids=(new[3], new[5]))
+    first = min(new.index(new[3]), new.index(new[5]))
+    steps = list(e.submit(prompt, GREEDY, max_new_tokens=64))
+    assert [t for s in steps for t in s.tokens] == new[: first + 1]
+    assert (steps[-1].finish_reason, steps[-1].stop_token) == ("stop", new[first])
+    free = e.submit(prompt, Sampling(temperature=0, ignore_eos=True), max_new_tokens=64)
+    assert [t for s in free for t in s.tokens] == new
+    for bad, named in (([], "empty"), ([64], "outside the vocabulary"), ([1] * 150, "exceed")):
+        with pytest.raises(ConfigError, match=named):
+            e.submit(bad, GREEDY, max_new_tokens=64)
+    request = e.submit(prompt, Sampling(temperature=0, ignore_eos=True), max_new_tokens=64)
+    other = e.submit(prompt, Sampling(temperature=0, ignore_eos=True), max_new_tokens=64)
     next(iter(request))
-    engine.cancel(request)
-    next(engine.generate([prompts[0]], max_new_tokens=2))
-    assert engine.pages.available == engine.pages.total
+    e.cancel(request)
+    assert [t for s in other for t in s.tokens] == new
+    assert_nothing_leaks(e)
 
 
-def test_what_cannot_be_is_refused(engine, model):
-    for prompt, new, message in (
-        ([], 1, "empty"),
-        ([64], 1, "outside the vocabulary"),
-        ([1] * 250, 7, "exceed the 256 tokens"),
-        ([1], 0, "max_new_tokens is 0"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            engine.submit(prompt, max_new_tokens=new)
-    with pytest.raises(ConfigError, match="one text of max_length"):
-        Engine(*model, EngineConfig(**SIZES, cache_tokens=64))
-
-
-def test_no_program_is_compiled_twice(engine, prompts):
-    from dsv3_jax.inference import steps
-
-    before = steps.decode._cache_size(), steps.prefill._cache_size(), engine.stats().programs
-    list(engine.generate([prompts[4], prompts[0]] * 3, max_new_tokens=30))
-    after = steps.decode._cache_size(), steps.prefill._cache_size(), engine.stats().programs
-    assert sum(after[:2]) - sum(before[:2]) == after[2] - before[2]
-
-
-def test_a_token_takes_70272_bytes():
-    config, pages = ModelConfig.preset("v3-671b"), 5
-    for dtype, most in ((None, 70272), ("float8_e4m3fn", 0.56 * 70272)):
-        pool = jax.eval_shape(lambda d=dtype: init_pool(config, Runtime(dtype="bfloat16"), pages, dtype=d))
-        assert pool.bytes / (pages * 64) <= most
-    assert jax.eval_shape(lambda: init_pool(config, Runtime(dtype="bfloat16"), pages)).bytes == 70272 * pages * 64
-
-
-def test_pages_that_were_given_to_others_are_not_found():
-    pages = PageAllocator(4)
-    first = pages.allocate(3)
-    tokens = list(range(192))
-    pages.publish(tokens, first)
-    pages.release(first)
-    held = pages.match([*tokens, 0])
-    assert held == first
-    pages.release(held)
-    taken = pages.allocate(1)  # the end of the longest unused prompt goes first
-    assert pages.match([*tokens, 0]) == first[:2]
-    pages.release(first[:2])
-    pages.publish(list(range(500, 564)), taken)
-    rest = pages.allocate(2)
-    assert pages.match([*tokens, 0]) == []
-    assert sorted([*taken, *rest]) == sorted(first)
-
-
-def test_kept_tokens_are_those_of_a_sort():
-    rng = new_rng()
-    logits = jnp.asarray(rng.standard_normal((6, 500)) * 3, jnp.float32)
-    from dsv3_jax.inference.sampling import cut
-
-    for top_k, top_p, min_p in (
-        (None, 0.9, 0),
-        (10, 1.0, 0),
-        (50, 0.5, 0),
-        (None, 1.0, 0.1),
-        (1, 0.3, 0),
-        (499, 0.999, 0),
-    ):
-        got = np.asarray(cut(logits, Sampling(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)))
-        for row, kept in zip(np.asarray(logits, np.float64) / 0.7, got, strict=True):
-            order = np.argsort(-row)[: top_k or 500]
-            chances = np.exp(row[order] - row.max())
-            chances /= chances.sum()
-            order = order[np.cumsum(chances) - chances < top_p]
-            order = order[np.exp(row[order] - row.max()) >= min_p]
-            assert set(np.flatnonzero(np.isfinite(kept))) == set(order.tolist())
+def test_logits_that_arent_finite_end_their_request_alone(checkpoints):
+    model, variables = checkpoints("v3_base")
+    params = dict(variables["params"])
+    params["embed_tokens"] = jnp.asarray(params["embed_tokens"]).at[63].set(jnp.nan)
+    expected = EXPECTED["v3_base"]
+    healthy = [i for i in range(8) if 63 not in expected["prompts"][i] + expected["new"][i]]
+    assert healthy
+    e = engine((model, variables | {"params": params}))
+    bad = e.submit([5, 63, 7], GREEDY, max_new_tokens=64)
+    good = [e.submit(expected["prompts"][i], GREEDY, max_new_tokens=64) for i in healthy]
+    assert "not finite" in list(bad)[-1].error
+    for i, request in zip(healthy, good, strict=True):
+        assert [t for s in request for t in s.tokens] == expected["new"][i]
+    assert_nothing_leaks(e)
