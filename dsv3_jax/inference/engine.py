@@ -240,6 +240,17 @@ class Engine:
             programs=len(self._programs),
         )
 
+    def replace_variables(self, variables: Mapping[str, Any]) -> None:
+        """Goes on with other weights of the same shapes, as between two rounds of training; the arrays aren't copied.
+
+        Raises RuntimeError while requests run or wait.
+        """
+        with self._new:
+            if self._running or self._waiting:
+                raise RuntimeError("the weights can't be replaced while texts are being generated")
+            self._variables = variables
+            self.pages.forget()
+
     def close(self) -> None:
         """Ends the thread once all requests have ended; takes no more."""
         with self._new:

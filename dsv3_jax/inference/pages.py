@@ -99,6 +99,13 @@ class PageAllocator:
                     self._unused.pop(page, None)
                     self._free.append(page)
 
+    def forget(self) -> None:
+        """Makes nothing known any longer: the pages hold what other weights made of their tokens."""
+        for page in list(self._key_of):
+            self._forget(page)
+        self._free += self._unused
+        self._unused.clear()
+
     def _forget(self, page: int) -> None:
         key = self._key_of.pop(page, None)
         if key is not None:

@@ -90,7 +90,10 @@ class GRPOLoss(Loss):
             loss = each.sum() / jnp.maximum(whole.tokens, 1)
         else:
             loss = (each.sum(1) / jnp.maximum(mask.sum(1), 1)).sum() / whole.sequences
-        total = lambda x: jnp.sum(jnp.where(mask, x, 0))
+
+        def total(x: jax.Array | float) -> jax.Array:
+            return jnp.sum(jnp.where(mask, x, 0))
+
         mtp = loss_sums(outputs, inputs, self.config)
         loss += self.mtp_weight * mtp.mtp_cross_entropy / jnp.maximum(whole.tokens, 1)
         kl = total(kl_estimate(logprobs, reference))
@@ -98,10 +101,9 @@ class GRPOLoss(Loss):
         return loss, GRPOSums(total(-objective), kl, total(clipped), gap, total(1.0), mtp)
 
     def metrics(self, sums: GRPOSums, whole: Whole) -> Metrics:
-        per_token = lambda x: x / jnp.maximum(sums.tokens, 1)
         metrics = {"loss": sums.policy, "kl": sums.kl, "clipped": sums.clipped, "sampling_gap": sums.gap}
         of_mtp = {k: v for k, v in mean_metrics(sums.mtp).items() if k.startswith("mtp")}
-        return {name: per_token(value) for name, value in metrics.items()} | of_mtp
+        return {name: value / jnp.maximum(sums.tokens, 1) for name, value in metrics.items()} | of_mtp
 
 
 def clipped_objective(
