@@ -128,9 +128,10 @@ class DeepSeekV3(Module):
         """
         where = self.token_positions(tokens, positions, segments, order)
         hidden, _, stats = self._trunk(tokens, where, None)
-        stop = jax.lax.stop_gradient if detach_mtp else lambda x: x
-        further, mtp_stats = self._predict_further(stop(hidden), further_tokens, where, detach=detach_mtp)
-        mtp_logits = tuple(Logits(h, stop(self.lm_head), self.runtime) for h in further)
+        shared = (hidden, self.lm_head)
+        before, head = jax.lax.stop_gradient(shared) if detach_mtp else shared
+        further, mtp_stats = self._predict_further(before, further_tokens, where, detach=detach_mtp)
+        mtp_logits = tuple(Logits(h, head, self.runtime) for h in further)
         return Outputs(self._head(hidden), mtp_logits, stats, mtp_stats)
 
     def first_stage(self, tokens: jax.Array, **where: jax.Array | None) -> jax.Array:

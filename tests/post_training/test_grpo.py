@@ -144,7 +144,9 @@ def test_a_round_of_it(tmp_path):
     reward = lambda problem, text: float(sum(c.islower() for c in text))
     problems = [{"prompt": "1+1="}, {"prompt": "12-3="}, {"prompt": "5+55="}]
     before = jax.tree.map(np.asarray, state.params)
-    for trained, metrics in grpo(model, state, optimizer, GRPOLoss(CONFIG), problems, reward, tokenizer, config):
+    loss = GRPOLoss(CONFIG)
+    for state_then, metrics in grpo(model, state, optimizer, loss, problems, reward, tokenizer, config):
+        trained = state_then
         assert metrics["sampling_gap"] < 1e-3  # the log-probabilities of training are those of sampling
         assert np.isfinite(metrics["loss"])
         assert metrics["reward_errors"] == 0
