@@ -40,7 +40,7 @@ class EngineConfig:
     cache_tokens: int | None = None
     """Tokens that the cache has room for; by default a quarter of max_batch times max_length."""
     cache_dtype: str | None = None
-    """Of the latents in the cache, by default the runtime's; float8_e4m3fn takes 5/9 of bfloat16's bytes."""
+    """Dtype of the latents in the cache, by default the runtime's; float8_e4m3fn takes 5/9 of bfloat16's bytes."""
     prefill_chunk: int = 256
     """Tokens of a prompt that are put into the cache between two steps of the texts."""
     drafts: int | None = None
@@ -48,7 +48,7 @@ class EngineConfig:
     drafts_up_to: int = 8
     """Texts at a time up to which drafts are used: with more, the device has enough to do without."""
     seed: int = 0
-    """Of the texts whose sampling has none."""
+    """Seed of the texts whose sampling has none."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "prefill_chunk"):
@@ -141,7 +141,7 @@ class Engine:
         self._counts: collections.Counter[str] = collections.Counter()
         self._accepted_at = [0] * self.drafts
         self.failure: str | None = None
-        """What ended the engine's thread, if anything did."""
+        """The error that ended the engine's thread, if one did."""
 
     # What callers use, from any thread.
 

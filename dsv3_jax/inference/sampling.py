@@ -146,30 +146,42 @@ def _cut(logits: jax.Array, how: Rows) -> jax.Array:
 
 def _cut_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
     wanted = jnp.where(k > 0, jnp.minimum(k, logits.shape[-1]), logits.shape[-1])
-    count = lambda above: jnp.sum(above, axis=-1, dtype=jnp.int32)
-    return _keep_from(logits, lambda above: count(above) >= wanted)
+    ordered = _ordered(logits)
+    least = _least(ordered, lambda above: jnp.sum(above, axis=-1, dtype=jnp.int32) >= wanted)
+    return jnp.where(ordered >= least[:, None], logits, -jnp.inf)
 
 
 def _cut_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
-    chances = jax.nn.softmax(logits, axis=-1)
-    kept = _keep_from(logits, lambda above: jnp.sum(jnp.where(above, chances, 0), axis=-1) >= p)
-    return jnp.where((p < 1)[:, None], kept, logits)
+    chances, ordered = jax.nn.softmax(logits, axis=-1), _ordered(logits)
+
+    def total(mask: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(mask, chances, 0), axis=-1)
+
+    least = _least(ordered, lambda above: total(above) >= p)[:, None]
+    # Of equally likely tokens at the limit, the first.
+    last = ordered == least
+    before = total(ordered > least)[:, None] + jnp.cumsum(jnp.where(last, chances, 0), axis=-1) - chances
+    kept = (ordered > least) | (last & (before < p[:, None]))
+    return jnp.where(kept | (p >= 1)[:, None], logits, -jnp.inf)
 
 
-def _keep_from(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Cuts logits below the largest of them for which those at or above it, a mask (B, V), are `enough` (B,).
-
-    That one is found bit by bit, in 32 passes over the logits: a sort of a vocabulary would take many times as long.
-    """
+def _ordered(logits: jax.Array) -> jax.Array:
+    """Unsigned integers in the order of the float32 logits."""
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
-    ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # as the floats are
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
-    def decide(i: int, least: jax.Array) -> jax.Array:
-        candidate = least | (jnp.uint32(1 << 31) >> i)
+
+def _least(ordered: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest value (B,) for which the entries at or above it, a mask (B, V), are `enough` (B,).
+
+    It is found bit by bit, in 32 passes over the vocabulary: a sort would take many times as long.
+    """
+
+    def decide(i: jax.Array, least: jax.Array) -> jax.Array:
+        candidate = least | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
         return jnp.where(enough(ordered >= candidate[:, None]), candidate, least)
 
-    least = jax.lax.fori_loop(0, 32, decide, jnp.zeros(len(logits), jnp.uint32))
-    return jnp.where(ordered >= least[:, None], logits, -jnp.inf)
+    return jax.lax.fori_loop(0, 32, decide, jnp.zeros(len(ordered), jnp.uint32))
 
 
 @struct.dataclass

@@ -44,7 +44,7 @@ class GRPOConfig:
     minibatches: int = 1
     """Optimizer steps of an epoch, each with its share of the texts."""
     seed: int = 0
-    """Of the problems' order and of the sampling."""
+    """Seed of the problems' order and of the sampling."""
 
     def __post_init__(self) -> None:
         for name in ("iterations", "prompts", "max_new_tokens", "length", "epochs", "minibatches"):

@@ -33,9 +33,8 @@ def main() -> None:
         rows = prompts(model.config.vocab_size)
         new, gaps = [], []
         for row in rows:
-            out = model.generate(
-                torch.tensor([row]), max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True
-            )
+            how = dict(do_sample=False, output_logits=True, return_dict_in_generate=True)
+            out = model.generate(torch.tensor([row]), max_new_tokens=NEW, **how)
             new.append(out.sequences[0, len(row) :].tolist())
             best = torch.stack(out.logits).topk(2, dim=-1).values
             gaps.append((best[..., 0] - best[..., 1]).min().item())

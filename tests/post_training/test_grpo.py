@@ -39,7 +39,7 @@ def batch_of(rng, rows=2, length=6):
     }
 
 
-@pytest.mark.parametrize("normalise", ["token", "sequence"])
+@pytest.mark.parametrize("normalise", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_the_gradient_is_that_of_the_formula(normalise):
     """Written out by itself, token by token, in float64."""
     rng, loss = new_rng(), None
@@ -112,6 +112,7 @@ def test_a_rewards_error_counts_as_zero_and_is_reported():
         assert eval(problem["prompt"][:-1]) == int(problem["answer"])
 
 
+@pytest.mark.slow
 def test_mtp_modules_train_and_leave_the_rest_alone():
     model, rng = DeepSeekV3(CONFIG), new_rng()
     variables = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
