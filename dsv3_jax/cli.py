@@ -25,7 +25,7 @@ _INTERRUPTED = 130
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Exits with 0, with 2 after one clear line about what was wrong, or 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": _train, "prepare": _prepare, "generate": _generate, "convert": _convert}
+    commands = {"train": _train, "prepare": _prepare, "generate": _generate, "serve": _serve, "convert": _convert}
     commands |= {"info": _info, "plan": _plan}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
@@ -64,7 +64,8 @@ usage: python -m dsv3_jax COMMAND [OPTIONS]
 
   train      train a model: a small one on this machine's CPU by default
   prepare    texts to tokens on disk, for training on more than memory holds
-  generate   continue a text with a trained or converted model
+  generate   continue a text, or chat, with a trained or converted model
+  serve      an OpenAI-compatible server of a trained or converted model
   convert    a Hugging Face checkpoint to orbax, or back, without loss
   info       parameters and cache of a configuration, counted on the model itself
   plan       memory, time and cost of training or serving a configuration
@@ -171,10 +172,21 @@ def _prepare(arguments: list[str]) -> None:
 
 def _generate(arguments: list[str]) -> None:
     from dsv3_jax.compilation_cache import keep_compiled_programs
-    from dsv3_jax.inference.command import GenerateArgs, generate_command
+    from dsv3_jax.serving.generate_command import GenerateArgs, generate_command
 
     keep_compiled_programs()
     generate_command(_parse(GenerateArgs, "generate", arguments))
+
+
+# serve ---------------------------------------------------------------------------------------------------
+
+
+def _serve(arguments: list[str]) -> None:
+    from dsv3_jax.compilation_cache import keep_compiled_programs
+    from dsv3_jax.serving.command import ServeArgs, serve_command
+
+    keep_compiled_programs()
+    serve_command(_parse(ServeArgs, "serve", arguments))
 
 
 # info ----------------------------------------------------------------------------------------------------

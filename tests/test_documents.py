@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from dsv3_jax import cli
 from dsv3_jax.checkpoint.convert import ConvertArgs
 from dsv3_jax.config import PRESETS
-from dsv3_jax.inference.command import GenerateArgs
 from dsv3_jax.planning.info import InfoArgs
 from dsv3_jax.planning.options import PlanArgs
+from dsv3_jax.serving.generate_command import GenerateArgs
 from dsv3_jax.training.config import TrainArgs, TrainConfig
 
 ROOT = Path(__file__).parents[1]

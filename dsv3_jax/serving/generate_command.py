@@ -1,0 +1,163 @@
+"""`python -m dsv3_jax generate`: continues a text, or answers in a chat, printing as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from dsv3_jax.checkpoint import load_pretrained
+from dsv3_jax.checkpoint.runs import CHECKPOINTS
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.data import Tokenizer, has_tokenizer, load_tokenizer
+from dsv3_jax.data.tokenizer import valid_unicode
+from dsv3_jax.inference.generate import stream
+from dsv3_jax.inference.generation_config import GENERATION_CONFIG, GenerationConfig, read_generation_config
+from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.inference.text import end_tokens, own_tokenizer
+from dsv3_jax.serving.chat import ChatTemplate, read_chat_template, template_file
+from dsv3_jax.serving.detokenize import Detokenizer, Vocabulary
+
+_TEMPERATURE, _TOP_P = 0.7, 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateArgs:
+    """Continue a text with a model from a training run, a Hugging Face directory, or a converted checkpoint.
+
+    What isn't given is as the checkpoint's generation_config.json says. The text goes to standard output; how it is
+    drawn, in one line, to standard error.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Directory of the run or checkpoint."""
+    prompt: str = ""
+    """Text to continue. Names of special tokens become those tokens. With --chat, the user's message; without one, each
+    line of standard input is."""
+    chat: bool = False
+    """Answer as an assistant, by the chat template, instead of continuing the text."""
+    system: str | None = None
+    """With --chat, the system's message."""
+    chat_template: Path | None = None
+    """File of a Jinja template for --chat; by default the checkpoint's own."""
+    max_new_tokens: int = 200
+    """How many tokens to add at most."""
+    temperature: float | None = None
+    """0 takes the most likely token each time; else generation_config.json's, else 0.7."""
+    top_k: int | None = None
+    """Draw among this many most likely tokens; else generation_config.json's, else all."""
+    top_p: float | None = None
+    """Draw among the fewest tokens that together have this probability; else generation_config.json's, else 0.95."""
+    seed: int = 0
+    """Seed of the sampling."""
+    tokenizer: str | None = None
+    """A tokenizer.json, a tiktoken.model, a folder that holds one, or "bytes"; by default the model's own."""
+    check_hashes: bool = True
+    """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
+
+
+def generate_command(args: GenerateArgs) -> None:
+    """Runs `python -m dsv3_jax generate`.
+
+    Raises:
+      CheckpointError, FileNotFoundError: the checkpoint is damaged or incomplete.
+      ConfigError: the directory has no tokenizer, that of another model, or an option isn't possible.
+    """
+    if not args.model.is_dir():
+        raise FileNotFoundError(f"{args.model} is no directory: give that of a training run or checkpoint")
+    tokenizer = chosen_tokenizer(args.model, args.tokenizer)
+    template = chosen_template(args.model, args.chat_template, tokenizer) if args.chat else None
+    if args.chat and template is None:
+        raise ConfigError(f"{args.model} has no chat template: give one with --chat-template, or leave out --chat")
+    stored = GenerationConfig() if (args.model / CHECKPOINTS).is_dir() else read_generation_config(args.model)
+    sampling, said = _sampling(args, stored)
+    model, variables = load_pretrained(args.model, mtp=False, check_hashes=args.check_hashes)
+    check_tokenizer(tokenizer, model.config, args.tokenizer or f"of {args.model}")
+    ends = end_tokens(args.model, model.config, tokenizer)
+    vocabulary, keys = Vocabulary(tokenizer), iter(jax.random.split(jax.random.key(args.seed), 1 << 16))
+
+    def answer(prompt: list[int]) -> str:
+        """Prints the text that continues a prompt, and returns it."""
+        text, whole = Detokenizer(vocabulary), ""
+        for token in stream(
+            model, variables, [prompt], args.max_new_tokens, sampling=sampling, key=next(keys), end_ids=ends
+        ):
+            if int(token[0]) not in ends:
+                print(piece := text.add(int(token[0])), end="", flush=True)
+                whole += piece
+        print(last := text.end())
+        return whole + last
+
+    text = valid_unicode(args.prompt)
+    print(f"{said}; ends at token {', '.join(map(str, sorted(ends)))}", file=sys.stderr, flush=True)
+    if template is None:
+        prompt = tokenizer.encode_prompt(text).tolist()
+        print(text, end="", flush=True)
+        answer(prompt)
+        return
+    talk = [] if args.system is None else [{"role": "system", "content": args.system}]
+    for line in [text] if text else _lines():
+        talk.append({"role": "user", "content": valid_unicode(line)})
+        written = template.render(talk).text
+        said_back = answer(tokenizer.encode_prompt(written, add_special_tokens=False).tolist())
+        talk.append({"role": "assistant", "content": said_back})
+
+
+def _lines() -> Iterator[str]:
+    """The user's messages: lines of standard input, asked for if that is a terminal."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def chosen_template(model: Path, file: Path | None, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The chat template in a file, or else the checkpoint's own; None if it has none. Raises ConfigError."""
+    name = Vocabulary(tokenizer).name
+    special = {"bos_token": name(tokenizer.bos_id), "eos_token": name(tokenizer.eos_id)}
+    return read_chat_template(model, special) if file is None else template_file(file, special)
+
+
+def chosen_tokenizer(model: Path, path: str | None) -> Tokenizer:
+    """The tokenizer that is asked for, or the model's own. Raises ConfigError if there is none."""
+    is_run = (model / CHECKPOINTS).is_dir()
+    if path is not None:
+        return load_tokenizer(path, add_bos_token=True if is_run else None)
+    try:
+        return own_tokenizer(model)
+    except ConfigError as error:
+        if is_run or has_tokenizer(model):
+            raise
+        raise ConfigError(f"{error}, with --tokenizer") from None
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, name: str) -> None:
+    """Raises ConfigError if a tokenizer has more tokens than the model."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {name} has {tokenizer.vocab_size} tokens, but the model's "
+            f"vocab_size is {config.vocab_size}: it is another model's"
+        )
+
+
+def _sampling(args: GenerateArgs, stored: GenerationConfig) -> tuple[Sampling, str]:
+    """How tokens are drawn, and that in words, each with where it is from."""
+    chosen, said = {}, []
+    for name, default in (("temperature", _TEMPERATURE), ("top_k", None), ("top_p", _TOP_P)):
+        given, kept = getattr(args, name), getattr(stored, name)
+        chosen[name] = given if given is not None else kept if kept is not None else default
+        if chosen[name] is not None:
+            source = " (asked for)" if given is not None else f" ({GENERATION_CONFIG})" if kept is not None else ""
+            said.append(f"{name} {chosen[name]:g}{source}")
+    if chosen["temperature"] == 0:
+        said = said[:1]
+    return Sampling(**chosen), ", ".join(said)  # type: ignore[arg-type]

@@ -1,0 +1,146 @@
+"""Answers in the forms of the OpenAI API."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dsv3_jax.serving.assistant import Delta
+from dsv3_jax.serving.detokenize import Detokenizer, Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its log probability, None of a prompt's first, and the most likely tokens in its place with theirs."""
+
+    token: int
+    logprob: float | None
+    top: Sequence[tuple[int, float]] = ()
+
+
+@dataclasses.dataclass
+class Usage:
+    """Tokens of an answer, over all its choices."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    """Of the prompt, those that another request had left in the cache."""
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What all chunks of one answer, or the whole, have in common."""
+
+    kind: str
+    """`object` of the JSON."""
+    model: str
+    prefix: str
+    id: str = ""
+    created: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", f"{self.prefix}-{uuid.uuid4().hex}")
+        object.__setattr__(self, "created", int(time.time()))
+
+    def json(self, choices: list[dict[str, Any]], usage: Usage | None = None, **more: Any) -> dict[str, Any]:
+        answer = {"id": self.id, "object": self.kind, "created": self.created, "model": self.model, "choices": choices}
+        return answer | more | ({} if usage is None else {"usage": usage.json()})
+
+
+def event(value: Any) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+DONE = "data: [DONE]\n\n"
+
+
+class Namer:
+    """Texts of tokens in lists of log probabilities: their own, or `token_id:N`."""
+
+    def __init__(self, vocabulary: Vocabulary, as_ids: bool) -> None:
+        self._vocabulary = vocabulary
+        self._name: Callable[[int], str] = (lambda token: f"token_id:{token}") if as_ids else vocabulary.name
+
+    def completion(self, scores: Sequence[TokenLogprob], offset: int, text: Detokenizer) -> dict[str, Any]:
+        """The lists of `/v1/completions`. offset: of the first token in the answer's text; text: of tokens before."""
+        offsets = []
+        for score in scores:
+            offsets.append(offset)
+            offset += len(text.add(score.token))
+        return {
+            "tokens": [self._name(score.token) for score in scores],
+            "token_logprobs": [_finite(score.logprob) for score in scores],
+            "top_logprobs": [
+                None if score.logprob is None else {self._name(i): _finite(value) for i, value in score.top}
+                for score in scores
+            ],
+            "text_offset": offsets,
+        }
+
+    def chat(self, scores: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The list of `/v1/chat/completions`."""
+        return {
+            "content": [
+                {
+                    **self._entry(score.token, score.logprob),
+                    "top_logprobs": [self._entry(token, value) for token, value in score.top],
+                }
+                for score in scores
+            ]
+        }
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+        data = self._vocabulary.bytes[token] if token < len(self._vocabulary.bytes) else b""
+        return {"token": self._name(token), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _finite(logprob: float | None) -> float | None:
+    """JSON has no infinities: as low a number as OpenAI's, of a token that can't come."""
+    return logprob if logprob is None else max(logprob, -9999.0)
+
+
+def message_delta(delta: Delta) -> dict[str, Any]:
+    """A part of the assistant's message, in a chunk of a stream; reasoning under both names that clients know."""
+    fields: dict[str, Any] = {}
+    if delta.reasoning:
+        fields |= {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}
+    if delta.content:
+        fields["content"] = delta.content
+    if delta.calls:
+        fields["tool_calls"] = [
+            {
+                "index": call.index,
+                **({} if call.id is None else {"id": call.id, "type": "function"}),
+                "function": {**({} if call.name is None else {"name": call.name}), "arguments": call.arguments},
+            }
+            for call in delta.calls
+        ]
+    return fields
+
+
+def message(delta: Delta) -> dict[str, Any]:
+    """The assistant's whole message."""
+    fields: dict[str, Any] = {"role": "assistant", "content": delta.content, "refusal": None}
+    if delta.reasoning:
+        fields |= {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}
+    if delta.calls:
+        fields["content"] = delta.content or None
+        fields["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in delta.calls
+        ]
+    return fields
