@@ -15,7 +15,7 @@ _LABELS = ("model_name", "engine")
 
 
 class Metrics:
-    """What a server counts.
+    """Counts of a server.
 
     Args:
       model: value of the label `model_name`.

@@ -42,7 +42,7 @@ class StreamOptions:
 
 @dataclasses.dataclass(frozen=True)
 class StructuredOutputs:
-    """What the text must be; one of them."""
+    """The form of the text; one of them."""
 
     json: dict[str, Any] | None = None
     regex: str | None = None
@@ -264,7 +264,7 @@ def _tool_name(tool: dict[str, Any], name: str) -> str:
 
 
 def structure(request: Generation) -> tuple[str, Any] | None:
-    """What the text must be: ("json", schema), ("regex", expression), ("choice", texts); None if anything.
+    """Returns what the text must be: ("json", schema), ("regex", expression), ("choice", texts); None if anything.
 
     Raises RequestError if that is asked for twice, or isn't one of these.
     """

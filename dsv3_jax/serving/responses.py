@@ -29,7 +29,7 @@ class Usage:
     prompt: int = 0
     completion: int = 0
     cached: int = 0
-    """Of the prompt, those that another request had left in the cache."""
+    """Tokens of the prompt that another request had left in the cache."""
 
     def json(self) -> dict[str, Any]:
         return {

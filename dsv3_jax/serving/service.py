@@ -1,4 +1,4 @@
-"""What every endpoint needs: the engine, its tokenizer and template, limits, and the text of each running request."""
+"""Everything that endpoints share: the engine, its tokenizer and template, limits, and the text of each running request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MAX_STOPS, _MAX_BIASES = 16, 1024
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one server takes at a time."""
+    """Bounds of what one server takes at a time."""
 
     max_requests: int = 256
     """Texts that are generated or wait, each choice of a request counted; more are refused with 429."""
@@ -343,7 +343,7 @@ class Choice:
         self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
         self._request: Any = None
         self.prompt_scores: list[TokenLogprob] = []
-        """Of the prompt's tokens, there once the first piece is."""
+        """Scores of the prompt's tokens, there once the first piece is."""
         self.generated = self.cached = 0
         """Tokens that came, and those of the prompt that were in the cache."""
 
