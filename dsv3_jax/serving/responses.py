@@ -42,7 +42,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What all chunks of one answer, or the whole, have in common."""
+    """Fields that all chunks of one answer, or the whole, have in common."""
 
     kind: str
     """`object` of the JSON."""

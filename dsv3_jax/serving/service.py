@@ -1,4 +1,4 @@
-"""Everything that endpoints share: the engine, its tokenizer and template, limits, and the text of each running request."""
+"""Parts that endpoints share: the engine, its tokenizer and template, limits, and the text of each running request."""
 
 from __future__ import annotations
 
