@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from dsv3_jax import cli
 from dsv3_jax.checkpoint.convert import ConvertArgs
 from dsv3_jax.config import PRESETS
+from dsv3_jax.data.command import PrepareArgs
 from dsv3_jax.planning.info import InfoArgs
 from dsv3_jax.planning.options import PlanArgs
 from dsv3_jax.serving.command import ServeArgs
@@ -87,8 +88,8 @@ def test_data_reads(here):
 
 def test_commands_have_these_options():
     """Every command of README and docs is parsed, as far as `...` or the end of its first line."""
-    kinds = {"train": TrainArgs, "generate": GenerateArgs, "serve": ServeArgs, "info": InfoArgs}
-    kinds |= {"convert": ConvertArgs, "plan": PlanArgs}
+    kinds = {"train": TrainArgs, "generate": GenerateArgs, "serve": ServeArgs, "prepare": PrepareArgs}
+    kinds |= {"info": InfoArgs, "convert": ConvertArgs, "plan": PlanArgs}
     found = set()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         blocks = "".join(re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE))
