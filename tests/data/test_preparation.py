@@ -353,7 +353,7 @@ def fim_tokenizer(tmp_path_factory):
     return folder
 
 
-def test_fim_at_its_rate_and_the_text_comes_back(fim_tokenizer):
+def test_fim_at_its_rate_and_the_text_comes_back(fim_tokenizer, tmp_path):
     tokenizer = load_tokenizer(fim_tokenizer)
     begin, hole, end = (tokenizer.token_id(f"<｜fim▁{name}｜>") for name in ("begin", "hole", "end"))
     originals = [f"Text {i}: é, ü, \N{GRINNING FACE} and so on.\n" * (i % 5 + 1) for i in range(4000)]
@@ -371,7 +371,7 @@ def test_fim_at_its_rate_and_the_text_comes_back(fim_tokenizer):
         assert (tokens[0], tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
     assert abs(rearranged - 400) < 3 * np.sqrt(4000 * 0.1 * 0.9)
     with pytest.raises(ConfigError, match=r"fim_rate is 0\.1, but the tokenizer has no tokens for it"):
-        prepare(["stdlib"], Path("never"), PrepareOptions(fim_rate=0.1))
+        prepare(["stdlib"], tmp_path / "never", PrepareOptions(fim_rate=0.1))
 
 
 def test_joined_punctuation_and_line_ends_are_split_at_the_rate(fim_tokenizer):
