@@ -15,6 +15,7 @@ from dsv3_jax.data import DataConfig
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.processes import Processes
 from dsv3_jax.runtime import Runtime
+from dsv3_jax.training.guard import GuardConfig
 from dsv3_jax.training.optimizer import OptimizerConfig
 from dsv3_jax.training.schedule import ScheduleConfig
 
@@ -46,6 +47,12 @@ class TrainConfig:
     """How many of the newest checkpoints stay on disk; the newest one that was saved while all was well does too."""
     keep_every: int = 0
     """Checkpoints of steps that this divides stay on disk for good; 0 for none."""
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    """When the run skips a step, goes back, or stops by itself."""
+    trace_steps: str | None = None
+    """FIRST:LAST, steps whose xprof trace goes into `traces/`, as 10:12; the first step is 1."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases that gets the metrics too; it must be installed."""
     sample_prompt: str = "def "
     """Prompt of the text sampled at the end."""
     sample_tokens: int = 400
@@ -65,6 +72,7 @@ class TrainConfig:
         for name in ("keep_every", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
+        traced_steps(self.trace_steps)
         if self.runtime.redundant_experts:
             raise ConfigError(
                 f"runtime.redundant_experts is {self.runtime.redundant_experts}: copies of experts are for serving, "
@@ -179,10 +187,20 @@ class TrainConfig:
         }
 
 
+def traced_steps(value: str | None) -> range:
+    """The steps of `trace_steps`, counted from 1. Raises ConfigError."""
+    if value is None:
+        return range(0)
+    first, _, last = value.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ConfigError(f"trace_steps is {value!r}: it must be FIRST:LAST, as 10:12, of steps counted from 1")
+    return range(int(first), int(last) + 1)
+
+
 _FREE = (
     *("microbatches", "log_every", "validate_every", "validation_batches", "checkpoint_every"),
     *("keep_checkpoints", "keep_every"),
-    *("sample_prompt", "sample_tokens"),
+    *("sample_prompt", "sample_tokens", "trace_steps", "wandb_project"),
     *("data.source", "data.sources", "data.tokenizer"),  # where they lie: hashes tell whether they are the same
     "data.workers",
     *("model.bos_token_id", "model.eos_token_id"),  # a run takes them from its tokenizer
@@ -192,7 +210,7 @@ _FREE = (
 
 def _is_free(name: str) -> bool:
     computed = name.startswith(("mesh.", "runtime.")) and name not in ("runtime.dtype", "runtime.param_dtype")
-    return computed or name in _FREE
+    return computed or name in _FREE or name.startswith("guard.")
 
 
 @dataclasses.dataclass(frozen=True)

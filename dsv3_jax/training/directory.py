@@ -103,7 +103,7 @@ def hashes(files: dict[str, Path]) -> dict[str, str]:
 def write_config(directory: Path, config: TrainConfig, tokenizer: dict[str, str]) -> None:
     """Writes `config.json`: the run's config, under `tokenizer_files` its tokenizer's hashes, under `seal` its own."""
     content = seal(dataclasses.asdict(config) | {"tokenizer_files": tokenizer})
-    _replace(directory / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
+    replace_file(directory / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def check_config(config: TrainConfig) -> None:
@@ -119,7 +119,7 @@ def keep_tokenizer(directory: Path, path: str | Path | None) -> dict[str, str]:
     """Copies the tokenizer's files into the run's directory, whole or not at all; returns their hashes."""
     files = tokenizer_sources(path)
     for name, file in files.items():
-        _replace(directory / name, file.read_bytes())
+        replace_file(directory / name, file.read_bytes())
     return hashes(files)
 
 
@@ -137,7 +137,7 @@ def kept_tokenizer(directory: Path, path: str | Path | None) -> str | Path | Non
     return directory
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Puts a file in place in one step, so that a crash leaves the old one or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_bytes(content)

@@ -1,22 +1,180 @@
-"""Reasons to stop a run: numbers that aren't finite, and signals."""
+"""Reasons to skip a step, to go back, or to stop: what the guards see in the metrics, and signals."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
+import faulthandler
 import functools
+import math
 import signal
-from collections.abc import Callable, Iterator
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv3_jax.config import ConfigError
 from dsv3_jax.training.step import TrainState
+
+_LAG = 2
+"""Steps whose metrics aren't looked at yet, so that the device never waits for the host."""
+
+_WINDOW = 64
+"""Losses that a new one is compared with."""
+
+_LEAST = 16
+"""Losses from which on it is."""
 
 
 class TrainingError(RuntimeError):
     """Training can't go on: the message says why, and what is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """When a run skips, goes back, warns or stops by itself."""
+
+    max_skipped: int = 5
+    """Steps in a row whose loss or gradient isn't finite, each of them skipped, after which the run stops."""
+    spike_deviations: float = 10.0
+    """A loss is a spike if it lies so many standard deviations (estimated by the median deviation, at least 1% of the
+    loss) above the median of the last 64; 0 never."""
+    spike_steps: int = 3
+    """Steps in a row with a spike after which the run is taken for off course."""
+    rollback: bool = False
+    """Whether it then goes back to the newest checkpoint from before, and on with the data that follows the spike."""
+    max_rollbacks: int = 3
+    """Times that a run goes back, after which the next spike stops it."""
+    collapse_share: float = 0.5
+    """Warn if a layer's fullest expert gets this share of the tokens, and three times as many as the mean, for 20
+    steps; 0 never."""
+    hang_seconds: float = 1800
+    """Stop the process, with the stacks of its threads on standard error, if a step takes longer; 0 never."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_skipped", "spike_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"guard.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("spike_deviations", "max_rollbacks", "collapse_share", "hang_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"guard.{name} is {getattr(self, name)}: it must be 0 or a positive number")
+
+
+class Guard:
+    """Judges each step's metrics, in order, some steps later. All processes of a job see the same ones.
+
+    skipped: steps skipped so far. skipped_in_a_row, spikes_in_a_row: up to the last step that was judged.
+    rollbacks: how often the run went back.
+    """
+
+    def __init__(self, config: GuardConfig, experts_per_token: float, warn: Callable[[int, str], None]) -> None:
+        """experts_per_token: K / E, the share of the tokens that an expert gets on average. warn: of a step, a line."""
+        self._config, self._share, self._warn = config, experts_per_token, warn
+        self._waiting: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
+        self._losses: collections.deque[float] = collections.deque(maxlen=_WINDOW)
+        self._collapsed: collections.Counter[str] = collections.Counter()
+        self.skipped = self.skipped_in_a_row = self.spikes_in_a_row = self.rollbacks = 0
+
+    def watch(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of a step, and judges those of earlier ones."""
+        self._waiting.append((step, metrics))
+        while len(self._waiting) > _LAG:
+            self._judge(*self._waiting.popleft())
+
+    def settle(self) -> None:
+        """Judges every step that was watched, which waits for the last one."""
+        while self._waiting:
+            self._judge(*self._waiting.popleft())
+
+    @property
+    def well(self) -> bool:
+        """Whether the last step that was judged was neither skipped nor a spike."""
+        return not self.skipped_in_a_row and not self.spikes_in_a_row
+
+    @property
+    def stuck(self) -> bool:
+        """Whether too many steps in a row were skipped."""
+        return self.skipped_in_a_row >= self._config.max_skipped
+
+    @property
+    def off_course(self) -> bool:
+        """Whether it is time to go back."""
+        return self._config.rollback and self.spikes_in_a_row >= self._config.spike_steps
+
+    def rolled_back(self) -> None:
+        """Forgets what came after the checkpoint."""
+        self._waiting.clear()
+        self._collapsed.clear()
+        self.skipped_in_a_row = self.spikes_in_a_row = 0
+        self.rollbacks += 1
+
+    def state(self) -> dict[str, Any]:
+        """JSON-serialisable: a restored run judges as one that was never stopped."""
+        return {
+            "losses": list(self._losses),
+            "collapsed": dict(self._collapsed),
+            **{name: getattr(self, name) for name in _COUNTS},
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`; what a checkpoint doesn't have stays as at the start."""
+        self._losses.extend(state.get("losses", ()))
+        self._collapsed.update(state.get("collapsed", {}))
+        for name in _COUNTS:
+            setattr(self, name, state.get(name, 0))
+
+    def _judge(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if float(metrics.get("skipped", 0)):
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row == 1:
+                self._warn(step, "its loss or gradient isn't finite: skipped, the parameters stay as they are")
+            return
+        self.skipped_in_a_row = 0
+        if "loss" in metrics:
+            self._judge_loss(step, float(metrics["loss"]))
+        if self._config.collapse_share:
+            self._judge_load(step, metrics)
+
+    def _judge_loss(self, step: int, loss: float) -> None:
+        if self._config.spike_deviations and len(self._losses) >= _LEAST:
+            middle = statistics.median(self._losses)
+            deviation = max(1.4826 * statistics.median(abs(x - middle) for x in self._losses), 0.01 * abs(middle))
+            if loss > middle + self._config.spike_deviations * deviation:
+                self.spikes_in_a_row += 1
+                if self.spikes_in_a_row == self._config.spike_steps:
+                    self._warn(
+                        step,
+                        f"the loss has been spiking for {self.spikes_in_a_row} steps: {loss:.3f}, before {middle:.3f}",
+                    )
+                if self.spikes_in_a_row < _WINDOW:
+                    return
+                self._losses.clear()  # it has stayed there: what was above the usual is the usual now
+        self.spikes_in_a_row = 0
+        self._losses.append(loss)
+
+    def _judge_load(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            if not name.startswith("load_violation/"):
+                continue
+            for layer, violation in enumerate(np.atleast_1d(np.asarray(value))):
+                where = f"{name.removeprefix('load_violation/')}/{layer}"
+                if violation < 2 or (violation + 1) * self._share < self._config.collapse_share:
+                    self._collapsed.pop(where, None)
+                    continue
+                self._collapsed[where] += 1
+                if self._collapsed[where] == _COLLAPSE_STEPS:
+                    share = (violation + 1) * self._share
+                    self._warn(step, f"experts collapse: one expert of layer {where} gets {share:.0%} of the tokens")
+
+
+_COUNTS = ("skipped", "skipped_in_a_row", "spikes_in_a_row", "rollbacks")
+_COLLAPSE_STEPS = 20
 
 
 def all_finite(state: TrainState) -> jax.Array:
@@ -36,6 +194,27 @@ def _floats(state: TrainState) -> dict[str, jax.Array]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {name(path): x for path, x in leaves if jnp.issubdtype(x.dtype, jnp.floating)}
+
+
+@contextlib.contextmanager
+def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
+    """Yields a function that must be called every `seconds` once it was called first; 0: no matter.
+
+    Else the process writes the stacks of all of its threads to standard error and exits with 1: a step hangs, as a
+    collective does that another process never joins. Each process has its own.
+    """
+
+    stderr = sys.__stderr__  # not a test's, which has no file descriptor
+
+    def alive() -> None:
+        if seconds and stderr is not None:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=stderr)
+
+    try:
+        yield alive
+    finally:
+        if seconds:
+            faulthandler.cancel_dump_traceback_later()
 
 
 @contextlib.contextmanager

@@ -1,13 +1,16 @@
-"""The loop around the training step: progress, metrics, validation, checkpoints, and a clean stop."""
+"""The loop around the training step: progress, metrics, validation, checkpoints, going back, and a clean stop."""
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from dsv3_jax.checkpoint.runs import CHECKPOINTS
@@ -15,13 +18,17 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.model.auto import choices
 from dsv3_jax.parallel.placement import any_process
 from dsv3_jax.training.checkpoints import Checkpoints
-from dsv3_jax.training.config import TrainConfig
-from dsv3_jax.training.directory import CONFIG, METRICS, keep_tokenizer, write_config
-from dsv3_jax.training.guard import TrainingError, name_not_finite, stop_on_signal
+from dsv3_jax.training.config import TrainConfig, traced_steps
+from dsv3_jax.training.directory import CONFIG, METRICS, keep_tokenizer, replace_file, write_config
+from dsv3_jax.training.guard import Guard, TrainingError, name_not_finite, stop_on_signal, watchdog
 from dsv3_jax.training.metrics import MetricsLog, plot_metrics, read_metrics
 from dsv3_jax.training.report import progress, report
 from dsv3_jax.training.setup import Setup
 from dsv3_jax.training.step import TrainState
+from dsv3_jax.training.throughput import Clock
+
+_HEARTBEAT_SECONDS = 10
+_Show = Callable[[int, dict[str, Any]], None]
 
 
 class TrainResult(NamedTuple):
@@ -35,89 +42,156 @@ class TrainResult(NamedTuple):
 class Loop:
     """One call of `train`, in a directory that it holds."""
 
-    def __init__(self, setup: Setup, directory: Path, console: Console) -> None:
-        self.setup, self.config = setup, setup.config
+    def __init__(self, setup: Setup, directory: Path, console: Console, clock: Clock) -> None:
+        self.setup, self.config, self.clock = setup, setup.config, clock
         self.directory, self.console = directory, console
+        self.primary = jax.process_index() == 0
+        model = self.config.model
+        share = model.num_experts_per_tok / model.n_routed_experts if model.n_routed_experts else 1.0
+        self.guard = Guard(self.config.guard, share, self._event)
+        self.last: dict[str, Any] = {}
+        self._heard = 0.0
 
     def run(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> TrainResult:
         """Takes the steps that are left, and leaves a checkpoint of the last one; see `train`."""
-        config, setup, primary = self.config, self.setup, jax.process_index() == 0
-        checkpoints = Checkpoints(
+        config, lost = self.config, False
+        self.log: MetricsLog | None = None
+        self.checkpoints = Checkpoints(
             self.directory / CHECKPOINTS,
             config.keep_checkpoints,
             keep_every=config.keep_every,
             check_hashes=check_hashes,
         )
-        last: dict[str, Any] = {}
-        lost, log = False, None
         try:
-            if resume:
-                state = self._restore(checkpoints)
-            else:
-                state = setup.placement.init(setup.init, jax.random.key(config.seed))
-            if primary:
-                write_config(self.directory, config, keep_tokenizer(self.directory, tokenizer_path))
-            if not resume:
-                self._save(checkpoints, state)  # that there always is one; and a disk without room is noticed now
-                checkpoints.wait()
+            with self.clock.spent_on("start"):
+                state = self._begin(resume, tokenizer_path)
             first, steps = int(state.step), config.schedule.steps
-            with jax.set_mesh(setup.placement.mesh):
-                self.console.print(choices(config.runtime, config.model, config.data.sequence_length), soft_wrap=True)
-            log = MetricsLog(self.directory if primary else None, first_step=first)
             with stop_on_signal() as stopping, progress(self.console, first, steps, config.log_every) as show:
-                for step in range(first, steps):
-                    state, metrics = setup.train_step(state, *setup.batch(step))
-                    if step == first:
-                        jax.block_until_ready(metrics)
-                        self.console.print(f"first step after {time.perf_counter() - setup.started:.1f} s")
-                    done = step + 1
-                    setup.throughput.add(setup.schedule.batch_size(step) * config.data.sequence_length)
-                    if setup.due(done, config.log_every):
-                        self._check_finite(checkpoints, done, metrics)
-                        last = log.write(done, metrics | setup.throughput.measure(state.step) | setup.data.metrics())
-                    if setup.validation and setup.due(done, config.validate_every):
-                        last |= log.write(done, setup.validate(state))
-                        setup.throughput.restart()
-                    show(done, last)
-                    # Several processes agree on it, which takes a message: not at every step.
-                    ask = jax.process_count() == 1 or setup.due(done, config.log_every)
-                    stop = ask and any_process(stopping())
-                    if setup.due(done, config.checkpoint_every) or stop:
-                        self._check_finite(checkpoints, done, metrics)
-                        self._save(checkpoints, state)
-                    if stop:
-                        break
-            checkpoints.wait()
+                state = self._steps(state, stopping, show)
+            with self.clock.spent_on("checkpoints"):
+                self.checkpoints.wait()
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
             lost, why = True, " ".join(str(error).split())[:300]
             raise TrainingError(
                 f"process {jax.process_index()} of {jax.process_count()} lost the others ({why}); the newest "
-                f"checkpoint is of step {checkpoints.latest()}: start all of them again with --resume"
+                f"checkpoint is of step {self.checkpoints.latest()}: start all of them again with --resume"
             ) from None
         finally:
             setup.data.stop()
-            if log is not None:
-                log.close()
+            if self.log is not None:
+                self.log.close()
             if not lost:  # closing waits for the others
-                checkpoints.close()
+                self.checkpoints.close()
+        self._say_summary(int(state.step) - first)
         finished = int(state.step) == config.schedule.steps
-        if primary:
+        if self.primary:
             self._finish(state, finished)
-        return TrainResult(state, last | {"step": int(state.step), "stopped": not finished}, self.directory)
+        return TrainResult(state, self.last | {"step": int(state.step), "stopped": not finished}, self.directory)
 
-    def _restore(self, checkpoints: Checkpoints) -> TrainState:
+    def _begin(self, resume: bool, tokenizer_path: str | Path | None) -> TrainState:
+        """The state to start from, saved or restored, and the log."""
+        config, setup = self.config, self.setup
+        state = self._restore() if resume else setup.placement.init(setup.init, jax.random.key(config.seed))
+        if self.primary:
+            write_config(self.directory, config, keep_tokenizer(self.directory, tokenizer_path))
+        if not resume:
+            self._save(state)  # that there always is one; and a disk without room is noticed now
+            self.checkpoints.wait()
+        with jax.set_mesh(setup.placement.mesh):
+            self.console.print(choices(config.runtime, config.model, config.data.sequence_length), soft_wrap=True)
+        self.log = MetricsLog(
+            self.directory if self.primary else None, first_step=int(state.step), wandb_project=config.wandb_project
+        )
+        return state
+
+    def _steps(self, state: TrainState, stopping: Callable[[], bool], show: _Show) -> TrainState:
+        """Takes steps until the schedule's end or a request to stop, whose state is saved."""
+        config, setup, clock = self.config, self.setup, self.clock
+        done = first = int(state.step)
+        traced, tracing = traced_steps(config.trace_steps), False
+        with watchdog(config.guard.hang_seconds) as alive:
+            while done < config.schedule.steps:
+                if done + 1 in traced[:1]:
+                    jax.profiler.start_trace(str(self.directory / "traces"))
+                    tracing = True
+                with clock.spent_on("data"):
+                    batch = setup.batch(done)
+                if done == first:
+                    with clock.spent_on("compilation"):
+                        state, metrics = setup.train_step(state, *batch)
+                        jax.block_until_ready(metrics)
+                    self.console.print(f"first step after {time.perf_counter() - setup.started:.1f} s")
+                else:
+                    state, metrics = setup.train_step(state, *batch)
+                setup.throughput.add(setup.schedule.batch_size(done) * config.data.sequence_length)
+                done += 1
+                if tracing and (done in traced[-1:] or done == config.schedule.steps):
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+                    tracing = False
+                self._judge(state, batch, done, metrics)
+                self._record(state, done, metrics)
+                show(done, self.last)
+                stop = self._asked_to_stop(stopping, done)
+                if setup.due(done, config.checkpoint_every) or stop:
+                    with clock.spent_on("checkpoints"):
+                        self.guard.settle()
+                        self._save(state)
+                if stop:
+                    break
+                if self.guard.off_course:
+                    state = self._roll_back(done)
+                    done = int(state.step)
+                alive()
+        self.guard.settle()
+        return state
+
+    def _judge(self, state: TrainState, batch: tuple[Any, ...], done: int, metrics: dict[str, Any]) -> None:
+        """Lets the guard look at the metrics. Raises TrainingError if too many steps in a row were skipped."""
+        self.guard.watch(done, metrics)
+        if self.guard.stuck:
+            where = self.setup.diagnose(state, batch)
+            skipped = f"{self.guard.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite"
+            self._stop(done, f"{skipped} and were skipped; {where}")
+
+    def _record(self, state: TrainState, done: int, metrics: dict[str, Any]) -> None:
+        """Writes metrics, validates, and gives a sign of life, each when it is due."""
+        assert self.log is not None
+        config, setup = self.config, self.setup
+        if setup.due(done, config.log_every):
+            extra = setup.throughput.measure(state.step) | self.clock.metrics() | setup.data.metrics()
+            self.last = self.log.write(done, metrics | extra | {"skipped": self.guard.skipped})
+        if setup.validation and setup.due(done, config.validate_every):
+            with self.clock.spent_on("validation"):
+                self.last |= self.log.write(done, setup.validate(state))
+            setup.throughput.restart()
+        if time.monotonic() - self._heard > _HEARTBEAT_SECONDS:
+            self._heard = time.monotonic()
+            sign = {"step": done, "time": time.time(), "process": os.getpid(), "host": socket.gethostname()}
+            replace_file(self.directory / f"heartbeat-{jax.process_index()}.json", json.dumps(sign).encode())
+
+    def _asked_to_stop(self, stopping: Callable[[], bool], done: int) -> bool:
+        """Whether a signal came, in any process of the job: they agree on the step after which all of them stop."""
+        if jax.process_count() == 1:
+            return stopping()
+        # Ctrl-C takes a message: not at every step.
+        return self.setup.due(done, self.config.log_every) and any_process(stopping())
+
+    def _restore(self) -> TrainState:
         """The newest state that verifies and is finite, the data's position with it.
 
         Newer ones are set aside, and it is said.
         """
+        checkpoints = self.checkpoints
         restored, passed_over = checkpoints.restore_newest(self.setup.abstract, self._not_finite)
         step = int(restored.state.step)
         try:
             self.setup.data.set_state(restored.data)
         except ConfigError as error:
             raise ConfigError(f"checkpoint {checkpoints.directory / str(step)}: {error}") from None
+        self.guard.set_state(restored.run.get("guard", {}))
         for other, why in passed_over.items():
             aside = checkpoints.set_aside(other)
             self.console.print(f"the checkpoint of step {other} is passed over and now {aside}: {why}", soft_wrap=True)
@@ -126,25 +200,52 @@ class Loop:
         self.console.print(f"going on from the checkpoint of step {step}{changed}", soft_wrap=True)
         return restored.state
 
-    def _save(self, checkpoints: Checkpoints, state: TrainState) -> None:
+    def _roll_back(self, done: int) -> TrainState:
+        """The state of the newest good checkpoint. The data goes on from where it is: what spiked isn't seen again."""
+        good, limit = self.checkpoints.good, self.config.guard.max_rollbacks
+        if good is None or self.guard.rollbacks == limit:
+            self._stop(done, f"the loss spikes after {self.guard.rollbacks} rollbacks (guard.max_rollbacks is {limit})")
+        with self.clock.spent_on("rollback"):
+            self.checkpoints.wait()
+            for step in self.checkpoints.steps():
+                if step > good:
+                    self.checkpoints.set_aside(step)
+            state = self.checkpoints.restore(self.setup.abstract, good).state
+            self.guard.rolled_back()
+        assert self.log is not None
+        self.log.rewind(good)
+        self._event(good, f"rolled back from step {done}, on with the data that follows it")
+        self.setup.throughput.restart()
+        return state
+
+    def _save(self, state: TrainState) -> None:
         """Saves a state that is finite. Raises TrainingError if it isn't: it would push a good one out."""
         if bad := self._not_finite(state):
-            self._stop(checkpoints, int(state.step), bad)
-        checkpoints.save(state, self.setup.data.get_state())
+            self._stop(int(state.step), f"{bad} at step {int(state.step)}, which is not saved")
+        self.checkpoints.save(state, self.setup.data.get_state(), {"guard": self.guard.state()}, good=self.guard.well)
 
     def _not_finite(self, state: TrainState) -> str:
         return name_not_finite(state, self.setup.finite(state))
 
-    def _check_finite(self, checkpoints: Checkpoints, done: int, metrics: dict[str, Any]) -> None:
-        for name in ("loss", "grad_norm"):
-            if not np.isfinite(value := float(metrics[name])):
-                self._stop(checkpoints, done, f"{name} is {value}")
+    def _event(self, step: int, what: str) -> None:
+        self.console.print(f"step {step}: {what}", soft_wrap=True)
+        if self.log is not None:
+            self.log.event(step, what)
 
-    def _stop(self, checkpoints: Checkpoints, done: int, why: str) -> NoReturn:
+    def _stop(self, done: int, why: str) -> NoReturn:
         raise TrainingError(
-            f"{why} at step {done}, which is not saved; the newest checkpoint is of step {checkpoints.latest()}: "
+            f"{why}; stopped at step {done}, the newest checkpoint is of step {self.checkpoints.latest()}: "
             "try a lower schedule.peak_learning_rate or a longer warm-up"
         )
+
+    def _say_summary(self, steps: int) -> None:
+        last, guard = self.last, self.guard
+        parts = [f"{steps} steps in {self.clock.wall:,.0f} s", str(self.clock)]
+        parts += [f"{last['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in last else []
+        parts += [f"MFU {last['mfu']:.1%}"] if "mfu" in last else []
+        parts += [f"{guard.skipped} skipped"] if guard.skipped else []
+        parts += [f"{guard.rollbacks} rollbacks"] if guard.rollbacks else []
+        self.console.print("; ".join([*parts, f"newest checkpoint: step {self.checkpoints.latest()}"]), soft_wrap=True)
 
     def _finish(self, state: TrainState, finished: bool) -> None:
         """Figure, sample and report; of a stopped run only the figure."""

@@ -10,46 +10,92 @@ from typing import Any
 import numpy as np
 import tensorboardX
 
+from dsv3_jax.config import ConfigError
+
 
 class MetricsLog:
-    """Appends metrics to `metrics.jsonl` and to TensorBoard's event files under a run's directory."""
+    """Appends metrics to `metrics.jsonl`, to TensorBoard's event files, and to Weights & Biases on request."""
 
-    def __init__(self, directory: Path | None, *, first_step: int) -> None:
+    def __init__(self, directory: Path | None, *, first_step: int, wandb_project: str | None = None) -> None:
         """A log that continues after `first_step`: later lines, of steps that will be taken again, are dropped.
 
         Without a directory nothing is written: of several processes, one keeps the log.
+
+        Raises ConfigError if Weights & Biases is asked for and not installed.
         """
         self.path = directory / "metrics.jsonl" if directory else None
+        self._directory, self._wandb = directory, None
         if directory is None or self.path is None:
             return
+        self._open(first_step)
+        if wandb_project is not None:
+            self._wandb = _wandb_run(wandb_project, directory)
+
+    def _open(self, first_step: int) -> None:
+        assert self.path is not None and self._directory is not None  # noqa: PT018
         kept = [r for r in read_metrics(self.path) if r["step"] <= first_step] if self.path.exists() else []
         beside = self.path.with_name(f".{self.path.name}")
         beside.write_text("".join(json.dumps(r) + "\n" for r in kept))
         beside.replace(self.path)  # in one step: a crash or a full disk leaves the old one
         self._lines = self.path.open("a", buffering=1)
-        self._events = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+        self._events = tensorboardX.SummaryWriter(str(self._directory / "tensorboard"), purge_step=first_step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged of steps after `step`."""
+        if self.path is not None:
+            self.close_files()
+            self._open(step)
 
     def write(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Records numbers and lists of numbers; returns them as plain Python values."""
-        plain = {k: np.asarray(v).tolist() for k, v in metrics.items()}
+        """Records numbers and lists of numbers; returns them as plain Python values. Leaves out what isn't finite."""
+        plain = {k: np.asarray(v).tolist() for k, v in metrics.items() if np.isfinite(np.asarray(v)).all()}
         if self.path is None:
             return plain
-        try:
-            self._lines.write(json.dumps({"step": step, **plain}) + "\n")
-        except OSError as error:
-            raise OSError(error.errno, f"{self.path} couldn't be written: {error.strerror}") from None
+        self._line({"step": step, **plain})
+        scalars = {}
         for name, value in plain.items():
             for i, scalar in enumerate(value) if isinstance(value, list) else [(None, value)]:
-                self._events.add_scalar(name if i is None else f"{name}/{i}", scalar, step)
+                scalars[name if i is None else f"{name}/{i}"] = scalar
+        for name, scalar in scalars.items():
+            self._events.add_scalar(name, scalar, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
         return plain
 
-    def close(self) -> None:
-        if self.path is None:
-            return
+    def event(self, step: int, what: str) -> None:
+        """Records in a line that something happened at a step."""
+        if self.path is not None:
+            self._line({"step": step, "event": what})
+            self._events.add_text("event", what, step)
+
+    def _line(self, record: dict[str, Any]) -> None:
+        try:
+            self._lines.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, f"{self.path} couldn't be written: {error.strerror}") from None
+
+    def close_files(self) -> None:
+        """Closes the files; `rewind` opens them again."""
         with contextlib.suppress(OSError):  # what couldn't be written was said by `write`
             self._lines.close()
         with contextlib.suppress(OSError):
             self._events.close()
+
+    def close(self) -> None:
+        """Ends the log."""
+        if self.path is not None:
+            self.close_files()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _wandb_run(project: str, directory: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(f"wandb_project is {project!r}, but wandb isn't installed: pip install wandb") from None
+    name = directory.absolute().name
+    return wandb.init(project=project, name=name, id=name, resume="allow", dir=str(directory))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

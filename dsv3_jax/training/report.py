@@ -59,6 +59,8 @@ def summary(metrics: dict[str, Any]) -> str:
         parts.append(f"validation {metrics['validation_loss']:.3f}")
     if "tokens_per_second" in metrics:
         parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in metrics:
+        parts.append(f"MFU {metrics['mfu']:.1%}")
     if (violation := worst_violation(metrics)) is not None:
         parts.append(f"load violation {violation:.2f}")
     return "  ".join(parts)

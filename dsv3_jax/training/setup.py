@@ -19,6 +19,12 @@ from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.placement import OnMesh, Placement
 from dsv3_jax.training.config import TrainConfig
+from dsv3_jax.training.diagnose import (
+    first_in_backward,
+    first_in_forward,
+    make_forward_check,
+    make_gradient_check,
+)
 from dsv3_jax.training.guard import all_finite
 from dsv3_jax.training.losses import IGNORE, PretrainingLoss, load_violations, mean_metrics
 from dsv3_jax.training.optimizer import make_optimizer
@@ -78,6 +84,10 @@ class Setup:
         step = make_train_step(self.model, optimizer, loss, microbatches=microbatches)
         self.train_step = self.placement.jit_step(step, self.abstract)
         self.evaluate = self.placement.jit_evaluation(make_eval_step(self.model, loss))
+        self._checks = (
+            self.placement.jit_evaluation(make_forward_check(self.model, loss)),
+            self.placement.jit_evaluation(make_gradient_check(self.model, loss, microbatches)),
+        )
         self.finite = self.placement.jit_evaluation(all_finite)
         ramp = f" (schedule's sizes are {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
         if self.cut:
@@ -138,6 +148,15 @@ class Setup:
     def due(self, done: int, every: int) -> bool:
         """Whether something that happens every so many steps happens after `done`: after the last one always."""
         return done % every == 0 or done == self.config.schedule.steps
+
+    def diagnose(self, state: TrainState, batch: tuple[Any, ...]) -> str:
+        """Says where numbers stop being finite in a step that is skipped; compiles programs of its own."""
+        forward, gradient = self._checks
+        if where := first_in_forward(forward(state, batch[0])):
+            return f"the outputs of {where} are the first that aren't finite"
+        if where := first_in_backward(gradient(state, *batch)):
+            return f"all outputs are finite, the gradient of {where} is the first that isn't"
+        return "with the next batch everything is finite"
 
     def _sample_request(self) -> tuple[list[int], int]:
         """The prompt of the sample at the end, and how many tokens are to follow. Raises ConfigError."""

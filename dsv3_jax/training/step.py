@@ -54,7 +54,12 @@ def init_state(model: DeepSeekV3, optimizer: optax.GradientTransformation, rng: 
 
 
 def make_train_step(
-    model: DeepSeekV3, optimizer: optax.GradientTransformation, loss: Loss, *, microbatches: int = 1
+    model: DeepSeekV3,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    *,
+    microbatches: int = 1,
+    skip_non_finite: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the pure `train_step(state, batch, sequences=None) -> (state, metrics)`; jit it with `donate_argnums=0`.
 
@@ -67,6 +72,8 @@ def make_train_step(
       microbatches: number of pieces of the batch, whose gradients are accumulated one after the other; must divide B.
         Over the stages of a mesh, they are what passes through the pipeline.
         The result is that of the whole batch: losses, loads and gradients are sums over the pieces.
+      skip_non_finite: whether a step whose objective or gradient isn't finite leaves all but `step` as it is. The
+        metric `skipped` is 1 then, else 0.
     """
 
     def train_step(state: TrainState, batch: Batch, sequences: jax.Array | None = None) -> tuple[TrainState, Metrics]:
@@ -92,7 +99,13 @@ def make_train_step(
         with jax.named_scope("metrics"):
             metrics = loss.metrics(sums.loss, whole) | load_violations(sums.load)
             metrics |= {"objective": sums.objective, "grad_norm": optax.global_norm(grads)}
-        return TrainState(state.step + 1, params, router, opt_state, state.rng), metrics
+        after = (params, router, opt_state)
+        if skip_non_finite:
+            good = jnp.isfinite(metrics["objective"]) & jnp.isfinite(metrics["grad_norm"])
+            metrics["skipped"] = jnp.where(good, 0, 1)
+            before = (state.params, state.router, state.opt_state)
+            after = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+        return TrainState(state.step + 1, *after, state.rng), metrics
 
     return train_step
 

@@ -1,8 +1,11 @@
-"""Tokens a second, model FLOP/s, and their share of the device's peak where that is known."""
+"""Tokens per second, model FLOP/s, their share of the device's peak where that is known, and where the time went."""
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -41,3 +44,42 @@ class Throughput:
         if device is not None:
             metrics["mfu"] = metrics["model_flops_per_second"] / (device.peak("bf16") * jax.device_count())
         return metrics
+
+
+class Clock:
+    """Wall time of a run, from the clock's making on, by what the host spent it on. The rest went into steps."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def spent_on(self, name: str) -> Iterator[None]:
+        """Counts the time of a `with` block; blocks must not nest."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - began
+
+    @property
+    def wall(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self._began
+
+    def metrics(self) -> dict[str, float]:
+        """Shares of the wall time so far.
+
+        goodput: spent on steps that weren't lost to a rollback. data_wait: spent by the host on making batches, which
+        an accelerator may not have waited for.
+        """
+        wall = self.wall
+        return {
+            "goodput": max(0.0, 1 - sum(self.seconds.values()) / wall),
+            "data_wait": self.seconds.get("data", 0.0) / wall,
+        }
+
+    def __str__(self) -> str:
+        wall, metrics = self.wall, self.metrics()
+        rest = ", ".join(f"{name} {seconds / wall:.1%}" for name, seconds in self.seconds.items())
+        return f"goodput {metrics['goodput']:.1%}" + (f" ({rest})" if rest else "")

@@ -21,6 +21,7 @@ from dsv3_jax.training.guard import TrainingError as TrainingError
 from dsv3_jax.training.loop import Loop
 from dsv3_jax.training.loop import TrainResult as TrainResult
 from dsv3_jax.training.setup import Setup
+from dsv3_jax.training.throughput import Clock
 
 
 def train(
@@ -47,8 +48,10 @@ def train(
       ConfigError: `directory` holds another run or is held by another process, there is nothing to resume, or
         something that the run would meet later (a batch of the ramp, validation, the sample) doesn't suit the rest.
       CheckpointError: a checkpoint couldn't be written or read.
-      TrainingError: the loss, the gradient or the state is no longer finite: nothing of it is saved.
+      TrainingError: too many steps in a row had a loss or gradient that isn't finite, the state isn't, or the loss
+        keeps spiking: nothing of it is saved as good.
     """
+    clock = Clock()
     console = console or Console(quiet=jax.process_index() != 0)
     directory = Path(directory or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
     check_config(config)
@@ -65,11 +68,12 @@ def train(
     # A preset's are those of another tokenizer.
     model = dataclasses.replace(config.model, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     config = dataclasses.replace(config, model=model)
-    setup = Setup(config, tokenizer, tokenizer_path, console)  # reads the data: a failure leaves no directory behind
+    with clock.spent_on("start"):
+        setup = Setup(config, tokenizer, tokenizer_path, console)  # a failure to read the data leaves no directory
     all_processes_here()  # before one of them puts something into the directory that the others look at
     with _held_by_one(directory, console):
         check_directory(config, directory, resume=resume)  # again: another process may have been faster
-        return Loop(setup, directory, console).run(resume, tokenizer_path, check_hashes)
+        return Loop(setup, directory, console, clock).run(resume, tokenizer_path, check_hashes)
 
 
 @contextlib.contextmanager

@@ -67,9 +67,8 @@ def test_values_are_the_same_on_another_mesh(tmp_path, before, after):
 )
 def test_resume_on_another_mesh(one_device, tmp_path, monkeypatch, before, after):
     directory = tmp_path / "run"
-    asked = iter([False, False, False, True])  # at step 4: stopped as by Ctrl-C
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "any_process", lambda _: next(asked))
+        patch.setattr(loop.Loop, "_asked_to_stop", lambda _, stopping, done: done == 4)  # as by Ctrl-C
         assert trainer.train(small_config(*before), directory, console=Console(quiet=True)).metrics["stopped"]
     result = trainer.train(small_config(*after), directory, resume=True, console=Console(quiet=True)).metrics
     assert not result["stopped"]

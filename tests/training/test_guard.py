@@ -1,0 +1,175 @@
+"""Guards: what they see in metrics, and whole runs that skip, name a layer, and go back."""
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.training import setup, trainer
+from dsv3_jax.training.diagnose import first_in_backward, first_in_forward
+from dsv3_jax.training.guard import Guard, GuardConfig
+from tests.conftest import new_rng
+from tests.parallel.small_run import small_config
+
+
+def judged(config=GuardConfig(), share=0.25):
+    said = []
+    return Guard(config, share, lambda step, what: said.append((step, what))), said
+
+
+def feed(guard, losses, start=0, **metrics):
+    for step, loss in enumerate(losses, start):
+        guard.watch(step, {"loss": np.float32(loss), "skipped": np.int32(0)} | metrics)
+    guard.settle()
+
+
+def noise(count, level=3.0):
+    return level + 0.02 * new_rng().normal(size=count)
+
+
+def test_a_spike_is_seen_after_some_steps_and_noise_isnt():
+    guard, said = judged(GuardConfig(rollback=True))
+    feed(guard, noise(200))
+    assert (said, guard.well, guard.off_course) == ([], True, False)
+    feed(guard, [6.0, 6.0], 200)  # a bad batch or two
+    assert (guard.well, guard.off_course) == (False, False)
+    feed(guard, [3.0], 202)
+    assert guard.well
+    feed(guard, [6.0, 7.0, 8.0], 203)
+    assert guard.off_course
+    assert said[0][0] == 205
+    assert "spiking" in said[0][1]
+    guard.rolled_back()
+    assert guard.well
+    assert guard.rollbacks == 1
+    feed(guard, noise(70, level=5.0), 300)  # a level that stays is no spike
+    assert guard.well
+
+
+def test_skipped_steps_are_counted_in_a_row():
+    guard, said = judged(GuardConfig(max_skipped=3))
+    for step, skipped in enumerate([1, 1, 0, 1, 1, 1]):
+        guard.watch(step, {"loss": np.float32(np.nan if skipped else 3), "skipped": np.int32(skipped)})
+    assert not guard.stuck  # the last ones aren't looked at yet
+    guard.settle()
+    assert (guard.stuck, guard.skipped, len(said)) == (True, 5, 2)
+
+
+def test_collapse_is_said_once_by_layer():
+    guard, said = judged(share=2 / 16)
+    feed(guard, noise(30), **{"load_violation/moe_layers": np.array([0.4, 6.0])})
+    assert [(step, "moe_layers/1 gets 88%" in what) for step, what in said] == [(19, True)]
+
+
+def test_a_restored_guard_judges_as_before():
+    losses = [*noise(100), 6.0, 6.0]
+    one, _ = judged(GuardConfig(rollback=True))
+    feed(one, losses)
+    other, _ = judged(GuardConfig(rollback=True))
+    other.set_state(json.loads(json.dumps(one.state())))
+    for guard in (one, other):
+        feed(guard, [6.0], 102)
+    assert one.off_course
+    assert one.state() == other.state()
+
+
+def test_bad_guards_are_refused():
+    with pytest.raises(ConfigError, match=r"guard\.max_skipped is 0"):
+        GuardConfig(max_skipped=0)
+    with pytest.raises(ConfigError, match="trace_steps is '5'"):
+        dataclasses.replace(small_config("", "single"), trace_steps="5")
+
+
+def test_names_of_layers():
+    found = {"embed_tokens": True, "moe_layers": np.array([True, True, False]), "dense_layers": np.array([True])}
+    assert first_in_forward(found) == "layer moe_layers/2"
+    assert first_in_forward({"embed_tokens": True, "the head or the loss": True}) is None
+    gradients = {"moe_layers/mlp/up": np.array([False, False, True]), "embed_tokens": False, "lm_head": True}
+    assert first_in_backward(gradients) == "moe_layers/1/mlp/up"
+
+
+def test_a_hanging_step_ends_the_process_with_its_stacks():
+    lines = ("import time", "from dsv3_jax.training.guard import watchdog", "with watchdog(0.5) as alive:")
+    code = "\n".join((*lines, " alive()", " time.sleep(60)"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+    assert "line 5" in done.stderr
+
+
+def spoil(monkeypatch, at, change):
+    """After `at` calls of the compiled step, whatever their step, changes the parameters."""
+    original, calls = setup.Setup.__init__, iter(range(10**6))
+
+    def __init__(self, *arguments):
+        original(self, *arguments)
+        step = self.train_step
+
+        def spoiled(state, *batch):
+            state, metrics = step(state, *batch)
+            return (state.replace(params=change(state.params)) if next(calls) == at else state), metrics
+
+        self.train_step = _Spoiled(step, spoiled)
+
+    monkeypatch.setattr(setup.Setup, "__init__", __init__)
+
+
+class _Spoiled:
+    def __init__(self, step, call):
+        self.check, self._call = step.check, call
+
+    def __call__(self, *arguments):
+        return self._call(*arguments)
+
+
+def test_a_layer_that_breaks_is_named_and_no_good_checkpoint_is_lost(tmp_path, monkeypatch):
+    config = small_config("", "single", num_hidden_layers=4)
+    config = dataclasses.replace(
+        config,
+        schedule=dataclasses.replace(config.schedule, steps=20),
+        guard=GuardConfig(max_skipped=3),
+        checkpoint_every=6,
+    )
+
+    def break_layer(params):
+        stack = params["moe_layers"]["self_attn"]
+        spoiled = stack | {"o_proj": stack["o_proj"].at[1].set(jnp.nan)}
+        return params | {"moe_layers": params["moe_layers"] | {"self_attn": spoiled}}
+
+    spoil(monkeypatch, 6, break_layer)
+    said = io.StringIO()
+    with pytest.raises(trainer.TrainingError, match=r"3 steps in a row .* layer moe_layers/1 are the first"):
+        trainer.train(config, tmp_path / "run", console=Console(file=said, width=1000))
+    assert "step 8: its loss or gradient isn't finite: skipped" in said.getvalue()
+    assert sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()) == [0, 6]
+
+
+def test_a_spike_is_rolled_back_and_the_run_comes_to_the_same_loss(tmp_path, monkeypatch):
+    config = small_config("", "single")
+    config = dataclasses.replace(
+        config,
+        schedule=dataclasses.replace(config.schedule, steps=160, batch_size=16, end_learning_rate=1e-4),
+        guard=GuardConfig(rollback=True, spike_deviations=5),
+        checkpoint_every=20,
+        log_every=20,
+        validate_every=160,
+        validation_batches=8,
+    )
+    plain = trainer.train(config, tmp_path / "plain", console=Console(quiet=True)).metrics
+    spoil(monkeypatch, 110, lambda params: jax.tree.map(lambda x: x * jnp.asarray(8, x.dtype), params))
+    said = io.StringIO()
+    rolled = trainer.train(config, tmp_path / "rolled", console=Console(file=said, width=1000)).metrics
+    print(plain["validation_loss"], rolled["validation_loss"], said.getvalue())
+    assert "step 100: rolled back from step 11" in said.getvalue()
+    np.testing.assert_allclose(rolled["validation_loss"], plain["validation_loss"], rtol=0.02)
+    records = [json.loads(line) for line in (tmp_path / "rolled/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "loss" in r] == list(range(20, 161, 20))
+    assert [r["step"] for r in records if "rolled back" in r.get("event", "")] == [100]
