@@ -39,7 +39,7 @@ def make_forward_check(model: DeepSeekV3, loss: Loss) -> Callable[[TrainState, B
 
             def layer(x: jax.Array, weights: Any, block: Block = block) -> tuple[jax.Array, jax.Array]:
                 params, router = weights
-                y, _ = block.apply({"params": params, ROUTER: router}, x, index, None)  # type: ignore[misc]
+                y, _ = block.apply({"params": params, ROUTER: router}, x, index, None)
                 return y, _finite(y)
 
             x, found[name] = jax.lax.scan(layer, x, (state.params[name], state.router.get(name, {})))
@@ -84,7 +84,7 @@ def first_in_forward(found: dict[str, Any]) -> str | None:
 
 def first_in_backward(found: dict[str, Any]) -> str | None:
     """Names the parameter nearest to the loss whose gradient isn't finite, or None."""
-    place = lambda name: (
+    place: Callable[[str], int] = lambda name: (
         -1 if name == "embed_tokens" else next((i for i, s in enumerate(_STACKS) if name.startswith(s)), 2)
     )
     worst: tuple[int, int, str] | None = None

@@ -68,16 +68,8 @@ class Clock:
         return time.perf_counter() - self._began
 
     def metrics(self) -> dict[str, float]:
-        """Shares of the wall time so far.
-
-        goodput: spent on steps that weren't lost to a rollback. data_wait: spent by the host on making batches, which
-        an accelerator may not have waited for.
-        """
-        wall = self.wall
-        return {
-            "goodput": max(0.0, 1 - sum(self.seconds.values()) / wall),
-            "data_wait": self.seconds.get("data", 0.0) / wall,
-        }
+        """`goodput`: the share of the wall time so far that went into steps."""
+        return {"goodput": max(0.0, 1 - sum(self.seconds.values()) / self.wall)}
 
     def __str__(self) -> str:
         wall, metrics = self.wall, self.metrics()
