@@ -79,7 +79,7 @@ class Loop:
                 f"checkpoint is of step {self.checkpoints.latest()}: start all of them again with --resume"
             ) from None
         finally:
-            setup.data.stop()
+            self.setup.data.stop()
             if self.log is not None:
                 self.log.close()
             if not lost:  # closing waits for the others
