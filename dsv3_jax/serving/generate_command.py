@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
+import numpy as np
 import tyro
 
 from dsv3_jax.checkpoint import load_pretrained
@@ -81,30 +82,32 @@ def generate_command(args: GenerateArgs) -> None:
     ends = end_tokens(args.model, model.config, tokenizer)
     vocabulary, keys = Vocabulary(tokenizer), iter(jax.random.split(jax.random.key(args.seed), 1 << 16))
 
-    def answer(prompt: list[int]) -> str:
-        """Prints the text that continues a prompt, and returns it."""
+    def begin(prompt: list[int]) -> Iterator[np.ndarray]:
+        return stream(model, variables, [prompt], args.max_new_tokens, sampling=sampling, key=next(keys), end_ids=ends)
+
+    def show(drawn: Iterator[np.ndarray]) -> str:
+        """Prints the text as it is drawn, and returns it."""
         text, whole = Detokenizer(vocabulary), ""
-        for token in stream(
-            model, variables, [prompt], args.max_new_tokens, sampling=sampling, key=next(keys), end_ids=ends
-        ):
+        for token in drawn:
             if int(token[0]) not in ends:
                 print(piece := text.add(int(token[0])), end="", flush=True)
                 whole += piece
         print(last := text.end())
         return whole + last
 
-    text = valid_unicode(args.prompt)
-    print(f"{said}; ends at token {', '.join(map(str, sorted(ends)))}", file=sys.stderr, flush=True)
+    text, how = valid_unicode(args.prompt), f"{said}; ends at token {', '.join(map(str, sorted(ends)))}"
     if template is None:
-        prompt = tokenizer.encode_prompt(text).tolist()
+        drawn = begin(tokenizer.encode_prompt(text).tolist())  # or an error, before anything is printed
+        print(how, file=sys.stderr, flush=True)
         print(text, end="", flush=True)
-        answer(prompt)
+        show(drawn)
         return
+    print(how, file=sys.stderr, flush=True)
     talk = [] if args.system is None else [{"role": "system", "content": args.system}]
     for line in [text] if text else _lines():
         talk.append({"role": "user", "content": valid_unicode(line)})
         written = template.render(talk).text
-        said_back = answer(tokenizer.encode_prompt(written, add_special_tokens=False).tolist())
+        said_back = show(begin(tokenizer.encode_prompt(written, add_special_tokens=False).tolist()))
         talk.append({"role": "assistant", "content": said_back})
 
 
