@@ -152,6 +152,7 @@ def test_a_layer_that_breaks_is_named_and_no_good_checkpoint_is_lost(tmp_path, m
     assert sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()) == [0, 6]
 
 
+@pytest.mark.slow
 def test_a_spike_is_rolled_back_and_the_run_comes_to_the_same_loss(tmp_path, monkeypatch):
     config = small_config("", "single")
     config = dataclasses.replace(
