@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"json_input"},
+    {"integrity"},
     {"config"},
     {"runtime"},
     {"parallel", "quantization", "data"},

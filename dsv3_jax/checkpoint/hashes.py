@@ -7,7 +7,6 @@ reads which part of which array from it: shards, other meshes and several device
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,31 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import xxhash
 
 from dsv3_jax.checkpoint.files import CheckpointError
 from dsv3_jax.checkpoint.jobs import in_parallel
-from dsv3_jax.json_input import Raise, field
+from dsv3_jax.integrity import FileHash, hash_file
+from dsv3_jax.json_input import field
 from dsv3_jax.parallel.placement import any_process
 
-FileHash = tuple[int, str]
-"""A file's size in bytes, and its hash in hexadecimal digits."""
-
-SEAL = "seal"
 _SMALL = 1 << 20
 _WORKERS = 4
 
 _log = logging.getLogger(__name__)
-
-
-def hash_file(file: Path) -> FileHash:
-    """Hash of a file's bytes, streamed."""
-    digest, buffer, size = xxhash.xxh3_128(), bytearray(1 << 18), 0
-    with file.open("rb", buffering=0) as opened:
-        while n := opened.readinto(buffer):
-            digest.update(memoryview(buffer)[:n])
-            size += n
-    return size, digest.hexdigest()
 
 
 def hash_files(directory: Path, names: Iterable[str]) -> dict[str, FileHash]:
@@ -146,23 +131,6 @@ class Unchecked(FileHashes):
 
 
 # Descriptions that hold hashes ---------------------------------------------------------------------------
-
-
-def seal(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the hash of all fields as the last one."""
-    return {**fields, SEAL: _hash_fields(fields)}
-
-
-def unseal(fields: Mapping[str, Any], file: Path, error: Raise = CheckpointError) -> dict[str, Any]:
-    """Returns what `seal` was given. Raises `error` if a field isn't what it was."""
-    kept = {name: value for name, value in fields.items() if name != SEAL}
-    if fields.get(SEAL) != _hash_fields(kept):
-        raise error(f"{file} isn't what was written: it is damaged or was changed, and its field {SEAL!r} doesn't fit")
-    return kept
-
-
-def _hash_fields(fields: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
 
 
 def file_hashes(directory: Path, fields: Mapping[str, Any], where: str) -> FileHashes:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dsv3_jax.checkpoint import names
 from dsv3_jax.checkpoint.files import INDEX, CheckpointError
-from dsv3_jax.checkpoint.hashes import FileHashes, hash_file, hash_files, seal
+from dsv3_jax.checkpoint.hashes import FileHashes, hash_files
 from dsv3_jax.checkpoint.hf import HFCheckpoint, converted_fields
 from dsv3_jax.checkpoint.jobs import JOURNAL, Unit, check_target, open_workspace, run_units
 from dsv3_jax.checkpoint.layout import FP8, Region, from_file_axes, quantise_matrix, region_shape, tensor_box
@@ -32,6 +32,7 @@ from dsv3_jax.checkpoint.store import (
     write_orbax_metadata,
 )
 from dsv3_jax.checkpoint.verify import verify_store
+from dsv3_jax.integrity import hash_file, seal
 from dsv3_jax.json_input import is_type
 
 

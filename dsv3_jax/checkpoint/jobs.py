@@ -34,6 +34,7 @@ from rich.progress import (
 )
 
 from dsv3_jax.checkpoint.files import CheckpointError
+from dsv3_jax.integrity import sync
 from dsv3_jax.json_input import is_type
 
 JOURNAL = "journal.jsonl"
@@ -68,7 +69,7 @@ class Workspace:
         (self.directory / JOURNAL).unlink()
         os.sync()
         self.directory.rename(self.target)
-        _sync_directory(self.target.parent)
+        sync(self.target.parent)
 
 
 def check_target(target: Path) -> None:
@@ -240,11 +241,3 @@ def _disk_is_full(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
         "No space left on device" in str(error)
     )
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,9 +12,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsv3_jax.checkpoint.files import CheckpointError
-from dsv3_jax.checkpoint.hashes import SEAL, FileHashes, Unchecked, file_hashes, unseal
+from dsv3_jax.checkpoint.hashes import FileHashes, Unchecked, file_hashes
 from dsv3_jax.checkpoint.names import TreePath
 from dsv3_jax.config import ConfigError, ModelConfig, build_dataclass
+from dsv3_jax.integrity import SEAL, unseal
 from dsv3_jax.json_input import read_json
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.runtime import Runtime
@@ -65,7 +66,7 @@ def step_hashes(step: Path, *, check_hashes: bool = True) -> FileHashes:
         )
     if not check_hashes:
         return Unchecked(step, "asked for")
-    return file_hashes(step, unseal(fields, file), HASHES)
+    return file_hashes(step, unseal(fields, file, CheckpointError), HASHES)
 
 
 def complete_steps(checkpoints: Path) -> list[int]:

@@ -25,7 +25,7 @@ import xxhash
 
 from dsv3_jax.checkpoint import hf_config, names
 from dsv3_jax.checkpoint.files import DTYPES, CheckpointError
-from dsv3_jax.checkpoint.hashes import FileHashes, Unchecked, file_hashes, unseal
+from dsv3_jax.checkpoint.hashes import FileHashes, Unchecked, file_hashes
 from dsv3_jax.checkpoint.jobs import JOURNAL
 from dsv3_jax.checkpoint.layout import (
     FP8,
@@ -42,6 +42,7 @@ from dsv3_jax.checkpoint.layout import (
 from dsv3_jax.checkpoint.names import Kind, Leaf, TreePath
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import Tokenizer
+from dsv3_jax.integrity import unseal
 from dsv3_jax.json_input import field, read_json, show
 
 MANIFEST = "manifest.json"
@@ -220,7 +221,7 @@ def _read_manifest(directory: Path, check_hashes: bool) -> tuple[dict[str, Any],
     manifest = read_json(file, CheckpointError)
     kept = field(manifest, "format", str, str(file), CheckpointError)
     if kept == FORMAT:
-        manifest = unseal(manifest, file)
+        manifest = unseal(manifest, file, CheckpointError)
     elif kept != _FORMAT_WITHOUT_HASHES:
         raise CheckpointError(f"{file} has format {show(kept)}: it must be {FORMAT!r}")
     field(manifest, "dtype", Literal["keep", "fp8", "bf16", "float32"], str(file), CheckpointError)

@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.data.shards import FORMAT, INDEX, SPLITS, Prepared, ShardWriter, seal, sync
+from dsv3_jax.data.shards import FORMAT, INDEX, SPLITS, Prepared, ShardWriter
 from dsv3_jax.data.sources import Batch, File, LongDocument, Position, cut, find_files, read_batches
 from dsv3_jax.data.tokenize import Conversation, Tokenize, Tokenized
 from dsv3_jax.data.tokenizer import Tokenizer, identity, valid_unicode
 from dsv3_jax.data.tokenizer_files import load_tokenizer, tokenizer_sources
 from dsv3_jax.data.workers import Workers
+from dsv3_jax.integrity import seal, sync
 from dsv3_jax.json_input import read_json
 
 _PROGRESS, _HASHES, _LOCK = "progress.json", "hashes", "lock"
@@ -219,7 +220,7 @@ class _Job:
 
     def _stream(self, workers: int) -> None:
         total = sum(file.size for file in self.files)
-        self.began, self.tokens_before = time.perf_counter(), sum(s["tokens"] for s in self.state["sources"])
+        self.began = time.perf_counter()
         with _progress(self.console, total) as show, Workers(workers, self.tokenize) as pool:
             pending: collections.deque[tuple[Batch | _Piece, Future[Any]]] = collections.deque()
             for piece in self._submit(pool):
@@ -420,7 +421,7 @@ class _Job:
             "rejected": self.state["rejected"],
             **self.state["shards"],
         }
-        (self.partial / INDEX).write_text(json.dumps(index | {"seal": seal(index)}, indent=1) + "\n")
+        (self.partial / INDEX).write_text(json.dumps(seal(index), indent=1) + "\n")
         for name in (_PROGRESS, _HASHES, _LOCK):
             (self.partial / name).unlink(missing_ok=True)
         for path in self.partial.iterdir():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +20,11 @@ import xxhash
 from array_record.python import array_record_module
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.integrity import hash_file, sync, unseal
 from dsv3_jax.json_input import check_type, field, read_json
 
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
 CHUNK = 8192
 """Tokens of a record."""
 BLOCK = 1024
@@ -76,34 +76,11 @@ class ShardWriter:
         return {
             "file": self.path.name,
             "bytes": self.path.stat().st_size,
-            "xxh3_128": file_hash(self.path),
+            "xxh3_128": hash_file(self.path)[1],
             "documents": len(ends),
             "tokens": self.tokens,
             "block_ends": [int(ends[min(stop, len(ends)) - 1]) for stop in range(BLOCK, len(ends) + BLOCK, BLOCK)],
         }
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's or directory's content is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def seal(index: dict[str, Any]) -> str:
-    """A hash of an index without its seal."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(index, sort_keys=True).encode())
-
-
-def file_hash(path: Path) -> str:
-    """The xxh3_128 of a file's bytes."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +96,10 @@ class Prepared:
         path = directory / INDEX
         index = check_type(read_json(path, ConfigError), dict, str(path), ConfigError)
         version = field(index, "format", int, str(path), ConfigError)
-        if index.pop("seal", None) != seal(index):
-            raise ConfigError(f"{path} is not what was written: its seal differs; copy or prepare the data again")
         if version != FORMAT:
             raise ConfigError(f"{path} is of format {version}, this version reads {FORMAT}: prepare the data again")
+        damaged = f"{path} is not what was written: its seal differs; copy or prepare the data again"
+        index = unseal(index, path, lambda _: ConfigError(damaged))
         for split in SPLITS:
             for shard in field(index, split, list, str(path), ConfigError):
                 check_type(shard, dict[str, Any], f"{path}: {split}", ConfigError)
@@ -164,7 +141,7 @@ class Prepared:
         """Reads every shard. Raises ConfigError, naming the first that isn't what was written."""
         for split in SPLITS:
             for shard in self.index[split]:
-                if file_hash(self.directory / shard["file"]) != shard["xxh3_128"]:
+                if hash_file(self.directory / shard["file"])[1] != shard["xxh3_128"]:
                     raise ConfigError(f"{self.directory / shard['file']} is not what was written: its hash differs")
 
 

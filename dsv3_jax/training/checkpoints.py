@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +22,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from dsv3_jax.checkpoint.files import CheckpointError
-from dsv3_jax.checkpoint.hashes import hash_files, seal
+from dsv3_jax.checkpoint.hashes import hash_files
 from dsv3_jax.checkpoint.runs import HASHES, RUN_ITEM, VERSION, VersionError, complete_steps, step_hashes
+from dsv3_jax.integrity import seal, sync
 from dsv3_jax.json_input import read_json
 from dsv3_jax.parallel.placement import all_processes_here
 from dsv3_jax.training.step import TrainState
@@ -53,18 +53,11 @@ def _write_hashes(directory: Path) -> None:
     (directory / HASHES).write_text(json.dumps(seal(content), indent=1))
     # On disk before it gets its name: else a power failure could leave a complete name with incomplete files.
     for path in (*files, directory / HASHES, *(d for d in directory.rglob("*") if d.is_dir()), directory):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without it
-            raise
-    finally:
-        os.close(descriptor)
+        try:
+            sync(path)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without it
+                raise
 
 
 class Restored(NamedTuple):

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import xxhash
 
-from dsv3_jax.checkpoint.hashes import seal
 from dsv3_jax.checkpoint.run_tokenizer import kept_files
 from dsv3_jax.checkpoint.runs import CHECKPOINTS
 from dsv3_jax.config import ConfigError, build_dataclass
 from dsv3_jax.data.tokenizer_files import TOKENIZER_FILES, tokenizer_sources
+from dsv3_jax.integrity import seal
 from dsv3_jax.json_input import parse_json
 from dsv3_jax.training.config import TrainConfig
 

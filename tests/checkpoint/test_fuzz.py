@@ -16,11 +16,12 @@ import pytest
 from dsv3_jax import ModelConfig
 from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
 from dsv3_jax.checkpoint.files import INDEX, CheckpointError, TensorFiles
-from dsv3_jax.checkpoint.hashes import FileHashes, file_hashes, seal, unseal
+from dsv3_jax.checkpoint.hashes import FileHashes, file_hashes
 from dsv3_jax.checkpoint.jobs import JOURNAL, open_workspace
 from dsv3_jax.checkpoint.store import MANIFEST, Store
 from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
 from dsv3_jax.config import ConfigError
+from dsv3_jax.integrity import seal, unseal
 from dsv3_jax.json_input import read_json
 
 TINY = dataclasses.replace(
@@ -141,7 +142,7 @@ def check_manifest(folder, change, sealed):
     good = file.read_bytes()
     apply, spoil = change
     try:
-        fields = unseal(json.loads(good), file)
+        fields = unseal(json.loads(good), file, CheckpointError)
         if not sealed:
             fields["format"] = "dsv3_jax checkpoint 1"
         fields = apply(fields)
@@ -169,7 +170,7 @@ def check_hashes(folder, change):
     file.write_bytes(spoil(json.dumps(fields).encode()))
 
     def read():
-        hashes = file_hashes(folder, unseal(read_json(file, CheckpointError), file), "hashes.json")
+        hashes = file_hashes(folder, unseal(read_json(file, CheckpointError), file, CheckpointError), "hashes.json")
         assert isinstance(hashes, FileHashes)
         hashes.check(hashes.expected)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax.checkpoint.files import CheckpointError
-from dsv3_jax.checkpoint.hashes import seal
 from dsv3_jax.checkpoint.runs import VERSION, VersionError
+from dsv3_jax.integrity import seal
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.step import TrainState
 from tests.conftest import new_rng
