@@ -125,7 +125,6 @@ def grpo(
             record = {k: float(v) for k, v in metrics.items() if jnp.ndim(v) == 0}
             record |= {
                 "reward": float(rewards.mean()),
-                "solved": float((rewards == rewards.max()).mean()) if rewards.max() > 0 else 0.0,
                 "groups_without_signal": float((rewards.std(1) < 1e-9).mean()),
                 "length": float(np.mean([len(r.tokens) for r in rollouts])),
                 "reward_errors": float(safe.errors - before),
@@ -193,14 +192,3 @@ def _minibatches(batch: dict[str, Any], config: GRPOConfig, iteration: int) -> I
         rows = np.arange(len(batch["tokens"])) if config.minibatches == 1 else rng.permutation(len(batch["tokens"]))
         for part in np.split(rows, config.minibatches):
             yield {k: jnp.asarray(v[part]) for k, v in batch.items()}
-
-
-def accuracy(
-    engine: Engine, problems: Sequence[Problem], reward: Reward, tokenizer: Tokenizer, max_new_tokens: int
-) -> float:
-    """Share of problems whose greedy text gets the full reward, 1."""
-    prompts = [tokenizer.encode_prompt(str(p["prompt"])).tolist() for p in problems]
-    texts = engine.generate(prompts, Sampling(temperature=0), max_new_tokens=max_new_tokens)
-    pairs = zip(problems, texts, strict=True)
-    got = [reward(p, tokenizer.decode([t for t in text if t != tokenizer.eos_id])) for p, text in pairs]
-    return float(np.mean([value >= 1 for value in got]))

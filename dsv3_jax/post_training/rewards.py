@@ -38,11 +38,9 @@ class SafeReward:
 
     function: Reward
     errors: int = 0
-    calls: int = 0
     last_error: str | None = None
 
     def __call__(self, problem: Problem, text: str) -> float:
-        self.calls += 1
         try:
             value = float(self.function(problem, text))
             if not math.isfinite(value):
