@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.checkpoint.runs import CHECKPOINTS
 from dsv3_jax.config import ConfigError
 from dsv3_jax.json_input import check_type, read_json
 
@@ -25,13 +26,13 @@ class GenerationConfig:
 
 
 def read_generation_config(directory: Path) -> GenerationConfig:
-    """Reads a directory's generation_config.json; empty if there is none.
+    """Reads a directory's generation_config.json; empty if there is none, or for a training run.
 
     Raises:
       ConfigError: it isn't JSON, or a field is of another type or range than it must be.
     """
     path = directory / GENERATION_CONFIG
-    if not path.exists():
+    if not path.exists() or (directory / CHECKPOINTS).is_dir():
         return GenerationConfig()
     fields = read_json(path, ConfigError)
 

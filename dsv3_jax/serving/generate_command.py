@@ -75,7 +75,7 @@ def generate_command(args: GenerateArgs) -> None:
     template = chosen_template(args.model, args.chat_template, tokenizer) if args.chat else None
     if args.chat and template is None:
         raise ConfigError(f"{args.model} has no chat template: give one with --chat-template, or leave out --chat")
-    stored = GenerationConfig() if (args.model / CHECKPOINTS).is_dir() else read_generation_config(args.model)
+    stored = read_generation_config(args.model)
     sampling, said = _sampling(args, stored)
     model, variables = load_pretrained(args.model, mtp=False, check_hashes=args.check_hashes)
     check_tokenizer(tokenizer, model.config, args.tokenizer or f"of {args.model}")
