@@ -122,8 +122,11 @@ class Engine:
         count = max(count, 1 + self._most_pages)
         make = lambda: init_pool(c, model.runtime, count, mtp=self.drafts > 0, dtype=config.cache_dtype)
         self._pool: PagePool = jax.jit(make)()
-        self.bytes_per_token = self._pool.bytes / (count * PAGE)
         self._slots = steps.init_slots(config.max_batch, self.drafts)
+        devices = {d for x in jax.tree.leaves(variables) if isinstance(x, jax.Array) for d in x.devices()}
+        if len(devices) == 1:  # said, as a step's results say it: or its program would be compiled again for them
+            self._pool, self._slots = jax.device_put((self._pool, self._slots), devices.pop())
+        self.bytes_per_token = self._pool.bytes / (count * PAGE)
         self.pages = PageAllocator(count)
         self._free_slots = list(range(config.max_batch - 1, -1, -1))
         self._batch_sizes = _buckets(config.max_batch, 4)

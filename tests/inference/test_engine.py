@@ -1,6 +1,7 @@
 """The engine against transformers' greedy continuations, whatever else it does at the time."""
 
 import json
+import threading
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from dsv3_jax.checkpoint import load_pretrained
 from dsv3_jax.config import ConfigError
+from dsv3_jax.inference import steps
 from dsv3_jax.inference.engine import Engine, EngineConfig
 from dsv3_jax.inference.sampling import Sampling
 
@@ -35,6 +37,10 @@ def engine(checkpoint, **sizes):
     return Engine(*checkpoint, EngineConfig(**sizes), end_ids=())
 
 
+def compiled():
+    return steps.prefill._cache_size() + steps.decode._cache_size()
+
+
 def assert_nothing_leaks(e):
     e.close()
     stats = e.stats()
@@ -57,11 +63,26 @@ def assert_nothing_leaks(e):
 )
 def test_a_batch_is_continued_as_by_transformers(checkpoints, name, sizes):
     expected = EXPECTED[name]
-    e = engine(checkpoints(name), **sizes)
+    e, before = engine(checkpoints(name), **sizes), compiled()
     assert list(e.generate(expected["prompts"], GREEDY, max_new_tokens=64)) == expected["new"]
     stats = e.stats()
+    assert compiled() - before <= stats.programs  # none twice
     if e.drafts:
         assert stats.accepted_tokens == sum(stats.accepted_per_position) > 0
+    assert_nothing_leaks(e)
+
+
+@pytest.mark.slow
+def test_after_warming_up_nothing_is_compiled(checkpoints):
+    expected = EXPECTED["mtp_1"]
+    e = engine(checkpoints("mtp_1"), drafts=1, max_batch=4, drafts_up_to=2)
+    thread = threading.Thread(target=e.warm_up)  # as the engine's own: tests set this one's precision
+    thread.start()
+    thread.join()
+    assert e.stats().programs > 0
+    before = e.stats().programs, compiled()
+    assert list(e.generate(expected["prompts"], GREEDY, max_new_tokens=64)) == expected["new"]
+    assert (e.stats().programs, compiled()) == before
     assert_nothing_leaks(e)
 
 
