@@ -14,6 +14,13 @@ from dsv3_jax.model.module import Module
 ROUTER = "router"
 """The Linen collection of `e_score_correction_bias`: beside the parameters, where no optimizer or cast reaches it."""
 
+CHOICES = "choices"
+"""The Linen collection of the chosen experts, ids (B, T, K) of each gate.
+
+`model.apply(..., mutable=[CHOICES])` returns those of the call, and variables that hold it replay them: each token goes
+to these experts again, whatever the gate would choose now. Its weights and their gradient stay the gate's.
+"""
+
 
 @struct.dataclass
 class RouterStats:
@@ -40,7 +47,9 @@ def normalised_affinities(logits: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 @jax.named_scope("select_experts")
-def select_experts(scores: jax.Array, bias: jax.Array | None, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def select_experts(
+    scores: jax.Array, bias: jax.Array | None, config: ModelConfig, ids: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Top-K experts of each token under group-limited routing (eq. 14 and 16).
 
     The bias takes part in the choice and in nothing else. Groups other than the best `topk_group` are masked with
@@ -49,20 +58,15 @@ def select_experts(scores: jax.Array, bias: jax.Array | None, config: ModelConfi
     Args:
       scores: (N, E) affinities, float32.
       bias: (E,) e_score_correction_bias, float32, or None (V2).
+      ids: (N, K) int32, experts chosen before, to which the tokens go again.
 
     Returns:
       ids (N, K) int32 and weights (N, K) float32: affinities, normalised over the K if `norm_topk_prob`,
       times `routed_scaling_factor`.
     """
     c = config
-    choice = scores if bias is None else scores + bias
-    if c.n_group > 1:
-        grouped = choice.reshape(-1, c.n_group, c.n_routed_experts // c.n_group)
-        # V3 ranks a group by its two best, V2 by its best.
-        best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]) if c.has_router_bias else 1)[0].sum(-1)
-        kept = jax.nn.one_hot(jax.lax.top_k(best, c.topk_group)[1], c.n_group, dtype=bool).any(-2)
-        choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
-    ids = jax.lax.top_k(choice, c.num_experts_per_tok)[1]
+    if ids is None:
+        ids = _top_experts(scores if bias is None else scores + bias, c)
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if c.norm_topk_prob:
         # First scaled to about 1, exactly, by a power of two: the quotient's gradient divides by the square of the sum,
@@ -72,6 +76,18 @@ def select_experts(scores: jax.Array, bias: jax.Array | None, config: ModelConfi
         weights /= size
         weights /= weights.sum(-1, keepdims=True) + 1e-20 / size
     return ids, weights * c.routed_scaling_factor
+
+
+def _top_experts(choice: jax.Array, config: ModelConfig) -> jax.Array:
+    """The K highest of the biased affinities (N, E) within the best groups: ids (N, K) int32."""
+    c = config
+    if c.n_group > 1:
+        grouped = choice.reshape(-1, c.n_group, c.n_routed_experts // c.n_group)
+        # V3 ranks a group by its two best, V2 by its best.
+        best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]) if c.has_router_bias else 1)[0].sum(-1)
+        kept = jax.nn.one_hot(jax.lax.top_k(best, c.topk_group)[1], c.n_group, dtype=bool).any(-2)
+        choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
+    return jax.lax.top_k(choice, c.num_experts_per_tok)[1]
 
 
 def _count(ids: jax.Array, experts: int) -> jax.Array:
@@ -95,8 +111,13 @@ class Router(Module):
         if c.has_router_bias:
             zeros = lambda: jnp.zeros((experts,), jnp.float32)
             bias = self.variable(ROUTER, "e_score_correction_bias", zeros).value
-        ids, weights = select_experts(scores.reshape(-1, experts), bias, c)
+        before = self.get_variable(CHOICES, "ids")
+        ids, weights = select_experts(
+            scores.reshape(-1, experts), bias, c, None if before is None else before.reshape(-1, k)
+        )
         ids, weights = ids.reshape(batch, tokens, k), weights.reshape(batch, tokens, k)
+        if self.is_mutable_collection(CHOICES) and not self.is_initializing():
+            self.put_variable(CHOICES, "ids", ids)
 
         top_k = jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1]
         stats = RouterStats(

@@ -22,7 +22,7 @@ from dsv3_jax.model.moe import PLACEMENT
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import rematerialise
-from dsv3_jax.model.router import ROUTER, RouterStats
+from dsv3_jax.model.router import CHOICES, ROUTER, RouterStats
 from dsv3_jax.parallel.sharding import Logical, constrain
 from dsv3_jax.runtime import Runtime
 
@@ -283,7 +283,7 @@ def _through(
 
     scanned = nn.scan(
         layer,
-        variable_axes={"params": 0, ROUTER: 0, PLACEMENT: 0},
+        variable_axes={"params": 0, ROUTER: 0, PLACEMENT: 0, CHOICES: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
         out_axes=0,

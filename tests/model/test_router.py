@@ -1,7 +1,9 @@
 """Routing against a plain loop, and the statistics that balancing uses."""
 
 import dataclasses
+import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_jax import ModelConfig, Runtime
+from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
 from dsv3_jax.model.moe import ExpertWeights, experts, experts_reference
-from dsv3_jax.model.router import Router, affinities, normalised_affinities, select_experts
+from dsv3_jax.model.router import CHOICES, Router, affinities, normalised_affinities, select_experts
 from dsv3_jax.training.losses import balance_loss
 from tests.conftest import new_rng
 
@@ -140,3 +142,25 @@ def test_experts_drop_no_token(impl, routing):
     )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()), rtol=1e-5)
+
+
+def test_choices_are_replayed_at_every_gate():
+    """With other parameters the tokens go to the experts of before, by today's weights."""
+    config = dataclasses.replace(BASE, num_hidden_layers=3, hidden_size=32, initializer_range=0.5)
+    model, rng = DeepSeekV3(config), new_rng()
+    tokens = jnp.asarray(rng.integers(0, config.vocab_size, (2, 9)), jnp.int32)
+    variables, others = (model.init(jax.random.key(seed), tokens) for seed in (0, 1))
+    run = functools.partial(model.apply, method="forward", mutable=[CHOICES])
+    outputs, chosen = run(variables, tokens, (tokens,))
+    assert set(chosen[CHOICES]) == {"moe_layers", "mtp_0"}
+    replayed, again = run(variables | chosen, tokens, (tokens,))
+    chex.assert_trees_all_equal(again, chosen)
+    chex.assert_trees_all_equal(replayed.logits.array(), outputs.logits.array())
+
+    own, of_others = run(others, tokens, (tokens,))
+    replayed, again = run(others | chosen, tokens, (tokens,))
+    chex.assert_trees_all_equal(again, chosen)
+    for mine, theirs in zip(jax.tree.leaves(of_others), jax.tree.leaves(chosen), strict=True):
+        assert jnp.any(mine != theirs)
+    assert jnp.any(replayed.logits.array() != own.logits.array())
+    np.testing.assert_array_equal(replayed.stats.load.sum(-1), own.stats.load.sum(-1))
