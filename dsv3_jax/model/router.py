@@ -111,7 +111,7 @@ class Router(Module):
         if c.has_router_bias:
             zeros = lambda: jnp.zeros((experts,), jnp.float32)
             bias = self.variable(ROUTER, "e_score_correction_bias", zeros).value
-        before = self.get_variable(CHOICES, "ids")
+        before: jax.Array | None = self.get_variable(CHOICES, "ids")
         ids, weights = select_experts(
             scores.reshape(-1, experts), bias, c, None if before is None else before.reshape(-1, k)
         )
