@@ -16,7 +16,7 @@ IGNORE = -100
 """The target where nothing is to be predicted."""
 
 
-class PackedSequences(grain.MapDataset):
+class PackedSequences(grain.MapDataset):  # type: ignore[misc]  # grain has no types
     """Sequences of T tokens by index; index `epoch * len(self) + i` is sequence i of that epoch.
 
     An epoch puts blocks of documents, and the documents of each, into a new order, and cuts them into sequences that
@@ -44,7 +44,7 @@ class PackedSequences(grain.MapDataset):
     def __len__(self) -> int:
         return max(self._documents.tokens - 1, 0) // self._length
 
-    def __getitem__(self, index):  # untyped, as in the base class: an int, or a slice for a dataset
+    def __getitem__(self, index: Any) -> Any:  # as in the base class: an int, or a slice for a dataset
         if isinstance(index, slice):
             return self.slice(index)
         epoch, row = divmod(int(index), len(self))
@@ -96,7 +96,7 @@ def _shuffled_block(documents: Documents, seed: int, epoch: int, block: int) -> 
     return shard, np.diff(bounds)[order], bounds[order]
 
 
-class BestFitSequences(grain.MapDataset):
+class BestFitSequences(grain.MapDataset):  # type: ignore[misc]  # grain has no types
     """Sequences of whole documents by index, as in `PackedSequences`; a longer document is cut at T targets.
 
     Documents of a block go by best fit, the longest first (Ding et al., "Fewer Truncations Improve Language Modeling",
@@ -114,7 +114,7 @@ class BestFitSequences(grain.MapDataset):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
         row = int(index) % len(self)

@@ -234,7 +234,7 @@ class _Rows:
         return _stack([self.sources[source][index] for source, index in rows])
 
 
-class TrainIterator(grain.DatasetIterator):
+class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has no types
     """Batches without end, from the sequences of one or more sources in one global order.
 
     A batch takes the next sequences of that order. What is saved is only how many were taken, of each source: a
@@ -279,7 +279,7 @@ class TrainIterator(grain.DatasetIterator):
         while len(self._planned) <= self._ahead:
             self._plan(wanted)
         _, self._taken, future = self._planned.popleft()
-        batch = future.result()
+        batch: dict[str, np.ndarray] = future.result()
         self._waited += time.perf_counter() - began
         return batch
 

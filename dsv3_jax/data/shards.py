@@ -186,7 +186,7 @@ class Documents:
     def _read(self, shard: int, records: list[int]) -> list[bytes]:
         path = self._paths[shard]
         try:
-            return self._reader(shard).read(records)
+            return list(self._reader(shard).read(records))
         except (RuntimeError, ValueError, IndexError) as error:
             raise ConfigError(
                 f"{path} is damaged near record {records[0]}: {' '.join(str(error).split())[:200]}; copy or prepare "

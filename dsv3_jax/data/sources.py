@@ -208,8 +208,8 @@ def _paths(source: Path) -> list[Path]:
 
 def _find(root: Path, suffixes: Sequence[str]) -> list[Path]:
     found = ((path.relative_to(root).as_posix(), path) for path in root.rglob("*"))
-    hidden = lambda name: any(part.startswith(".") for part in name.split("/"))
-    kept = [(name, p) for name, p in found if name.lower().endswith(tuple(suffixes)) and not hidden(name)]
+    visible = ((name, path) for name, path in found if not any(part.startswith(".") for part in name.split("/")))
+    kept = [(name, path) for name, path in visible if name.lower().endswith(tuple(suffixes))]
     return [path for _, path in sorted(kept) if path.is_file()]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import threading
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -107,8 +108,10 @@ class Engine:
         self.drafts = (1 if has_mtp else 0) if config.drafts is None else config.drafts
         if self.drafts and not has_mtp:
             raise ConfigError("drafts need the model's MTP module: it has none, or was loaded without")
-        form = lambda name: model.clone(runtime=dataclasses.replace(model.runtime, attention_form=name, remat="none"))
-        self._expanded, self._absorbed, self._variables = form("expanded"), form("absorbed"), variables
+        expanded = dataclasses.replace(model.runtime, attention_form="expanded", remat="none")
+        absorbed = dataclasses.replace(expanded, attention_form="absorbed")
+        self._expanded, self._absorbed = model.clone(runtime=expanded), model.clone(runtime=absorbed)
+        self._variables = variables
         self._ends = frozenset(c.eos_token_ids if end_ids is None else end_ids)
 
         tokens = config.cache_tokens or max(config.max_batch * self.max_length // 4, self.max_length)
@@ -400,9 +403,9 @@ class Engine:
         tables = self._tables([r], 1, table)
         edits = self._edits([r], 1) if last and request.constrained else None
         scored_prompt = request.prompt_logprobs is not None and not request.was_scored
-        one = lambda value, dtype=np.int32: np.array([value], dtype)
+        one = functools.partial(np.full, 1, dtype=np.int32)
         drawn = self._prefill(
-            tokens, following, tables, one(r.slot), one(start), one(len(piece)), one(last, bool),
+            tokens, following, tables, one(r.slot), one(start), one(len(piece)), np.array([last]),
             [request.sampling], [request.seed], edits, request.logprobs is not None, scored_prompt,
         )  # fmt: skip
         r.prefilled += len(piece)
@@ -422,6 +425,7 @@ class Engine:
         samplings: list[Sampling], seeds: list[int], edits: Edits | None, scored: bool, scored_prompt: bool,
     ) -> steps.Drawn:  # fmt: skip
         self._programs.add(("prefill", tokens.shape[1], tables.shape[1], edits is not None, scored, scored_prompt))
+        drawn: steps.Drawn
         self._pool, self._slots, drawn = steps.prefill(
             self._expanded, self._variables, self._pool, self._slots, tokens, following, tables, slot, cached, new,
             last, rows(samplings, seeds), edits, scored=scored, scored_prompt=scored_prompt,
@@ -451,6 +455,7 @@ class Engine:
         plain = np.array([r.request.constrained for r in ready] + [False] * pad)
         how = rows([r.request.sampling for r in ready] + [_GREEDY] * pad, [r.request.seed for r in ready] + [0] * pad)
         edits = self._edits(ready, batch) if edited else None
+        drawn: steps.Drawn
         self._pool, self._slots, drawn = steps.decode(
             self._absorbed, self._variables, self._pool, self._slots, self._tables(ready, batch, table), slot, real,
             plain, how, edits, drafts=drafts, scored=scored,

@@ -141,13 +141,17 @@ def _continue(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _prefill(model: DeepSeekV3, sampling: Sampling, variables: Any, tokens: Any, lengths: Any, cache: Cache, key: Any):
+def _prefill(
+    model: DeepSeekV3, sampling: Sampling, variables: Any, tokens: Any, lengths: Any, cache: Cache, key: Any
+) -> tuple[jax.Array, Cache]:
     """Fills the cache with right-padded prompts. What padding leaves past `length` is overwritten before it is seen."""
     logits, cache = _continue(model, variables, tokens, cache, lengths - 1)
     return sample(logits, sampling, key), dataclasses.replace(cache, length=lengths)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _decode(model: DeepSeekV3, sampling: Sampling, variables: Any, token: Any, cache: Cache, key: Any):
+def _decode(
+    model: DeepSeekV3, sampling: Sampling, variables: Any, token: Any, cache: Cache, key: Any
+) -> tuple[jax.Array, Cache]:
     logits, cache = _continue(model, variables, token[:, None], cache)
     return sample(logits, sampling, key), cache

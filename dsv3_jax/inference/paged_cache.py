@@ -83,9 +83,14 @@ class PagedCache:
         place = where.cached[:, None] + token
         page = jnp.take_along_axis(self.tables, jnp.minimum(place // PAGE, slots - 1), axis=1)
         page = jnp.where((token < self.new[:, None]) & (place < size), page, self.pool.latent.shape[1])  # else dropped
-        write = lambda pages, new: pages.at[layer, page, place % PAGE].set(new.astype(pages.dtype), mode="drop")
+
+        def write(pages: jax.Array, new: jax.Array) -> jax.Array:
+            return pages.at[layer, page, place % PAGE].set(new.astype(pages.dtype), mode="drop")
+
+        def read(pages: jax.Array) -> jax.Array:
+            return pages[layer, self.tables].reshape(batch, size, -1).astype(latent.dtype)
+
         pool = LayersPool(write(self.pool.latent, latent), write(self.pool.rope_key, rope_key))
-        read = lambda pages: pages[layer, self.tables].reshape(batch, size, -1).astype(latent.dtype)
         places = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (batch, size))
         as_stored = pool.latent.dtype == latent.dtype
         pages = Pages(pool.latent, pool.rope_key, layer, self.tables) if as_stored else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,10 @@ class Rows:
 
 def rows(samplings: Sequence[Sampling], seeds: Sequence[int]) -> Rows:
     """Collects the samplings of a batch, on the host."""
-    column = lambda values, dtype: np.array(list(values), dtype)
+
+    def column(values: Iterable[float], dtype: type[np.generic]) -> np.ndarray:
+        return np.array(list(values), dtype)
+
     return Rows(
         column((s.temperature for s in samplings), np.float32),
         column((s.top_k or 0 for s in samplings), np.int32),
@@ -181,7 +184,8 @@ def _least(ordered: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.
         candidate = least | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
         return jnp.where(enough(ordered >= candidate[:, None]), candidate, least)
 
-    return jax.lax.fori_loop(0, 32, decide, jnp.zeros(len(ordered), jnp.uint32))
+    least: jax.Array = jax.lax.fori_loop(0, 32, decide, jnp.zeros(len(ordered), jnp.uint32))
+    return least
 
 
 @struct.dataclass

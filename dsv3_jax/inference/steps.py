@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -189,8 +189,8 @@ def _finish(
             following = jnp.where(at_end & last[:, None], token[:, None], following)
             ends, held = new - 1, new
         drafts, pool = _draft(model, variables, pool, hidden, following, tables, cached, held, ends, drafts.shape[1])
-    put = lambda state, value: state.at[slot].set(value)
-    return drawn, pool, Slots(put(slots.token, token), put(slots.length, length), put(slots.drafts, drafts))
+    new_slots = Slots(token, length, drafts)
+    return drawn, pool, jax.tree.map(lambda state, value: state.at[slot].set(value), slots, new_slots)
 
 
 def _draft(
@@ -236,4 +236,4 @@ def _scores(logits: jax.Array, tokens: jax.Array) -> Scores:
 @functools.partial(jax.jit, donate_argnums=0)
 def clear(pool: PagePool, pages: jax.Array) -> PagePool:
     """Zeroes pages (n,) int32: what isn't finite would reach their next holder, as zero times it isn't zero."""
-    return jax.tree.map(lambda x: x.at[:, pages].set(0), pool)
+    return cast(PagePool, jax.tree.map(lambda x: x.at[:, pages].set(0), pool))

@@ -40,7 +40,8 @@ def multiply(
         of_w = jnp.repeat(jnp.take(w_scales, k, axis=-2), TILE, axis=-1)[..., :columns]
         return total + part * (jnp.take(x_scales, k, axis=1)[:, None] * of_w)
 
-    return lax.fori_loop(0, steps, step, jnp.zeros((rows, columns), jnp.float32))
+    total: jax.Array = lax.fori_loop(0, steps, step, jnp.zeros((rows, columns), jnp.float32))
+    return total
 
 
 def weight_gradient(
@@ -64,7 +65,8 @@ def weight_gradient(
         return total + part if group is None else total.at[group[m]].add(part, mode="drop")
 
     start = jnp.zeros(shape if group_steps is None else (len(group_steps), *shape), jnp.float32)
-    return lax.fori_loop(0, len(x_scales), step, start)
+    total: jax.Array = lax.fori_loop(0, len(x_scales), step, start)
+    return total
 
 
 def _group_of_row(group_sizes: jax.Array, rows: int) -> jax.Array:

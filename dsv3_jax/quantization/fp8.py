@@ -7,7 +7,7 @@ scale is the number; `weight_scale_inv` of the released files is this scale, wha
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def dequantise_blocks[A: (np.ndarray, jax.Array)](
     if scales.shape != grid:
         raise ValueError(f"scales have shape {scales.shape}: a {values.shape} matrix in {block} blocks has {grid}")
     wide = _expand(_module(values), scales.astype(np.float32), values.shape, block)
-    return (values.astype(np.float32) * wide).astype(dtype)
+    return cast(A, (values.astype(np.float32) * wide).astype(dtype))
 
 
 def quantise_tiles[A: (np.ndarray, jax.Array)](
@@ -93,7 +93,7 @@ def dequantise_tiles[A: (np.ndarray, jax.Array)](
     """Dequantises what `quantise_tiles` returned: values (..., N), scales (..., ceil(N / tile)) -> (..., N)."""
     xp, n = _module(values), values.shape[-1]
     wide = xp.repeat(scales, tile, axis=-1)[..., :n]
-    return (values.astype(np.float32) * wide).astype(dtype)
+    return cast(A, (values.astype(np.float32) * wide).astype(dtype))
 
 
 def _module(x: Array) -> ModuleType:

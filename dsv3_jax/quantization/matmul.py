@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,13 +90,15 @@ def _linear(how: _How, x: jax.Array, master: Any, values: jax.Array, scales: jax
     return _linear_forward(how, x, master, values, scales)[0]
 
 
-def _linear_forward(how, x, master, values, scales):
+def _linear_forward(
+    how: _How, x: jax.Array, master: Any, values: jax.Array, scales: jax.Array
+) -> tuple[jax.Array, tuple[Any, ...]]:
     rows = how.recipe.rows(x, power_of_two=how.power_of_two)
     y = multiply(how.recipe, rows, (values, scales)).astype(x.dtype)
     return y, (tuple(map(how.keep, rows)), (values, scales), _like(x), _like(master))
 
 
-def _linear_backward(how, saved, dy):
+def _linear_backward(how: _How, saved: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
     rows, w, like_x, like_master = saved
     x = _saved(rows, like_x)
     dx = multiply(how.recipe, how.recipe.rows(dy, gradient=True), w, transposed=True)
@@ -134,10 +136,15 @@ def _swiglu(how: _How, x: jax.Array, weights: Any, group_sizes: jax.Array | None
     return _swiglu_forward(how, x, weights, group_sizes)[0]
 
 
-def _swiglu_forward(how, x, weights, group_sizes):
+def _swiglu_forward(
+    how: _How, x: jax.Array, weights: Any, group_sizes: jax.Array | None
+) -> tuple[jax.Array, tuple[Any, ...]]:
     (_, *gate), (_, *up), (_, *down) = weights
     rows = how.recipe.rows(x, power_of_two=how.power_of_two)
-    product = lambda rows, w: multiply(how.recipe, rows, tuple(w), group_sizes).astype(x.dtype)
+
+    def product(rows: Quantised, w: Sequence[jax.Array]) -> jax.Array:
+        return multiply(how.recipe, rows, (w[0], w[1]), group_sizes).astype(x.dtype)
+
     g, u = product(rows, gate), product(rows, up)
     y = product(how.recipe.rows(jax.nn.silu(g) * u), down)
     saved = tuple(tuple(map(how.keep, how.recipe.rows(a))) for a in (g, u))
@@ -145,13 +152,15 @@ def _swiglu_forward(how, x, weights, group_sizes):
     return y, (rows, saved, (gate, up, down), masters, group_sizes, _like(x))
 
 
-def _swiglu_backward(how, residuals, dy):
+def _swiglu_backward(how: _How, residuals: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
     rows, (g, u), (gate, up, down), masters, group_sizes, like_x = residuals
     x, g, u = (_saved(a, like_x) for a in (rows, g, u))
     hidden, undo = jax.vjp(lambda g, u: jax.nn.silu(g) * u, g, u)
-    back = lambda dy, w: multiply(
-        how.recipe, how.recipe.rows(dy, gradient=True), tuple(w), group_sizes, transposed=True
-    )
+
+    def back(dy: jax.Array, w: Sequence[jax.Array]) -> jax.Array:
+        rows = how.recipe.rows(dy, gradient=True)
+        return multiply(how.recipe, rows, (w[0], w[1]), group_sizes, transposed=True)
+
     d_gate, d_up = undo(back(dy, down).astype(hidden.dtype))
     dx = back(d_gate, gate).astype(jnp.float32) + back(d_up, up)
     pairs = ((x, d_gate, how), (x, d_up, how), (hidden, dy, how._replace(power_of_two=False)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -26,7 +28,7 @@ def multiply(
 
     Returns (M, N), float32 (the emulation) or bfloat16 (the kernels).
     """
-    (values, scales), swap = w, lambda a: jnp.swapaxes(a, -2, -1)
+    (values, scales), swap = w, functools.partial(jnp.swapaxes, axis1=-2, axis2=-1)
     if recipe.implementation == "emulation":
         w = (swap(values), swap(scales)) if transposed else w
         return emulation.multiply(*x, *w, group_sizes)
@@ -64,8 +66,8 @@ def weight_gradient(
     if recipe.implementation == "emulation":
         return emulation.weight_gradient(*of_x, *of_dy, group_steps)
     steps = jnp.full((1,), len(x) // TILE, jnp.int32) if group_steps is None else group_steps
-    turned = lambda q: (_whole(q[0].T, 0), _whole(q[1], 1))
-    out = fp8_grouped_weight_gradient(*turned(of_x), *turned(of_dy), steps, implementation="gpu")
+    operands = [(_whole(values.T, 0), _whole(scales, 1)) for values, scales in (of_x, of_dy)]
+    out = fp8_grouped_weight_gradient(*operands[0], *operands[1], steps, implementation="gpu")
     out = out[:, : x.shape[1], : dy.shape[1]]
     return out[0] if group_steps is None else out
 

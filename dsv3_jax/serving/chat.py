@@ -220,7 +220,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-):
+) -> str:
     """As in transformers, without the escapes for HTML that Jinja's own has."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

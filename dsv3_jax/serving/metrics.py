@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,7 +27,7 @@ class Metrics:
         self._labels = (model, "0")
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(self._labels, stats))
-        seconds = lambda name, text: self._histogram(name, text, _SECONDS)
+        seconds = functools.partial(self._histogram, buckets=_SECONDS)
         self._first = seconds("time_to_first_token_seconds", "From a request's arrival to its first token.")
         self._between = seconds("inter_token_latency_seconds", "Between one token of a request and the next.")
         self._per_token = seconds(

@@ -252,12 +252,14 @@ def _tool_name(tool: dict[str, Any], name: str) -> str:
     function = tool.get("function")
     if tool.get("type", "function") != "function" or not isinstance(function, dict):
         raise RequestError(f'{name} must be {{"type": "function", "function": {{...}}}}', name)
-    take = lambda field, kind: check_type(
-        function.get(field), kind, f"{name}.function.{field}", functools.partial(RequestError, param=name)
-    )
+
+    def take(field: str, kind: Any) -> Any:
+        refuse = functools.partial(RequestError, param=name)
+        return check_type(function.get(field), kind, f"{name}.function.{field}", refuse)
+
     take("description", str | None)
     take("parameters", dict[str, Any] | None)
-    tool_name = take("name", str)
+    tool_name: str = take("name", str)
     if not 0 < len(tool_name) <= 128 or not tool_name.replace("-", "_").replace(".", "_").isidentifier():
         raise RequestError(f"{name}.function.name is {show(tool_name)}: it must be letters, digits, _, - and .", name)
     return tool_name

@@ -68,8 +68,7 @@ class Server:
     def __init__(self, service: Service, address: Address) -> None:
         self.service, self.address, self.draining = service, address, False
         self._created = int(time.time())
-        get = lambda path, handler: Route(path, handler, methods=["GET"])
-        post = lambda path, handler: Route(path, handler, methods=["POST"])
+        get, post = (functools.partial(Route, methods=[method]) for method in ("GET", "POST"))
         routes = [
             get("/", self._page),
             get("/health", self._health),

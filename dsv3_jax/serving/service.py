@@ -214,9 +214,11 @@ class Service:
                 raise RequestError(
                     f"stop_token_ids has {token}: the vocabulary is 0 to {self.engine.vocab_size - 1}", "stop_token_ids"
                 )
-        pick = lambda name, default: next(
-            v for v in (getattr(request, name), getattr(self._defaults, name, None), default) if v is not None
-        )
+
+        def pick(name: str, default: float) -> Any:
+            found = (getattr(request, name), getattr(self._defaults, name, None), default)
+            return next(v for v in found if v is not None)
+
         top_k, top_p = pick("top_k", 0), pick("top_p", 1.0)
         try:
             sampling = Sampling(
