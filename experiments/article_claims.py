@@ -162,7 +162,7 @@ def claims(n: dict[str, float]) -> list[Claim]:
             f"{n['bytes_gqa8']:.2f}x less than 8 groups in the same shape, {n['bytes_qwen']:.2f}x less than Qwen2.5 "
             f"72B, {n['bytes_llama']:.2f}x less than LLaMA-3.1 405B. Twelve would be GQA with "
             f"{n['groups_for_12']:.0f} groups.",
-            f"Cache bytes a token: (512 + 64) x 61 layers x 2 bytes = {n['cache_mla']:,.0f}, against "
+            f"Cache bytes per token: (512 + 64) x 61 layers x 2 bytes = {n['cache_mla']:,.0f}, against "
             f"2 x 8 x 128 x 61 x 2 = {same_shape(V3, 8).bytes_per_token:,.0f}. Against multi-head attention it is "
             f"{n['bytes_mha']:.1f}x. All of it where one device holds a sequence: over several, GQA's cache splits by "
             "group, while every device needs the whole latent.",

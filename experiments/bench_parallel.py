@@ -117,7 +117,7 @@ def per_call(function: Callable[[jax.Array], jax.Array], x: jax.Array, turns: in
 
 
 def measure_exchange(devices: int, tokens: int, config: ModelConfig) -> list[dict[str, Any]]:
-    """`all_to_all`, and dispatch with combine, of `tokens` tokens a device in bfloat16."""
+    """`all_to_all`, and dispatch with combine, of `tokens` tokens per device in bfloat16."""
     mesh = make_mesh(MeshShape(expert=devices), jax.devices())
     width, k, experts = config.hidden_size, config.num_experts_per_tok, config.n_routed_experts
     cut = NamedSharding(mesh, PartitionSpec("expert"))
@@ -178,7 +178,7 @@ def report(device: str, devices: int, steps: list[dict[str, Any]], exchange: lis
         "",
         "The exchange at width 7168 in bfloat16. GB/s: what a device sends to others, there and back, over the time.",
         "",
-        "| tokens a device | experts | what | ms | GB/s | of all_to_all |",
+        "| tokens per device | experts | what | ms | GB/s | of all_to_all |",
         "|---:|---:|---|---:|---:|---:|",
     ]
     peak = 0.0

@@ -187,7 +187,7 @@ def keep_freed_memory() -> None:
 
 
 def show_progress(console: Console | None) -> Progress:
-    """A bar with bytes, bytes a second, time taken and time left, on standard error by default."""
+    """A bar with bytes, bytes per second, time taken and time left, on standard error by default."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -61,7 +61,7 @@ class DataConfig:
     max_document_characters: int | None = None
     """Cut longer documents into pieces of at most this length; for a corpus of few long files."""
     workers: int = 0
-    """Processes that read batches ahead; with 0 a thread does, which reads millions of tokens a second."""
+    """Processes that read batches ahead; with 0 a thread does, which reads millions of tokens per second."""
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:

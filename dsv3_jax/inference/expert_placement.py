@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsv3_jax.config import ConfigError, ModelConfig
-from dsv3_jax.model.moe import PLACEMENT
+from dsv3_jax.model.moe import EXPERT_PLACEMENT
 from dsv3_jax.parallel.mesh import MeshShape
 
 
@@ -29,7 +29,7 @@ def with_redundant_experts(
       variables: as trained or loaded, without slots.
       load: as `model.transformer.expert_load` gives it, of all sparse modules; may be summed over any number of calls.
       mesh: the experts' devices, node x expert.
-      redundant: slots of a layer beyond one an expert.
+      redundant: slots of a layer beyond one per expert.
 
     Raises:
       ConfigError: experts and redundant ones together don't divide over the devices.
@@ -53,7 +53,7 @@ def with_redundant_experts(
         found = [slots_of_experts(h, experts, redundant) for h in held.reshape(-1, experts + redundant)]
         for name, values in zip(("slot_of", "copies"), zip(*found, strict=True), strict=True):
             placement[(*path[:-1], name)] = jnp.asarray(np.stack(values) if stacked else values[0])
-    return {**variables, "params": unflatten_dict(params), PLACEMENT: unflatten_dict(placement)}
+    return {**variables, "params": unflatten_dict(params), EXPERT_PLACEMENT: unflatten_dict(placement)}
 
 
 def slots_of_experts(held: np.ndarray, experts: int, redundant: int) -> tuple[np.ndarray, np.ndarray]:

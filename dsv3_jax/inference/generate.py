@@ -92,7 +92,7 @@ def _steps(
     key: jax.Array,
     end_ids: list[int],
 ) -> Iterator[np.ndarray]:
-    """Prefill, then one step a token. tokens: (B, width), padded on the right to `lengths` (B,). room: the cache's."""
+    """Prefill, then one step per token. tokens: (B, width), right-padded to `lengths` (B,). room: the cache's."""
     cache = init_cache(model.config, model.runtime, len(tokens), room)
     key, first = jax.random.split(key)
     token, cache = _prefill(_in_form(model, "expanded"), sampling, variables, tokens, lengths, cache, first)

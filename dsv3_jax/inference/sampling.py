@@ -164,8 +164,8 @@ def _cut_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     # Of equally likely tokens at the limit, the first.
     last = ordered == least
     before = total(ordered > least)[:, None] + jnp.cumsum(jnp.where(last, chances, 0), axis=-1) - chances
-    kept = (ordered > least) | (last & (before < p[:, None]))
-    return jnp.where(kept | (p >= 1)[:, None], logits, -jnp.inf)
+    allowed = (ordered > least) | (last & (before < p[:, None]))
+    return jnp.where(allowed | (p >= 1)[:, None], logits, -jnp.inf)
 
 
 def _ordered(logits: jax.Array) -> jax.Array:

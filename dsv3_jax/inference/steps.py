@@ -30,7 +30,7 @@ def _apply(model: DeepSeekV3, *arguments: Any, method: str) -> Any:
 
 @struct.dataclass
 class Slots:
-    """Texts that are being generated, one a slot; the last slot is for padding.
+    """Texts that are being generated, one per slot; the last slot is for padding.
 
     token: (S,) int32, the last token, which isn't in the cache yet. length: (S,) int32, tokens in the cache.
     drafts: (S, k) int32, what may follow the last token.

@@ -16,7 +16,7 @@ from dsv3_jax.model.cache import Keys, LayerCache, TokenPositions
 from dsv3_jax.model.linear import linear, linear_einsum
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.norm import norm_scale, rms_norm
-from dsv3_jax.model.remat import kept
+from dsv3_jax.model.remat import save_activation
 from dsv3_jax.model.rope import apply_rope, softmax_scale
 from dsv3_jax.parallel.sharding import constrain
 
@@ -43,14 +43,14 @@ class MultiHeadLatentAttention(Module):
         if c.q_lora_rank is None:
             q = linear(self, "q_proj", x, (d, heads, nope + rope), ("embed", "heads", None))
         else:
-            c_q = kept(linear(self, "q_a_proj", x, (d, c.q_lora_rank), ("embed", None)))
+            c_q = save_activation(linear(self, "q_a_proj", x, (d, c.q_lora_rank), ("embed", None)))
             c_q = rms_norm(c_q, norm_scale(self, "q_a_layernorm", c.q_lora_rank), LATENT_NORM_EPS)
             q = linear(self, "q_b_proj", c_q, (c.q_lora_rank, heads, nope + rope), ("embed", "heads", None))
         q = constrain(q, self.runtime, "batch", "sequence", "heads", None)
         q_nope, q_rope = q[..., :nope], apply_rope(q[..., nope:], where.positions, c)
 
         # The latent (eq. 1) and the one rotated key of all heads (eq. 3): all that a cache needs.
-        kv = kept(linear(self, "kv_a_proj_with_mqa", x, (d, rank + rope), ("embed", None)))
+        kv = save_activation(linear(self, "kv_a_proj_with_mqa", x, (d, rank + rope), ("embed", None)))
         latent = rms_norm(kv[..., :rank], norm_scale(self, "kv_a_layernorm", rank), LATENT_NORM_EPS)
         k_rope = apply_rope(kv[..., None, rank:], where.positions, c)[:, :, 0]
 
@@ -80,4 +80,4 @@ class MultiHeadLatentAttention(Module):
 
         w_o = (heads, c.v_head_dim, d)
         y = linear(self, "o_proj", out, w_o, ("heads", None, "embed"), contract=2, keep_input=True)  # eq. 11
-        return kept(y), cache
+        return save_activation(y), cache

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from dsv3_jax.model import fp8_linear
 from dsv3_jax.model.auto import fp8_recipe
 from dsv3_jax.model.module import Module
-from dsv3_jax.model.remat import kept
+from dsv3_jax.model.remat import save_activation
 from dsv3_jax.parallel.sharding import Logical, current_sharding
 from dsv3_jax.quantization import matmul as fp8
 from dsv3_jax.quantization.matmul import QuantisedWeight
@@ -85,9 +85,11 @@ def linear(
     with jax.named_scope(name):
         w = linear_weight(module, name, shape, logical, contract=contract)
         if isinstance(w, QuantisedWeight):
-            compute = functools.partial(fp8.linear, power_of_two=keep_input, keep=kept if keep_input else _as_is)
+            compute = functools.partial(
+                fp8.linear, power_of_two=keep_input, keep=save_activation if keep_input else _as_is
+            )
             return fp8_linear.linear(module.runtime, compute, x, w, logical, whole_sequence=whole_sequence)
-        return multiply(kept(x) if keep_input else x, w, contract=contract)
+        return multiply(save_activation(x) if keep_input else x, w, contract=contract)
 
 
 def swiglu(module: Module, x: jax.Array, width: int) -> jax.Array:
@@ -96,13 +98,13 @@ def swiglu(module: Module, x: jax.Array, width: int) -> jax.Array:
     into, out = ((d, width), ("embed", "ffn")), ((width, d), ("ffn", "embed"))
     gate, up, down = (linear_weight(module, n, *w) for n, w in zip(_SWIGLU, (into, into, out), strict=True))
     if _in_blocks(weights := (gate, up, down)):
-        return fp8_linear.swiglu(module.runtime, functools.partial(fp8.swiglu, keep=kept), x, weights)
+        return fp8_linear.swiglu(module.runtime, functools.partial(fp8.swiglu, keep=save_activation), x, weights)
 
     def named(name: str, x: jax.Array, w: Weight) -> jax.Array:
         with jax.named_scope(name):
             return multiply(x, w)
 
-    hidden = jax.nn.silu(kept(named("gate_proj", x, gate))) * kept(named("up_proj", x, up))
+    hidden = jax.nn.silu(save_activation(named("gate_proj", x, gate))) * save_activation(named("up_proj", x, up))
     return named("down_proj", hidden, down)
 
 
@@ -136,8 +138,8 @@ def grouped_swiglu(
       group_sizes: (G,) int32, rows of each expert.
     """
     if _in_blocks(weights := (gate, up, down)):
-        return fp8.swiglu(x, *weights, group_sizes, keep=kept)
-    product = functools.partial(grouped_matmul.grouped_swiglu, implementation=implementation, keep=kept)
+        return fp8.swiglu(x, *weights, group_sizes, keep=save_activation)
+    product = functools.partial(grouped_matmul.grouped_swiglu, implementation=implementation, keep=save_activation)
     y: jax.Array = product(x, *weights, group_sizes)  # type: ignore[arg-type]
     return y
 

@@ -18,7 +18,7 @@ from dsv3_jax.parallel.dispatch import experts_are_spread, experts_held, flatten
 from dsv3_jax.parallel.rows import collect, spread
 from dsv3_jax.runtime import Runtime
 
-PLACEMENT = "placement"
+EXPERT_PLACEMENT = "placement"
 """The Linen collection that says where redundant experts are; see `inference.expert_placement`."""
 
 
@@ -109,8 +109,8 @@ class RoutedExperts(Module):
         """From experts (B, T, K) to slots that hold them: tokens take an expert's copies in turn."""
         e, redundant = self.config.n_routed_experts, self.runtime.redundant_experts
         alone = lambda: jnp.broadcast_to(jnp.arange(e, dtype=jnp.int32)[:, None], (e, 1 + redundant))
-        slot_of = self.variable(PLACEMENT, "slot_of", alone).value
-        copies = self.variable(PLACEMENT, "copies", lambda: jnp.ones((e,), jnp.int32)).value
+        slot_of = self.variable(EXPERT_PLACEMENT, "slot_of", alone).value
+        copies = self.variable(EXPERT_PLACEMENT, "copies", lambda: jnp.ones((e,), jnp.int32)).value
         token = jnp.arange(ids[..., 0].size, dtype=jnp.int32).reshape(*ids.shape[:-1], 1)
         return slot_of[ids, token % copies[ids]]
 

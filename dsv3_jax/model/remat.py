@@ -10,21 +10,21 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.runtime import Runtime
 
-_KEPT = "kept"
+_SAVED = "saved"
 
 
-def kept(x: jax.Array) -> jax.Array:
-    """Marks what policy `paper` keeps: results of matmuls other than MLA's up-projections.
+def save_activation(x: jax.Array) -> jax.Array:
+    """Marks an activation that policy `paper` saves: results of matmuls other than MLA's up-projections.
 
     Recomputed are then norms, up-projections, rotations, scores and SwiGLU products.
     """
-    named: jax.Array = checkpoint_name(x, _KEPT)
+    named: jax.Array = checkpoint_name(x, _SAVED)
     return named
 
 
 def rematerialise(module: Callable[..., nn.Module], runtime: Runtime) -> Callable[..., nn.Module]:
-    """`module` under the runtime's policy: `none`, `block` (only its input is kept) or `paper` (see `kept`)."""
+    """`module` under the runtime's policy: `none`, `block` (saves only its input) or `paper` (`save_activation`)."""
     if runtime.remat == "none":
         return module
-    policy = jax.checkpoint_policies.save_only_these_names(_KEPT) if runtime.remat == "paper" else None
+    policy = jax.checkpoint_policies.save_only_these_names(_SAVED) if runtime.remat == "paper" else None
     return nn.remat(module, policy=policy, prevent_cse=False)

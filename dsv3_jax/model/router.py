@@ -85,8 +85,8 @@ def _top_experts(choice: jax.Array, config: ModelConfig) -> jax.Array:
         grouped = choice.reshape(-1, c.n_group, c.n_routed_experts // c.n_group)
         # V3 ranks a group by its two best, V2 by its best.
         best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]) if c.has_router_bias else 1)[0].sum(-1)
-        kept = jax.nn.one_hot(jax.lax.top_k(best, c.topk_group)[1], c.n_group, dtype=bool).any(-2)
-        choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
+        in_best = jax.nn.one_hot(jax.lax.top_k(best, c.topk_group)[1], c.n_group, dtype=bool).any(-2)
+        choice = jnp.where(in_best[..., None], grouped, -jnp.inf).reshape(choice.shape)
     return jax.lax.top_k(choice, c.num_experts_per_tok)[1]
 
 

@@ -94,7 +94,7 @@ class DispatchSizes:
     """Who holds which expert, and how large the buffers are. All counts are of one device, of one layer.
 
     node, expert: sizes of the axes that experts are spread over; 1 if they aren't.
-    local: experts a device. tokens: tokens a device. k: experts a token.
+    local: experts per device. tokens: tokens per device. k: experts per token.
     cut: whether the tokens are cut over these axes too, or every device has them all.
     node_room: tokens for each node. device_room: tokens for each device of a node, of all nodes.
     row_room: pairs of a token and an expert.

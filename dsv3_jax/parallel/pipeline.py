@@ -180,14 +180,14 @@ def _run(work: _Work, pieces: Any, stages: int, activation: jax.ShapeDtypeStruct
             x, g = (lax.dynamic_index_in_dim(a, at % slots, keepdims=False) for a in (inputs, gradients))
             return lax.cond((at == m) & ~jnp.asarray(unless), what, lambda *_: otherwise, x, g, piece, sums)
 
-        turned = t - 2 * (stages - 1)
+        backward = t - 2 * (stages - 1)
         y = do(t - stage, work.forward, nothing, unless=stage == stages - 1)
-        dx, sums = do(turned + stage, work.gradient, (nothing, sums))
+        dx, sums = do(backward + stage, work.gradient, (nothing, sums))
         if work.schedule == "zero_bubble":
-            sums = do(turned, work.weight_gradient, sums)
+            sums = do(backward, work.weight_gradient, sums)
         arrive = functools.partial(_arrive, stage=stage, stages=stages, microbatches=microbatches)
         inputs = arrive(y, inputs, t - (stage - 1), 1)
-        gradients = arrive(dx, gradients, turned + stage + 1, -1)
+        gradients = arrive(dx, gradients, backward + stage + 1, -1)
         return (inputs, gradients, sums), None
 
     first = jax.tree.map(lambda a: a[0], pieces)

@@ -21,7 +21,7 @@ _WITNESS = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes of a job. Each is started with the same command; on TPU pods one a host, on GPUs one a node."""
+    """The processes of a job. Each is started with the same command; on TPU pods one per host, on GPUs one per node."""
 
     coordinator: str | None = None
     """`auto` asks SLURM, Open MPI, Kubernetes or the TPU pod; else host:port of process 0. None: one process."""

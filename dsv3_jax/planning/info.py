@@ -55,4 +55,4 @@ def info_command(args: InfoArgs) -> None:
         table.add_row("unique to MTP", f"{facts['mtp_total']:,}", f"{facts['mtp_activated']:,}", style="bold")
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"latent cache: {facts['cache_bytes_per_token']:,} bytes a token in bfloat16")
+    console.print(f"latent cache: {facts['cache_bytes_per_token']:,} bytes per token in bfloat16")

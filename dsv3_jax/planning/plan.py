@@ -75,7 +75,7 @@ def training_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
         candidates = list(meshes(base, args.devices))
         if not candidates:
             raise ConfigError(
-                f"no mesh of {args.devices} devices takes {args.batch} sequences a step: data x fsdp x expert must "
+                f"no mesh of {args.devices} devices takes {args.batch} sequences per step: data x fsdp x expert must "
                 f"divide {args.batch // args.microbatch}, expert n_routed_experts, tensor the heads"
             )
     rows = [_training_row(p, args) for p in candidates]

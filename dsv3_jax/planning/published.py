@@ -46,7 +46,7 @@ JLE_DECODE = (
     (128, 32, 19.6),
     (128, 512, 17.4),
 )
-"""Batch, context, and tokens a second of each sequence on v5e-64."""
+"""Batch, context, and tokens per second of each sequence on v5e-64."""
 
 
 def compare() -> list[Comparison]:
@@ -129,7 +129,7 @@ def _v6e_serving() -> list[Comparison]:
         missing = "converting FP8 weights block by block, launches, the host between steps"
         rows.append(Comparison(f"median decoding step, 64 v6e, {name}", _SGL, "ms", latency, step[512] * 1e3, missing))
         for batch, rate in rates.items():
-            # The server puts prompts ahead of decoding: one a sequence that ends, whose place it takes.
+            # The server puts prompts ahead of decoding: one per sequence that ends, whose place it takes.
             both = step[batch] + batch * prefill_step(serving, 1, 1024) / 1024
             what = f"a token of each of {batch}, prefill included, {name}"
             rows.append(Comparison(what, _SGL, "ms", batch * 1e3 / rate, both * 1e3, besides))

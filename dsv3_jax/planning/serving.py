@@ -26,7 +26,7 @@ class Serving:
     heads of each layer. expert_groups: into how many groups the experts are dealt, by default as many as devices; the
     devices of a group split each expert's width. exchange: `all_to_all` sends tokens to their experts' devices,
     `all_reduce` gives every device every token, sorts them all by expert, masks those of other devices' and sums.
-    weight, cache: bytes a parameter and a cached number take. expanded_cache: keys and values per head instead of the
+    weight, cache: bytes per parameter and per cached number. expanded_cache: keys and values per head instead of the
     latent. redundant: extra copies of experts of each layer, one more slot on that many devices. overlap: prefill
     alternates two microbatches, one's links behind the other's products.
     """
@@ -249,7 +249,7 @@ def prefill_step(serving: Serving, prompts: int, length: int, efficiency: float 
 
 
 def prefill_tokens_per_second(serving: Serving, length: int, efficiency: float | None = None) -> float:
-    """Prompt tokens a second over all devices, in expanded form, of prompts of `length` tokens.
+    """Prompt tokens per second over all devices, in expanded form, of prompts of `length` tokens.
 
     Products at their peak, and the links for as many tokens: behind the products with `overlap`, after them without.
     """

@@ -105,7 +105,7 @@ def _serving(console: Console, result: dict[str, Any]) -> None:
     sweep = _table(
         "groups of devices that serve different sequences", "groups x devices", "weights GiB", "largest batch"
     )
-    for column in ("ms a step", "tok/s/dev"):
+    for column in ("ms per step", "tok/s/dev"):
         sweep.add_column(column, justify="right")
     for row in result["plans"]:
         last = row["decode"][-1]
@@ -121,7 +121,7 @@ def _serving(console: Console, result: dict[str, Any]) -> None:
     alone = best["prompt_seconds"] * 1e3
     title = f"by batch, {layout}; prefill at most {prefill:,.0f} tokens/s, a prompt alone {alone:,.0f} ms"
     parts = list(best["decode"][0]["seconds"])
-    table = _table(title, "batch", "ms a step", *parts, "tok/s/dev")
+    table = _table(title, "batch", "ms per step", *parts, "tok/s/dev")
     for row in best["decode"]:
         table.add_row(
             f"{row['batch']:,}",

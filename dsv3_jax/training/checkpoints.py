@@ -69,7 +69,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints under a directory, one a step.
+    """The checkpoints under a directory, one per step.
 
     keep: how many of the newest stay on disk. keep_every: those of steps that it divides stay too; 0 for none. The
     newest one that was saved as good always stays. check_hashes: whether restoring compares a checkpoint's files with

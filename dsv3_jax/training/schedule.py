@@ -79,7 +79,7 @@ class ScheduleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class RampStage:
     """A stretch of steps of one batch size: sequences before it count `start`, in units of sequences."""
 
     start_step: int
@@ -92,18 +92,18 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
-        self.stages = _ramp(config)
-        last = self.stages[-1]
+        self.ramp = _ramp(config)
+        last = self.ramp[-1]
         self.total_sequences = last.start + (config.steps - last.start_step) * last.batch_size
 
     def batch_size(self, step: int) -> int:
         """Sequences that step `step` (from 0) takes."""
-        return [s for s in self.stages if s.start_step <= step][-1].batch_size
+        return [s for s in self.ramp if s.start_step <= step][-1].batch_size
 
     def progress(self, step: jax.Array | int) -> jax.Array:
         """The fraction of all tokens that were seen before step `step`, float32."""
-        steps = np.array([s.start_step for s in self.stages] + [self.config.steps], np.float32)
-        seen = np.array([s.start for s in self.stages] + [self.total_sequences], np.float64) / self.total_sequences
+        steps = np.array([s.start_step for s in self.ramp] + [self.config.steps], np.float32)
+        seen = np.array([s.start for s in self.ramp] + [self.total_sequences], np.float64) / self.total_sequences
         return jnp.interp(jnp.asarray(step, jnp.float32), steps, seen.astype(np.float32))
 
     def learning_rate(self, step: jax.Array | int) -> jax.Array:
@@ -123,18 +123,18 @@ class Schedule:
         return jnp.where(self.progress(step) < c.decay_until, c.bias_update_speed, 0.0)
 
 
-def _ramp(config: ScheduleConfig) -> list[Stage]:
+def _ramp(config: ScheduleConfig) -> list[RampStage]:
     """Batch sizes from `initial_batch_size` to `batch_size`, each for an equal share of the ramp's tokens."""
     first, full = config.initial_batch_size or config.batch_size, config.batch_size
     if first == full:
-        return [Stage(0, 0, full)]
+        return [RampStage(0, 0, full)]
     sizes = np.linspace(first, full, config.ramp_stages + 1)[:-1].round().astype(int)
     # `steps` fixes the number of sequences N in all: each of the k stages sees f N / k, the rest (1 - f) N.
     f = config.ramp_until
     total = config.steps / (f * np.mean(1 / sizes) + (1 - f) / full)
     stages, step, seen = [], 0, 0
     for size in sizes:
-        stages.append(Stage(step, seen, int(size)))
+        stages.append(RampStage(step, seen, int(size)))
         count = max(1, round(f * total / len(sizes) / size))
         step, seen = step + count, seen + count * int(size)
-    return [s for s in [*stages, Stage(step, seen, full)] if s.start_step < config.steps]
+    return [s for s in [*stages, RampStage(step, seen, full)] if s.start_step < config.steps]

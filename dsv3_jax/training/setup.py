@@ -75,7 +75,7 @@ class Setup:
         self.init = lambda key: init_state(self.model, optimizer, key)
         self.placement = Placement(config.mesh, config.runtime, parameter_axes(self.model))
         self.abstract, _ = self.placement.abstract(self.init, {})
-        sizes = [stage.batch_size for stage in self.schedule.stages]
+        sizes = [stage.batch_size for stage in self.schedule.ramp]
         self.cut = None
         if len(sizes) > 1 and self.placement.sharding.size("layers") == 1:
             unit = self.placement.parts * config.runtime.interleave
@@ -93,7 +93,7 @@ class Setup:
         if self.cut:
             self._check(self.train_step, self.cut.sequences, f"the largest batch{ramp}", np.int32(sizes[0]))
         else:
-            for stage in self.schedule.stages:
+            for stage in self.schedule.ramp:
                 self._check(self.train_step, stage.batch_size, f"the batch from step {stage.start_step} on{ramp}")
         self.sample_prompt, self.sample_tokens = self._sample_request()
         opened = open_sources(config.data, tokenizer, tokenizer_path, console)

@@ -68,7 +68,7 @@ def cache_update(
         )
     batch, tokens, width = kv.shape
     if not 1 <= tokens <= MOST_TOKENS:
-        raise ValueError(f"cache_update takes 1 to {MOST_TOKENS} new tokens a sequence, but got {tokens}")
+        raise ValueError(f"cache_update takes 1 to {MOST_TOKENS} new tokens per sequence, but got {tokens}")
     expected = (width - ROPE,), (batch, tokens, ROPE // 2), (batch, tokens, ROPE // 2), (batch,)
     given = norm.shape, cos.shape, sin.shape, lengths.shape
     if given != expected or block_tables.ndim != 2 or len(block_tables) != batch:

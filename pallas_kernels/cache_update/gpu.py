@@ -3,8 +3,8 @@
 A row of the cache is put together in shared memory and goes out as one copy, which can't be done from registers: 576 is
 no multiple of 128 threads. XLA puts each rotated element's partner beside it beforehand.
 
-Not several tokens a thread block: the reductions of all its warpgroups would share one place in shared memory, without
-a word from the compiler.
+Not several tokens per thread block: the reductions of all its warpgroups would share one place in shared memory, and
+the compiler doesn't say so.
 """
 
 from __future__ import annotations

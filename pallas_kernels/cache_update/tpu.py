@@ -1,4 +1,4 @@
-"""The cache update on TPUs (Mosaic TPU): a grid step a sequence, which fetches, changes and writes back whole pages.
+"""The cache update on TPUs (Mosaic TPU): one grid step per sequence fetches, changes and writes back whole pages.
 
 Memory is tiled by 16 rows of bfloat16, so that a single token's row can't be written. The last tokens of a sequence lie
 in one page, or in two. XLA puts each rotated element's partner beside it beforehand, and everything rotated twice,

@@ -91,6 +91,6 @@ def check_split(cache: SplitCache) -> tuple[tuple[int, ...], Any]:
         )
     if scales is not None and (scales.shape != latent.shape[:2] or scales.dtype != jnp.float32):
         raise ValueError(
-            f"a SplitCache needs float32 scales {latent.shape[:2]}, one a token, but got {scales.dtype} {scales.shape}"
+            f"a SplitCache needs float32 scales {latent.shape[:2]}, one per token: got {scales.dtype} {scales.shape}"
         )
     return (*latent.shape[:2], latent.shape[2] + ROPE), rope.dtype

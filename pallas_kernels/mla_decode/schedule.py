@@ -31,7 +31,7 @@ def plan(lengths: jax.Array, *, page_size: int, pieces: int) -> Plan:
 
     Args:
       lengths: (B,) int32, in tokens.
-      page_size: tokens a page.
+      page_size: tokens per page.
       pieces: how many pieces to make room for: B, where no sequence is cut, or more.
     """
     batch = lengths.shape[0]

@@ -37,7 +37,7 @@ def gpu(
 ) -> jax.Array:
     """The fastest on Hopper that takes the arguments, by measurements on an H100. Differentiable.
 
-    tokamax; but for the gradients of long sequences, one a row, cuDNN; where a library isn't at hand, the other;
+    tokamax; but for the gradients of long sequences, one per row, cuDNN; where a library isn't at hand, the other;
     else `blockwise`.
     """
     a = q_nope, q_rope, k_nope, k_rope, v

@@ -215,7 +215,7 @@ def is_quantised(name: str) -> bool:
 
 
 def quantise(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """FP8 values, their scales, one a block, and the float32 weight that both stand for."""
+    """FP8 values, their scales, one per block, and the float32 weight that both stand for."""
     rows, columns = (-(-size // b) for size, b in zip(weight.shape, block, strict=True))
     scales = torch.empty(rows, columns)
     for i in range(rows):

@@ -28,7 +28,7 @@ CONFIG = dataclasses.replace(
 
 
 def compiled_experts(shape, **runtime):
-    """The experts layer alone, TOKENS tokens a device, and the bytes of an activation there."""
+    """The experts layer alone, TOKENS tokens per device, and the bytes of an activation there."""
     e = CONFIG.n_routed_experts
     array = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)
     w = ExpertWeights(array(e, WIDTH, HIDDEN), array(e, WIDTH, HIDDEN), array(e, HIDDEN, WIDTH))
@@ -40,7 +40,7 @@ def compiled_experts(shape, **runtime):
 
 @pytest.mark.parametrize(("node", "reached"), [(2, 2), (4, 2), (8, 2)])
 def test_dispatch_crosses_to_each_node_once(node, reached):
-    """M = 2 groups of experts a token, which lie within nodes: at most min(K, nodes reached) copies cross."""
+    """M = 2 groups of experts per token, which lie within nodes: at most min(K, nodes reached) copies cross."""
     found = compiled_experts(MeshShape(node=node, expert=8 // node))
     usual = [c for c in found if "cond" not in c.where and c.kind == "all-to-all" and "node" in c.axes]
     assert usual, [c.where for c in found]

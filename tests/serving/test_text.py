@@ -27,7 +27,7 @@ def tokenizers():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stream_of_tokens_is_the_tokenizers_decode(name, tokenizers):
-    """Of real texts, of tokens in any order, which aren't UTF-8, and after a prompt."""
+    """Token sequences of real texts, of tokens in any order, which aren't UTF-8, and after a prompt."""
     tokenizer = tokenizers[name]
     vocabulary, rng = Vocabulary(tokenizer), new_rng()
     texts = ["naïve Ⅷ \N{GRINNING FACE}\N{ZERO WIDTH JOINER}", "def f(x):\n\treturn 你好", "a\ufffdb é"]

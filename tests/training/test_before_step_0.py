@@ -78,14 +78,14 @@ def test_microbatches_of_a_ramp(sizes, microbatches, unit, cut):
 
 
 def test_a_ramp_compiles_one_step():
-    """Of sizes that neither two devices nor microbatches divide."""
+    """Batch sizes that neither two devices nor microbatches divide."""
     config = ramp(TWO, 3, 8)
     made = setup.Setup(config, load_tokenizer(config.data.tokenizer))
     state = made.placement.init(made.init, jax.random.key(0))
-    sizes = [stage.batch_size for stage in made.schedule.stages]
+    sizes = [stage.batch_size for stage in made.schedule.ramp]
     assert sizes[:3] == [3, 4, 4]
     assert sizes[-1] == 8
-    for step in (stage.start_step for stage in made.schedule.stages):
+    for step in (stage.start_step for stage in made.schedule.ramp):
         state, metrics = made.train_step(state, *made.batch(step))
         assert np.isfinite(float(metrics["loss"]))
     assert made.train_step.jitted._cache_size() == 1

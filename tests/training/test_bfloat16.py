@@ -24,13 +24,13 @@ from tests.parallel.test_meshes import KEEPS_GRADIENTS
 CONFIG = dataclasses.replace(ModelConfig.preset("tiny"), num_hidden_layers=3)
 SEQUENCES, LENGTH = 8, 512  # of which the most frequent byte is 700 times in the tokens
 LIMITS = dict.fromkeys(KINDS, (0.01, 0.02)) | {"embedding": (0.005, 0.005)}
-"""Of a kind, and of any one parameter of it."""
+"""Limits of the error of a kind, and of any one parameter of it."""
 CHOSEN = dict.fromkeys(("router", "experts"), (0.03, 0.05))
 """Where rounding sends some tokens to other experts."""
 
 
 def gradient_of_a_step(shape="", microbatches=1, config=CONFIG, **runtime):
-    """What the optimizer is given, on the host."""
+    """The gradient that the optimizer is given, on the host."""
     model = DeepSeekV3(config, Runtime(**{"dtype": "bfloat16", "experts_impl": "blocked"} | runtime))
     placement = Placement(MeshShape.parse(shape), model.runtime, parameter_axes(model))
     schedule = Schedule(ScheduleConfig(steps=10, batch_size=SEQUENCES))

@@ -18,7 +18,7 @@ def step_at(tokens):
 def test_the_papers_run_has_the_papers_tokens():
     assert pytest.approx(14.8e12, rel=2e-3) == TOKENS
     # Linear in tokens: about 15,000 steps to full size, against 7,454 at the full batch size.
-    assert PAPER.stages[-1].start_step == pytest.approx(14_997, rel=0.02)
+    assert PAPER.ramp[-1].start_step == pytest.approx(14_997, rel=0.02)
     assert PAPER.batch_size(0) == 3072
     assert PAPER.batch_size(100_000) == 15360
 
