@@ -129,8 +129,9 @@ it.stop()
 def generate(directory: Path, tokens: int) -> Path:
     """Prepared data of the byte tokenizer with documents of about a thousand random tokens."""
     from dsv3_jax.data.byte_tokenizer import ByteTokenizer
-    from dsv3_jax.data.shards import FORMAT, ShardWriter, seal
+    from dsv3_jax.data.shards import FORMAT, ShardWriter
     from dsv3_jax.data.tokenizer import identity
+    from dsv3_jax.integrity import seal
 
     directory.mkdir()
     rng, shards = np.random.default_rng(0), []
@@ -146,7 +147,7 @@ def generate(directory: Path, tokens: int) -> Path:
         **{"format": FORMAT, "dtype": "uint16", "chat": False, "training": shards, "validation": []},
         **{"tokenizer": {"identity": identity(ByteTokenizer()), "bytes": True}, "options": {"validation_fraction": 0}},
     }
-    (directory / "index.json").write_text(json.dumps(index | {"seal": seal(index)}))
+    (directory / "index.json").write_text(json.dumps(seal(index)))
     return directory
 
 

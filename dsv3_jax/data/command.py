@@ -26,7 +26,7 @@ class PrepareArgs:
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE... DST")]
     """Files or folders of .txt, .md, .rst, .py, .jsonl (.gz, .zst) and .parquet, "stdlib", or data sets of the Hugging
-    Face Hub as OWNER/NAME or OWNER/NAME@SPLIT; and the directory to make."""
+    Face Hub as OWNER/NAME, OWNER/NAME:CONFIG or OWNER/NAME:CONFIG@SPLIT; and the directory to make."""
     options: Annotated[PrepareOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=PrepareOptions)
     workers: int = os.cpu_count() or 1
     """Processes that tokenise."""

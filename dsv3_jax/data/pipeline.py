@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -234,6 +234,10 @@ class _Rows:
         return _stack([self.sources[source][index] for source, index in rows])
 
 
+_Read = tuple[list[int], Future[dict[str, np.ndarray]]]
+"""What was taken of each source after a batch, and the batch."""
+
+
 class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has no types
     """Batches without end, from the sequences of one or more sources in one global order.
 
@@ -264,8 +268,8 @@ class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has n
         self._mixture, self._batch_size, self._fingerprint = mixture, batch_size, fingerprint
         self._taken = [0] * len(sources)
         self._ahead = max(ahead, workers)
-        self._planned: collections.deque[tuple[Any, list[int], Future[Any]]] = collections.deque()
-        self._pool: Executor | Workers = Workers(workers, self._rows) if workers else ThreadPoolExecutor(1)
+        self._coming: collections.deque[tuple[Any, Future[_Read]]] = collections.deque()
+        self._thread, self._workers = ThreadPoolExecutor(1), Workers(workers, self._rows)
         self._waited, self._since = 0.0, time.perf_counter()
 
     def next_batch(self, batch_size: int, rows: Iterable[int] | None = None) -> dict[str, np.ndarray]:
@@ -274,28 +278,30 @@ class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has n
             raise ConfigError(f"batch_size is {batch_size}: it must be at least 1")
         wanted = (batch_size, tuple(range(batch_size) if rows is None else map(int, rows)))
         began = time.perf_counter()
-        if self._planned and self._planned[0][0] != wanted:
-            self._planned.clear()
-        while len(self._planned) <= self._ahead:
-            self._plan(wanted)
-        _, self._taken, future = self._planned.popleft()
-        batch: dict[str, np.ndarray] = future.result()
+        if self._coming and self._coming[0][0] != wanted:
+            self._forget()
+        while len(self._coming) <= self._ahead:
+            before = self._coming[-1][1] if self._coming else None
+            self._coming.append((wanted, self._thread.submit(self._read, wanted, before, list(self._taken))))
+        self._taken, batch = self._coming.popleft()[1].result()
+        found = batch.result()
         self._waited += time.perf_counter() - began
-        return batch
+        return found
 
-    def _plan(self, wanted: tuple[int, tuple[int, ...]]) -> None:
-        taken = list(self._planned[-1][1] if self._planned else self._taken)
+    def _read(self, wanted: tuple[int, tuple[int, ...]], before: Future[_Read] | None, taken: list[int]) -> _Read:
+        """Plans a batch and starts to read it, in the thread: after the one `before`, else where `taken` says."""
+        taken = list(before.result()[0]) if before else taken
         first, sequences = sum(taken), []
         for i in range(wanted[0]):
             source = self._mixture.next(first + i, taken)
             sequences.append((source, taken[source]))
             taken[source] += 1
-        mine = [sequences[row] for row in wanted[1]]
-        if isinstance(self._pool, Workers):
-            future = self._pool.submit("read", mine)
-        else:
-            future = self._pool.submit(self._rows.read, mine)
-        self._planned.append((wanted, taken, future))
+        return taken, self._workers.submit("read", [sequences[row] for row in wanted[1]])
+
+    def _forget(self) -> None:
+        for _, batch in self._coming:
+            batch.cancel()
+        self._coming.clear()
 
     def __next__(self) -> dict[str, np.ndarray]:
         return self.next_batch(self._batch_size)
@@ -313,11 +319,9 @@ class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has n
 
     def stop(self) -> None:
         """Ends what reads ahead."""
-        self._planned.clear()
-        if isinstance(self._pool, Workers):
-            self._pool.close()
-        else:
-            self._pool.shutdown(cancel_futures=True)
+        self._forget()
+        self._workers.close()
+        self._thread.shutdown()
 
     def get_state(self) -> dict[str, Any]:
         """JSON-serialisable, and the same in every process."""
@@ -336,7 +340,7 @@ class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has n
         if len(taken) != len(self._taken) or min(taken) < 0:
             raise ConfigError(f"{what}: taken is {taken}: it must be {len(self._taken)} numbers, none negative")
         self._taken = list(taken)
-        self._planned.clear()
+        self._forget()
 
 
 def train_iterator(

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import xxhash
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.data.tokenizer import valid_unicode
 
 STDLIB = "stdlib"
 
@@ -34,6 +33,8 @@ _READABLE = (*_TEXT_SUFFIXES, *_JSONL_SUFFIXES, ".parquet")
 # the others are tables, or data that `_stdlib` reads in another way.
 _SKIPPED_PACKAGES = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle", "turtledemo"}
 _SKIPPED_PACKAGES |= {"encodings", "pydoc_data"}
+
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 
 _BATCH = 1 << 20
 """Bytes or characters of documents that go to a process together."""
@@ -104,8 +105,8 @@ def find_files(sources: Sequence[str], text_field: str) -> list[File]:
     Args:
       sources: each "stdlib" for the reference texts and modules of Python's standard library; or a file or folder, in
         which each `.txt`, `.md`, `.rst` or `.py` file is a document, each line of a `.jsonl` file (`.gz` and `.zst`
-        too), each row of a `.parquet` file; or "OWNER/NAME", a data set of the Hugging Face Hub. Folders are searched
-        in depth, in sorted order, without hidden entries.
+        too), each row of a `.parquet` file; or OWNER/NAME, with :CONFIG and @SPLIT if need be, a data set of the Hugging
+        Face Hub. Folders are searched in depth, in sorted order, without hidden entries and links to folders.
       text_field: the column of parquet files and of the Hub.
 
     Raises:
@@ -116,9 +117,9 @@ def find_files(sources: Sequence[str], text_field: str) -> list[File]:
         path = Path(source)
         if source == STDLIB:
             files.append(_stdlib_file(number))
-        elif path.exists():
+        elif source and path.exists():
             files += [_file(p, number, text_field) for p in _paths(path)]
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source) and not path.parent.exists():
+        elif _HUB_NAME.fullmatch(source) and not path.parent.exists() and not source.endswith(_READABLE):
             files.append(_hub_file(source, number, text_field))
         else:
             raise ConfigError(f"data source {source!r} doesn't exist: give a file, a folder, or {STDLIB!r}")
@@ -273,9 +274,12 @@ def _jsonl(path: Path, text_field: str, offset: int, number: int) -> Iterator[Re
 
 
 def _decompressed(path: Path, raw: Any) -> Any:
-    if path.suffix.lower() == ".gz":
+    suffix = path.suffix.lower()
+    if suffix in (".gz", ".zst") and not path.stat().st_size:  # even nothing takes some bytes when it is compressed
+        raise ConfigError(f"{path} is cut off: it has no bytes")
+    if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
-    if path.suffix.lower() == ".zst":
+    if suffix == ".zst":
         import pyarrow as pa
 
         return pa.CompressedInputStream(raw, "zstd")
@@ -296,7 +300,7 @@ def _skip(file: Any, offset: int, plain: bool) -> None:
 def _lines(file: Any, offset: int) -> Iterator[tuple[bytes, int]]:
     """Lines without their ends, each with the place after it."""
     rest = bytearray()
-    while block := file.read(1 << 20):
+    while block := file.read1(1 << 20):  # what there is: an error then comes after the last line that is whole
         first, *others = block.split(b"\n")
         rest += first
         for line in others:
@@ -326,7 +330,7 @@ def json_text(line: bytes, name: str) -> Iterator[str]:
             end = units.end()
             if end < stop and (high := _HIGH_SURROGATE.search(line, end - 6, end)) and high.start() > start:
                 end = high.start()
-        yield json.loads(b'"' + line[start:end] + b'"')
+        yield json.loads('"' + line[start:end].decode() + '"')
         start = end
 
 
@@ -336,7 +340,7 @@ def _json_string(line: bytes, name: str) -> tuple[int, int]:
     while token := _JSON_TOKEN.match(line, place):
         place, first = token.end(), line[token.start(1)]
         if depth == 1 and first == ord('"') and expects_key:
-            key, expects_key = json.loads(token[1]), False
+            key, expects_key = json.loads(token[1].decode()), False
             continue
         if depth == 1 and key == name and first != ord(":"):
             if first != ord('"'):
@@ -359,7 +363,7 @@ def _parquet(path: Path, text_field: str, skip: int) -> Iterator[Record]:
 
     row = 0
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
             _check_column(file.schema_arrow, text_field, path)
             size = path.stat().st_size
             for group in range(file.num_row_groups):
@@ -373,13 +377,15 @@ def _parquet(path: Path, text_field: str, skip: int) -> Iterator[Record]:
                         row += 1
                         if row <= skip or not value.is_valid:
                             continue
-                        text = value.as_py()
-                        data = text if len(text) < _LONG else LongDocument(lambda text=text: iter([text]))  # type: ignore[misc]
-                        yield Record(data, False, row, row, done)
+                        yield Record(_piecewise(value.as_py()), False, row, row, done)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}, row {row}: column {text_field!r} holds text that is not UTF-8: {error}") from None
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"can't read {path} as parquet (after row {row}): {error}") from None
+
+
+def _piecewise(text: str) -> str | LongDocument:
+    return text if len(text) < _LONG else LongDocument(lambda: iter([text]))
 
 
 def _check_column(schema: Any, text_field: str, where: Path | str) -> None:
@@ -388,7 +394,8 @@ def _check_column(schema: Any, text_field: str, where: Path | str) -> None:
     if text_field not in schema.names:
         raise ConfigError(f"{where} has no column {text_field!r}: set text_field to one of {', '.join(schema.names)}")
     kind = schema.field(text_field).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    text = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(text) or pa.types.is_large_string(text) or pa.types.is_string_view(text)):
         raise ConfigError(f"{where}: column {text_field!r} holds {kind}, not text")
 
 
@@ -426,7 +433,9 @@ def decode(data: bytes) -> str:
 
 
 def _hub_file(source: str, number: int, text_field: str) -> File:
-    name, _, split = source.partition("@")
+    match = _HUB_NAME.fullmatch(source)
+    assert match is not None
+    name, config, split = match["name"], match["config"], match["split"] or "train"
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError:
@@ -434,23 +443,34 @@ def _hub_file(source: str, number: int, text_field: str) -> File:
             f"data source {source!r} doesn't exist here; to read a data set of that name from the Hugging Face Hub: "
             "pip install datasets"
         ) from None
+    from huggingface_hub import HfApi
+
+    with _from_hub(source):
+        revision = HfApi().dataset_info(name).sha  # one for all of the work, which may be interrupted
 
     def records(offset: int, number: int) -> Iterator[Record]:
-        try:
-            rows = datasets.load_dataset(name, split=split or "train", streaming=True).skip(offset)
+        with _from_hub(source):
+            rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True).skip(offset)
             for row, values in enumerate(rows, offset + 1):
-                text = values.get(text_field)
-                if text is not None and not isinstance(text, str):
-                    raise ConfigError(f"{source}, row {row}: field {text_field!r} is not text")
-                if text is None and text_field not in values:
+                if text_field not in values:
                     raise ConfigError(
-                        f"{source} has no field {text_field!r}: set text_field to one of {sorted(values)}"
+                        f"{source} has no field {text_field!r}: set text_field to one of {', '.join(sorted(values))}"
                     )
-                if text is not None:
-                    yield Record(valid_unicode(text), False, row, row, 0)
-        except ConfigError:
-            raise
-        except Exception as error:  # of the network and of formats: the library raises many kinds
-            raise ConfigError(f"can't read {source} from the Hub: {' '.join(str(error).split())[:300]}") from None
+                text = values[text_field]
+                if text is None:
+                    continue
+                if not isinstance(text, str):
+                    raise ConfigError(f"{source}, row {row}: field {text_field!r} is not text")
+                yield Record(_piecewise(text), False, row, row, 0)
 
-    return File(source, 0, number, records, source)
+    return File(source, 0, number, records, f"{source} {revision}")
+
+
+@contextlib.contextmanager
+def _from_hub(source: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # of the network and of formats: the libraries raise many kinds
+        raise ConfigError(f"can't read {source} from the Hub: {' '.join(str(error).split())[:300]}") from None

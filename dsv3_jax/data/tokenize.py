@@ -277,7 +277,7 @@ class _BadDocument(Exception):
 
 def _parse(record: bytes | str) -> Any:
     try:
-        return json.loads(record)
+        return json.loads(record if isinstance(record, str) else record.decode())  # json would take UTF-16, too
     except RecursionError:
         raise _BadDocument("not JSON of text: it is nested too deeply") from None
     except UnicodeDecodeError as error:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,9 @@ def test_other_text_field(tmp_path):
     options = dataclasses.replace(EVERYTHING, text_field="content")
     assert prepared_texts(tmp_path / "a.jsonl", tmp_path, options)[0] == ["x"]
     assert prepared_texts(tmp_path / "b.parquet", tmp_path, options)[0] == ["y"]
+    for kind in (pa.dictionary(pa.int32(), pa.string()), pa.string_view()):
+        pq.write_table(pa.table({"content": pa.array(["z", "z"], kind)}), tmp_path / "c.parquet")
+        assert prepared_texts(tmp_path / "c.parquet", tmp_path, options)[0] == ["z", "z"]
 
 
 def truncated_gz():
@@ -110,9 +114,13 @@ BAD = [
     ("a.csv", b"x", r"holds no text \(files read: \.txt"),
     ("a.txt", b" \n", "holds no text"),
     ("a.jsonl", b"", "holds no text"),
-    ("a.jsonl.gz", truncated_gz(), r"a\.jsonl\.gz is damaged or cut off after line \d+"),
+    ("a.jsonl", '{"text": "x"}'.encode("utf-16"), r"a\.jsonl, line 1: not UTF-8"),
+    ("a.jsonl", b'{"text": "\xed\xa0\x80"}', r"a\.jsonl, line 1: not UTF-8"),  # a surrogate as if it were a character
+    ("a.jsonl.gz", truncated_gz(), r"a\.jsonl\.gz is damaged or cut off after line 1\d\d\d:"),
+    ("a.jsonl.gz", b"", r"a\.jsonl\.gz is cut off: it has no bytes"),
     ("a.jsonl.gz", b"not gz", r"a\.jsonl\.gz is damaged or cut off after line 0"),
     ("a.jsonl.zst", truncated_zst(), r"a\.jsonl\.zst is damaged or cut off after line \d+"),
+    ("a.jsonl.zst", b"", r"a\.jsonl\.zst is cut off: it has no bytes"),
     ("a.jsonl.zst", b"not zst", r"a\.jsonl\.zst is damaged or cut off after line 0"),
 ]
 
@@ -177,8 +185,59 @@ def test_bad_sources_are_named(tmp_path):
     ):
         with pytest.raises(ConfigError, match=match):
             find_files([str(source)], "text")
+    with pytest.raises(ConfigError, match=r"missing/a\.jsonl' doesn't exist: give a file"):
+        find_files(["missing/a.jsonl"], "text")
+
+
+def rows_of_the_hub(name, config, *, split, revision, streaming):
+    """What `datasets.load_dataset` gives, of two texts and rows that are none."""
+    rows = {"train": [{"text": "one", "n": 1}, {"text": None, "n": 2}, {"text": "three", "n": 3}], "bad": [{"text": 5}]}
+
+    class Rows(list):
+        def skip(self, count):
+            return self[count:]
+
+    assert (name, config, revision, streaming) == ("some-one/texts", "20231101.en", "abc", True)
+    return Rows(rows[split])
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    api = types.SimpleNamespace(dataset_info=lambda name: types.SimpleNamespace(sha="abc"))
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=rows_of_the_hub))
+    return api
+
+
+def test_data_sets_of_the_hub(hub, tmp_path, monkeypatch):
+    name = "some-one/texts:20231101.en"
+    assert prepared_texts(name, tmp_path)[0] == ["one", "three"]
+    (file,) = find_files([name], "n")
+    assert [(r.data, r.number, r.offset) for r in find_files([name], "text")[0].records(2, 2)] == [("three", 3, 3)]
+    before = file.state
+    hub.dataset_info = lambda name: types.SimpleNamespace(sha="changed")
+    assert find_files([name], "text")[0].state != before
+    hub.dataset_info = lambda name: types.SimpleNamespace(sha="abc")
+    for source, field, match in (
+        (name, "body", r"some-one/texts:20231101\.en has no field 'body': set text_field to one of n, text"),
+        (name + "@bad", "text", r"texts:20231101\.en@bad, row 1: field 'text' is not text"),
+        (name + "@none", "text", r"can't read .*@none from the Hub: 'none'"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            list(find_files([source], field)[0].records(0, 0))
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"to read a data set of that name from .* Hub: pip install datasets"):
-        find_files(["nobody/nothing"], "text")
+        find_files([name], "text")
+
+
+def test_the_datasets_library_reads_rows_from_any_place_on(hub, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "datasets")
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": f"row {i}"}) for i in range(1, 100)))
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *rest, **how: load(str(tmp_path), *rest, **how))
+    (file,) = find_files(["some-one/texts"], "text")
+    assert [(r.data, r.number) for r in file.records(90, 90)] == [(f"row {i}", i) for i in range(91, 100)]
 
 
 def test_stdlib_is_text_and_code_without_what_some_distributions_leave_out():
