@@ -105,8 +105,8 @@ def find_files(sources: Sequence[str], text_field: str) -> list[File]:
     Args:
       sources: each "stdlib" for the reference texts and modules of Python's standard library; or a file or folder, in
         which each `.txt`, `.md`, `.rst` or `.py` file is a document, each line of a `.jsonl` file (`.gz` and `.zst`
-        too), each row of a `.parquet` file; or OWNER/NAME, with :CONFIG and @SPLIT if need be, a data set of the Hugging
-        Face Hub. Folders are searched in depth, in sorted order, without hidden entries and links to folders.
+        too), each row of a `.parquet` file; or OWNER/NAME, with :CONFIG and @SPLIT if need be, a data set of the
+        Hugging Face Hub. Folders are searched in depth, in sorted order, without hidden entries and links to folders.
       text_field: the column of parquet files and of the Hub.
 
     Raises:
