@@ -235,7 +235,7 @@ class _Rows:
 
 
 _Read = tuple[list[int], Future[dict[str, np.ndarray]]]
-"""What was taken of each source after a batch, and the batch."""
+"""How many were taken of each source, up to a batch and with it; and the batch."""
 
 
 class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has no types
