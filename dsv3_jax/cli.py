@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from dsv3_jax.config import PRESETS, ConfigError
+from dsv3_jax.config import PRESETS, ConfigError, ModelConfig, Yarn
 
 _INTERRUPTED = 130
 
@@ -113,6 +113,7 @@ def _train(arguments: list[str]) -> None:
     from dsv3_jax.parallel.processes import Processes, join, last_words
     from dsv3_jax.training.config import TrainArgs, TrainConfig
     from dsv3_jax.training.directory import CONFIG
+    from dsv3_jax.training.initial import with_model_of
     from dsv3_jax.training.trainer import train
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -120,6 +121,7 @@ def _train(arguments: list[str]) -> None:
     first.add_argument("--preset")
     first.add_argument("--run-dir", "--run_dir", type=Path)
     first.add_argument("--resume", action=argparse.BooleanOptionalAction)
+    first.add_argument("--init-from", "--init_from", type=Path)
     first.add_argument("--processes.coordinator", dest="coordinator")
     first.add_argument("--processes.count", dest="count", type=int)
     first.add_argument("--processes.index", dest="index", type=int)
@@ -129,7 +131,12 @@ def _train(arguments: list[str]) -> None:
         raise ConfigError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}")
     join(Processes(known.coordinator, known.count, known.index))  # before JAX is asked for its devices
     run_dir = known.run_dir or Path("runs") / preset
-    default = TrainArgs(TrainConfig.preset(preset, jax.default_backend()), preset=preset, run_dir=run_dir)
+    config = TrainConfig.preset(preset, jax.default_backend())
+    if known.init_from and not known.resume:
+        config = with_model_of(known.init_from, config)
+    if any(argument.replace("_", "-").startswith("--model.rope-scaling.") for argument in arguments):
+        config = dataclasses.replace(config, model=_with_yarn(config.model))
+    default = TrainArgs(config, preset=preset, run_dir=run_dir)
     if known.resume and (run_dir / CONFIG).exists():
         own = TrainConfig.from_json(run_dir / CONFIG)
         if known.preset:
@@ -148,6 +155,14 @@ def _train(arguments: list[str]) -> None:
         print(f"stopped and saved at step {result['step']}; continue with: {shlex.join(again)}")
         sys.exit(_INTERRUPTED)
     print(f"done: {chosen.run_dir}/report.md")
+
+
+def _with_yarn(model: ModelConfig) -> ModelConfig:
+    """The model with a YaRN whose fields options can set: that of the report's form, of a factor yet to be given."""
+    if model.rope_scaling is not None:
+        return model
+    yarn = Yarn(1.0, model.max_position_embeddings, mscale=1.0, mscale_all_dim=1.0)
+    return dataclasses.replace(model, rope_scaling=yarn)
 
 
 # prepare -------------------------------------------------------------------------------------------------

@@ -62,20 +62,30 @@ def load_pretrained(
     if runtime.param_dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError("the parameters' dtype is float64, which JAX has only with jax_enable_x64: set it first")
     place = functools.partial(shardings, mesh=mesh, runtime=runtime)
-    if (Path(path) / runs.CHECKPOINTS).is_dir():
-        config, variables = runs.read_run(Path(path), runtime, place, check_hashes=check_hashes)
-    else:
-        source = open_checkpoint(Path(path), mtp=mtp, check_hashes=check_hashes)
-        leaves = [leaf for leaf in source.leaves.values() if mtp or not _is_mtp(leaf.path[1])]
-        where = place(source.config, {leaf.path: leaf.shape for leaf in leaves})
-        config, variables = source.config, {}
-        for leaf in leaves:
-            target = np.dtype(np.float32 if leaf.kind.float32 else runtime.param_dtype)
-            _put(variables, leaf, _array(source, leaf, target, where[leaf.path]))
-    if not mtp:
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
-        variables = {c: {k: v for k, v in tree.items() if not _is_mtp(k)} for c, tree in variables.items()}
+    config, variables = read_variables(Path(path), runtime, place, mtp=mtp, check_hashes=check_hashes)
     return DeepSeekV3(config, runtime, str(path)), variables
+
+
+def read_variables(
+    path: Path, runtime: Runtime, place: runs.Place, *, mtp: bool = True, check_hashes: bool = True
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config and the variables of a checkpoint, each array where `place` says; all else as `load_pretrained`."""
+    if (path / runs.CHECKPOINTS).is_dir():
+        return runs.read_run(path, runtime, place, mtp=mtp, check_hashes=check_hashes)
+    source = open_checkpoint(path, mtp=mtp, check_hashes=check_hashes)
+    leaves = [leaf for leaf in source.leaves.values() if mtp or not _is_mtp(leaf.path[1])]
+    config = source.config if mtp else dataclasses.replace(source.config, num_nextn_predict_layers=0)
+    where = place(config, {leaf.path: leaf.shape for leaf in leaves})
+    variables: dict[str, Any] = {}
+    for leaf in leaves:
+        target = np.dtype(np.float32 if leaf.kind.float32 else runtime.param_dtype)
+        _put(variables, leaf, _array(source, leaf, target, where[leaf.path]))
+    return config, variables
+
+
+def checkpoint_config(path: Path) -> ModelConfig:
+    """The architecture of a checkpoint of any layout that `load_pretrained` reads; raises as that does."""
+    return runs.run_config(path) if (path / runs.CHECKPOINTS).is_dir() else ModelConfig.from_hf(path)
 
 
 def open_checkpoint(path: Path, *, mtp: bool = True, check_hashes: bool = True) -> HFCheckpoint | Store:

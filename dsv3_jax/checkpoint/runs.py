@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ class VersionError(CheckpointError):
 Shapes = Mapping[TreePath, tuple[int, ...]]
 
 
+Place = Callable[[ModelConfig, Shapes], Mapping[TreePath, Sharding]]
+"""From a config and the variables' shapes, by path, to where they go; each device reads its part."""
+
+
 def one_device(config: ModelConfig, shapes: Shapes) -> dict[TreePath, Sharding]:
     """Places all variables on the first device."""
     return dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
@@ -74,27 +79,28 @@ def complete_steps(checkpoints: Path) -> list[int]:
     return sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isascii() and p.name.isdecimal())
 
 
+def run_config(directory: Path) -> ModelConfig:
+    """The architecture of the model that a run trains. Raises CheckpointError."""
+    file = directory / "config.json"
+    try:
+        config: ModelConfig = build_dataclass(ModelConfig, read_config(file).get("model"), str(file), "model.")
+    except (OSError, ConfigError) as error:
+        raise CheckpointError(f"{directory} holds no training run that can be read: {error}") from None
+    return config
+
+
 def read_run(
-    directory: Path,
-    runtime: Runtime,
-    place: Callable[[ModelConfig, Shapes], Mapping[TreePath, Sharding]] = one_device,
-    *,
-    check_hashes: bool = True,
+    directory: Path, runtime: Runtime, place: Place = one_device, *, mtp: bool = True, check_hashes: bool = True
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """The config of the run's model and its variables, in the runtime's `param_dtype`; not the optimizer's state.
 
-    place: from the config and the variables' shapes, by path, to their shardings; each device reads its part.
+    mtp: with the modules of multi-token prediction.
 
     Raises CheckpointError if the run has no complete checkpoint, or its files can't be read.
     """
-    file = directory / "config.json"
-    try:
-        config = build_dataclass(ModelConfig, read_config(file).get("model"), str(file), "model.")
-    except (OSError, ConfigError) as error:
-        raise CheckpointError(f"{directory} holds no training run that can be read: {error}") from None
-    steps = complete_steps(directory / CHECKPOINTS)
-    if not steps:
-        raise CheckpointError(f"{directory} is a training run without a complete checkpoint: let it reach one")
+    config = run_config(directory)
+    if not mtp:
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
     model = DeepSeekV3(config, Runtime(param_dtype=runtime.param_dtype))
     abstract = dict(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
 
@@ -105,7 +111,21 @@ def read_run(
     item = jax.tree_util.tree_map_with_path(
         lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[keys(path)]), abstract
     )
-    step = directory.absolute() / CHECKPOINTS / str(steps[-1])
+    return config, read_newest(directory, item, check_hashes=check_hashes)
+
+
+def read_newest(directory: Path, item: dict[str, Any], *, check_hashes: bool = True) -> dict[str, Any]:
+    """Parts of the state of a run's newest complete checkpoint.
+
+    item: abstract arrays with their shardings, below the names of `TrainState`'s fields: "params", "opt_state", ...
+
+    Raises CheckpointError if the run has no complete checkpoint, its files can't be read, or it holds no such arrays.
+    """
+    folder = directory.absolute() / CHECKPOINTS
+    steps = complete_steps(folder) if folder.is_dir() else []
+    if not steps:
+        raise CheckpointError(f"{directory} is a training run without a complete checkpoint: let it reach one")
+    step = folder / str(steps[-1])
     path = step / "state"
     restore = ocp.args.PyTreeRestore(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
@@ -115,7 +135,8 @@ def read_run(
             step_hashes(step, check_hashes=check_hashes).checking(),
             ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
         ):
-            return config, checkpointer.restore(path, args=restore)
+            restored: dict[str, Any] = checkpointer.restore(path, args=restore)
+            return restored
     except (CheckpointError, FileNotFoundError):
         raise
     except Exception as error:  # orbax and tensorstore raise many kinds

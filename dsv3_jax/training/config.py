@@ -35,6 +35,11 @@ class TrainConfig:
     """Pieces of a batch whose gradients are accumulated one after the other."""
     seed: int = 0
     """Seed of the parameters' initialisation; the data has a seed of its own."""
+    init_from: str | None = None
+    """Start from the weights of a run, a converted checkpoint or a Hugging Face directory; by default from noise. The
+    model is then that one's, whose length and RoPE may be changed."""
+    init_optimizer: bool = False
+    """With init_from: take the moments of that run's optimizer over; by default they start from zero."""
     log_every: int = 10
     """Steps between lines of metrics."""
     validate_every: int = 200
@@ -73,6 +78,8 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
         traced_steps(self.trace_steps)
+        if self.init_optimizer and self.init_from is None:
+            raise ConfigError("init_optimizer is True, but init_from names no run to take an optimizer's state from")
         if self.runtime.redundant_experts:
             raise ConfigError(
                 f"runtime.redundant_experts is {self.runtime.redundant_experts}: copies of experts are for serving, "
@@ -232,7 +239,7 @@ class TrainArgs:
     """Continue the run in run_dir from its newest checkpoint, with its own config, on the same or another mesh. Options
     that don't change what is computed may change."""
     check_hashes: bool = True
-    """With --resume: compare the checkpoint's files with the hashes that were saved with them."""
+    """With --resume or --init-from: compare the checkpoint's files with the hashes that were saved with them."""
     processes: Processes = dataclasses.field(default_factory=Processes)
     """How the processes of one job find each other."""
 

@@ -64,7 +64,7 @@ class Loop:
         )
         try:
             with self.clock.spent_on("start"):
-                state = self._begin(resume, tokenizer_path)
+                state = self._begin(resume, tokenizer_path, check_hashes)
             first, steps = int(state.step), config.schedule.steps
             with stop_on_signal() as stopping, progress(self.console, first, steps, config.log_every) as show:
                 state = self._steps(state, stopping, show)
@@ -90,13 +90,15 @@ class Loop:
             self._finish(state, finished)
         return TrainResult(state, self.last | {"step": int(state.step), "stopped": not finished}, self.directory)
 
-    def _begin(self, resume: bool, tokenizer_path: str | Path | None) -> TrainState:
+    def _begin(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> TrainState:
         """The state to start from, saved or restored, and the log."""
         config, setup = self.config, self.setup
-        state = self._restore() if resume else setup.placement.init(setup.init, jax.random.key(config.seed))
+        state = self._restore() if resume else setup.first_state(check_hashes=check_hashes)
         if self.primary:
             write_config(self.directory, config, keep_tokenizer(self.directory, tokenizer_path))
         if not resume:
+            if config.init_from:
+                self.console.print(f"starting from the weights of {config.init_from}", soft_wrap=True)
             self._save(state)  # that there always is one; and a disk without room is noticed now
             self.checkpoints.wait()
         with jax.set_mesh(setup.placement.mesh):

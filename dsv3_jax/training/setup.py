@@ -26,6 +26,7 @@ from dsv3_jax.training.diagnose import (
     make_gradient_check,
 )
 from dsv3_jax.training.guard import all_finite
+from dsv3_jax.training.initial import state_from
 from dsv3_jax.training.losses import IGNORE, PretrainingLoss, load_violations, mean_metrics
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import Schedule
@@ -73,6 +74,7 @@ class Setup:
         loss = PretrainingLoss(config.model, self.schedule)
         optimizer = make_optimizer(config.optimizer, self.schedule)
         self.init = lambda key: init_state(self.model, optimizer, key)
+        self._optimizer = optimizer
         self.placement = Placement(config.mesh, config.runtime, parameter_axes(self.model))
         self.abstract, _ = self.placement.abstract(self.init, {})
         sizes = [stage.batch_size for stage in self.schedule.ramp]
@@ -110,6 +112,25 @@ class Setup:
             )
             self._check(self.evaluate, len(self.validation[0]["tokens"]), "validation")
         self.throughput = Throughput(config.model, config.data.sequence_length)
+
+    def first_state(self, *, check_hashes: bool = True) -> TrainState:
+        """The state at step 0: from the seed, or with the weights that the config names. Raises CheckpointError.
+
+        check_hashes: compares the files of these weights with the hashes that were written with them.
+        """
+        config, key = self.config, jax.random.key(self.config.seed)
+        if config.init_from is None:
+            state: TrainState = self.placement.init(self.init, key)
+            return state
+        return state_from(
+            config.init_from,
+            config.runtime,
+            self.abstract,
+            self._optimizer,
+            key,
+            optimizer_state=config.init_optimizer,
+            check_hashes=check_hashes,
+        )
 
     def _check(self, function: OnMesh, size: int, what: str, *more: Any) -> None:
         """Traces a step for a batch of `size`: what can't be is said before the first step, not in the middle."""

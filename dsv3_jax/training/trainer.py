@@ -18,6 +18,7 @@ from dsv3_jax.parallel.placement import all_processes_here, any_process
 from dsv3_jax.training.config import TrainConfig
 from dsv3_jax.training.directory import check_config, check_directory, kept_tokenizer, locked
 from dsv3_jax.training.guard import TrainingError as TrainingError
+from dsv3_jax.training.initial import check_source
 from dsv3_jax.training.loop import Loop
 from dsv3_jax.training.loop import TrainResult as TrainResult
 from dsv3_jax.training.setup import Setup
@@ -38,7 +39,8 @@ def train(
       directory: the run's own; `config.json`, the tokenizer's files, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
         `metrics.png`, `sample.txt` and `report.md` go there. By default a new one in `runs/`, named by date and time.
       resume: continue the run in `directory` from its newest finite checkpoint; on a CPU to the same bits.
-      check_hashes: compare that checkpoint's files with the hashes that were saved with them.
+      check_hashes: compare the files of the checkpoint that it goes on or starts from with the hashes that were saved
+        with them.
 
     Returns:
       The state, the last metrics and the directory. `stopped` among the metrics is true if Ctrl-C or SIGTERM ended the
@@ -65,6 +67,8 @@ def train(
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens: "
             "the model's must be at least as large"
         )
+    if config.init_from is not None and not resume:
+        check_source(config.init_from, config.model, tokenizer, optimizer_state=config.init_optimizer)
     # A preset's are those of another tokenizer.
     model = dataclasses.replace(config.model, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     config = dataclasses.replace(config, model=model)

@@ -1,0 +1,121 @@
+"""A run that starts from given weights: those of another run, a conversion, or a Hugging Face directory.
+
+As context extension (report section 4.3) and fine-tuning do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Sharding
+
+from dsv3_jax.checkpoint.load import checkpoint_config, read_variables
+from dsv3_jax.checkpoint.names import TreePath
+from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
+from dsv3_jax.checkpoint.runs import CHECKPOINTS, read_newest
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.data import Tokenizer, has_tokenizer, load_tokenizer
+from dsv3_jax.data.tokenizer import identity
+from dsv3_jax.model.router import ROUTER
+from dsv3_jax.runtime import Runtime
+from dsv3_jax.training.config import TrainConfig
+from dsv3_jax.training.step import TrainState
+
+_MAY_DIFFER = {
+    *("max_position_embeddings", "rope_scaling", "rope_theta"),
+    *("initializer_range", "aux_loss_alpha", "bos_token_id", "eos_token_id"),
+}
+"""Fields of the architecture that its weights don't depend on."""
+
+
+def check_source(path: str | Path, config: ModelConfig, tokenizer: Tokenizer, *, optimizer_state: bool) -> None:
+    """Raises ConfigError if a model of `config` that reads `tokenizer`'s tokens can't start from the weights at `path`.
+
+    The lengths and RoPE of the two may differ, and the model may leave out the MTP modules of the source.
+
+    optimizer_state: whether that is to be taken over too, which only a run has.
+    """
+    path = Path(path)
+    source = checkpoint_config(path)
+    for field in dataclasses.fields(ModelConfig):
+        mine, there = getattr(config, field.name), getattr(source, field.name)
+        without_mtp = field.name == "num_nextn_predict_layers" and mine == 0
+        if mine != there and field.name not in _MAY_DIFFER and not without_mtp:
+            raise ConfigError(f"model.{field.name} is {mine!r}, but the weights of {path} are for {there!r}")
+    if optimizer_state and not (path / CHECKPOINTS).is_dir():
+        raise ConfigError(f"init_optimizer is for the directory of a run: {path} holds weights alone")
+    _check_tokenizer(path, tokenizer)
+
+
+def _check_tokenizer(path: Path, mine: Tokenizer) -> None:
+    """Raises ConfigError if a token of the source's is another one of `mine`, which may have more."""
+    if (path / CHECKPOINTS).is_dir():
+        theirs: Tokenizer = run_tokenizer(path)
+    elif has_tokenizer(path):
+        theirs = load_tokenizer(path)
+    else:
+        return
+    if identity(mine) == identity(theirs):
+        return
+    try:
+        there, here = theirs.token_bytes(), mine.token_bytes()
+    except ConfigError:  # of text that isn't made of tokens one after another
+        raise ConfigError(f"data.tokenizer isn't that of {path}: its tokens would mean something else") from None
+    for i, token in enumerate(there):
+        if i >= len(here) or here[i] != token:
+            other = repr(here[i]) if i < len(here) else "none"
+            raise ConfigError(f"data.tokenizer isn't that of {path}: token {i} is {other}, there {token!r}")
+
+
+def state_from(
+    path: str | Path,
+    runtime: Runtime,
+    abstract: TrainState,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    optimizer_state: bool = False,
+    check_hashes: bool = True,
+) -> TrainState:
+    """A state at step 0 with the weights and router biases at `path`, each device reading its part.
+
+    Args:
+      abstract: shapes, dtypes and shardings of the state.
+      key: a typed key, of which `init_state` would make it.
+      optimizer_state: take the moments of the run at `path` over, not its place in the schedule.
+
+    Raises CheckpointError if the files can't be read, or don't hold what `abstract` has.
+    """
+    path = Path(path)
+    where: Mapping[TreePath, Sharding] = {
+        (collection, *(part.key for part in keys)): leaf.sharding
+        for collection, tree in (("params", abstract.params), (ROUTER, abstract.router))
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    mtp = any(name.startswith("mtp_") for name in abstract.params)
+    variables = read_variables(path, runtime, lambda *_: where, mtp=mtp, check_hashes=check_hashes)[1]
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    if optimizer_state:
+        found = read_newest(path, {"opt_state": abstract.opt_state}, check_hashes=check_hashes)["opt_state"]
+        is_place = lambda x: isinstance(x, optax.ScaleByScheduleState)
+        opt_state = jax.tree.map(lambda x: jax.tree.map(jnp.zeros_like, x) if is_place(x) else x, found, is_leaf=is_place)
+    else:
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(variables["params"])
+    begin = lambda key: (jnp.zeros((), jnp.int32), jax.random.split(key)[1])
+    step, rng = jax.jit(begin, out_shardings=(shardings.step, shardings.rng))(key)
+    return TrainState(step, variables["params"], variables.get(ROUTER, {}), opt_state, rng)
+
+
+def with_model_of(path: Path, config: TrainConfig) -> TrainConfig:
+    """`config` with the architecture of the weights at `path`, and with its tokenizer if it has one and data none."""
+    model, data = checkpoint_config(path), config.data
+    if data.tokenizer is None and has_tokenizer(path):
+        data = dataclasses.replace(data, tokenizer=str(path))
+    data = dataclasses.replace(data, sequence_length=min(data.sequence_length, model.max_position_embeddings))
+    return dataclasses.replace(config, model=model, data=data)
