@@ -103,13 +103,20 @@ def state_from(
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     if optimizer_state:
         found = read_newest(path, {"opt_state": abstract.opt_state}, check_hashes=check_hashes)["opt_state"]
-        is_place = lambda x: isinstance(x, optax.ScaleByScheduleState)
-        opt_state = jax.tree.map(lambda x: jax.tree.map(jnp.zeros_like, x) if is_place(x) else x, found, is_leaf=is_place)
+        opt_state = jax.tree.map(_at_the_schedules_start, found, is_leaf=lambda x: isinstance(x, _Place))
     else:
         opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(variables["params"])
     begin = lambda key: (jnp.zeros((), jnp.int32), jax.random.split(key)[1])
     step, rng = jax.jit(begin, out_shardings=(shardings.step, shardings.rng))(key)
     return TrainState(step, variables["params"], variables.get(ROUTER, {}), opt_state, rng)
+
+
+_Place = optax.ScaleByScheduleState
+
+
+def _at_the_schedules_start(part: Any) -> Any:
+    """Part of an optimizer's state, whose count of the schedule's steps begins anew."""
+    return _Place(jnp.zeros_like(part.count)) if isinstance(part, _Place) else part
 
 
 def with_model_of(path: Path, config: TrainConfig) -> TrainConfig:
