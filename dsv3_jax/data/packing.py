@@ -107,7 +107,8 @@ class BestFitSequences(grain.MapDataset):  # type: ignore[misc]  # grain has no 
     def __init__(self, documents: Documents, sequence_length: int, seed: int) -> None:
         super().__init__()
         self._documents, self._length, self._seed = documents, sequence_length, seed
-        counts = [len(_bins(documents, block, sequence_length)[1]) for block in range(len(documents.block_tokens))]
+        blocks = range(len(documents.block_tokens))
+        counts = [len(_best_fit(documents, block, sequence_length)[2]) - 1 for block in blocks]
         self._starts = np.cumsum([0, *counts])
         _check_enough(self, documents, sequence_length)
 
@@ -119,8 +120,9 @@ class BestFitSequences(grain.MapDataset):  # type: ignore[misc]  # grain has no 
             return self.slice(index)
         row = int(index) % len(self)
         block = int(np.searchsorted(self._starts, row, side="right")) - 1
-        shard, bins = _bins(self._documents, block, self._length)
-        pieces = self._documents.read(shard, bins[row - int(self._starts[block])])
+        shard, spans, firsts = _best_fit(self._documents, block, self._length)
+        nth = row - int(self._starts[block])
+        pieces = self._documents.read(shard, spans[firsts[nth] : firsts[nth + 1]].tolist())
         arrays = {name: np.zeros(self._length, np.int32) for name in ("tokens", "targets", "segments", "positions")}
         arrays["targets"][:] = IGNORE
         start = 0
@@ -134,25 +136,29 @@ class BestFitSequences(grain.MapDataset):  # type: ignore[misc]  # grain has no 
 
 
 @functools.lru_cache(maxsize=128)
-def _bins(documents: Documents, block: int, length: int) -> tuple[int, list[list[tuple[int, int]]]]:
-    """The shard of a block, and its sequences: spans of tokens, each with one more than it has targets."""
+def _best_fit(documents: Documents, block: int, length: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """The sequences of a block: its shard; (n, 2) spans of tokens, each with one more than it has targets; and of each
+    sequence the first span, (sequences + 1,)."""
     shard, bounds = documents.block(block)
-    spans = []
-    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        spans += [(at, min(at + length, stop - 1) + 1) for at in range(start, stop - 1, length)]
-    spans.sort(key=lambda span: (span[0] - span[1], span[0]))
-    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
-    bins: list[list[tuple[int, int]]] = []
-    for start, stop in spans:
-        size = stop - start - 1
-        place = bisect.bisect_left(rooms, (size, 0))
-        room, number = rooms.pop(place) if place < len(rooms) else (length, len(bins))
-        if number == len(bins):
-            bins.append([])
-        bins[number].append((start, stop))
-        if room > size:
-            bisect.insort(rooms, (room - size, number))
-    return shard, bins
+    targets = np.diff(bounds) - 1
+    pieces = -(-targets // length)
+    nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of its document
+    starts = np.repeat(bounds[:-1], pieces) + nth * length
+    sizes = np.minimum(np.repeat(targets, pieces) - nth * length, length)
+    longest_first = np.lexsort((starts, -sizes))
+    rooms: list[int] = []  # of sequences that aren't full, sorted: tokens that fit << 40 | number of the sequence
+    numbers, count = [], 0
+    for size in sizes[longest_first].tolist():
+        place = bisect.bisect_left(rooms, size << 40)
+        room = rooms.pop(place) if place < len(rooms) else length << 40 | count
+        number = room & (1 << 40) - 1
+        numbers.append(number)
+        count += number == count
+        if (room := room - (size << 40)) >> 40:
+            bisect.insort(rooms, room)
+    together = longest_first[np.argsort(numbers, kind="stable")]
+    spans = np.stack([starts[together], starts[together] + sizes[together] + 1], axis=1)
+    return shard, spans, np.concatenate([[0], np.cumsum(np.bincount(np.array(numbers, np.int64), minlength=count))])
 
 
 def _element(tokens: Any, targets: Any, segments: Any, positions: Any) -> dict[str, np.ndarray]:
