@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import threading
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,10 @@ class EngineConfig:
     max_length: int | None = None
     """Tokens that a prompt and its continuation may have together; by default the model's range."""
     cache_tokens: int | None = None
-    """Tokens that the cache has room for; by default a quarter of max_batch times max_length."""
+    """Tokens that the cache has room for; by default what cache_share allows, and at most max_batch times max_length.
+    On a device that doesn't tell its memory, as a CPU, a quarter of that."""
+    cache_share: float = 0.6
+    """Share that the cache may take of the memory that the loaded model leaves free; the rest is for activations."""
     cache_dtype: str | None = None
     """Dtype of the latents in the cache, by default the runtime's; float8_e4m3fn takes 5/9 of bfloat16's bytes."""
     prefill_chunk: int = 256
@@ -57,6 +60,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.drafts is not None and self.drafts < 0:
             raise ConfigError(f"drafts is {self.drafts}: it must not be negative")
+        if not 0 < self.cache_share < 1:
+            raise ConfigError(f"cache_share is {self.cache_share}: it must be between 0 and 1")
         if self.cache_dtype not in (None, "float32", "bfloat16", "float8_e4m3fn"):
             raise ConfigError(f"cache_dtype is {self.cache_dtype!r}: it must be float32, bfloat16 or float8_e4m3fn")
 
@@ -103,7 +108,7 @@ class Engine:
         limit = c.max_position_embeddings
         if config.max_length is not None and not 2 <= config.max_length <= limit:
             raise ConfigError(f"max_length is {config.max_length}: it must be from 2 to the model's range, {limit}")
-        self.max_length, self.vocab_size = config.max_length or limit, c.vocab_size
+        self.vocab_size = c.vocab_size
         has_mtp = c.num_nextn_predict_layers > 0 and "mtp_0" in variables["params"]
         self.drafts = (1 if has_mtp else 0) if config.drafts is None else config.drafts
         if self.drafts and not has_mtp:
@@ -114,23 +119,18 @@ class Engine:
         self._variables = variables
         self._ends = frozenset(c.eos_token_ids if end_ids is None else end_ids)
 
-        tokens = config.cache_tokens or max(config.max_batch * self.max_length // 4, self.max_length)
-        self._most_pages = -(-(self.max_length + 2 * (self.drafts + 1)) // PAGE)
-        count = 1 + -(-tokens // PAGE)
-        if count <= self._most_pages and config.cache_tokens:
-            raise ConfigError(
-                f"cache_tokens is {config.cache_tokens}: one text of max_length ({self.max_length}) needs "
-                f"{self._most_pages * PAGE}"
-            )
-        count = max(count, 1 + self._most_pages)
-        make = lambda: init_pool(c, model.runtime, count, mtp=self.drafts > 0, dtype=config.cache_dtype)
-        self._pool: PagePool = jax.jit(make)()
-        self._slots = steps.init_slots(config.max_batch, self.drafts)
+        pool = lambda pages: init_pool(c, model.runtime, pages, mtp=self.drafts > 0, dtype=config.cache_dtype)
         devices = {d for x in jax.tree.leaves(variables) if isinstance(x, jax.Array) for d in x.devices()}
+        page_bytes = jax.eval_shape(lambda: pool(1)).bytes
+        ahead = 2 * (self.drafts + 1)  # tokens that two steps write past a text's end
+        self.max_length, count = _sizes(config, limit, ahead, page_bytes, _free_memory(devices))
+        self._most_pages = -(-(self.max_length + ahead) // PAGE)
+        self._pool: PagePool = jax.jit(pool, static_argnums=0)(1 + count)  # and the scratch page
+        self._slots = steps.init_slots(config.max_batch, self.drafts)
         if len(devices) == 1:  # said, as a step's results say it: or its program would be compiled again for them
-            self._pool, self._slots = jax.device_put((self._pool, self._slots), devices.pop())
-        self.bytes_per_token = self._pool.bytes / (count * PAGE)
-        self.pages = PageAllocator(count)
+            self._pool, self._slots = jax.device_put((self._pool, self._slots), next(iter(devices)))
+        self.bytes_per_token = self._pool.bytes / ((1 + count) * PAGE)
+        self.pages = PageAllocator(1 + count)
         self._free_slots = list(range(config.max_batch - 1, -1, -1))
         self._batch_sizes = _buckets(config.max_batch, 4)
         self._table_sizes = _buckets(self._most_pages, 4)
@@ -265,24 +265,33 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
 
-    def warm_up(self) -> int:
+    def warm_up(self, progress: Callable[[int, int], None] = lambda done, count: None) -> int:
         """Compiles the programs of ordinary requests, of every batch and length, before the first comes.
 
-        Returns how many there are. Penalties, grammars and log-probabilities have programs of their own.
+        progress: called with how many are done, of how many. Returns the latter. Penalties, grammars and
+        log-probabilities have programs of their own.
         """
-        nobody = np.array([self.config.max_batch], np.int32)
+        programs: list[Callable[[], Any]] = []
         for table in self._table_sizes:
-            tables = np.full((1, table), SCRATCH, np.int32)
             for size in self._chunk_sizes:
-                tokens = np.zeros((1, size), np.int32)
-                none = np.zeros(1, np.int32)
-                self._prefill(
-                    tokens, tokens, tables, nobody, none, none, np.zeros(1, bool), [_GREEDY], [0], None, False, False
-                )
-            for batch in self._batch_sizes:
-                for drafts in {0, self.drafts} if batch > self.config.drafts_up_to else {self.drafts}:
-                    self._decode([], batch, table, drafts, False, False)
-        return len(self._programs)
+                if size <= table * PAGE or table == self._most_pages:
+                    programs.append(functools.partial(self._prefill_nothing, size, table))
+            for before, batch in zip([0, *self._batch_sizes], self._batch_sizes, strict=False):
+                up_to = self.config.drafts_up_to
+                for drafts in {self.drafts} if batch <= up_to else {0} if before >= up_to else {0, self.drafts}:
+                    programs.append(functools.partial(self._decode, [], batch, table, drafts, False, False))
+        for done, program in enumerate(programs):
+            progress(done, len(programs))
+            jax.block_until_ready(program())
+        progress(len(programs), len(programs))
+        return len(programs)
+
+    def _prefill_nothing(self, size: int, table: int) -> steps.Drawn:
+        tokens, tables = np.zeros((1, size), np.int32), np.full((1, table), SCRATCH, np.int32)
+        none, nobody = np.zeros(1, np.int32), np.array([self.config.max_batch], np.int32)
+        return self._prefill(
+            tokens, tokens, tables, nobody, none, none, np.zeros(1, bool), [_GREEDY], [0], None, False, False
+        )
 
     # The thread.
 
@@ -534,6 +543,36 @@ class Engine:
         padded = r.pages + [SCRATCH] * (self._most_pages - len(r.pages))
         self._pool = steps.clear(self._pool, np.array(padded, np.int32))
         r.request.put(Step([], error=message))
+
+
+def _sizes(config: EngineConfig, limit: int, ahead: int, page_bytes: int, free: int | None) -> tuple[int, int]:
+    """Tokens of the longest text, and pages of the cache.
+
+    limit: the model's range. ahead: tokens that a text needs room for besides its own. free: bytes of memory, if known.
+    Raises ConfigError if there is no room for one text.
+    """
+    pages_of = lambda length: -(-(length + ahead) // PAGE)
+    length, said = config.max_length or limit, f"cache_tokens is {config.cache_tokens}"
+    if config.cache_tokens is not None:
+        pages = -(-config.cache_tokens // PAGE)
+    elif free is None:
+        pages = max(config.max_batch * pages_of(length) // 4, pages_of(length))
+    else:
+        room = int(config.cache_share * free / page_bytes)
+        said = f"cache_share ({config.cache_share}) of the {free / 2**30:.1f} GiB that are free is {room * PAGE} tokens"
+        if config.max_length is None:
+            length = max(min(length, room * PAGE - ahead), 2)
+        pages = min(config.max_batch * pages_of(length), room)
+    if pages < pages_of(length):
+        raise ConfigError(f"{said}: one text of max_length ({length}) needs {pages_of(length) * PAGE}")
+    return length, pages
+
+
+def _free_memory(devices: Collection[jax.Device]) -> int | None:
+    """Bytes, on the device that has the fewest; None where devices don't tell, as a CPU."""
+    stats = [d.memory_stats() for d in devices]
+    told = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s]
+    return min(told, default=None)
 
 
 def _buckets(most: int, factor: int) -> list[int]:

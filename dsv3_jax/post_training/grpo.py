@@ -99,7 +99,7 @@ def grpo(
         raise ConfigError(
             f"length is {config.length}: a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed it"
         )
-    sizes = EngineConfig(max_batch=config.prompts * config.samples, max_length=config.length, drafts=0)
+    sizes = EngineConfig(max_batch=config.prompts * config.samples, max_length=config.length, drafts=0, cache_share=0.2)
     ends = {tokenizer.eos_id} if end_ids is None else set(end_ids)
     engine = Engine(model, state.variables, sizes, end_ids=ends)
     step = jax.jit(make_train_step(model, optimizer, loss), donate_argnums=0)

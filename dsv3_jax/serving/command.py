@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +16,9 @@ from dsv3_jax.checkpoint import load_pretrained
 from dsv3_jax.inference.engine import Engine, EngineConfig
 from dsv3_jax.inference.generation_config import read_generation_config
 from dsv3_jax.inference.text import end_tokens
+from dsv3_jax.model.auto import PAGE
 from dsv3_jax.serving.generate_command import check_tokenizer, chosen_template, chosen_tokenizer
-from dsv3_jax.serving.server import Address, Server, run
+from dsv3_jax.serving.server import Address, Server, bind, run
 from dsv3_jax.serving.service import Limits, Service
 
 _KEY = "DSV3_JAX_API_KEY"
@@ -63,11 +66,20 @@ def serve_command(args: ServeArgs) -> None:
         raise FileNotFoundError(f"{args.model} is no directory: give that of a training run or checkpoint")
     tokenizer = chosen_tokenizer(args.model, args.tokenizer)
     template = chosen_template(args.model, args.chat_template, tokenizer)
+    address = Address(args.host, args.port, args.api_key or os.environ.get(_KEY), args.grace_seconds)
+    bound = bind(address)  # before what takes long
     model, variables = load_pretrained(args.model, check_hashes=args.check_hashes)
     check_tokenizer(tokenizer, model.config, args.tokenizer or f"of {args.model}")
     ends = end_tokens(args.model, model.config, tokenizer)
+    engine = Engine(model, variables, args.engine, end_ids=ends)
+    room = engine.pages.total * PAGE
+    _say(
+        f"cache of {room:,} tokens, {room * engine.bytes_per_token / 2**30:.2f} GiB; texts of up to {engine.max_length:,} tokens, "
+        f"{args.engine.max_batch} at a time; {engine.drafts} drafts per step"
+    )
+    engine.warm_up(_Progress())
     service = Service(
-        Engine(model, variables, args.engine, end_ids=ends),
+        engine,
         tokenizer,
         end_ids=ends,
         template=template,
@@ -75,9 +87,26 @@ def serve_command(args: ServeArgs) -> None:
         model_name=args.model_name or args.model.resolve().name,
         limits=args.limits,
     )
-    key = args.api_key or os.environ.get(_KEY)
-    server = Server(service, Address(args.host, args.port, key, args.grace_seconds))
     chat = "with" if template else "without"
-    run(
-        server, lambda url: print(f"{service.model_name} at {url}, {chat} a chat template", file=sys.stderr, flush=True)
-    )
+    run(Server(service, address), bound, lambda url: _say(f"{service.model_name} at {url}, {chat} a chat template"))
+
+
+class _Progress:
+    """Says how many programs are compiled, at most every five seconds."""
+
+    def __init__(self) -> None:
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, done: int, count: int) -> None:
+        now = time.monotonic()
+        if done == count:
+            _say(f"{count} programs compiled in {now - self._began:.0f} s")
+        elif done and now - self._said > 5:
+            left = datetime.timedelta(seconds=round((now - self._began) / done * (count - done)))
+            _say(f"compiling: {done} of {count} programs, {left} left")
+            self._said = now
+
+
+def _say(line: str) -> None:
+    """Tells the user, on standard error."""
+    print(line, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ import functools
 import hmac
 import ipaddress
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -290,7 +291,7 @@ def _is_local(host: str) -> bool:
 class _Uvicorn(uvicorn.Server):
     """Uvicorn, which on SIGTERM goes on answering until running requests have finished, new ones with 503."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, ready: Callable[[], None]) -> None:
         super().__init__(
             uvicorn.Config(
                 server.app,
@@ -301,8 +302,12 @@ class _Uvicorn(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
-        self._server = server
+        self._server, self._ready = server, ready
         self._drain: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self._server.draining:  # asked twice: at once
@@ -327,18 +332,21 @@ class _Uvicorn(uvicorn.Server):
         return stop
 
 
-def run(server: Server, ready: Callable[[str], None]) -> None:
-    """Serves until SIGTERM or Ctrl-C. ready: called with the server's URL once it listens.
+def bind(address: Address) -> socket.socket:
+    """A socket at an address, which doesn't listen yet. Raises OSError if the address can't be used."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((address.host, address.port))
+    except OSError as error:
+        bound.close()
+        raise OSError(f"{address.host}:{address.port} can't be listened on: {error.strerror}") from None
+    return bound
 
-    Raises OSError if the address can't be used.
-    """
-    uvicorn_server = _Uvicorn(server)
 
-    async def serve() -> None:
-        uvicorn_server.config.load()
-        sockets = [uvicorn_server.config.bind_socket()]
-        host = f"[{server.address.host}]" if ":" in server.address.host else server.address.host
-        ready(f"http://{host}:{sockets[0].getsockname()[1]}")
-        await uvicorn_server.serve(sockets)
-
-    asyncio.run(serve())
+def run(server: Server, bound: socket.socket, ready: Callable[[str], None]) -> None:
+    """Serves at a socket of `bind` until SIGTERM or Ctrl-C. ready: called with the server's URL once it listens."""
+    host = f"[{server.address.host}]" if ":" in server.address.host else server.address.host
+    url = f"http://{host}:{bound.getsockname()[1]}"
+    _Uvicorn(server, lambda: ready(url)).run([bound])
