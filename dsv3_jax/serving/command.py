@@ -74,8 +74,9 @@ def serve_command(args: ServeArgs) -> None:
     engine = Engine(model, variables, args.engine, end_ids=ends)
     room = engine.pages.total * PAGE
     _say(
-        f"cache of {room:,} tokens, {room * engine.bytes_per_token / 2**30:.2f} GiB; texts of up to {engine.max_length:,} tokens, "
-        f"{args.engine.max_batch} at a time; {engine.drafts} drafts per step"
+        f"cache of {room:,} tokens, {room * engine.bytes_per_token / 2**30:.2f} GiB; "
+        f"texts of up to {engine.max_length:,} tokens, {args.engine.max_batch} at a time, "
+        f"{engine.drafts} drafts per step"
     )
     engine.warm_up(_Progress())
     service = Service(
