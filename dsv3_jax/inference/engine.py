@@ -119,7 +119,9 @@ class Engine:
         self._variables = variables
         self._ends = frozenset(c.eos_token_ids if end_ids is None else end_ids)
 
-        pool = lambda pages: init_pool(c, model.runtime, pages, mtp=self.drafts > 0, dtype=config.cache_dtype)
+        def pool(pages: int) -> PagePool:
+            return init_pool(c, model.runtime, pages, mtp=self.drafts > 0, dtype=config.cache_dtype)
+
         devices = {d for x in jax.tree.leaves(variables) if isinstance(x, jax.Array) for d in x.devices()}
         page_bytes = jax.eval_shape(lambda: pool(1)).bytes
         ahead = 2 * (self.drafts + 1)  # tokens that two steps write past a text's end
@@ -551,7 +553,10 @@ def _sizes(config: EngineConfig, limit: int, ahead: int, page_bytes: int, free: 
     limit: the model's range. ahead: tokens that a text needs room for besides its own. free: bytes of memory, if known.
     Raises ConfigError if there is no room for one text.
     """
-    pages_of = lambda length: -(-(length + ahead) // PAGE)
+
+    def pages_of(length: int) -> int:
+        return -(-(length + ahead) // PAGE)
+
     length, said = config.max_length or limit, f"cache_tokens is {config.cache_tokens}"
     if config.cache_tokens is not None:
         pages = -(-config.cache_tokens // PAGE)
