@@ -7,7 +7,7 @@ from pathlib import Path
 import grain
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.data import BestFitSequences, PackedSequences
@@ -39,12 +39,17 @@ def test_every_token_in_order_once(lengths, length, seed, epoch, shards):
         check_every_token_once(data, offsets, length, seed, epoch)
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_every_token_once_of_lengths_from_1_to_a_million(tmp_path, monkeypatch, shards):
-    monkeypatch.setattr(shards_module, "CHUNK", 8192)
-    many = [1, 10**6, 2, 7, 4096, 4097, 100_000, 1, 1, 33_333]
-    data, offsets = counted(tmp_path, many, shards=shards)
-    check_every_token_once(data, offsets, 4096, seed=5, epoch=2)
+any_length = st.floats(0, 6).map(lambda power: round(10**power)) | st.sampled_from([1, 4095, 4096, 4097, 10**6])
+
+
+@given(st.lists(any_length, min_size=1, max_size=9), st.integers(1000, 9000), st.integers(0, 3), st.integers(1, 3))
+@example([1, 10**6, 2, 7, 4096, 4097, 100_000, 1, 1, 33_333], 4096, 2, 3)
+@settings(max_examples=8)
+def test_every_token_once_of_lengths_from_1_to_a_million(lengths, length, epoch, shards):
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(shards_module, "CHUNK", 8192)
+        data, offsets = counted(Path(folder), lengths, shards=shards)
+        check_every_token_once(data, offsets, length, 5, epoch)
 
 
 def check_every_token_once(data, offsets, length, seed, epoch):
@@ -57,7 +62,8 @@ def check_every_token_once(data, offsets, length, seed, epoch):
     targets = np.concatenate([row["targets"] for row in rows])
     # Recover the documents' order from where each begins, and rebuild the epoch from it.
     document = np.searchsorted(offsets, np.append(tokens, targets[-1]), side="right") - 1
-    order = list(dict.fromkeys(document.tolist()))
+    order = document[np.insert(np.diff(document) != 0, 0, True)]
+    assert len(np.unique(order)) == len(order)
     stream = np.concatenate([np.arange(offsets[d], offsets[d + 1]) for d in order])[: len(tokens) + 1]
     np.testing.assert_array_equal(tokens, stream[:-1])
     np.testing.assert_array_equal(targets, stream[1:])
