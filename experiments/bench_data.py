@@ -1,18 +1,21 @@
 """Measures the data path: preparing against the tokenizer alone, memory, start-up, random access.
 
-python experiments/bench_data.py [rate] [memory] [start] --scale 1.0
+python experiments/bench_data.py [rate] [memory] [start] [kills] --scale 1.0
 
 `rate` compares `prepare` with `tokenizers.encode_batch` on the same text and cores. `memory` prepares a generated JSONL
-of 5 GB that holds one document of 500 MB. `start` opens a generated corpus of 2 billion tokens.
+of 5 GB that holds one document of 500 MB. `start` opens a generated corpus of 2 billion tokens. `kills` ends `prepare`
+with SIGKILL at ten random moments, goes on each time, and compares the bytes with those of a run that nothing stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gzip
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +24,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax.data.sources import find_files
@@ -29,14 +34,14 @@ from dsv3_jax.data.sources import find_files
 def main() -> None:
     """Runs what was asked for, and prints lines of a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["rate", "memory", "start"])
+    parser.add_argument("what", nargs="*", default=["rate", "memory", "start", "kills"])
     parser.add_argument("--scale", type=float, default=1.0, help="of the sizes")
     parser.add_argument("--directory", type=Path, default=None, help="where to work; a temporary one by default")
     arguments = parser.parse_args()
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, {platform.processor() or platform.machine()}")
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         for name in arguments.what:
-            {"rate": rate, "memory": memory, "start": start}[name](Path(folder), arguments.scale)
+            {"rate": rate, "memory": memory, "start": start, "kills": kills}[name](Path(folder), arguments.scale)
 
 
 def rate(folder: Path, scale: float) -> None:
@@ -124,6 +129,48 @@ for name, packing in (("concatenate", config.packing), ("best_fit", "best_fit"))
 print(f"resident memory grew by {(resident() - before) / 1e6:.0f} MB")
 it.stop()
 """
+
+
+def kills(folder: Path, scale: float) -> None:
+    """Kills `prepare` of JSONL (plain, gzip), parquet and a long text at ten moments of a run's time."""
+    source, rng = folder / "kills", np.random.default_rng()
+    source.mkdir()
+    texts = corpus()
+    lines = [json.dumps({"text": text}) + "\n" for _ in range(max(int(4 * scale), 1)) for text in texts]
+    (source / "a.jsonl").write_text("".join(lines))
+    with gzip.open(source / "b.jsonl.gz", "wt", compresslevel=1) as file:
+        file.writelines(lines)
+    pq.write_table(pa.table({"text": texts}), source / "c.parquet", row_group_size=200)
+    (source / "d.txt").write_text("".join(texts) * 2)
+    options = ["--shard-tokens", "2000000", "--deduplicate", "--workers", "2"]
+    began = time.perf_counter()
+    prepare(source, folder / "straight", *options)
+    seconds = time.perf_counter() - began
+    command = [sys.executable, "-m", "dsv3_jax", "prepare", str(source), str(folder / "killed"), *options]
+    same, finished = True, 0
+    for moment in [*rng.uniform(0, seconds, 10), None]:
+        if (folder / "killed").exists():
+            same, finished = same and contents(folder / "killed") == contents(folder / "straight"), finished + 1
+            shutil.rmtree(folder / "killed")
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            progress = folder / "killed.partial" / "progress.json"
+            parts = json.loads(progress.read_text())["parts"] if progress.exists() else 0
+            print(f"killed after {moment:.1f} s, when {parts} parts were whole")
+    same = same and contents(folder / "killed") == contents(folder / "straight")
+    print(
+        f"prepare of {sum(p.stat().st_size for p in source.iterdir()) / 1e6:.0f} MB, {seconds:.1f} s without a stop; "
+        f"finished {finished + 1} times: {'the same bytes' if same else 'OTHER BYTES'}"
+    )
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Each file's bytes by its name."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def generate(directory: Path, tokens: int) -> Path:

@@ -38,7 +38,7 @@ _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<s
 
 _BATCH = 1 << 20
 """Bytes or characters of documents that go to a process together."""
-_LONG = 1 << 23
+_LONG = 1 << 21
 """Bytes or characters from which a document is tokenised in pieces, in memory that doesn't grow with it."""
 _PIECE = 1 << 20
 

@@ -102,6 +102,15 @@ def test_equals_grain_concat_then_split(lengths, length, epoch):
             np.testing.assert_array_equal(mine["positions"], row["x_positions"])
 
 
+def test_documents_of_a_block_are_shuffled_in_each_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "BLOCK", 64)
+    data, _ = counted(tmp_path, [5] * 64)
+    packed = PackedSequences(data, 319, 0)
+    orders = [tuple(packed[epoch]["tokens"][::5] // 5) for epoch in range(4)]
+    assert all(sorted(order) == list(range(64)) for order in orders)
+    assert len({*orders, tuple(range(64))}) == 5
+
+
 def test_epochs_differ_and_repeat(tmp_path):
     data, _ = counted(tmp_path, [5] * 40)
     packed, again = PackedSequences(data, 7, seed=3), PackedSequences(data, 7, seed=3)
