@@ -7,11 +7,12 @@ A shard is a stream of documents' tokens in records of `CHUNK` tokens, then the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class ShardWriter:
     """Writes one shard.
 
     dtype: uint16, or int32 for larger vocabularies and for chats, in which a token that isn't to be predicted is stored
-    as its complement, a negative number.
+    as its complement, a negative number. Raises ConfigError where the disk takes no more.
     """
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
@@ -61,8 +62,19 @@ class ShardWriter:
         tokens = np.concatenate(self._pending).astype(self._dtype)
         whole = len(tokens) if all_of_them else len(tokens) // CHUNK * CHUNK
         for start in range(0, whole, CHUNK):
-            self._writer.write(tokens[start : min(start + CHUNK, whole)].tobytes())
+            self._write(tokens[start : min(start + CHUNK, whole)])
         self._pending = [tokens[whole:]]
+
+    def _write(self, record: np.ndarray) -> None:
+        with self._writing():
+            self._writer.write(record.tobytes())
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # no room, for one
+            raise ConfigError(f"can't write {self.path}: {' '.join(str(error).split())[:200]}") from None
 
     def close(self) -> dict[str, Any]:
         """Puts the shard on disk. Returns its entry of the index."""
@@ -70,8 +82,9 @@ class ShardWriter:
             self._write_chunks(all_of_them=True)
         ends = np.array(self._ends, "<i8")
         for start in range(0, len(ends), BLOCK):
-            self._writer.write(ends[start : start + BLOCK].tobytes())
-        self._writer.close()
+            self._write(ends[start : start + BLOCK])
+        with self._writing():
+            self._writer.close()
         sync(self.path)
         return {
             "file": self.path.name,

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import ByteTokenizer, PrepareOptions, load_tokenizer, prepare, sources
+from dsv3_jax.data.shards import ShardWriter
 from dsv3_jax.data.sources import LongDocument, cut, find_files, json_text
 from dsv3_jax.data.tokenize import Tokenize
 
@@ -368,6 +369,13 @@ def test_killed_at_any_moment_and_gone_on_with_it_is_the_same_bytes(tmp_path):
         assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
     assert kills
     assert tree(tmp_path / "made") == tree(straight)
+
+
+def test_a_full_disk_is_named():
+    writer = ShardWriter(Path("/dev/full"), np.dtype("uint16"))
+    with pytest.raises(ConfigError, match=r"can't write /dev/full: .*No space left on device"):
+        for _ in range(100):  # the library writes behind
+            writer.add(np.zeros(10**5, np.uint16))
 
 
 def test_another_unfinished_job_is_not_mixed_in(tmp_path, monkeypatch):
