@@ -110,6 +110,9 @@ class _EngineCollector:
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=_LABELS)
             gauge.add_metric(self._labels, value)
             yield gauge
+        programs = GaugeMetricFamily("dsv3_jax:programs", "Programs that the engine has compiled.", labels=_LABELS)
+        programs.add_metric(self._labels, stats.programs)
+        yield programs
         for name, text, value in (
             ("num_preemptions", "Requests that gave up their pages for others and began again.", stats.preemptions),
             ("prefix_cache_queries", "Tokens of prompts looked for in the cache.", stats.prefix_queries),

@@ -81,4 +81,5 @@ class ScriptedEngine:
             draft_tokens=20,
             accepted_tokens=15,
             accepted_per_position=[9, 6],
+            programs=27,
         )
