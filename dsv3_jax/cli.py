@@ -112,7 +112,7 @@ def _train(arguments: list[str]) -> None:
     from dsv3_jax.compilation_cache import keep_compiled_programs
     from dsv3_jax.parallel.processes import Processes, join, last_words
     from dsv3_jax.training.config import TrainArgs, TrainConfig
-    from dsv3_jax.training.directory import CONFIG
+    from dsv3_jax.training.directory import CONFIG, has_begun
     from dsv3_jax.training.initial import with_model_of
     from dsv3_jax.training.trainer import train
 
@@ -121,6 +121,7 @@ def _train(arguments: list[str]) -> None:
     first.add_argument("--preset")
     first.add_argument("--run-dir", "--run_dir", type=Path)
     first.add_argument("--resume", action=argparse.BooleanOptionalAction)
+    first.add_argument("--auto-resume", "--auto_resume", action=argparse.BooleanOptionalAction)
     first.add_argument("--init-from", "--init_from", type=Path)
     first.add_argument("--processes.coordinator", dest="coordinator")
     first.add_argument("--processes.count", dest="count", type=int)
@@ -131,15 +132,16 @@ def _train(arguments: list[str]) -> None:
         raise ConfigError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}")
     join(Processes(known.coordinator, known.count, known.index))  # before JAX is asked for its devices
     run_dir = known.run_dir or Path("runs") / preset
+    resume = known.resume or (known.auto_resume and has_begun(run_dir))
     config = TrainConfig.preset(preset, jax.default_backend())
-    if known.init_from and not known.resume:
+    if known.init_from and not resume:
         config = with_model_of(known.init_from, config)
     if any(argument.replace("_", "-").startswith("--model.rope-scaling.") for argument in arguments):
         config = dataclasses.replace(config, model=_with_yarn(config.model))
     default = TrainArgs(config, preset=preset, run_dir=run_dir)
-    if known.resume and (run_dir / CONFIG).exists():
+    if resume and (run_dir / CONFIG).exists():
         own = TrainConfig.from_json(run_dir / CONFIG)
-        if known.preset:
+        if known.preset and not known.init_from:  # whose model it is then
             differences = _parse(TrainArgs, "train", arguments, default).config.differences(own)
             if others := [line for line in differences if line.startswith("model.")]:
                 raise ConfigError(f"{run_dir} holds a run of another model than --preset {preset}: {'; '.join(others)}")
@@ -147,7 +149,7 @@ def _train(arguments: list[str]) -> None:
     chosen = _parse(TrainArgs, "train", arguments, default)
     print(keep_compiled_programs())
     with last_words():
-        result = train(chosen.config, chosen.run_dir, resume=chosen.resume, check_hashes=chosen.check_hashes).metrics
+        result = train(chosen.config, chosen.run_dir, resume=bool(resume), check_hashes=chosen.check_hashes).metrics
     if result["stopped"]:
         again = ["python", "-m", "dsv3_jax", "train", "--run-dir", str(chosen.run_dir), "--resume"]
         for name, value in dataclasses.asdict(chosen.processes).items():

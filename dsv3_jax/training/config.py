@@ -238,6 +238,9 @@ class TrainArgs:
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint, with its own config, on the same or another mesh. Options
     that don't change what is computed may change."""
+    auto_resume: bool = False
+    """Continue the run in run_dir as with --resume if it has begun, else start it: for a job that is started again with
+    the same command after it ended in any way."""
     check_hashes: bool = True
     """With --resume or --init-from: compare the checkpoint's files with the hashes that were saved with them."""
     processes: Processes = dataclasses.field(default_factory=Processes)

@@ -36,20 +36,17 @@ def check_directory(config: TrainConfig, directory: Path, *, resume: bool) -> No
     if not path.exists():
         if resume:
             raise ConfigError(f"{directory} holds no run to resume: start it without --resume")
-        if directory.exists() and {p.name for p in directory.iterdir()} - {LOCK}:
+        if directory.exists() and _visible(directory) - {LOCK}:
             raise ConfigError(f"{directory} is not empty and holds no run: choose another --run-dir")
         return
     before = TrainConfig.from_json(path)
-    saved = checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
-    if not saved and not resume:
-        others = {p.name for p in directory.iterdir() if not p.name.startswith(".")} - _AT_THE_START
-        if not others:
-            return  # it ended before its first checkpoint and has nothing to lose
+    if not resume and not has_begun(directory):
+        return
     if differences := config.differences(before):
         raise ConfigError(
             f"{directory} holds a run of another config ({'; '.join(differences)}): choose another --run-dir"
         )
-    if not saved:
+    if not _saved(directory):
         raise ConfigError(
             f"{directory} holds a run, but {checkpoints} has no checkpoint to go on from: put them back there, or "
             "start anew with another --run-dir"
@@ -58,6 +55,23 @@ def check_directory(config: TrainConfig, directory: Path, *, resume: bool) -> No
         raise ConfigError(
             f"{directory} holds this run already: add --resume to continue it, or choose another --run-dir"
         )
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether `directory` holds a run that has something to lose: one that ended before its first checkpoint hasn't."""
+    if not (directory / CONFIG).exists():
+        return False
+    return _saved(directory) or bool(_visible(directory) - _AT_THE_START)
+
+
+def _saved(directory: Path) -> bool:
+    checkpoints = directory / CHECKPOINTS
+    return checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
+
+
+def _visible(directory: Path) -> set[str]:
+    """Names in a directory; those with a dot are files that a crash left unfinished."""
+    return {p.name for p in directory.iterdir() if not p.name.startswith(".")}
 
 
 @contextlib.contextmanager
@@ -95,15 +109,22 @@ def locked(directory: Path) -> Iterator[str]:
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
-def hashes(files: dict[str, Path]) -> dict[str, str]:
+def hashes(files: dict[str, bytes]) -> dict[str, str]:
     """The xxh3_128 of each file's bytes."""
-    return {name: xxhash.xxh3_128_hexdigest(file.read_bytes()) for name, file in sorted(files.items())}
+    return {name: xxhash.xxh3_128_hexdigest(data) for name, data in sorted(files.items())}
 
 
-def write_config(directory: Path, config: TrainConfig, tokenizer: dict[str, str]) -> None:
-    """Writes `config.json`: the run's config, under `tokenizer_files` its tokenizer's hashes, under `seal` its own."""
-    content = seal(dataclasses.asdict(config) | {"tokenizer_files": tokenizer})
+def write_config(directory: Path, config: TrainConfig, tokenizer: str | Path | None) -> None:
+    """Writes `config.json`, and copies the tokenizer's files, each of them whole or not at all.
+
+    `config.json` is the run's config, under `tokenizer_files` its tokenizer's hashes, under `seal` its own. It comes
+    first: files without it would be those of somebody else.
+    """
+    files = {name: file.read_bytes() for name, file in tokenizer_sources(tokenizer).items()}
+    content = seal(dataclasses.asdict(config) | {"tokenizer_files": hashes(files)})
     replace_file(directory / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
+    for name, data in files.items():
+        replace_file(directory / name, data)
 
 
 def check_config(config: TrainConfig) -> None:
@@ -115,14 +136,6 @@ def check_config(config: TrainConfig) -> None:
     build_dataclass(TrainConfig, kept, "the run's config")
 
 
-def keep_tokenizer(directory: Path, path: str | Path | None) -> dict[str, str]:
-    """Copies the tokenizer's files into the run's directory, whole or not at all; returns their hashes."""
-    files = tokenizer_sources(path)
-    for name, file in files.items():
-        replace_file(directory / name, file.read_bytes())
-    return hashes(files)
-
-
 def kept_tokenizer(directory: Path, path: str | Path | None) -> str | Path | None:
     """Where a run that goes on finds its tokenizer: its own copy, else (a run that kept none) `path`.
 
@@ -131,7 +144,7 @@ def kept_tokenizer(directory: Path, path: str | Path | None) -> str | Path | Non
     recorded = kept_files(directory)
     if not recorded:
         return path
-    given = {name: file for name, file in tokenizer_sources(path).items() if file.is_file()}
+    given = {name: file.read_bytes() for name, file in tokenizer_sources(path).items() if file.is_file()}
     if given and hashes(given) != recorded:
         raise ConfigError(f"data.tokenizer is {path}, but {directory} was trained with another one, which it keeps")
     return directory

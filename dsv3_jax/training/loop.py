@@ -19,7 +19,7 @@ from dsv3_jax.model.auto import choices
 from dsv3_jax.parallel.placement import any_process
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.config import TrainConfig, traced_steps
-from dsv3_jax.training.directory import CONFIG, METRICS, keep_tokenizer, replace_file, write_config
+from dsv3_jax.training.directory import CONFIG, METRICS, replace_file, write_config
 from dsv3_jax.training.guard import Guard, TrainingError, name_not_finite, stop_on_signal, watchdog
 from dsv3_jax.training.metrics import MetricsLog, plot_metrics, read_metrics
 from dsv3_jax.training.report import progress, report
@@ -95,7 +95,7 @@ class Loop:
         config, setup = self.config, self.setup
         state = self._restore() if resume else setup.first_state(check_hashes=check_hashes)
         if self.primary:
-            write_config(self.directory, config, keep_tokenizer(self.directory, tokenizer_path))
+            write_config(self.directory, config, tokenizer_path)
         if not resume:
             if config.init_from:
                 self.console.print(f"starting from the weights of {config.init_from}", soft_wrap=True)

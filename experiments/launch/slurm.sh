@@ -13,10 +13,9 @@ set -euo pipefail
 RUN_DIR=${RUN_DIR:?a directory that all nodes see, for checkpoints and metrics}
 DATA=${DATA:?a folder of text, JSONL or parquet files that all nodes see}
 TOKENIZER=${TOKENIZER:?a tokenizer.json}
-RESUME=$([ -e "$RUN_DIR/metrics.jsonl" ] && echo --resume || true) # a requeued job goes on from its last checkpoint
 
-# shellcheck disable=SC2086
-srun .venv/bin/python -m dsv3_jax train --preset v3-671b --run-dir "$RUN_DIR" $RESUME \
+# A requeued job goes on from its last checkpoint.
+srun .venv/bin/python -m dsv3_jax train --preset v3-671b --run-dir "$RUN_DIR" --auto-resume \
   --processes.coordinator auto \
   --data.source "$DATA" --data.tokenizer "$TOKENIZER" \
   --mesh.stage 16 --mesh.data 2 --mesh.node 8 --mesh.expert 8 \

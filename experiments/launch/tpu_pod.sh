@@ -13,8 +13,7 @@ TOKENIZER=${TOKENIZER:?a tokenizer.json that all hosts see}
 gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all --command "
   cd dsv3_jax && make setup &&
   .venv/bin/pip install --quiet 'jax[tpu]' &&
-  .venv/bin/python -m dsv3_jax train --preset v3-671b --run-dir '$RUN_DIR' \
-    \$([ -e '$RUN_DIR/metrics.jsonl' ] && echo --resume) \
+  .venv/bin/python -m dsv3_jax train --preset v3-671b --run-dir '$RUN_DIR' --auto-resume \
     --processes.coordinator auto \
     --data.source '$DATA' --data.tokenizer '$TOKENIZER' \
     --mesh.fsdp 16 --mesh.expert 64 --mesh.tensor 2 \

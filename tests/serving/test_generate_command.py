@@ -18,7 +18,7 @@ from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.generation_config import GenerationConfig, read_generation_config
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.training.checkpoints import Checkpoints
-from dsv3_jax.training.directory import keep_tokenizer, write_config
+from dsv3_jax.training.directory import write_config
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import init_state
@@ -178,8 +178,7 @@ def trained(tmp_path_factory):
     config = small_config("", "single", vocab_size=64)
     data = dataclasses.replace(config.data, tokenizer=str(directory / "mine.json"))
     (directory / "run").mkdir()
-    kept = keep_tokenizer(directory / "run", data.tokenizer)
-    write_config(directory / "run", dataclasses.replace(config, data=data), kept)
+    write_config(directory / "run", dataclasses.replace(config, data=data), data.tokenizer)
     model = DeepSeekV3(config.model, config.runtime)
     optimizer = make_optimizer(config.optimizer, Schedule(config.schedule))
     checkpoints = Checkpoints(directory / "run/checkpoints", keep=1)

@@ -18,7 +18,7 @@ from dsv3_jax.data import load_tokenizer
 from dsv3_jax.training.directory import (
     check_config,
     check_directory,
-    keep_tokenizer,
+    has_begun,
     kept_tokenizer,
     locked,
     write_config,
@@ -42,7 +42,7 @@ def tokenizer(tmp_path):
 def run(tokenizer, tmp_path):
     directory = tmp_path / "run"
     directory.mkdir()
-    write_config(directory, small_config("", "single"), keep_tokenizer(directory, tokenizer))
+    write_config(directory, small_config("", "single"), tokenizer)
     return directory
 
 
@@ -73,9 +73,39 @@ def test_another_tokenizer_is_refused(tokenizer, run):
 
 
 def test_bytes_have_no_files(tmp_path):
-    assert keep_tokenizer(tmp_path, None) == keep_tokenizer(tmp_path, "bytes") == {}
-    write_config(tmp_path, small_config("", "single"), {})
-    assert kept_tokenizer(tmp_path, None) is None
+    for tokenizer in (None, "bytes"):
+        write_config(tmp_path, small_config("", "single"), tokenizer)
+        assert kept_tokenizer(tmp_path, None) is None
+        assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_when_a_run_has_begun(tokenizer, tmp_path, monkeypatch):
+    """One that was killed before its first checkpoint starts anew; one whose checkpoints are away doesn't."""
+    config, directory = small_config("", "single"), tmp_path / "run"
+    assert not has_begun(directory)
+    directory.mkdir()
+    write_bytes = Path.write_bytes
+
+    def killed(self, content):
+        write_bytes(self, content[:9])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_bytes", killed)
+        write_config(directory, config, tokenizer)
+    check_directory(config, directory, resume=False)
+    write_config(directory, config, tokenizer)
+    (directory / "checkpoints/0.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert not has_begun(directory)
+    check_directory(config, directory, resume=False)
+    (directory / "checkpoints/0").mkdir()
+    assert has_begun(directory)
+    check_directory(config, directory, resume=True)
+    (directory / "checkpoints/0").rmdir()
+    (directory / "metrics.jsonl").touch()
+    assert has_begun(directory)
+    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
+        check_directory(config, directory, resume=True)
 
 
 HOLD = """
@@ -110,7 +140,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
 
 def test_a_run_that_saved_nothing_may_start_again(tmp_path):
     config = small_config("", "single")
-    write_config(tmp_path, config, {})
+    write_config(tmp_path, config, None)
     check_directory(config, tmp_path, resume=False)
     with pytest.raises(ConfigError, match="has no checkpoint to go on from"):
         check_directory(config, tmp_path, resume=True)

@@ -75,8 +75,8 @@ def test_a_run_leaves_everything(straight):
 def test_killed_and_resumed_equals_straight(straight, tmp_path):
     """kill -9 somewhere after the checkpoint of step 30; the resumed run's parameters are the same bits."""
     directory = tmp_path / "run"
-    arguments = command("train", "--run-dir", directory, *SMALL)
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = ["train", "--run-dir", directory, *SMALL, "--auto-resume"]
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not (directory / "checkpoints" / "30").exists():
         assert process.poll() is None, "the run ended before it could be killed"
@@ -85,7 +85,7 @@ def test_killed_and_resumed_equals_straight(straight, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (directory / "checkpoints" / "60").exists(), "the run finished before it was killed"
-    assert run_in_process("train", "--run-dir", directory, *SMALL, "--resume") == 0
+    assert run_in_process(*arguments) == 0
     resumed, expected = parameters(directory), parameters(straight)
     assert resumed.keys() == expected.keys()
     for name, value in expected.items():
