@@ -148,7 +148,7 @@ def main() -> None:
 
 def disturbed(record: Round, directory: Path, output: Path, source: Path, rng: random.Random) -> bool:
     """Lets a life begin and disturbs it. Returns whether it finished the run."""
-    before, damaged = newest(directory), None
+    before, damaged, log = newest(directory), None, which_log(directory)
     life, filler = Life(directory, output, source), directory.parent / "filler"
     code = await_moment(life, record.moment, rng)
     if code is None and record.disturbance == "SIGTERM":
@@ -170,9 +170,10 @@ def disturbed(record: Round, directory: Path, output: Path, source: Path, rng: r
             code = life.wait(60)
     filler.unlink(missing_ok=True)
     record.ended = str(code)
-    record.reached = max([before, *logged(directory)])
-    record.complete, record.writing = newest(directory), bool(unfinished(directory))
-    record.lost = max(record.reached - max(record.complete, 0), 0)
+    record.complete = newest(directory)
+    if which_log(directory) != log:  # else it took no step
+        record.reached, record.writing = max([0, *logged(directory)]), bool(unfinished(directory))
+        record.lost = max(record.reached - record.complete, 0)
     said = output.read_text(errors="replace")
     expected = {0, -signal.SIGKILL}
     expected |= {130, -signal.SIGTERM} if record.disturbance == "SIGTERM" else set()
@@ -186,7 +187,7 @@ def disturbed(record: Round, directory: Path, output: Path, source: Path, rng: r
     if code != 0 and "damaged" in record.disturbance and len(steps := complete(directory)) > 1:
         record.damaged = damaged = steps[-1]
         damage(directory / "checkpoints" / str(damaged), rng)
-        record.lost = record.reached - steps[-2]
+        record.lost = max(record.reached - steps[-2], 0)
     # A write goes on beside the steps that follow it.
     allowed = INTERVAL * (1 + (damaged is not None) + record.writing)
     if record.lost > allowed:
@@ -251,6 +252,13 @@ def unfinished(directory: Path) -> set[str]:
     return {p.name for p in (directory / "checkpoints").glob("*tmp*")}
 
 
+def which_log(directory: Path) -> int | None:
+    """The log's file: a life that begins to take steps writes a new one."""
+    with contextlib.suppress(FileNotFoundError):
+        return (directory / "metrics.jsonl").stat().st_ino
+    return None
+
+
 def logged(directory: Path) -> dict[int, str]:
     """By step what the log says of its loss; the last line may be half written."""
     losses = {}
@@ -303,22 +311,27 @@ def write(out: Path, arguments: argparse.Namespace, rounds: list[Round], runs: l
                 f"| {disturbance} | {moment} | {len(these)} | {', '.join(f'{c} x {e}' for e, c in ended.items())} "
                 f"| {max(lost, default=0)} | {sum(r.writing for r in these)} | {sum(bool(r.wrong) for r in these)} |\n"
             )
-    whole = [r.lost for r in rounds if r.damaged is None and not r.writing]
+    intact = [r for r in rounds if r.damaged is None]
+    whole = max((r.lost for r in intact if not r.writing), default=0)
+    beside = max((r.lost for r in intact if r.writing), default=0)
+    same = f"{sum(not r for r in runs)} of {len(runs)}"
     text = f"""# Chaos: a run that is disturbed at random moments
 
-{datetime.date.today()}, {os.cpu_count()} CPU cores, Python {sys.version.split()[0]}, jax {jax.__version__}, \
+{datetime.date.today()}, {os.cpu_count()} shared CPU cores, Python {sys.version.split()[0]}, jax {jax.__version__},
 orbax-checkpoint {ocp.__version__}, commit {_commit()}; {seconds / 60:.0f} minutes.
 
 ```
 python -m experiments.chaos --rounds {arguments.rounds} --seed {arguments.seed}
 ```
 
-{len(rounds)} rounds in {len(runs)} runs of {STEPS} steps, a checkpoint every {INTERVAL} steps. Each round is a life of the
-process, started with one and the same command line. Runs whose last checkpoint (every array, the data's position) and
-logged losses are those of the undisturbed run, bit for bit: **{sum(not r for r in runs)} of {len(runs)}**. Most steps lost in
-a round without a damaged checkpoint, and not in the middle of a write: **{max(whole, default=0)}** of an interval of
-{INTERVAL}. A write goes on beside the steps that follow: a kill in the middle of it also costs the steps before it (most: \
-{max([r.lost for r in rounds if r.damaged is None], default=0)}), a damaged newest checkpoint costs its own interval too.
+{len(rounds)} rounds in {len(runs)} runs of {STEPS} steps, with a checkpoint every {INTERVAL} steps. Each round is a life
+of the process, always started with the same command line, and disturbed while it starts, between two steps, or inside a
+save. The last checkpoint (every array and the data's position) and the loss of every step are those of the undisturbed
+run, bit for bit: **{same} runs**.
+
+Most steps that a round lost: **{whole}** where no checkpoint was being written. A write goes on beside the steps that
+follow it; a death in the middle of one also loses the interval before it (at most {beside} steps here). A damaged newest
+checkpoint costs the interval before it too.
 
 | disturbance | moment | rounds | exit codes (negative: signal) | most steps lost | in a write | wrong |
 |---|---|---|---|---|---|---|

@@ -81,6 +81,6 @@ def test_resume_on_another_mesh(one_device, tmp_path, monkeypatch, before, after
 def test_another_model_is_still_another_run(tmp_path):
     directory = tmp_path / "run"
     directory.mkdir()
-    write_config(directory, small_config("", "single", hidden_size=32), {})
+    write_config(directory, small_config("", "single", hidden_size=32), None)
     with pytest.raises(ConfigError, match=r"model\.hidden_size"):
         trainer.train(small_config("", "single"), directory, resume=True)
