@@ -324,13 +324,13 @@ orbax-checkpoint {ocp.__version__}, commit {_commit()}; {seconds / 60:.0f} minut
 python -m experiments.chaos --rounds {arguments.rounds} --seed {arguments.seed}
 ```
 
-{len(rounds)} rounds in {len(runs)} runs of {STEPS} steps, with a checkpoint every {INTERVAL} steps. Each round is a life
+{len(rounds)} rounds, {len(runs)} runs of {STEPS} steps, a checkpoint every {INTERVAL} steps. Each round is a life
 of the process, always started with the same command line, and disturbed while it starts, between two steps, or inside a
 save. The last checkpoint (every array and the data's position) and the loss of every step are those of the undisturbed
 run, bit for bit: **{same} runs**.
 
 Most steps that a round lost: **{whole}** where no checkpoint was being written. A write goes on beside the steps that
-follow it; a death in the middle of one also loses the interval before it (at most {beside} steps here). A damaged newest
+follow it; a death amid one also loses the interval before it (at most {beside} steps here). A damaged newest
 checkpoint costs the interval before it too.
 
 | disturbance | moment | rounds | exit codes (negative: signal) | most steps lost | in a write | wrong |
