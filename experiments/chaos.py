@@ -51,7 +51,7 @@ MOMENTS = ("start", "step", "save")
 
 @dataclasses.dataclass
 class Round:
-    """What happened in a life. lost: steps taken again in the next one; writing: as the save was under way."""
+    """A life and its end. lost: steps that the next one takes again; writing: it died as a save was under way."""
 
     disturbance: str
     moment: str
