@@ -1,6 +1,6 @@
 """Measures the data path: preparing against the tokenizer alone, memory, start-up, random access.
 
-python experiments/bench_data.py [rate] [memory] [start] [kills] --scale 1.0
+python -m experiments.bench_data [rate] [memory] [start] [kills] --scale 1.0
 
 `rate` compares `prepare` with `tokenizers.encode_batch` on the same text and cores. `memory` prepares a generated JSONL
 of 5 GB that holds one document of 500 MB. `start` opens a generated corpus of 2 billion tokens. `kills` ends `prepare`
