@@ -146,9 +146,10 @@ def read_batches(files: Sequence[File], start: Position) -> Iterator[Batch]:
     records: list[bytes | str] = []
     is_json: list[bool] = []
     places: list[tuple[int, int]] = []
-    size, done, after = 0, sum(file.size for file in files[: start.file]), start
+    before = sum(file.size for file in files[: start.file])
+    size, done, after = 0, before, start
     for index in range(start.file, len(files)):
-        file, before = files[index], sum(f.size for f in files[:index])
+        file = files[index]
         offset, number = (start.offset, start.number) if index == start.file else (0, 0)
         for record in file.records(offset, number):
             data = record.data
@@ -163,6 +164,7 @@ def read_batches(files: Sequence[File], start: Position) -> Iterator[Batch]:
             is_json.append(record.is_json)
             places.append((index, record.number))
             size += len(data) + 1
+        before += file.size
     if size:
         yield Batch(records, is_json, places, None, after, done)
 
