@@ -1,0 +1,259 @@
+"""The engine on a CPU: what batching, drafts and long caches cost, and transformers on the same weights.
+
+    python -m dsv3_jax train --run-dir runs/mine && python -m dsv3_jax convert runs/mine runs/mine_hf
+    python -m experiments.bench_serving runs/mine --hf runs/mine_hf --reference-python REF/bin/python --out runs/serving
+
+The run must have an MTP module. Prompts are its held-out text. REF is an environment with torch and transformers.
+Each part is timed after a first round that compiles. Writes results.json after every part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from dsv3_jax import load_pretrained
+from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data import validation_batches
+from dsv3_jax.inference import Engine, EngineConfig, Sampling
+from dsv3_jax.inference.paged_cache import LayersPool, PagedCache
+from dsv3_jax.inference.sampling import rows, sample_rows
+from dsv3_jax.model.attend import arrange, attend
+from dsv3_jax.model.auto import PAGE
+from dsv3_jax.model.cache import TokenPositions
+from dsv3_jax.model.rope import softmax_scale
+from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.runtime import Runtime
+from dsv3_jax.training.config import TrainConfig
+from experiments.bench_step import seconds
+
+GREEDY = Sampling(temperature=0, ignore_eos=True)
+PROMPT, NEW = 64, 64
+
+REFERENCE = """
+import json, sys, time, torch, transformers
+torch.set_num_threads(int(sys.argv[3]))
+prompts, new = json.load(open(sys.argv[2]))
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+tokens = torch.tensor(prompts)
+taken = []
+with torch.no_grad():
+    for _ in range(3):
+        start = time.perf_counter()
+        out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new,
+                             do_sample=False, pad_token_id=0)
+        taken.append(time.perf_counter() - start)
+print(json.dumps({"seconds": min(taken[1:]), "versions": [torch.__version__, transformers.__version__],
+                  "tokens": out[:, tokens.shape[1]:].tolist()}))
+"""
+
+
+def held_out(run: Path, count: int) -> list[list[int]]:
+    """Beginnings of held-out sequences."""
+    config = TrainConfig.from_json(run / "config.json")
+    batches = validation_batches(config.data, run_tokenizer(run), 16, -(-count // 16))
+    return np.concatenate([b["tokens"] for b in batches])[:count, :PROMPT].tolist()
+
+
+def timed(engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY, new: int = NEW) -> float:
+    """Seconds to continue the prompts together; the best of two rounds, after one that compiles."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        for _ in engine.generate(prompts, sampling, max_new_tokens=new):
+            pass
+        return time.perf_counter() - start
+
+    once()
+    return min(once(), once())
+
+
+def speculative(model: Any, variables: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """Acceptance, and time per token with and without drafts, by batch."""
+    result: dict[str, Any] = {"acceptance": {}, "batches": {}}
+    make = lambda drafts: Engine(
+        model, variables, EngineConfig(max_batch=32, max_length=256, drafts=drafts, drafts_up_to=32)
+    )
+    for drafts in (1, 2):
+        for name, how in (("greedy", GREEDY), ("temperature 0.7", Sampling(temperature=0.7, ignore_eos=True, seed=0))):
+            engine = make(drafts)
+            list(engine.generate(prompts[:32], how, max_new_tokens=NEW))
+            s = engine.stats()
+            result["acceptance"][f"{drafts} drafts, {name}"] = {
+                "of drafted tokens": s.accepted_tokens / s.draft_tokens,
+                "by position": [n / s.drafts for n in s.accepted_per_position],
+                "tokens per verification": 1 + s.accepted_tokens / s.drafts,
+            }
+            engine.close()
+    engines = [make(0), make(1)]
+    for batch in (1, 4, 16, 32):
+        plain, drafted = (timed(e, prompts[:batch]) / (batch * NEW) * 1e3 for e in engines)
+        result["batches"][batch] = {
+            "plain ms per token": plain,
+            "drafted ms per token": drafted,
+            "gain": plain / drafted,
+        }
+    for e in engines:
+        e.close()
+    return result
+
+
+def together(model: Any, variables: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """64 requests at once, and one after another."""
+    engine = Engine(model, variables, EngineConfig(max_batch=64, max_length=256))
+    at_once = timed(engine, (prompts * 2)[:64])
+    alone = statistics.mean(timed(engine, [p]) for p in prompts[:8])
+    engine.close()
+    rate = {"together": 64 * NEW / at_once, "one after another": NEW / alone}
+    return {"tokens per second": rate, "times": rate["together"] / rate["one after another"]}
+
+
+def long_caches(config: ModelConfig) -> dict[str, Any]:
+    """A step of 32 texts after 100 and after 4000 cached tokens, and the attention in it by itself."""
+    c = dataclasses.replace(config, max_position_embeddings=8192, num_nextn_predict_layers=0)
+    model = DeepSeekV3(c, Runtime())
+    variables = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))()
+    engine, batch = Engine(model, variables, EngineConfig(max_batch=32, max_length=4200, cache_tokens=32 * 4352)), 32
+    result: dict[str, Any] = {}
+    for cached in (100, 4000):
+        size = next(s for s in engine._table_sizes if s >= -(-(cached + 64) // PAGE))
+        tables = np.arange(1, 1 + batch * size, dtype=np.int32).reshape(batch, size) % engine.pages.total
+        lengths = jnp.full(batch + 1, cached, jnp.int32)
+        how = rows([GREEDY] * batch, [0] * batch)
+
+        def step(tables: Any = tables, lengths: Any = lengths, how: Any = how) -> Any:
+            from dsv3_jax.inference import steps
+
+            slots = dataclasses.replace(engine._slots, length=jnp.array(lengths))
+            engine._pool, engine._slots, drawn = steps.decode(
+                engine._absorbed, variables, engine._pool, slots, tables, np.arange(batch, dtype=np.int32),
+                np.ones(batch, bool), np.zeros(batch, bool), how, None, drafts=0, scored=False,
+            )  # fmt: skip
+            return drawn.tokens
+
+        result[str(cached)] = {
+            "step ms": seconds(step) * 1e3,
+            "attention ms": seconds(_attention(engine._absorbed, batch, size, cached)) * 1e3,
+        }
+    grown = {name: result["4000"][name] - result["100"][name] for name in ("step ms", "attention ms")}
+    result["beyond attention"] = (grown["step ms"] - grown["attention ms"]) / result["100"]["step ms"]
+    return result
+
+
+def _attention(model: Any, batch: int, size: int, cached: int) -> Callable[[], Any]:
+    """The absorbed attention of all layers over pages, with what puts new tokens there, and no projections."""
+    c, runtime, layers = model.config, model.runtime, model.config.num_hidden_layers
+    latent, heads = jnp.ones((batch, 1, c.kv_lora_rank)), c.num_attention_heads
+    rope_key, positions = jnp.ones((batch, 1, c.qk_rope_head_dim)), jnp.full((batch, 1), cached, jnp.int32)
+    where = TokenPositions(positions, cached=positions[:, 0])
+    tables = jnp.arange(1, 1 + batch * size, dtype=jnp.int32).reshape(batch, size)
+    q, q_rope = jnp.ones((batch, 1, heads, c.kv_lora_rank)), jnp.ones((batch, 1, heads, c.qk_rope_head_dim))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(pool: LayersPool, tables: Any, q: Any) -> Any:
+        def layer(carry: Any, i: Any) -> Any:
+            pool, q = carry
+            cache, keys = PagedCache(pool, tables, jnp.ones(batch, jnp.int32)).append(latent, rope_key, where, i)
+            keys = arrange(keys, where, c, runtime)
+            v = keys.latent[:, :, None]
+            out = attend(q, q_rope, v, v, keys, where, c, runtime, scale=softmax_scale(c), reference=False)
+            return (cache.pool, out), None
+
+        (pool, out), _ = jax.lax.scan(layer, (pool, q), jnp.arange(layers))
+        return pool, out
+
+    shape = (layers, 1 + batch * size, PAGE)
+    held = [LayersPool(jnp.ones((*shape, c.kv_lora_rank)), jnp.ones((*shape, c.qk_rope_head_dim)))]
+
+    def call() -> Any:
+        held[0], out = run(held[0], tables, q)
+        return out
+
+    return call
+
+
+def sampling(vocabulary: int = 129280, batch: int = 8) -> dict[str, Any]:
+    """Drawing from V3's vocabulary, beside the head's product alone at V3's width, a small part of a step."""
+    logits, how = jax.random.normal(jax.random.key(0), (batch, vocabulary)) * 3, {}
+    at = np.arange(batch, dtype=np.int32)
+    for name, sampling in (
+        ("greedy", Sampling(temperature=0)),
+        ("temperature", Sampling(temperature=0.6)),
+        ("top-p", Sampling(temperature=0.6, top_p=0.95)),
+        ("top-k and top-p", Sampling(temperature=0.6, top_k=50, top_p=0.95)),
+    ):
+        how[name] = seconds(jax.jit(sample_rows), logits, rows([sampling] * batch, range(batch)), at) * 1e3
+    sort = seconds(jax.jit(functools.partial(jnp.sort, axis=-1)), logits) * 1e3
+    x, head = jnp.ones((batch, 7168)), jnp.ones((7168, vocabulary), jnp.bfloat16)
+    product = seconds(jax.jit(lambda x, w: x.astype(jnp.bfloat16) @ w), x, head) * 1e3
+    return {"batch": batch, "vocabulary": vocabulary, "ms": how, "a sort": sort, "the head's product": product}
+
+
+def against_transformers(
+    model: Any, variables: Any, prompts: list[list[int]], hf: Path, python: Path, out: Path, batch: int = 16
+) -> dict[str, Any]:
+    """Greedy tokens per second at batch 16, and how many of the tokens are the same."""
+    engine = Engine(model, variables, EngineConfig(max_batch=batch, max_length=256))
+    took = timed(engine, prompts[:batch])
+    ours = list(engine.generate(prompts[:batch], GREEDY, max_new_tokens=NEW))
+    engine.close()
+    (out / "prompts.json").write_text(json.dumps([prompts[:batch], NEW]))
+    command = [str(python), "-c", REFERENCE, str(hf), str(out / "prompts.json"), str(os.cpu_count())]
+    said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    rate = {"dsv3_jax": batch * NEW / took, "transformers": batch * NEW / said["seconds"]}
+    same = float(np.mean(np.array(ours) == np.array(said["tokens"])))
+    return {
+        "versions": said["versions"], "tokens per second": rate, "times": said["seconds"] / took, "same tokens": same
+    }  # fmt: skip
+
+
+def main(
+    run: tyro.conf.Positional[Path], hf: Path | None = None, reference_python: Path | None = None,
+    out: Path = Path("runs/bench_serving"), parts: str = "",
+) -> None:  # fmt: skip
+    """Measures.
+
+    Args:
+      run: a training run with an MTP module.
+      hf: the same, converted to Hugging Face's layout.
+      reference_python: the Python of an environment with torch and transformers.
+      out: folder of results.json, which is added to.
+      parts: of speculative, together, long_caches, sampling, transformers, separated by commas; by default all.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    model, variables = load_pretrained(run)
+    prompts = held_out(run, 32)
+    todo: dict[str, Callable[[], dict[str, Any]]] = {
+        "speculative": lambda: speculative(model, variables, prompts),
+        "together": lambda: together(model, variables, prompts),
+        "long_caches": lambda: long_caches(model.config),
+        "sampling": sampling,
+    }
+    if hf is not None and reference_python is not None:
+        todo["transformers"] = lambda: against_transformers(model, variables, prompts, hf, reference_python, out)
+    path = out / "results.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    record |= {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "cores": os.cpu_count()}
+    for name in parts.split(",") if parts else todo:
+        record[name] = todo[name]() | {"load before": os.getloadavg()[0]}
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(name, json.dumps(record[name], indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
