@@ -51,8 +51,8 @@ class GuardConfig:
     max_rollbacks: int = 3
     """Times that a run goes back, after which the next spike stops it."""
     collapse_share: float = 0.5
-    """Warn if a layer's fullest expert gets this share of the tokens, and three times as many as the mean, for 20
-    steps; 0 never."""
+    """Warn if a layer's fullest expert gets this share of the tokens, and three times as many as the mean, for 50
+    steps after the warm-up; 0 never."""
     hang_seconds: float = 1800
     """Stop the process, with the stacks of its threads on standard error, if a step takes longer; 0 never."""
 
@@ -72,9 +72,14 @@ class Guard:
     rollbacks: how often the run went back.
     """
 
-    def __init__(self, config: GuardConfig, experts_per_token: float, warn: Callable[[int, str], None]) -> None:
-        """experts_per_token: K / E, the share of the tokens that an expert gets on average. warn: of a step, a line."""
-        self._config, self._share, self._warn = config, experts_per_token, warn
+    def __init__(
+        self, config: GuardConfig, experts_per_token: float, warn: Callable[[int, str], None], warmup_steps: int = 0
+    ) -> None:
+        """experts_per_token: K / E, the share of the tokens that an expert gets on average. warn: of a step, a line.
+
+        warmup_steps: steps whose load isn't judged, since it is uneven until the biases have found their place.
+        """
+        self._config, self._share, self._warn, self._warmup = config, experts_per_token, warn, warmup_steps
         self._waiting: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
         self._losses: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self._collapsed: collections.Counter[str] = collections.Counter()
@@ -138,7 +143,7 @@ class Guard:
         self.skipped_in_a_row = 0
         if "loss" in metrics:
             self._judge_loss(step, float(metrics["loss"]))
-        if self._config.collapse_share:
+        if self._config.collapse_share and step > self._warmup:
             self._judge_load(step, metrics)
 
     def _judge_loss(self, step: int, loss: float) -> None:
@@ -174,7 +179,7 @@ class Guard:
 
 
 _COUNTS = ("skipped", "skipped_in_a_row", "spikes_in_a_row", "rollbacks")
-_COLLAPSE_STEPS = 20
+_COLLAPSE_STEPS = 50
 
 
 def all_finite(state: TrainState) -> jax.Array:

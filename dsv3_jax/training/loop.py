@@ -48,7 +48,7 @@ class Loop:
         self.primary = jax.process_index() == 0
         model = self.config.model
         share = model.num_experts_per_tok / model.n_routed_experts if model.n_routed_experts else 1.0
-        self.guard = Guard(self.config.guard, share, self._event)
+        self.guard = Guard(self.config.guard, share, self._event, self.config.schedule.warmup_steps)
         self.last: dict[str, Any] = {}
         self._heard = 0.0
 

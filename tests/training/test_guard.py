@@ -20,9 +20,9 @@ from tests.conftest import new_rng
 from tests.parallel.small_run import small_config
 
 
-def judged(config=GuardConfig(), share=0.25):
+def judged(config=GuardConfig()):
     said = []
-    return Guard(config, share, lambda step, what: said.append((step, what))), said
+    return Guard(config, 0.25, lambda step, what: said.append((step, what))), said
 
 
 def feed(guard, losses, start=0, **metrics):
@@ -64,9 +64,10 @@ def test_skipped_steps_are_counted_in_a_row():
 
 
 def test_collapse_is_said_once_by_layer():
-    guard, said = judged(share=2 / 16)
-    feed(guard, noise(30), **{"load_violation/moe_layers": np.array([0.4, 6.0])})
-    assert [(step, "moe_layers/1 gets 88%" in what) for step, what in said] == [(19, True)]
+    said = []
+    guard = Guard(GuardConfig(), 2 / 16, lambda step, what: said.append((step, what)), warmup_steps=10)
+    feed(guard, noise(80), start=1, **{"load_violation/moe_layers": np.array([0.4, 6.0])})
+    assert [(step, "moe_layers/1 gets 88%" in what) for step, what in said] == [(60, True)]
 
 
 def test_a_restored_guard_judges_as_before():
