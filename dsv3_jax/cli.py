@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Exits with 0, with 2 after one clear line about what was wrong, or 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"train": _train, "prepare": _prepare, "generate": _generate, "serve": _serve, "convert": _convert}
-    commands |= {"info": _info, "plan": _plan}
+    commands |= {"info": _info, "plan": _plan, "report": _report}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         sys.exit(0 if arguments else 2)
@@ -69,6 +69,7 @@ usage: python -m dsv3_jax COMMAND [OPTIONS]
   convert    a Hugging Face checkpoint to orbax, or back, without loss
   info       parameters and cache of a configuration, counted on the model itself
   plan       memory, time and cost of training or serving a configuration
+  report     a page about one or several training runs
 
 python -m dsv3_jax COMMAND --help lists a command's options."""
 
@@ -229,3 +230,12 @@ def _plan(arguments: list[str]) -> None:
     from dsv3_jax.planning.plan import plan_command
 
     plan_command(_parse(PlanArgs, "plan", arguments))
+
+
+# report --------------------------------------------------------------------------------------------------
+
+
+def _report(arguments: list[str]) -> None:
+    from dsv3_jax.training.run_page import ReportArgs, report_command
+
+    report_command(_parse(ReportArgs, "report", arguments))

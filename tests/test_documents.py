@@ -19,6 +19,7 @@ from dsv3_jax.planning.options import PlanArgs
 from dsv3_jax.serving.command import ServeArgs
 from dsv3_jax.serving.generate_command import GenerateArgs
 from dsv3_jax.training.config import TrainArgs, TrainConfig
+from dsv3_jax.training.run_page import ReportArgs
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,7 +90,7 @@ def test_data_reads(here):
 def test_commands_have_these_options():
     """Every command of README and docs is parsed, as far as `...` or the end of its first line."""
     kinds = {"train": TrainArgs, "generate": GenerateArgs, "serve": ServeArgs, "prepare": PrepareArgs}
-    kinds |= {"info": InfoArgs, "convert": ConvertArgs, "plan": PlanArgs}
+    kinds |= {"info": InfoArgs, "convert": ConvertArgs, "plan": PlanArgs, "report": ReportArgs}
     found = set()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         blocks = "".join(re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE))

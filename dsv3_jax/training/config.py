@@ -177,6 +177,10 @@ class TrainConfig:
         except ConfigError as error:
             raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
+    def flat(self) -> dict[str, Any]:
+        """All fields by their names as options have them, as `schedule.steps`."""
+        return _flatten(dataclasses.asdict(self))
+
     def differences(self, other: TrainConfig) -> list[str]:
         """The fields in which two configs describe different runs, as lines `name: mine, there other's`.
 
@@ -186,7 +190,7 @@ class TrainConfig:
 
     def changes(self, other: TrainConfig) -> dict[str, str]:
         """All fields in which two configs differ, each with a line as in `differences`."""
-        mine, others = _flatten(dataclasses.asdict(self)), _flatten(dataclasses.asdict(other))
+        mine, others = self.flat(), other.flat()
         return {
             k: f"{k}: {mine.get(k)!r}, there {others.get(k)!r}"
             for k in sorted(mine | others)

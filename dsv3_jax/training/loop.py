@@ -20,8 +20,9 @@ from dsv3_jax.parallel.placement import any_process
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.config import TrainConfig, traced_steps
 from dsv3_jax.training.directory import CONFIG, METRICS, replace_file, write_config
+from dsv3_jax.training.figure import draw_runs
 from dsv3_jax.training.guard import Guard, TrainingError, name_not_finite, stop_on_signal, watchdog
-from dsv3_jax.training.metrics import MetricsLog, plot_metrics, read_metrics
+from dsv3_jax.training.metrics import MetricsLog, read_metrics
 from dsv3_jax.training.report import progress, report
 from dsv3_jax.training.setup import Setup
 from dsv3_jax.training.step import TrainState
@@ -252,7 +253,7 @@ class Loop:
     def _finish(self, state: TrainState, finished: bool) -> None:
         """Figure, sample and report; of a stopped run only the figure."""
         records = read_metrics(self.directory / METRICS)
-        plot_metrics(self.directory / "metrics.png", records, str(self.directory))
+        (self.directory / "metrics.png").write_bytes(draw_runs({str(self.directory): records}))
         if not finished:
             return
         alone = jax.process_count() == 1  # others would have to take part in sampling

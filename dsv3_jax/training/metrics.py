@@ -1,4 +1,4 @@
-"""Metrics of a run: JSON lines, TensorBoard events, and a figure of loss and expert load."""
+"""Metrics of a run: JSON lines, TensorBoard events, and Weights & Biases on request."""
 
 from __future__ import annotations
 
@@ -113,43 +113,3 @@ def worst_violation(metrics: dict[str, Any]) -> float | None:
     """The largest load violation (max / mean - 1) of any MoE layer, or None without such layers."""
     values = [np.max(v) for k, v in metrics.items() if k.startswith("load_violation/")]
     return float(max(values)) if values else None
-
-
-def plot_metrics(path: Path, records: list[dict[str, Any]], title: str) -> None:
-    """Draws loss and expert load against the step into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (losses, load) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    for key, label in (
-        ("loss", "training"),
-        ("validation_loss", "validation"),
-        ("mtp_loss", "training, one token further (MTP)"),
-    ):
-        points = [(r["step"], r[key]) for r in records if key in r]
-        if points:
-            losses.plot(
-                *zip(*points, strict=True), label=label, marker="o" if key == "validation_loss" else None, markersize=3
-            )
-    losses.set(xlabel="step", ylabel="loss (nats a token)", title=title)
-    losses.legend()
-    for name in sorted({k for r in records for k in r if k.startswith("load_violation/")}):
-        steps = [r["step"] for r in records if name in r]
-        values = np.array([np.atleast_1d(r[name]) for r in records if name in r])
-        for i, curve in enumerate(values.T):
-            load.plot(
-                steps,
-                curve,
-                label=f"{name.removeprefix('load_violation/')} {i}"
-                if values.shape[1] > 1
-                else name.removeprefix("load_violation/"),
-            )
-    load.set(xlabel="step", ylabel="load violation (max / mean - 1)", title="expert load", ylim=(0, 2))
-    if load.lines:
-        load.legend()
-    for axes in (losses, load):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
