@@ -5,30 +5,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from dsv3_jax.checkpoint import runs
+from dsv3_jax.checkpoint import hf_config, runs
 from dsv3_jax.checkpoint.hf import HFCheckpoint
-from dsv3_jax.checkpoint.layout import Region
+from dsv3_jax.checkpoint.layout import FP8, Region, block_rows, decode_scales, full_region, tensor_box
 from dsv3_jax.checkpoint.names import Leaf, TreePath
 from dsv3_jax.checkpoint.store import MANIFEST, Store
 from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.model.linear import SCALES
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.rules import RULES, Axes, rules_of
 from dsv3_jax.parallel.sharding import LogicalSharding
+from dsv3_jax.quantization.fp8 import BLOCK, TILE
 from dsv3_jax.runtime import Runtime
+
+_MAKE_BLOCKS = "`python -m dsv3_jax convert HF_DIRECTORY OUT --dtype fp8` makes them"
 
 
 def load_pretrained(
     path: str | Path,
     *,
-    dtype: DTypeLike | None = None,
+    dtype: DTypeLike | Literal["fp8"] | None = None,
     runtime: Runtime | None = None,
     mesh: Mesh | None = None,
     mtp: bool = True,
@@ -41,7 +45,11 @@ def load_pretrained(
         converted one (`dsv3_jax.checkpoint.convert`), or that of a training run, whose newest checkpoint is taken.
       dtype: of the parameters, float32 or bfloat16, as any dtype-like; by default the runtime's, else float32, which
         holds every number that a file can store, FP8 to one rounding. The router's bias is float32 always.
-      runtime: how the model computes; by default in the dtype of its parameters.
+        "fp8" keeps matrices that the files hold in blocks as they are, e4m3 in "params" and float32 scales in a
+        collection "scales", and everything else in bfloat16.
+      runtime: how the model computes; by default in the dtype of its parameters. For "fp8" that is `precision="fp8"`,
+        with scales of activations like the weights'; a runtime of precision `dtype` takes each layer out of its blocks
+        when it is used.
       mtp: with the modules of multi-token prediction; without them, in a directory of Hugging Face's layout nothing of
         theirs is looked at.
       mesh: shards the parameters over its axes as the runtime's rules say (`fsdp_ep` where these are for one device):
@@ -52,9 +60,13 @@ def load_pretrained(
 
     Raises:
       FileNotFoundError, CheckpointError, ConfigError: as `HFCheckpoint` and `Store`; ConfigError also for a mesh axis
-        that cuts nothing.
+        that cuts nothing, and for "fp8" where no matrix is in blocks of 128 x 128.
     """
-    if runtime is None:
+    in_blocks = isinstance(dtype, str) and dtype == "fp8"
+    if in_blocks:
+        runtime = _runtime_of_blocks(Path(path)) if runtime is None else runtime
+        runtime = dataclasses.replace(runtime, param_dtype="bfloat16")
+    elif runtime is None:
         dtype = "float32" if dtype is None else dtype
         runtime = Runtime(dtype=dtype, param_dtype=dtype)  # type: ignore[arg-type]
     elif dtype is not None:
@@ -62,24 +74,54 @@ def load_pretrained(
     if runtime.param_dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError("the parameters' dtype is float64, which JAX has only with jax_enable_x64: set it first")
     place = functools.partial(shardings, mesh=mesh, runtime=runtime)
-    config, variables = read_variables(Path(path), runtime, place, mtp=mtp, check_hashes=check_hashes)
+    config, variables = read_variables(
+        Path(path), runtime, place, mtp=mtp, check_hashes=check_hashes, in_blocks=in_blocks
+    )
     return DeepSeekV3(config, runtime, str(path)), variables
 
 
+def _runtime_of_blocks(path: Path) -> Runtime:
+    """FP8 on this device, its scales powers of two where config.json says that the checkpoint's are."""
+    runtime = dataclasses.replace(Runtime.for_backend(jax.default_backend()), remat="none", precision="fp8")
+    if not (file := path / "config.json").exists():
+        return runtime  # which reading says
+    fields = hf_config.text_fields(hf_config.read_fields(file))
+    return dataclasses.replace(runtime, fp8_power_of_two=hf_config.power_of_two_scales(fields))
+
+
 def read_variables(
-    path: Path, runtime: Runtime, place: runs.Place, *, mtp: bool = True, check_hashes: bool = True
+    path: Path,
+    runtime: Runtime,
+    place: runs.Place,
+    *,
+    mtp: bool = True,
+    check_hashes: bool = True,
+    in_blocks: bool = False,
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """The config and the variables of a checkpoint, each array where `place` says; all else as `load_pretrained`."""
+    """The config and the variables of a checkpoint, each array where `place` says; all else as `load_pretrained`.
+
+    in_blocks: whether matrices in FP8 blocks stay in them.
+    """
     if (path / runs.CHECKPOINTS).is_dir():
+        if in_blocks:
+            raise ConfigError(f"{path} is a training run, without FP8 blocks: export it first; {_MAKE_BLOCKS}")
         return runs.read_run(path, runtime, place, mtp=mtp, check_hashes=check_hashes)
     source = open_checkpoint(path, mtp=mtp, check_hashes=check_hashes)
     leaves = [leaf for leaf in source.leaves.values() if mtp or not _is_mtp(leaf.path[1])]
     config = source.config if mtp else dataclasses.replace(source.config, num_nextn_predict_layers=0)
     where = place(config, {leaf.path: leaf.shape for leaf in leaves})
+    blocks = {leaf.path for leaf in leaves if in_blocks and _keeps_blocks(source, leaf)}
+    if in_blocks and not blocks:
+        raise ConfigError(f"{path} holds no matrix in FP8 blocks of {TILE} x {TILE}: {_MAKE_BLOCKS}")
     variables: dict[str, Any] = {}
     for leaf in leaves:
+        if leaf.path in blocks:
+            values, scales = _array(source, leaf, FP8, where[leaf.path]), _scales(source, leaf, where[leaf.path])
+            _put(variables, leaf.path, values)
+            _put(variables, (SCALES, *leaf.path[1:]), scales)
+            continue
         target = np.dtype(np.float32 if leaf.kind.float32 else runtime.param_dtype)
-        _put(variables, leaf, _array(source, leaf, target, where[leaf.path]))
+        _put(variables, leaf.path, _array(source, leaf, target, where[leaf.path]))
     return config, variables
 
 
@@ -159,8 +201,40 @@ def _array(source: HFCheckpoint | Store, leaf: Leaf, dtype: np.dtype, sharding: 
     return jax.make_array_from_callback(leaf.shape, sharding, piece)
 
 
-def _put(tree: dict[str, Any], leaf: Leaf, value: jax.Array) -> None:
-    *parents, last = leaf.path
+def _keeps_blocks(source: HFCheckpoint | Store, leaf: Leaf) -> bool:
+    """Whether a leaf is in FP8 blocks that are blocks of the model's array too.
+
+    Not so are those of kv_b_proj where a head's keys or values aren't a multiple of 128 wide: they share blocks.
+    """
+    if source.dtype(leaf) != FP8 or source.block != BLOCK:
+        return False
+    at = _blocks_of(leaf)
+    return all(np.array_equal(np.repeat(i[::TILE], TILE)[: len(i)], i) for i in at)
+
+
+def _blocks_of(leaf: Leaf) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column in the files' scale grid of each row and column of a leaf's tensors."""
+    return block_rows(leaf, tensor_box(leaf, full_region(leaf.shape[leaf.stack :])), BLOCK)
+
+
+def _scales(source: HFCheckpoint | Store, leaf: Leaf, sharding: Sharding) -> jax.Array:
+    """The scales of a leaf in blocks, (*stack, ceil(|I| / 128), ceil(|O| / 128)), cut as the leaf's stack is."""
+    rows, columns = (i[::TILE] for i in _blocks_of(leaf))
+    shape = (*leaf.shape[: leaf.stack], len(columns), len(rows))
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: leaf.stack]))
+
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        names = np.array(leaf.names, object).reshape(shape[: leaf.stack])[index[: leaf.stack]]
+        grids = [decode_scales(source.scales(name))[np.ix_(rows, columns)].T for name in np.ravel(names)]
+        return np.stack(grids).reshape(*np.shape(names), *shape[leaf.stack :])
+
+    return jax.make_array_from_callback(shape, sharding, piece)
+
+
+def _put(tree: dict[str, Any], path: TreePath, value: jax.Array) -> None:
+    *parents, last = path
     for key in parents:
         tree = tree.setdefault(key, {})
     tree[last] = value

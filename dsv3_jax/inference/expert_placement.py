@@ -16,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.model.linear import SCALES
 from dsv3_jax.model.moe import EXPERT_PLACEMENT
 from dsv3_jax.parallel.mesh import MeshShape
 
@@ -42,18 +43,17 @@ def with_redundant_experts(
     slots = (experts + redundant) // devices
     place = lambda of: place_slots_on_nodes(of, config.n_group, mesh.node, mesh.expert, slots)
     placed = {name: np.apply_along_axis(place, -1, np.asarray(of, float)) for name, of in load.items()}
-    params = flatten_dict(variables["params"])
+    weights = {c: flatten_dict(variables[c]) for c in ("params", SCALES) if c in variables}
     placement = {}
-    for path, w in params.items():
-        if "experts" not in path:
-            continue
-        held = placed[path[0]]
+    for of, path in [(of, path) for of in weights.values() for path in of if "experts" in path]:
+        held, w = placed[path[0]], of[path]
         stacked = held.ndim == 2
-        params[path] = w[np.arange(len(w))[:, None], held] if stacked else w[held]
+        of[path] = w[np.arange(len(w))[:, None], held] if stacked else w[held]
         found = [slots_of_experts(h, experts, redundant) for h in held.reshape(-1, experts + redundant)]
         for name, values in zip(("slot_of", "copies"), zip(*found, strict=True), strict=True):
             placement[(*path[:-1], name)] = jnp.asarray(np.stack(values) if stacked else values[0])
-    return {**variables, "params": unflatten_dict(params), EXPERT_PLACEMENT: unflatten_dict(placement)}
+    held_in_slots = {c: unflatten_dict(of) for c, of in weights.items()}
+    return {**variables, **held_in_slots, EXPERT_PLACEMENT: unflatten_dict(placement)}
 
 
 def slots_of_experts(held: np.ndarray, experts: int, redundant: int) -> tuple[np.ndarray, np.ndarray]:

@@ -23,10 +23,15 @@ from dsv3_jax.model.remat import save_activation
 from dsv3_jax.parallel.sharding import Logical, current_sharding
 from dsv3_jax.quantization import matmul as fp8
 from dsv3_jax.quantization.matmul import QuantisedWeight
+from dsv3_jax.quantization.recipe import Recipe
 from pallas_kernels import grouped_matmul
 
 type Weight = jax.Array | QuantisedWeight
 """A weight as products take it, all-gathered along `embed`: in the runtime's dtype, or in FP8 blocks."""
+
+SCALES = "scales"
+"""The Linen collection with the scales of weights that are stored in FP8 blocks, at the weights' paths: float32
+(*stack, ceil(|I| / 128), ceil(|O| / 128)). Without it, weights are stored in the runtime's `param_dtype`."""
 
 
 def weight(module: Module, name: str, shape: tuple[int, ...], logical: Logical, dtype: Any = None) -> jax.Array:
@@ -48,18 +53,25 @@ def linear_weight(
 ) -> Weight:
     """Declares a weight as `weight` does, for `multiply`, `weight_einsum` and `grouped_swiglu`.
 
-    In FP8 it is quantised as it is stored and all-gathered after, and its gradient goes to what is stored.
+    In FP8 it is quantised as it is stored and all-gathered after, and its gradient goes to what is stored. One that is
+    stored in FP8 blocks is multiplied as it is or, where the runtime's precision is `dtype`, taken out of them here.
 
     Args:
       contract: number of axes that products contract. stack: number of axes before them, which index matrices.
     """
-    if module.runtime.precision != "fp8":
+    runtime, in_blocks = module.runtime, module.has_variable(SCALES, name)
+    if runtime.precision != "fp8" and not in_blocks:
         return weight(module, name, shape, logical)
     stored = module.declare(name, nn.initializers.normal(module.config.initializer_range), shape, logical)
-    sharding, recipe = current_sharding(module.runtime), fp8_recipe(module.runtime)
-    w = QuantisedWeight.of(stored, recipe, contract=contract, stack=stack)
-    w = dataclasses.replace(w, master=sharding.all_gather_weight(stored, name, logical))
-    return fp8_linear.all_gather_blocks(sharding, name, w, logical)
+    sharding = current_sharding(runtime)
+    if in_blocks:
+        recipe = fp8_recipe(runtime) if runtime.precision == "fp8" else Recipe()
+        w = QuantisedWeight(stored, module.get_variable(SCALES, name), None, recipe, contract)
+    else:
+        w = QuantisedWeight.of(stored, fp8_recipe(runtime), contract=contract, stack=stack)
+        w = dataclasses.replace(w, master=sharding.all_gather_weight(stored, name, logical))
+    w = fp8_linear.all_gather_blocks(sharding, name, w, logical)
+    return w if runtime.precision == "fp8" else w.dequantise(runtime.dtype)
 
 
 def linear(

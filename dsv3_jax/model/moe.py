@@ -16,6 +16,7 @@ from dsv3_jax.model.module import Module
 from dsv3_jax.model.router import Router, RouterStats
 from dsv3_jax.parallel.dispatch import experts_are_spread, experts_held, flatten, spread_experts
 from dsv3_jax.parallel.rows import collect, spread
+from dsv3_jax.quantization.packed import PackedTiles
 from dsv3_jax.runtime import Runtime
 
 EXPERT_PLACEMENT = "placement"
@@ -73,7 +74,8 @@ def experts(
     if name != "reference":
         compute = functools.partial(experts_grouped, implementation=name)
     if experts_are_spread(runtime):
-        return spread_experts(x, ids, weights, w, compute=compute, config=config, runtime=runtime)
+        packing = PackedTiles() if runtime.precision == "fp8" else None
+        return spread_experts(x, ids, weights, w, compute=compute, config=config, runtime=runtime, packing=packing)
     return compute(flatten(x), flatten(ids), flatten(weights), w, ids.size).reshape(x.shape)
 
 

@@ -17,10 +17,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 
 from dsv3_jax.config import ConfigError, ModelConfig
@@ -31,6 +32,13 @@ from dsv3_jax.runtime import Runtime
 LocalExperts = Callable[..., jax.Array]
 """`(x (M, D), ids (M, K), weights (M, K), expert weights, rows) -> (M, D)`: one device's experts on tokens that it
 holds. An id equal to the number of experts means none; at most `rows` of the M K ids are another."""
+
+
+class Packing(Protocol):
+    """How tokens, and the gradients of what experts make of them, are sent: (N, D) packed to (N, bytes), and back."""
+
+    def pack(self, x: jax.Array, *, gradient: bool = False) -> jax.Array: ...
+    def unpack(self, packed: jax.Array, width: int, dtype: jnp.dtype) -> jax.Array: ...
 
 
 def flatten(a: jax.Array) -> jax.Array:
@@ -58,12 +66,14 @@ def spread_experts(
     compute: LocalExperts,
     config: ModelConfig,
     runtime: Runtime,
+    packing: Packing | None = None,
 ) -> jax.Array:
     """The experts seam over the mesh in use.
 
     Args:
       x: (B, T, D), cut over batch and sequence. ids, weights: (B, T, K), cut alike.
       w: a NamedTuple of gate_proj, up_proj (E, D, F) and down_proj (E, F, D), cut over experts and F.
+      packing: of tokens on their way out; by default they go as they are. What comes back always does.
 
     Returns:
       (B, T, D), cut like `x`.
@@ -76,7 +86,7 @@ def spread_experts(
 
     def on_device(x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any) -> jax.Array:
         layout = DispatchSizes.of(config, runtime, sharding, math.prod(x.shape[:2]), ids.shape[-1], len(w.gate_proj))
-        y = _route(flatten(x), flatten(ids), flatten(weights), w, compute, layout)
+        y = _route(flatten(x), flatten(ids), flatten(weights), w, compute, layout, packing)
         y = lax.psum(y, partial_sums) if partial_sums else y
         return y.astype(x.dtype).reshape(x.shape)
 
@@ -160,14 +170,20 @@ class DispatchSizes:
 
 
 def _route(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any, compute: LocalExperts, layout: DispatchSizes
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w: Any,
+    compute: LocalExperts,
+    layout: DispatchSizes,
+    packing: Packing | None,
 ) -> jax.Array:
     """One device's part: its tokens (N, D), ids and weights (N, K) -> what the experts make of them, (N, D)."""
     if layout.devices == 1:
         return compute(x, ids, weights, w, ids.size)
     if layout.method == "all_gather" or not layout.cut:
         return _gather(x, ids, weights, w, compute, layout)
-    once = functools.partial(_exchange, w=w, compute=compute, layout=layout)
+    once = functools.partial(_exchange, w=w, compute=compute, layout=layout, packing=packing)
     none = layout.devices * layout.local
     rounds = -(-layout.tokens // layout.round_tokens)
     if rounds == 1:
@@ -228,19 +244,26 @@ def _here(ids: jax.Array, first: jax.Array, count: int) -> jax.Array:
 
 
 def _exchange(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, *, w: Any, compute: LocalExperts, layout: DispatchSizes
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    *,
+    w: Any,
+    compute: LocalExperts,
+    layout: DispatchSizes,
+    packing: Packing | None,
 ) -> jax.Array:
     """Dispatch: tokens to nodes, then to devices. Experts. Combine: back the same way."""
     hops: list[tuple[Send, jnp.dtype]] = []
     for hop in layout.hops:
         send = _plan_send(hop, ids, layout.method)
         mine = _here(send.dispatch(ids, hop.size * hop.width), lax.axis_index(hop.axis) * hop.width, hop.width)
-        x, weights = send.dispatch(x, 0), jnp.where(mine < hop.width, send.dispatch(weights, 0), 0)
+        x, weights = _dispatch(packing, x, send), jnp.where(mine < hop.width, send.dispatch(weights, 0), 0)
         ids = mine
         hops.append((send, x.dtype))
     y = compute(x, ids, weights, w, layout.row_room)
     for send, dtype in reversed(hops):
-        y = send.combine(y).astype(dtype)
+        y = _combine(packing, y, send).astype(dtype)
     return y
 
 
@@ -255,7 +278,7 @@ class Hop:
     room: int
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Send:
     """Metadata of a hop that dispatch and combine share: the tokens that a device sends to each position.
 
@@ -263,7 +286,7 @@ class Send:
     ragged: sizes and offsets of `ragged_all_to_all`, out and back; None for equal pieces of `room` tokens.
     """
 
-    axis: str
+    axis: str = struct.field(pytree_node=False)
     source: jax.Array
     places: jax.Array
     ragged: tuple[Any, Any] | None
@@ -287,6 +310,44 @@ class Send:
         empty = jnp.full_like(rows, fill)
         received: jax.Array = lax.ragged_all_to_all(rows, empty, *self.ragged[way], axis_name=self.axis)
         return received
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(packing: Packing | None, x: jax.Array, send: Send) -> jax.Array:
+    """Sends tokens (N, D), packed if so asked; their gradient comes back as it is."""
+    return send.dispatch(x, 0) if packing is None else _dispatch_packed(packing, x, send, gradient=False)
+
+
+def _dispatch_packed(packing: Packing, x: jax.Array, send: Send, *, gradient: bool) -> jax.Array:
+    return packing.unpack(send.dispatch(packing.pack(x, gradient=gradient), 0), x.shape[1], x.dtype)
+
+
+def _dispatch_backward(packing: Packing | None, saved: tuple[Send, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+    send, like = saved
+    return send.combine(g).astype(like.dtype), None
+
+
+_dispatch.defvjp(lambda packing, x, send: (_dispatch(packing, x, send), (send, _like(x))), _dispatch_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine(packing: Packing | None, y: jax.Array, send: Send) -> jax.Array:
+    """Brings results back as they are; their gradient goes out as tokens do."""
+    return send.combine(y)
+
+
+def _combine_backward(packing: Packing | None, saved: tuple[Send, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+    send, like = saved
+    g = g.astype(like.dtype)
+    return (send.dispatch(g, 0) if packing is None else _dispatch_packed(packing, g, send, gradient=True)), None
+
+
+_combine.defvjp(lambda packing, y, send: (_combine(packing, y, send), (send, _like(y))), _combine_backward)
+
+
+def _like(x: jax.Array) -> jax.Array:
+    """An empty array of `x`'s dtype, which is all that the backward pass needs of it."""
+    return jnp.zeros((0,), x.dtype)
 
 
 def _all_to_all(a: jax.Array, axis: str) -> jax.Array:

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -48,6 +48,8 @@ class ServeArgs:
     """A tokenizer.json, a tiktoken.model, a folder that holds one, or "bytes"; by default the model's own."""
     grace_seconds: float = 30.0
     """How long running requests may go on after SIGTERM."""
+    dtype: Literal["float32", "bfloat16", "fp8"] = "float32"
+    """Of the parameters. fp8 keeps the matrices of an FP8 checkpoint in their blocks and multiplies in FP8."""
     check_hashes: bool = True
     """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
@@ -68,7 +70,7 @@ def serve_command(args: ServeArgs) -> None:
     template = chosen_template(args.model, args.chat_template, tokenizer)
     address = Address(args.host, args.port, args.api_key or os.environ.get(_KEY), args.grace_seconds)
     bound = bind(address)  # before what takes long
-    model, variables = load_pretrained(args.model, check_hashes=args.check_hashes)
+    model, variables = load_pretrained(args.model, dtype=args.dtype, check_hashes=args.check_hashes)
     check_tokenizer(tokenizer, model.config, args.tokenizer or f"of {args.model}")
     ends = end_tokens(args.model, model.config, tokenizer)
     engine = Engine(model, variables, args.engine, end_ids=ends)

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -58,6 +58,8 @@ class GenerateArgs:
     """Seed of the sampling."""
     tokenizer: str | None = None
     """A tokenizer.json, a tiktoken.model, a folder that holds one, or "bytes"; by default the model's own."""
+    dtype: Literal["float32", "bfloat16", "fp8"] = "float32"
+    """Of the parameters. fp8 keeps the matrices of an FP8 checkpoint in their blocks and multiplies in FP8."""
     check_hashes: bool = True
     """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
 
@@ -77,7 +79,7 @@ def generate_command(args: GenerateArgs) -> None:
         raise ConfigError(f"{args.model} has no chat template: give one with --chat-template, or leave out --chat")
     stored = read_generation_config(args.model)
     sampling, said = _sampling(args, stored)
-    model, variables = load_pretrained(args.model, mtp=False, check_hashes=args.check_hashes)
+    model, variables = load_pretrained(args.model, dtype=args.dtype, mtp=False, check_hashes=args.check_hashes)
     check_tokenizer(tokenizer, model.config, args.tokenizer or f"of {args.model}")
     ends = end_tokens(args.model, model.config, tokenizer)
     vocabulary, keys = Vocabulary(tokenizer), iter(jax.random.split(jax.random.key(args.seed), 1 << 16))

@@ -50,6 +50,33 @@ def test_dispatch_crosses_to_each_node_once(node, reached):
     assert usual[back].bytes * (node - 1) / node <= 1.1 * TOKENS * min(K, reached) * WIDTH * 4
 
 
+def test_fp8_halves_what_dispatch_sends():
+    """Tokens go to experts in FP8, and so do the gradients of what those made of them; both come back in bfloat16."""
+    e, bf16 = CONFIG.n_routed_experts, jnp.bfloat16
+    array = lambda *s, dtype=bf16: jax.ShapeDtypeStruct(s, dtype)
+    w = ExpertWeights(array(e, WIDTH, HIDDEN), array(e, WIDTH, HIDDEN), array(e, HIDDEN, WIDTH))
+    arguments = (array(8, TOKENS, WIDTH), array(8, TOKENS, K, dtype=jnp.int32), array(8, TOKENS, K, dtype=jnp.float32))
+
+    def sent(precision):
+        runtime = Runtime(dtype="bfloat16", precision=precision, sharding="fsdp_ep")
+
+        def gradient(x, ids, weights, w):
+            y, back = jax.vjp(lambda x: experts(x, ids, weights, w, CONFIG, runtime), x)
+            return y, back(y)
+
+        with jax.set_mesh(make_mesh(MeshShape(expert=8))):
+            found = collectives(jax.jit(gradient).lower(*arguments, w).compile())
+        usual = [c for c in found if c.kind == "all-to-all" and c.axes == ("expert",) and "cond" not in c.where]
+        back = [c for c in usual if "combine" in c.where]
+        assert len(back) == 2
+        return [sum(c.bytes for c in usual if c not in back), sum(c.bytes for c in back)]
+
+    (out, back), (out_bf16, back_bf16) = sent("fp8"), sent("dtype")
+    assert back == back_bf16
+    # A CPU's compiler sends bfloat16 as float32: so it is half of that, there as on the way back.
+    assert out <= 0.55 * (out_bf16 - back_bf16 / 2), (out, out_bf16, back_bf16)
+
+
 @pytest.mark.parametrize("shape", [MeshShape(expert=8), MeshShape(node=2, expert=4)])
 def test_no_device_gets_all_tokens(shape):
     found = compiled_experts(shape)

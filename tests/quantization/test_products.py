@@ -76,6 +76,46 @@ def test_outliers():
         assert not np.delete(spoiled, tile, 0).any()
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_outliers_in_a_layer(power_of_two):
+    """A row of zeros gives zeros, a spike changes the rounding of its tile alone, NaN and infinity their own row."""
+    rng, recipe = new_rng(), Recipe(power_of_two=power_of_two)
+    x = rng.standard_normal((6, 384)).astype(np.float32)
+    w = QuantisedWeight.of(jnp.asarray(rng.standard_normal((384, 256)) / 20, jnp.float32), recipe)
+    x[0], x[1, :128], x[2] = 0, 0, x[3]
+    x[3, 5] = 1e4
+    x[4, 200], x[5, 300] = np.nan, -np.inf
+    y = np.asarray(jax.jit(linear)(x, w))
+    assert not y[0].any()
+    assert np.isfinite(y[:4]).all()
+    assert np.isnan(y[4:]).all()
+    matrix = wide(w.values, w.scales, (128, 128))
+    of_row_1 = wide(*quantise_tiles(x[1:2], power_of_two=power_of_two), (1, 128))[0]
+    np.testing.assert_allclose(y[1], of_row_1 @ matrix, atol=1e-5)
+    values, scales = (np.asarray(a) for a in jax.jit(recipe.rows)(x[2:4]))  # without the spike and with it
+    np.testing.assert_array_equal(bits(values)[0, 128:], bits(values)[1, 128:])
+    np.testing.assert_array_equal(scales[0, 1:], scales[1, 1:])
+    exact = x[3].astype(np.float64) @ matrix
+    tiny = 2**-4 * np.abs(x[3, :128]).max() / 448 * np.abs(matrix[:128]).sum(0)  # what may be lost beside the spike
+    assert (np.abs(y[3] - exact) <= 2**-4 * np.abs(x[3]) @ np.abs(matrix) + tiny).all()
+
+
+def test_gradients_of_outliers():
+    """Tiles of zeros have gradient zero where their weights don't reach; NaN reaches the gradient of its own rows."""
+    rng, recipe = new_rng(), Recipe()
+    w = QuantisedWeight.of(jnp.asarray(rng.standard_normal((256, 128)), jnp.float32), recipe)
+    x = jnp.asarray(rng.standard_normal((256, 256)), jnp.float32)
+    dy = rng.standard_normal((256, 128)).astype(np.float32)
+    dy[0], dy[1, 7], dy[200, 3] = 0, 1e4, np.nan
+    _, back = jax.vjp(lambda x, m: linear(x, w.replace(master=m)), x, w.master)
+    dx, dw = (np.asarray(a) for a in back(jnp.asarray(dy)))
+    assert not dx[0].any()
+    assert np.isfinite(np.delete(dx, 200, 0)).all()
+    assert np.isnan(dx[200]).all()
+    assert np.isnan(dw[:, 3]).all()
+    assert np.isfinite(np.delete(dw, 3, 1)).all()
+
+
 def grouped_linear(recipe, x, w, sizes):
     """One product of experts, made of what `swiglu` is made of."""
 

@@ -131,10 +131,12 @@ class _Spoiled:
         return self._call(*arguments)
 
 
-def test_a_layer_that_breaks_is_named_and_no_good_checkpoint_is_lost(tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["dtype", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_a_layer_that_breaks_is_named_and_no_good_checkpoint_is_lost(precision, tmp_path, monkeypatch):
     config = small_config("", "single", num_hidden_layers=4)
     config = dataclasses.replace(
         config,
+        runtime=dataclasses.replace(config.runtime, precision=precision),
         schedule=dataclasses.replace(config.schedule, steps=20),
         guard=GuardConfig(max_skipped=3),
         checkpoint_every=6,

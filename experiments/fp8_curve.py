@@ -1,0 +1,201 @@
+"""Does FP8 train to the same loss? The same model, seed and data in float32, bfloat16, FP8 and FP8's two variants.
+
+    python -m experiments.fp8_curve --size cpu
+    python -m experiments.fp8_curve --size gpu --minutes 9     # again, until it says that all runs are done
+
+Every run saves what it has when its time is up, and goes on from there. The report (markdown, PNG, JSON) compares the
+losses of a step, smoothed by an exponential mean, with bfloat16's, as appendix B of the DeepSeek-V3 report does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Literal
+
+import jax
+import matplotlib
+import numpy as np
+import tyro
+
+from dsv3_jax.accounting.parameters import count_parameters
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data import DataConfig
+from dsv3_jax.runtime import Runtime
+from dsv3_jax.training.config import TrainConfig
+from dsv3_jax.training.metrics import read_metrics
+from dsv3_jax.training.schedule import Schedule, ScheduleConfig
+from dsv3_jax.training.trainer import train
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RUNS: dict[str, Runtime] = {
+    "bf16": Runtime(dtype="bfloat16"),
+    "fp8": Runtime(dtype="bfloat16", precision="fp8"),
+    "fp8, gradients in blocks": Runtime(dtype="bfloat16", precision="fp8", fp8_scales="block_gradients"),
+    "fp8, one scale a tensor": Runtime(dtype="bfloat16", precision="fp8", fp8_scales="tensor"),
+    "float32": Runtime(),
+}
+BASE = "bf16"
+SMOOTHING = 0.9
+"""Weight of what was before in the exponential mean, of a step; the report's figures use the same."""
+
+
+def sizes() -> dict[str, TrainConfig]:
+    """The two runs: widths are multiples of 128, so that no tile is filled up."""
+    base = TrainConfig.preset("tiny", "cpu")
+    quiet = dict(log_every=1, validate_every=10**6, validation_batches=1, sample_tokens=0)
+    small = dataclasses.replace(
+        base.model,
+        **dict(hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=2),
+        **dict(num_attention_heads=2, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32),
+        **dict(v_head_dim=64, n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1),
+        num_nextn_predict_layers=0,
+    )
+    cpu = dataclasses.replace(
+        base,
+        model=small,
+        data=DataConfig(sequence_length=128),
+        schedule=dataclasses.replace(base.schedule, steps=300, batch_size=8, warmup_steps=30),
+        checkpoint_every=100,
+        **quiet,
+    )
+    large = dataclasses.replace(
+        ModelConfig.preset("v3-mini"),
+        **dict(vocab_size=264, bos_token_id=256, eos_token_id=257, hidden_size=512, intermediate_size=1536),
+        **dict(moe_intermediate_size=256, num_hidden_layers=10, num_nextn_predict_layers=0),
+    )
+    schedule = ScheduleConfig(
+        **dict(steps=800, batch_size=64, warmup_steps=80, bias_update_speed=0.01),
+        **dict(peak_learning_rate=1e-3, end_learning_rate=1e-4, tail_learning_rate=3e-5, constant_until=0.4),
+    )
+    gpu = dataclasses.replace(
+        cpu, model=large, data=DataConfig(sequence_length=1024), schedule=schedule, checkpoint_every=200
+    )
+    return {"cpu": cpu, "gpu": gpu}
+
+
+def main(size: Literal["cpu", "gpu"] = "cpu", minutes: float = 60, out: Path | None = None) -> None:
+    """Trains what isn't trained yet, and writes the report of the steps that all runs have.
+
+    Args:
+      size: cpu, minutes of one core; gpu, at least 50M parameters and 50M tokens, without the run in float32.
+      minutes: after which a run is saved and the program ends; it goes on when it is called again.
+      out: where runs and report go, by default runs/fp8_curve/SIZE.
+    """
+    base, out, until = sizes()[size], out or Path("runs/fp8_curve") / size, time.monotonic() + 60 * minutes
+    threading.Thread(target=_stop_at, args=(until,), daemon=True).start()
+    names = [name for name in RUNS if size == "cpu" or name != "float32"]
+    done = 0
+    for name in names:
+        directory = out / name.replace(", ", "_").replace(" ", "_")
+        if not (directory / "report.md").exists():
+            if time.monotonic() > until:
+                break
+            runtime = RUNS[name] if size == "cpu" else dataclasses.replace(RUNS[name], remat="paper")
+            config = dataclasses.replace(base, runtime=runtime)
+            started = any((directory / "checkpoints").glob("[0-9]*"))
+            if train(config, directory, resume=started).metrics["stopped"]:
+                break
+        done += 1
+    curves = {}
+    for name in names[:done]:
+        records = read_metrics(out / name.replace(", ", "_").replace(" ", "_") / "metrics.jsonl")
+        curves[name] = {r["step"]: r["loss"] for r in records if "loss" in r}
+    if len(curves) > 1:
+        write(out, size, base, curves)
+        print((out / f"fp8-curve-{size}.md").read_text())
+    print("all runs are done" if done == len(names) else f"{done} of {len(names)} runs are done: call it again")
+
+
+def _stop_at(until: float) -> None:
+    """Asks this process to save and stop, as a scheduler would, when the time is up."""
+    time.sleep(max(0.0, until - time.monotonic()))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def smoothed(losses: np.ndarray) -> np.ndarray:
+    """Exponential mean over the steps, without a bias towards the first."""
+    mean, weight, found = 0.0, 0.0, []
+    for loss in losses:
+        mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * loss, SMOOTHING * weight + 1 - SMOOTHING
+        found.append(mean / weight)
+    return np.array(found)
+
+
+def write(out: Path, size: str, base: TrainConfig, curves: dict[str, dict[int, float]]) -> None:
+    """Writes fp8-curve-SIZE as .md, .png and .json: `curves` are the losses of each run by step."""
+    steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
+    smooth = {name: smoothed(np.array([curve[s] for s in steps])) for name, curve in curves.items()}
+    against = {name: 100 * (curve / smooth[BASE] - 1) for name, curve in smooth.items() if name != BASE}
+    warm = np.array(steps) > base.schedule.warmup_steps
+    rows = {
+        name: {
+            "last_percent": float(far[-1]),
+            "largest_percent_after_warmup": float(np.abs(far[warm]).max()),
+            "mean_absolute_percent_after_warmup": float(np.abs(far[warm]).mean()),
+            "last_smoothed_loss": float(smooth[name][-1]),
+        }
+        for name, far in against.items()
+    }
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    for name, curve in smooth.items():
+        left.plot(steps, curve, label=name, linewidth=1)
+    for name, far in against.items():
+        right.plot(steps, far, label=name, linewidth=1)
+    right.axhspan(-0.25, 0.25, alpha=0.15, color="grey")
+    right.set(xlabel="step", ylabel=f"loss relative to {BASE}'s, %", ylim=(-1, 1))
+    left.set(xlabel="step", ylabel="loss, smoothed (nats a byte)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    name = f"fp8-curve-{size}"
+    figure.savefig(out / f"{name}.png", dpi=130)
+    tokens = Schedule(base.schedule).total_sequences * base.data.sequence_length
+    setting = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "date": str(datetime.date.today()),
+        "parameters": count_parameters(base.model).total,
+        "tokens": tokens,
+        "data": base.data.source,
+        "smoothing": SMOOTHING,
+        "base": BASE,
+        "base_last_smoothed_loss": float(smooth[BASE][-1]),
+    }
+    losses = {name: [round(curve[s], 5) for s in steps] for name, curve in curves.items()}
+    (out / f"{name}.json").write_text(json.dumps({**setting, "runs": rows, "steps": steps, "loss": losses}) + "\n")
+    lines = [
+        f"# FP8 against bfloat16: loss curves ({size})",
+        "",
+        f"{setting['date']}, {setting['device']}, jax {setting['jax']}. {setting['parameters']:,} parameters, "
+        f"{steps[-1]:,} of {base.schedule.steps:,} steps, {tokens:,} tokens of `{setting['data']}` in all; one seed, "
+        f"the same batches in the same order. Command: `python -m experiments.fp8_curve --size {size}`",
+        "",
+        f"Losses are smoothed over the steps (exponential mean, {SMOOTHING}) and compared with {BASE}'s, whose last is "
+        f"{setting['base_last_smoothed_loss']:.4f} nats a byte. The DeepSeek-V3 report (section 3.3) states a relative "
+        "error below 0.25%.",
+        "",
+        "| run | last smoothed loss | difference at the end | mean of its magnitude after warm-up | largest |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name} | {r['last_smoothed_loss']:.4f} | {r['last_percent']:+.3f}% "
+            f"| {r['mean_absolute_percent_after_warmup']:.3f}% | {r['largest_percent_after_warmup']:.3f}% |"
+            for name, r in rows.items()
+        ),
+        "",
+        f"![loss curves]({name}.png)",
+        "",
+    ]
+    (out / f"{name}.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
