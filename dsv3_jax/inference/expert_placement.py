@@ -45,13 +45,14 @@ def with_redundant_experts(
     placed = {name: np.apply_along_axis(place, -1, np.asarray(of, float)) for name, of in load.items()}
     weights = {c: flatten_dict(variables[c]) for c in ("params", SCALES) if c in variables}
     placement = {}
-    for of, path in [(of, path) for of in weights.values() for path in of if "experts" in path]:
-        held, w = placed[path[0]], of[path]
-        stacked = held.ndim == 2
-        of[path] = w[np.arange(len(w))[:, None], held] if stacked else w[held]
-        found = [slots_of_experts(h, experts, redundant) for h in held.reshape(-1, experts + redundant)]
-        for name, values in zip(("slot_of", "copies"), zip(*found, strict=True), strict=True):
-            placement[(*path[:-1], name)] = jnp.asarray(np.stack(values) if stacked else values[0])
+    for collection in weights.values():
+        for path in [path for path in collection if "experts" in path]:
+            held, w = placed[path[0]], collection[path]
+            stacked = held.ndim == 2
+            collection[path] = w[np.arange(len(w))[:, None], held] if stacked else w[held]
+            found = [slots_of_experts(h, experts, redundant) for h in held.reshape(-1, experts + redundant)]
+            for name, values in zip(("slot_of", "copies"), zip(*found, strict=True), strict=True):
+                placement[(*path[:-1], name)] = jnp.asarray(np.stack(values) if stacked else values[0])
     held_in_slots = {c: unflatten_dict(of) for c, of in weights.items()}
     return {**variables, **held_in_slots, EXPERT_PLACEMENT: unflatten_dict(placement)}
 
