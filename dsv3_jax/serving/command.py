@@ -49,7 +49,7 @@ class ServeArgs:
     grace_seconds: float = 30.0
     """How long running requests may go on after SIGTERM."""
     dtype: Literal["float32", "bfloat16", "fp8"] = "float32"
-    """Of the parameters. fp8 keeps the matrices of an FP8 checkpoint in their blocks and multiplies in FP8."""
+    """Dtype of the parameters. fp8 keeps the matrices of an FP8 checkpoint in their blocks and multiplies in FP8."""
     check_hashes: bool = True
     """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)

@@ -59,7 +59,7 @@ class GenerateArgs:
     tokenizer: str | None = None
     """A tokenizer.json, a tiktoken.model, a folder that holds one, or "bytes"; by default the model's own."""
     dtype: Literal["float32", "bfloat16", "fp8"] = "float32"
-    """Of the parameters. fp8 keeps the matrices of an FP8 checkpoint in their blocks and multiplies in FP8."""
+    """Dtype of the parameters. fp8 keeps the matrices of an FP8 checkpoint in their blocks and multiplies in FP8."""
     check_hashes: bool = True
     """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
 
