@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
+from dsv3_jax.config import PRESETS
 from dsv3_jax.model.auto import attention_impl, choices, experts_impl
+from dsv3_jax.model.moe import ExpertWeights, experts
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.training.losses import forward_sums
 from pallas_kernels.ahead_of_time import as_if_hopper
@@ -79,3 +83,58 @@ def test_long_sequences_are_right_and_never_square(mesh):
     assert not square.search(ours.as_text())
     for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("width", [1408, 1536, 96, 264])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@given(seed=st.integers(0, 2**20))
+@settings(max_examples=5)
+def test_experts_of_any_width_equal_the_reference(width, dtype, seed):
+    """Values and gradients of the experts, against float32's reference."""
+    rng, (experts_, rows, depth, k) = np.random.default_rng(seed), (4, 24, 16, 2)
+    normal = lambda *shape, fan_in=1: jnp.asarray(rng.standard_normal(shape) / fan_in**0.5, dtype)
+    w = ExpertWeights(
+        *(normal(experts_, depth, width, fan_in=depth) for _ in range(2)), normal(experts_, width, depth, fan_in=width)
+    )
+    x, dy = normal(1, rows, depth), normal(1, rows, depth)
+    ids = jnp.asarray(rng.permuted(np.tile(np.arange(experts_), (rows, 1)), axis=1)[None, :, :k], jnp.int32)
+    gates = jnp.asarray(rng.uniform(size=(1, rows, k)), jnp.float32)
+
+    def both(impl, dtype):
+        x_, w_, dy_ = jax.tree.map(lambda a: a.astype(dtype), (x, w, dy))
+        runtime = Runtime(dtype=dtype, experts_impl=impl)
+        y, back = jax.vjp(lambda x, w, g: experts(x, ids, g, w, SMALL, runtime), x_, w_, gates)
+        return y, back(dy_)
+
+    limit = 1e-5 if dtype == "float32" else 0.02
+    expected = jax.tree.leaves(both("reference", "float32"))
+    for a, b in zip(jax.tree.leaves(both("auto", dtype)), expected, strict=True):
+        a, b = (np.asarray(value, np.float64) for value in (a, b))
+        assert np.linalg.norm(a - b) <= limit * np.linalg.norm(b)
+
+
+IN_DEFAULT = ("v3-671b", "v2-236b")
+"""The presets whose gates and attention differ most; the others are like one of them."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in IN_DEFAULT else pytest.mark.slow) for name in PRESETS]
+)
+def test_every_preset_equals_the_reference(name):
+    """A small model with the preset's head widths, gate and RoPE; sequences long enough for blockwise attention."""
+    preset = ModelConfig.preset(name)
+    experts_of = dict(n_routed_experts=4 * preset.n_group, num_experts_per_tok=2 * preset.topk_group)
+    config = dataclasses.replace(
+        preset,
+        **dict(vocab_size=32, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_attention_heads=2),
+        **dict(num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0, initializer_range=0.1),
+        **(experts_of if preset.num_moe_layers else {}),
+    )
+    length = min(1100, config.max_position_embeddings)
+    tokens = jnp.asarray(new_rng().integers(0, 32, (1, length)), jnp.int32)
+    models = [
+        DeepSeekV3(config, Runtime(**how)) for how in ({}, {"attention_impl": "reference", "experts_impl": "reference"})
+    ]
+    variables = jax.jit(models[0].init)(jax.random.key(0), tokens[:, :4])
+    ours, plain = (np.asarray(jax.jit(model.apply)(variables, tokens)) for model in models)
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=5e-5 * np.abs(plain).max())
