@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"train": _train, "prepare": _prepare, "generate": _generate, "serve": _serve, "convert": _convert}
     commands |= {"info": _info, "plan": _plan, "report": _report}
+    commands |= {"sft": functools.partial(_train, command="sft"), "grpo": _grpo}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         sys.exit(0 if arguments else 2)
@@ -63,6 +64,8 @@ _USAGE = """\
 usage: python -m dsv3_jax COMMAND [OPTIONS]
 
   train      train a model: a small one on this machine's CPU by default
+  sft        fine-tune a model on chats
+  grpo       reinforcement learning with rewards by rule
   prepare    texts to tokens on disk, for training on more than memory holds
   generate   continue a text, or chat, with a trained or converted model
   serve      an OpenAI-compatible server of a trained or converted model
@@ -107,12 +110,12 @@ def _one_line(box: str) -> str:
 # train ---------------------------------------------------------------------------------------------------
 
 
-def _train(arguments: list[str]) -> None:
+def _train(arguments: list[str], command: str = "train") -> None:
     import jax
 
     from dsv3_jax.compilation_cache import keep_compiled_programs
     from dsv3_jax.parallel.processes import Processes, join, last_words
-    from dsv3_jax.training.config import TrainArgs, TrainConfig
+    from dsv3_jax.training.config import SFTArgs, TrainArgs, TrainConfig
     from dsv3_jax.training.directory import CONFIG, has_begun
     from dsv3_jax.training.initial import with_model_of
     from dsv3_jax.training.trainer import train
@@ -132,27 +135,31 @@ def _train(arguments: list[str]) -> None:
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}")
     join(Processes(known.coordinator, known.count, known.index))  # before JAX is asked for its devices
-    run_dir = known.run_dir or Path("runs") / preset
-    resume = known.resume or (known.auto_resume and has_begun(run_dir))
+    run_dir, kind = known.run_dir or Path("runs") / preset, TrainArgs
     config = TrainConfig.preset(preset, jax.default_backend())
+    if command == "sft":
+        run_dir, kind, config = known.run_dir or Path("runs/sft"), SFTArgs, config.fine_tuning()
+    resume = known.resume or (known.auto_resume and has_begun(run_dir))
+    if command == "sft" and not (known.init_from or resume or {"-h", "--help"} & set(arguments)):
+        raise ConfigError("sft needs --init-from: a run, a converted checkpoint or a Hugging Face directory")
     if known.init_from and not resume:
         config = with_model_of(known.init_from, config)
     if any(argument.replace("_", "-").startswith("--model.rope-scaling.") for argument in arguments):
         config = dataclasses.replace(config, model=_with_yarn(config.model))
-    default = TrainArgs(config, preset=preset, run_dir=run_dir)
+    default = kind(config, preset=preset, run_dir=run_dir)
     if resume and (run_dir / CONFIG).exists():
         own = TrainConfig.from_json(run_dir / CONFIG)
         if known.preset and not known.init_from:  # whose model it is then
-            differences = _parse(TrainArgs, "train", arguments, default).config.differences(own)
+            differences = _parse(kind, command, arguments, default).config.differences(own)
             if others := [line for line in differences if line.startswith("model.")]:
                 raise ConfigError(f"{run_dir} holds a run of another model than --preset {preset}: {'; '.join(others)}")
         default = dataclasses.replace(default, config=own)
-    chosen = _parse(TrainArgs, "train", arguments, default)
+    chosen = _parse(kind, command, arguments, default)
     print(keep_compiled_programs())
     with last_words():
         result = train(chosen.config, chosen.run_dir, resume=bool(resume), check_hashes=chosen.check_hashes).metrics
     if result["stopped"]:
-        again = ["python", "-m", "dsv3_jax", "train", "--run-dir", str(chosen.run_dir), "--resume"]
+        again = ["python", "-m", "dsv3_jax", command, "--run-dir", str(chosen.run_dir), "--resume"]
         for name, value in dataclasses.asdict(chosen.processes).items():
             again += [] if value is None else [f"--processes.{name}", str(value)]
         print(f"stopped and saved at step {result['step']}; continue with: {shlex.join(again)}")
@@ -166,6 +173,18 @@ def _with_yarn(model: ModelConfig) -> ModelConfig:
         return model
     yarn = Yarn(1.0, model.max_position_embeddings, mscale=1.0, mscale_all_dim=1.0)
     return dataclasses.replace(model, rope_scaling=yarn)
+
+
+# grpo ----------------------------------------------------------------------------------------------------
+
+
+def _grpo(arguments: list[str]) -> None:
+    from dsv3_jax.compilation_cache import keep_compiled_programs
+    from dsv3_jax.post_training.command import GRPOArgs, grpo_command
+
+    args = _parse(GRPOArgs, "grpo", arguments)
+    print(keep_compiled_programs())
+    grpo_command(args)
 
 
 # prepare -------------------------------------------------------------------------------------------------

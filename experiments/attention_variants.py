@@ -2,8 +2,9 @@
 
     python -m experiments.attention_variants
 
-The article's central claim is that latent attention shrinks the cache "without sacrificing accuracy". Four models differ
-in their attention alone. Its parameters are equal to 0.3 %: those with fewer key and value heads have more query heads.
+The article's central claim is that latent attention shrinks the cache "without sacrificing accuracy". Four models
+differ in their attention alone. Its parameters are equal to 0.3 %: those with fewer key and value heads have more
+query heads.
 MLA has the report's proportions: a rotated part of half a head, a latent of about four heads. All feed-forwards are
 dense, so that routing adds no noise. The model's own code has MLA only; the others are here.
 """

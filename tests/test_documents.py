@@ -16,9 +16,10 @@ from dsv3_jax.config import PRESETS
 from dsv3_jax.data.command import PrepareArgs
 from dsv3_jax.planning.info import InfoArgs
 from dsv3_jax.planning.options import PlanArgs
+from dsv3_jax.post_training.command import GRPOArgs
 from dsv3_jax.serving.command import ServeArgs
 from dsv3_jax.serving.generate_command import GenerateArgs
-from dsv3_jax.training.config import TrainArgs, TrainConfig
+from dsv3_jax.training.config import SFTArgs, TrainArgs, TrainConfig
 from dsv3_jax.training.run_page import ReportArgs
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +92,7 @@ def test_commands_have_these_options():
     """Every command of README and docs is parsed, as far as `...` or the end of its first line."""
     kinds = {"train": TrainArgs, "generate": GenerateArgs, "serve": ServeArgs, "prepare": PrepareArgs}
     kinds |= {"info": InfoArgs, "convert": ConvertArgs, "plan": PlanArgs, "report": ReportArgs}
+    kinds |= {"sft": SFTArgs, "grpo": GRPOArgs}
     found = set()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         blocks = "".join(re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE))
@@ -98,7 +100,8 @@ def test_commands_have_these_options():
             command, *words = shlex.split(
                 line.split(" ...")[0].rstrip("\\").replace("HOST:PORT", "host:1234"), comments=True
             )
-            default = TrainArgs(TrainConfig.preset("tiny", "cpu")) if command == "train" else None
+            trains, tiny = command in ("train", "sft"), TrainConfig.preset("tiny", "cpu")
+            default = kinds[command](tiny) if trains else None
             cli._parse(kinds[command], command, words, default)  # exits at an option that isn't there
             found.add(command)
     assert found == set(kinds)

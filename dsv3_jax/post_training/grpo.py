@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -82,31 +82,34 @@ def grpo(
     config: GRPOConfig,
     *,
     end_ids: Collection[int] | None = None,
+    encode: Callable[[str], list[int]] | None = None,
+    reference: Any = None,
+    start: int = 0,
 ) -> Iterator[tuple[TrainState, dict[str, float]]]:
-    """Trains by GRPO; yields the state and the metrics of each iteration. The first state is the reference of the KL.
+    """Trains by GRPO; yields the state and the metrics of each iteration.
 
     Args:
       state: as `init_state` makes it, with the parameters to start from. It is used up: take what is yielded.
       problems: each with a `prompt`; drawn without repetition until all have been.
       reward: of a problem and a text; its errors count as 0 and are reported.
       end_ids: tokens that end a text; by default the tokenizer's.
+      encode: from a problem's prompt to tokens, as by a chat template; by default the tokenizer's.
+      reference: variables of the model that the KL is to; by default those of `state`.
+      start: iterations that were done before, of a run that goes on.
 
     Raises ConfigError if a prompt is too long, or if the reward function fails on every text of an iteration.
     """
-    encoded = [tokenizer.encode_prompt(str(problem["prompt"])).tolist() for problem in problems]
-    longest = max(map(len, encoded))
-    if longest + config.max_new_tokens > config.length:
-        raise ConfigError(
-            f"length is {config.length}: a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed it"
-        )
+    encoded = encode_prompts(problems, tokenizer, config, encode)
     sizes = EngineConfig(max_batch=config.prompts * config.samples, max_length=config.length, drafts=0, cache_share=0.2)
     ends = {tokenizer.eos_id} if end_ids is None else set(end_ids)
     engine = Engine(model, state.variables, sizes, end_ids=ends)
     step = jax.jit(make_train_step(model, optimizer, loss), donate_argnums=0)
-    reference = jax.tree.map(jnp.copy, state.variables)
+    reference = jax.tree.map(jnp.copy, state.variables) if reference is None else reference
     safe, order = SafeReward(reward), _order(len(problems), config.seed)
     try:
-        for iteration in range(config.iterations):
+        for _ in range(start * config.prompts):
+            next(order)
+        for iteration in range(start, config.iterations):
             chosen = [next(order) for _ in range(config.prompts)]
             engine.replace_variables(state.variables)
             rollouts = sample_groups(engine, [encoded[i] for i in chosen], config, iteration)
@@ -132,6 +135,43 @@ def grpo(
             yield state, record
     finally:
         engine.close()
+
+
+def encode_prompts(
+    problems: Sequence[Problem],
+    tokenizer: Tokenizer,
+    config: GRPOConfig,
+    encode: Callable[[str], list[int]] | None = None,
+) -> list[list[int]]:
+    """Tokens of each problem's prompt. Raises ConfigError if one has no prompt, or leaves no room for an answer."""
+    encode = encode or (lambda text: [int(t) for t in tokenizer.encode_prompt(text)])
+    if not problems or not all(isinstance(problem.get("prompt"), str) for problem in problems):
+        raise ConfigError("problems must be objects with a `prompt`, a text, and there must be some")
+    encoded = [encode(problem["prompt"]) for problem in problems]
+    longest = max(map(len, encoded))
+    if longest + config.max_new_tokens > config.length:
+        raise ConfigError(
+            f"length is {config.length}: a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed it"
+        )
+    return encoded
+
+
+def mean_reward(
+    engine: Engine,
+    encoded: Sequence[list[int]],
+    problems: Sequence[Problem],
+    reward: Reward,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+) -> float:
+    """Mean reward of the most likely text of each problem. Errors of the reward function count as 0."""
+    safe, ends = SafeReward(reward), tokenizer.special_ids()
+    texts = engine.generate(encoded, max_new_tokens=max_new_tokens)
+    rewards = [
+        safe(problem, tokenizer.decode([t for t in tokens if t not in ends]))
+        for problem, tokens in zip(problems, texts, strict=True)
+    ]
+    return float(np.mean(rewards))
 
 
 def sample_groups(engine: Engine, prompts: Sequence[list[int]], config: GRPOConfig, iteration: int) -> list[Rollout]:

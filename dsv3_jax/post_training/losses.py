@@ -1,4 +1,4 @@
-"""The objectives of fine-tuning: cross entropy of chosen tokens, and group relative policy optimisation (GRPO)."""
+"""The objective of group relative policy optimisation (GRPO)."""
 
 from __future__ import annotations
 
@@ -13,26 +13,6 @@ from flax import struct
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.transformer import Outputs
 from dsv3_jax.training.losses import Loss, LossSums, Metrics, ModelInputs, Whole, loss_sums, mean_metrics
-
-
-@dataclasses.dataclass(frozen=True)
-class SFTLoss(Loss):
-    """Cross entropy of the tokens that have a target, and of the MTP modules, whose gradient stays in them.
-
-    So the modules keep up with the model, and its own training is as if there were none.
-    """
-
-    config: ModelConfig
-    mtp_weight: float = 0.1
-    detach_mtp: bool = True
-
-    def __call__(self, outputs: Outputs, inputs: ModelInputs, whole: Whole) -> tuple[jax.Array, LossSums]:
-        sums = loss_sums(outputs, inputs, self.config)
-        predicted = sums.cross_entropy + self.mtp_weight * sums.mtp_cross_entropy
-        return predicted / jnp.maximum(whole.tokens, 1), sums
-
-    def metrics(self, sums: LossSums, whole: Whole) -> Metrics:
-        return mean_metrics(sums)
 
 
 @struct.dataclass

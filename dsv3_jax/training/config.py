@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -29,6 +29,9 @@ class TrainConfig:
     data: DataConfig
     schedule: ScheduleConfig
     optimizer: OptimizerConfig
+    objective: Literal["pretraining", "sft"] = "pretraining"
+    """`sft`: cross entropy of the targets alone, no balancing; the MTP modules train on beside the model, with
+    schedule.final_mtp_weight."""
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     """Devices along each axis of the mesh; `runtime.sharding` says what they cut. One device by default."""
     microbatches: int = 1
@@ -77,6 +80,8 @@ class TrainConfig:
         for name in ("keep_every", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.objective not in ("pretraining", "sft"):
+            raise ConfigError(f"objective is {self.objective!r}: it must be 'pretraining' or 'sft'")
         traced_steps(self.trace_steps)
         if self.init_optimizer and self.init_from is None:
             raise ConfigError("init_optimizer is True, but init_from names no run to take an optimizer's state from")
@@ -164,6 +169,17 @@ class TrainConfig:
         optimizer = OptimizerConfig(moments_dtype="bfloat16")
         return cls(model, runtime, DataConfig(sequence_length=4096), schedule, optimizer, checkpoint_every=1000)
 
+    def fine_tuning(self) -> TrainConfig:
+        """The same model's supervised fine-tuning as the report has it (section 5.1).
+
+        A cosine from 5e-6 to 1e-6, on samples that don't see each other.
+        """
+        rates = dict(peak_learning_rate=5e-6, end_learning_rate=1e-6, tail_learning_rate=1e-6)
+        schedule = ScheduleConfig(steps=200, batch_size=16, warmup_steps=10, constant_until=0.0, **rates)  # type: ignore[arg-type]
+        data = dataclasses.replace(self.data, packing="best_fit", mask_documents=True)
+        how: dict[str, Any] = dict(objective="sft", validate_every=100, checkpoint_every=100, sample_tokens=0)
+        return dataclasses.replace(self, schedule=schedule, data=data, **how)
+
     @classmethod
     def from_json(cls, path: Path) -> TrainConfig:
         """Reads the `config.json` of a run. Raises ConfigError if the file is no such thing."""
@@ -249,6 +265,15 @@ class TrainArgs:
     """With --resume or --init-from: compare the checkpoint's files with the hashes that were saved with them."""
     processes: Processes = dataclasses.field(default_factory=Processes)
     """How the processes of one job find each other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTArgs(TrainArgs):
+    """Fine-tune a model on chats (report section 5.1): only what has a target is learnt.
+
+    `--init-from` names the weights, `--data.source` chats that `prepare --chat` made. Samples don't see each other; the
+    MTP modules are trained beside the model, which they don't change. All else is as for `train`.
+    """
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -115,6 +115,26 @@ class PretrainingLoss(Loss):
         return self.schedule.bias_update_speed(step)
 
 
+@dataclasses.dataclass(frozen=True)
+class SFTLoss(Loss):
+    """Cross entropy of the tokens that have a target, and of the MTP modules, whose gradient stays in them.
+
+    So the modules keep up with the model, and its own training is as if there were none.
+    """
+
+    config: ModelConfig
+    mtp_weight: float = 0.1
+    detach_mtp: bool = True
+
+    def __call__(self, outputs: Outputs, inputs: ModelInputs, whole: Whole) -> tuple[jax.Array, LossSums]:
+        sums = loss_sums(outputs, inputs, self.config)
+        predicted = sums.cross_entropy + self.mtp_weight * sums.mtp_cross_entropy
+        return predicted / jnp.maximum(whole.tokens, 1), sums
+
+    def metrics(self, sums: LossSums, whole: Whole) -> Metrics:
+        return mean_metrics(sums)
+
+
 def balance_loss(stats: RouterStats) -> jax.Array:
     """The sequence-wise balance loss, sum_i f_i P_i (eq. 17 without alpha): stats of (..., B, E) -> (..., B)."""
     return jnp.sum(stats.fraction * stats.affinity, axis=-1)

@@ -27,7 +27,7 @@ from dsv3_jax.training.diagnose import (
 )
 from dsv3_jax.training.guard import all_finite
 from dsv3_jax.training.initial import state_from
-from dsv3_jax.training.losses import IGNORE, PretrainingLoss, load_violations, mean_metrics
+from dsv3_jax.training.losses import IGNORE, Loss, PretrainingLoss, SFTLoss, load_violations, mean_metrics
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -71,7 +71,7 @@ class Setup:
         self.config, self.tokenizer = config, tokenizer
         self.model = DeepSeekV3(config.model, config.runtime)
         self.schedule = Schedule(config.schedule)
-        loss = PretrainingLoss(config.model, self.schedule)
+        loss = _loss(config, self.schedule)
         optimizer = make_optimizer(config.optimizer, self.schedule)
         self.init = lambda key: init_state(self.model, optimizer, key)
         self._optimizer = optimizer
@@ -202,6 +202,12 @@ class Setup:
             end_ids=[self.tokenizer.eos_id],
         )[0]
         return str(self.tokenizer.decode([*self.sample_prompt, *new]))
+
+
+def _loss(config: TrainConfig, schedule: Schedule) -> Loss:
+    if config.objective == "sft":
+        return SFTLoss(config.model, config.schedule.final_mtp_weight)
+    return PretrainingLoss(config.model, schedule)
 
 
 def _inputs(mask_documents: bool) -> tuple[str, ...]:

@@ -12,10 +12,10 @@ from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.data import load_tokenizer
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.post_training.grpo import GRPOConfig, Rollout, grpo, grpo_batch, token_logprobs
-from dsv3_jax.post_training.losses import GRPOLoss, SFTLoss, group_advantages
+from dsv3_jax.post_training.losses import GRPOLoss, group_advantages
 from dsv3_jax.post_training.rewards import SafeReward, arithmetic_problems, arithmetic_reward, load_reward
 from dsv3_jax.runtime import Runtime
-from dsv3_jax.training.losses import IGNORE, Whole, forward, loss_sums, model_inputs
+from dsv3_jax.training.losses import IGNORE, SFTLoss, Whole, forward, loss_sums, model_inputs
 from dsv3_jax.training.step import init_state, make_train_step
 from tests.conftest import new_rng
 

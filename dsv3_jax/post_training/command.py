@@ -1,0 +1,296 @@
+"""`python -m dsv3_jax grpo`: reinforcement learning in a directory of its own, which other commands read as a run's."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from dsv3_jax.checkpoint.load import load_pretrained
+from dsv3_jax.checkpoint.runs import CHECKPOINTS, read_config
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.data import Tokenizer
+from dsv3_jax.inference.engine import Engine, EngineConfig
+from dsv3_jax.inference.text import own_tokenizer
+from dsv3_jax.integrity import SEAL, seal
+from dsv3_jax.json_input import parse_json
+from dsv3_jax.model.router import ROUTER
+from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.post_training.grpo import GRPOConfig, encode_prompts, grpo, mean_reward
+from dsv3_jax.post_training.losses import GRPOLoss
+from dsv3_jax.post_training.rewards import Problem, Reward, arithmetic_problems, load_reward
+from dsv3_jax.runtime import Runtime
+from dsv3_jax.serving.chat import read_chat_template
+from dsv3_jax.training.checkpoints import Checkpoints
+from dsv3_jax.training.directory import CONFIG, LOCK, METRICS, keep_tokenizer, locked, replace_file
+from dsv3_jax.training.guard import stop_on_signal
+from dsv3_jax.training.metrics import MetricsLog, read_metrics
+from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dsv3_jax.training.schedule import Schedule, ScheduleConfig
+from dsv3_jax.training.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOArgs:
+    """Reinforcement learning by GRPO (DeepSeek-R1, section 2.2.1): sample groups, reward them by rule, train.
+
+    Starts from the weights of a run, a converted checkpoint or a Hugging Face directory, on one device. Ctrl-C saves;
+    `--resume` goes on.
+    """
+
+    init_from: str
+    """The weights to start from, which are also the reference of the KL."""
+    run_dir: Path = Path("runs/grpo")
+    """The run's directory."""
+    reward: str = "dsv3_jax.post_training.rewards.arithmetic_reward"
+    """Dotted path of the reward: a function of a problem and the model's text."""
+    problems: Path | None = None
+    """JSON lines, objects with a `prompt` and whatever the reward needs; by default 4096 generated sums."""
+    held_out: Path | None = None
+    """Problems whose mean reward, answered greedily, is measured beside; by default 256 other sums."""
+    grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
+    """How to sample and train."""
+    clip_low: float = 0.2
+    """The ratio of a token's probabilities counts down to 1 - clip_low,"""
+    clip_high: float = 0.2
+    """and up to 1 + clip_high; DAPO takes 0.28."""
+    kl_weight: float = 0.001
+    """Weight of the KL to the reference, beta; R1 took 0.001."""
+    normalise: str = "sequence"
+    """`sequence` averages over a text's tokens and then over texts (R1), `token` over all tokens at once (DAPO)."""
+    mtp_weight: float = 0.1
+    """Weight of the MTP modules' cross entropy on the sampled texts, which trains them alone; 0 leaves them behind."""
+    learning_rate: float = 3e-6
+    """Learning rate, constant after a warm-up of 5 steps; R1 took 3e-6."""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(weight_decay=0.0))
+    """AdamW's other numbers."""
+    runtime: Runtime = dataclasses.field(default_factory=lambda: Runtime.for_backend(jax.default_backend()))
+    """How the model is computed."""
+    evaluate_every: int = 10
+    """Iterations between measurements on the held-out problems, and at the start and the end."""
+    checkpoint_every: int = 50
+    """Iterations between checkpoints, and after the last one."""
+    resume: bool = False
+    """Go on in run_dir from its newest checkpoint, with the same options."""
+
+    def __post_init__(self) -> None:
+        for name in ("evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate is {self.learning_rate}: it must be positive")
+
+
+def grpo_command(args: GRPOArgs, console: Console | None = None) -> None:
+    """Runs `python -m dsv3_jax grpo`.
+
+    Raises:
+      ConfigError: an option isn't possible, the directory holds something else, or problems can't be read.
+      CheckpointError, FileNotFoundError: the weights to start from can't be read.
+    """
+    console, directory = console or Console(), args.run_dir
+    reward = load_reward(args.reward)
+    held_out = _problems(args.held_out, lambda: arithmetic_problems(256, args.grpo.seed + 1))
+    prompts = {problem["prompt"] for problem in held_out}
+    problems = _problems(args.problems, lambda: arithmetic_problems(4096, args.grpo.seed))
+    problems = [problem for problem in problems if problem["prompt"] not in prompts]
+    tokenizer = own_tokenizer(Path(args.init_from))
+    encode = _chat_encoding(Path(args.init_from), tokenizer)
+    encode_prompts(problems, tokenizer, args.grpo, encode)  # what is wrong is said before anything is made
+    model, variables = load_pretrained(args.init_from, runtime=args.runtime)
+    config = dataclasses.replace(model.config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    loss = GRPOLoss(config, args.clip_low, args.clip_high, args.kl_weight, args.normalise, args.mtp_weight)  # type: ignore[arg-type]
+    content = _config(args, config)
+    _check_directory(args, content)
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory) as warning:
+        if warning:
+            console.print(f"warning: {warning}")
+        sealed = seal(content | {"tokenizer_files": keep_tokenizer(directory, args.init_from)})
+        replace_file(directory / CONFIG, (json.dumps(sealed, indent=2) + "\n").encode())
+        _Run(args, model, variables, loss, problems, held_out, reward, tokenizer, encode, console).train()
+    console.print(f"done: {directory}/report.md")
+
+
+class _Run:
+    """GRPO with its directory: metrics, measurements on held-out problems, checkpoints, report."""
+
+    def __init__(
+        self,
+        args: GRPOArgs,
+        model: DeepSeekV3,
+        variables: Any,
+        loss: GRPOLoss,
+        problems: list[Problem],
+        held_out: list[Problem],
+        reward: Reward,
+        tokenizer: Tokenizer,
+        encode: Callable[[str], list[int]] | None,
+        console: Console,
+    ) -> None:
+        self.args, self.model, self.variables, self.loss, self.console = args, model, variables, loss, console
+        self.problems, self.held_out, self.reward = problems, held_out, reward
+        self.tokenizer, self.encode = tokenizer, encode
+        self.encoded = encode_prompts(held_out, tokenizer, args.grpo, encode)
+        rate = args.learning_rate
+        rates = dict(peak_learning_rate=rate, end_learning_rate=rate, tail_learning_rate=rate)
+        steps = args.grpo.iterations * args.grpo.epochs * args.grpo.minibatches
+        schedule = Schedule(ScheduleConfig(steps=steps, batch_size=1, warmup_steps=5, **rates))  # type: ignore[arg-type]
+        self.optimizer = make_optimizer(args.optimizer, schedule)
+        sizes = EngineConfig(max_batch=64, max_length=args.grpo.length, cache_share=0.2)
+        self.engine = Engine(model, variables, sizes, end_ids={tokenizer.eos_id})
+
+    def train(self) -> None:
+        args, g = self.args, self.args.grpo
+        checkpoints = Checkpoints(args.run_dir / CHECKPOINTS, 2)
+        params = jax.tree.map(jnp.copy, self.variables["params"])  # training takes the arrays over
+        router = jax.tree.map(jnp.copy, self.variables.get(ROUTER, {}))
+        begin = jax.jit(self.optimizer.init)(params)
+        state = TrainState(jnp.zeros((), jnp.int32), params, router, begin, jax.random.key(g.seed))
+        if args.resume:
+            state = checkpoints.restore(state).state
+        done = start = int(state.step) // (g.epochs * g.minibatches)
+        log = MetricsLog(args.run_dir, first_step=start)
+        try:
+            if not args.resume:
+                checkpoints.save(state, {})
+                log.write(0, self.evaluate(state))
+            how: dict[str, Any] = dict(encode=self.encode, reference=self.variables, start=start)
+            began = time.monotonic()
+            with stop_on_signal() as stopping:
+                rounds = grpo(
+                    self.model, state, self.optimizer, self.loss, self.problems, self.reward, self.tokenizer, g, **how
+                )
+                for state, metrics in rounds:
+                    done += 1
+                    if done % args.evaluate_every == 0 or done == g.iterations:
+                        metrics = metrics | self.evaluate(state)
+                    log.write(done, metrics)
+                    left = (time.monotonic() - began) / (done - start) * (g.iterations - done)
+                    self.console.print(_line(done, g.iterations, metrics, left), soft_wrap=True)
+                    if done % args.checkpoint_every == 0 or done == g.iterations or stopping():
+                        checkpoints.save(state, {})
+                    if stopping():
+                        break
+        finally:
+            log.close()
+            checkpoints.close()
+            self.engine.close()
+        records = read_metrics(args.run_dir / METRICS)
+        plot(args.run_dir / "metrics.png", records, str(args.run_dir))
+        (args.run_dir / "report.md").write_text(report(args, records))
+        if done < g.iterations:
+            raise KeyboardInterrupt
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Mean reward of the held-out problems, and the share of drafts of the MTP module that were accepted."""
+        self.engine.replace_variables(state.variables)
+        before = self.engine.stats()
+        new, g = self.held_out, self.args.grpo
+        found = mean_reward(self.engine, self.encoded, new, self.reward, self.tokenizer, g.max_new_tokens)
+        after, metrics = self.engine.stats(), {"held_out_reward": found}
+        if drafted := after.draft_tokens - before.draft_tokens:
+            metrics["mtp_acceptance"] = (after.accepted_tokens - before.accepted_tokens) / drafted
+        return metrics
+
+
+def _problems(path: Path | None, generated: Callable[[], list[dict[str, str]]]) -> list[Problem]:
+    if path is None:
+        return list(generated())
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"problems {path} can't be read: {error}") from None
+    found: list[Problem] = [
+        parse_json(line, f"{path}: line {i}", ConfigError) for i, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not found or not all(isinstance(p, dict) and isinstance(p.get("prompt"), str) for p in found):
+        raise ConfigError(f"{path} must hold JSON lines, each an object with a `prompt`, a text")
+    return found
+
+
+def _chat_encoding(path: Path, tokenizer: Tokenizer) -> Callable[[str], list[int]] | None:
+    """Encodes a prompt as a user's message, where the checkpoint has a chat template."""
+    template = read_chat_template(path, {"bos_token": "", "eos_token": ""})
+    if template is None:
+        return None
+
+    def encode(prompt: str) -> list[int]:
+        text = template.render([{"role": "user", "content": prompt}]).text
+        tokens = [int(t) for t in tokenizer.encode_prompt(text, add_special_tokens=False)]
+        return tokens if tokens[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *tokens]
+
+    return encode
+
+
+def _config(args: GRPOArgs, model: ModelConfig) -> dict[str, Any]:
+    """The run as JSON; `model` stands where other commands look for it."""
+    fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(args), default=str))
+    return {k: v for k, v in fields.items() if k not in ("run_dir", "resume")} | {"model": dataclasses.asdict(model)}
+
+
+def _check_directory(args: GRPOArgs, content: dict[str, Any]) -> None:
+    """Raises ConfigError if the directory holds something else than the run that is to go on."""
+    directory = args.run_dir
+    if not args.resume:
+        if directory.exists() and {p.name for p in directory.iterdir()} - {LOCK}:
+            raise ConfigError(f"{directory} is not empty: choose another --run-dir, or go on with --resume")
+        return
+    if not (directory / CHECKPOINTS).is_dir():
+        raise ConfigError(f"{directory} holds no run to resume: start it without --resume")
+    before = read_config(directory / CONFIG)
+    now = json.loads(json.dumps(content))
+    for name in sorted(set(before) - {"tokenizer_files", SEAL}):
+        if before[name] != now.get(name):
+            raise ConfigError(f"{directory} holds a run with {name} {before[name]!r}, not {now.get(name)!r}")
+
+
+def _line(done: int, iterations: int, metrics: dict[str, Any], left: float) -> str:
+    shown = {k: metrics[k] for k in ("reward", "held_out_reward", "kl", "length", "mtp_acceptance") if k in metrics}
+    parts = "  ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in shown.items())
+    return f"iteration {done}/{iterations}  {parts}  {datetime.timedelta(seconds=round(left))} left"
+
+
+def plot(path: Path, records: list[dict[str, Any]], title: str) -> None:
+    """Draws rewards, KL, and the texts' length against the iteration into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, all_axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    for axes, keys in zip(
+        all_axes, (("reward", "held_out_reward", "mtp_acceptance"), ("kl",), ("length",)), strict=True
+    ):
+        for key in keys:
+            if points := [(r["step"], r[key]) for r in records if key in r]:
+                axes.plot(*zip(*points, strict=True), label=key.replace("_", " "))
+        axes.set(xlabel="iteration")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def report(args: GRPOArgs, records: list[dict[str, Any]]) -> str:
+    """The run's report in Markdown: its metrics at the start and at the end."""
+    first: dict[str, Any] = {}
+    last: dict[str, Any] = {}
+    for record in records:
+        first, last = record | first, last | record
+    names = [k for k, v in last.items() if isinstance(v, float)]
+    rows = "\n".join(f"| {k.replace('_', ' ')} | {first[k]:.4g} | {last[k]:.4g} |" for k in names)
+    return (
+        f"# GRPO from {args.init_from}\n\n| | first | last |\n|---|---|---|\n{rows}\n\n"
+        f"{datetime.date.today()}, {jax.devices()[0].device_kind}, jax {jax.__version__}. The KL is to the model of "
+        "the start, in nats per token. The run's config is in `config.json`.\n\n![rewards, KL, length](metrics.png)\n"
+    )
