@@ -20,7 +20,7 @@ from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.data import Tokenizer
 from dsv3_jax.inference.engine import Engine, EngineConfig
 from dsv3_jax.inference.text import own_tokenizer
-from dsv3_jax.integrity import SEAL, seal
+from dsv3_jax.integrity import SEAL
 from dsv3_jax.json_input import parse_json
 from dsv3_jax.model.router import ROUTER
 from dsv3_jax.model.transformer import DeepSeekV3
@@ -30,7 +30,7 @@ from dsv3_jax.post_training.rewards import Problem, Reward, arithmetic_problems,
 from dsv3_jax.runtime import Runtime
 from dsv3_jax.serving.chat import read_chat_template
 from dsv3_jax.training.checkpoints import Checkpoints
-from dsv3_jax.training.directory import CONFIG, LOCK, METRICS, keep_tokenizer, locked, replace_file
+from dsv3_jax.training.directory import CONFIG, LOCK, METRICS, locked, write_fields
 from dsv3_jax.training.guard import stop_on_signal
 from dsv3_jax.training.metrics import MetricsLog, read_metrics
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -114,8 +114,7 @@ def grpo_command(args: GRPOArgs, console: Console | None = None) -> None:
     with locked(directory) as warning:
         if warning:
             console.print(f"warning: {warning}")
-        sealed = seal(content | {"tokenizer_files": keep_tokenizer(directory, args.init_from)})
-        replace_file(directory / CONFIG, (json.dumps(sealed, indent=2) + "\n").encode())
+        write_fields(directory, content, args.init_from)
         _Run(args, model, variables, loss, problems, held_out, reward, tokenizer, encode, console).train()
     console.print(f"done: {directory}/report.md")
 

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -120,8 +121,13 @@ def write_config(directory: Path, config: TrainConfig, tokenizer: str | Path | N
     `config.json` is the run's config, under `tokenizer_files` its tokenizer's hashes, under `seal` its own. It comes
     first: files without it would be those of somebody else.
     """
+    write_fields(directory, dataclasses.asdict(config), tokenizer)
+
+
+def write_fields(directory: Path, fields: dict[str, Any], tokenizer: str | Path | None) -> None:
+    """`write_config` for the fields of a run of any kind."""
     files = {name: file.read_bytes() for name, file in tokenizer_sources(tokenizer).items()}
-    content = seal(dataclasses.asdict(config) | {"tokenizer_files": hashes(files)})
+    content = seal(fields | {"tokenizer_files": hashes(files)})
     replace_file(directory / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
     for name, data in files.items():
         replace_file(directory / name, data)

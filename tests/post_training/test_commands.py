@@ -19,7 +19,7 @@ from dsv3_jax.post_training.command import GRPOArgs, grpo_command
 from dsv3_jax.post_training.grpo import GRPOConfig
 from dsv3_jax.serving.chat import chat_template_beside, read_chat_template
 from dsv3_jax.training.checkpoints import Checkpoints
-from dsv3_jax.training.directory import keep_tokenizer, write_config
+from dsv3_jax.training.directory import write_config
 from dsv3_jax.training.metrics import read_metrics
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import Schedule
@@ -43,7 +43,7 @@ def start(tmp_path_factory):
     model, optimizer = DeepSeekV3(config.model), make_optimizer(config.optimizer, Schedule(config.schedule))
     state = jax.jit(lambda: init_state(model, optimizer, jax.random.key(0)))()
     (directory / "run").mkdir()
-    write_config(directory / "run", config, keep_tokenizer(directory / "run", directory / "tokenizer"))
+    write_config(directory / "run", config, directory / "tokenizer")
     checkpoints = Checkpoints(directory / "run/checkpoints", 1)
     checkpoints.save(state, {})
     checkpoints.close()
@@ -54,6 +54,7 @@ def count_digits(problem, text):
     return float(sum(c.isdigit() for c in text))
 
 
+@pytest.mark.slow
 def test_grpo_writes_a_run_and_goes_on(start, tmp_path):
     args = GRPOArgs(str(start / "run"), tmp_path / "run", f"{__name__}.count_digits", grpo=GRPO, checkpoint_every=1)
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(3)))
@@ -100,6 +101,7 @@ def test_grpo_refuses_what_cannot_be(start, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_sft_learns_what_the_assistant_writes(start, tmp_path):
     chats = [
         {"messages": [{"role": "user", "content": f"{i}!"}, {"role": "assistant", "content": "ab"}]} for i in range(200)

@@ -15,7 +15,7 @@ from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.training import trainer
 from dsv3_jax.training.checkpoints import Checkpoints
-from dsv3_jax.training.directory import keep_tokenizer, write_config
+from dsv3_jax.training.directory import write_config
 from dsv3_jax.training.initial import check_source, state_from, with_model_of
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import Schedule
@@ -35,7 +35,7 @@ def source(tmp_path_factory):
     state = jax.tree.map(
         lambda x: x + 2 if x.dtype == np.int32 else x if x.ndim == 0 else rng.random(x.shape, np.float32), state
     )
-    write_config(directory_made(directory / "run"), ONE, keep_tokenizer(directory / "run", None))
+    write_config(directory_made(directory / "run"), ONE, None)
     checkpoints = Checkpoints(directory / "run/checkpoints", 1)
     checkpoints.save(jax.device_put(state), {})
     checkpoints.close()
