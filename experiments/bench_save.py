@@ -1,0 +1,82 @@
+"""Measures what asynchronous checkpoints add to the time of training steps.
+
+python -m experiments.bench_save --blocks 6
+
+Steps of `v3-mini`, reduced, in blocks of 20: every second block begins with the look at the state for numbers that aren't
+finite and a save, whose writing goes on beside the block's steps and is waited for at its end. The blocks alternate, so
+that both kinds meet the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from dsv3_jax.data import load_tokenizer
+from dsv3_jax.training.checkpoints import Checkpoints
+from dsv3_jax.training.config import TrainConfig
+from dsv3_jax.training.guard import name_not_finite
+from dsv3_jax.training.setup import Setup
+
+INTERVAL = 20
+
+
+def main() -> None:
+    """Prints a table of the blocks' times."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=6, help="of each kind")
+    parser.add_argument("--sequences", type=int, default=8)
+    arguments = parser.parse_args()
+    config = TrainConfig.preset("v3-mini", steps=2 * INTERVAL * (arguments.blocks + 1))
+    model = dataclasses.replace(config.model, num_hidden_layers=4, n_routed_experts=16, num_nextn_predict_layers=0)
+    config = dataclasses.replace(
+        config,
+        model=model,
+        data=dataclasses.replace(config.data, sequence_length=128),
+        schedule=dataclasses.replace(config.schedule, batch_size=arguments.sequences),
+        sample_tokens=0,
+    )
+    setup = Setup(config, load_tokenizer(None))
+    state, done = setup.placement.init(setup.init, jax.random.key(0)), 0
+    times: dict[bool, list[float]] = {False: [], True: []}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder), keep=2)
+        for block in range(2 * arguments.blocks + 1):
+            saving, began = block % 2 == 1, time.perf_counter()
+            if saving:
+                assert not name_not_finite(state, setup.finite(state))
+                checkpoints.save(state, setup.data.get_state())
+            for _ in range(INTERVAL):
+                state, _ = setup.train_step(state, *setup.batch(done))
+                done += 1
+            jax.block_until_ready(state)
+            if saving:
+                checkpoints.wait()
+            if block:  # the first one compiles
+                times[saving].append(time.perf_counter() - began)
+                print(f"block {block}: {'saving' if saving else 'not saving'}, {times[saving][-1]:.2f} s", flush=True)
+        checkpoints.close()
+    setup.data.stop()
+    size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.router, state.opt_state)))
+    plain, saved = (statistics.median(times[kind]) for kind in (False, True))
+    print(f"{datetime.date.today()}, {os.cpu_count()} CPU cores, jax {jax.__version__}")
+    print(f"state {size / 1e6:.1f} MB, step {plain / INTERVAL * 1e3:.1f} ms (median of {arguments.blocks} blocks)")
+    print(
+        f"saving every {INTERVAL} steps adds {saved / plain - 1:+.2%} to the median, {_least(times):+.2%} to the least"
+    )
+
+
+def _least(times: dict[bool, list[float]]) -> float:
+    return min(times[True]) / min(times[False]) - 1
+
+
+if __name__ == "__main__":
+    main()
