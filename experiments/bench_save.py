@@ -2,8 +2,8 @@
 
 python -m experiments.bench_save --blocks 6
 
-Steps of `v3-mini`, reduced, in blocks of 20: every second block begins with the look at the state for numbers that aren't
-finite and a save, whose writing goes on beside the block's steps and is waited for at its end. The blocks alternate, so
+Steps of `v3-mini`, reduced, in blocks of 20: every second block begins with the look for numbers that are not
+finite, and a save, whose writing goes on beside the block's steps and is waited for at its end. The blocks alternate, so
 that both kinds meet the same machine.
 """
 
@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), keep=2)
         for block in range(2 * arguments.blocks + 1):
-            saving, began = block % 2 == 1, time.perf_counter()
+            saving, began = block % 2 == 0, time.perf_counter()
             if saving:
                 assert not name_not_finite(state, setup.finite(state))
                 checkpoints.save(state, setup.data.get_state())
