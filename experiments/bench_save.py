@@ -2,9 +2,9 @@
 
 python -m experiments.bench_save --blocks 6
 
-Steps of `v3-mini`, reduced, in blocks of 20: every second block begins with the look for numbers that are not
-finite, and a save, whose writing goes on beside the block's steps and is waited for at its end. The blocks alternate, so
-that both kinds meet the same machine.
+Steps of `v3-mini`, reduced, in blocks of 20: every second block begins with the look for numbers that aren't
+finite, and a save, whose writing goes on beside the steps of the block and is waited for at its end. The kinds take
+turns, so that both meet the same machine.
 """
 
 from __future__ import annotations

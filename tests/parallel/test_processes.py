@@ -92,6 +92,25 @@ def test_a_killed_process_ends_the_job_and_it_resumes(one_process, tmp_path):
         np.testing.assert_allclose(value, one_process[name], rtol=1e-5, err_msg=str(name))
 
 
+@pytest.mark.slow  # the others notice a death after half a minute
+def test_a_process_killed_in_a_save_leaves_the_checkpoint_before(one_process, tmp_path):
+    directory = tmp_path / "run"
+    processes = start(directory, 2, "--die-in-save")
+    for process in processes:
+        process.communicate(timeout=300)
+    assert processes[1].returncode == -signal.SIGKILL
+    assert processes[0].returncode not in (0, None)
+    names = {p.name for p in (directory / "checkpoints").iterdir()}
+    assert "4" in names
+    assert "6" not in names
+    assert any(name.startswith("6.") for name in names)  # it was in the middle of a save
+    output = finish(start(directory, 2, "--auto-resume"))[0]
+    assert "going on from the checkpoint of step 4" in output
+    assert losses(directory).keys() == one_process.keys()
+    for name, value in losses(directory).items():
+        np.testing.assert_allclose(value, one_process[name], rtol=1e-5, err_msg=str(name))
+
+
 def test_options_that_do_not_fit_are_named():
     from dsv3_jax.config import ConfigError
     from dsv3_jax.parallel.processes import Processes

@@ -19,6 +19,30 @@ if "--pause" in options:
 
     Setup.batch = slow
 
+if "--die-in-save" in options:  # of step 6: the first process is still at its files when the second one ends
+    options.remove("--die-in-save")
+    import os
+    import signal
+
+    import jax
+
+    from dsv3_jax.training import checkpoints
+
+    finalize, save = checkpoints._HashedPath.finalize, checkpoints.Checkpoints.save
+
+    async def slow_finalize(self):
+        if "6" in self.get().parts[-1].split("."):
+            time.sleep(600)
+        await finalize(self)
+
+    def fatal_save(self, state, *arguments, **keywords):
+        save(self, state, *arguments, **keywords)
+        if int(state.step) == 6 and jax.process_index() == 1:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints._HashedPath.finalize, checkpoints.Checkpoints.save = slow_finalize, fatal_save
+
 SMALL = {
     **{"model.hidden-size": 16, "model.intermediate-size": 16, "model.moe-intermediate-size": 8},
     **{"model.num-hidden-layers": 2, "model.n-routed-experts": 8, "model.num-experts-per-tok": 2},
