@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -156,7 +157,7 @@ def _train(arguments: list[str], command: str = "train") -> None:
         default = dataclasses.replace(default, config=own)
     chosen = _parse(kind, command, arguments, default)
     print(keep_compiled_programs())
-    with last_words():
+    with last_words(), _explained(chosen.config):
         result = train(chosen.config, chosen.run_dir, resume=bool(resume), check_hashes=chosen.check_hashes).metrics
     if result["stopped"]:
         again = ["python", "-m", "dsv3_jax", command, "--run-dir", str(chosen.run_dir), "--resume"]
@@ -165,6 +166,22 @@ def _train(arguments: list[str], command: str = "train") -> None:
         print(f"stopped and saved at step {result['step']}; continue with: {shlex.join(again)}")
         sys.exit(_INTERRUPTED)
     print(f"done: {chosen.run_dir}/report.md")
+
+
+@contextlib.contextmanager
+def _explained(config: Any) -> Iterator[None]:
+    """Says of a run that needs more memory than its device has what is large, and what shrinks it."""
+    import jax
+
+    from dsv3_jax.planning.out_of_memory import is_out_of_memory, out_of_memory
+    from dsv3_jax.training.guard import TrainingError
+
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, TrainingError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(out_of_memory(config)) from error
 
 
 def _with_yarn(model: ModelConfig) -> ModelConfig:

@@ -1,0 +1,45 @@
+"""A run that its device's memory doesn't hold: which part is large is counted apart here, and said by `train`."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from dsv3_jax import cli
+from dsv3_jax.accounting.parameters import count_parameters
+from dsv3_jax.planning.out_of_memory import memory_parts, out_of_memory
+from dsv3_jax.training import loop
+from dsv3_jax.training.config import TrainConfig
+from tests.training.test_trainer import SMALL
+
+
+def wide(**options):
+    config = TrainConfig.preset("tiny", "cpu")
+    model = dataclasses.replace(config.model, hidden_size=2048, intermediate_size=8192)
+    return dataclasses.replace(config, model=model, **options)
+
+
+def test_moments_are_two_numbers_per_parameter():
+    """Of a wide model with a short batch the optimizer is the largest; a longer batch's activations are."""
+    config = wide(microbatches=16)
+    counted = count_parameters(config.model)
+    assert memory_parts(config)["moments"] == pytest.approx(2 * 4 * (counted.total + counted.mtp_total), rel=0.01)
+    assert "To shrink moments: --optimizer.moments-dtype bfloat16 (now float32)" in out_of_memory(config)
+    schedule = dataclasses.replace(config.schedule, batch_size=512)
+    said = out_of_memory(wide(schedule=schedule))
+    assert "To shrink activations: --microbatches 2 (now 1) or --runtime.remat block (now none)" in said
+    assert "microbatches 2" not in out_of_memory(wide(schedule=dataclasses.replace(schedule, batch_size=511)))
+
+
+def test_train_says_it(tmp_path, monkeypatch, capsys):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
+
+    monkeypatch.setattr(loop.Loop, "_steps", exhausted)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--run-dir", str(tmp_path / "run"), *SMALL])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip()
+    assert last.startswith("error: out of device memory. Per device the planner counts ")
+    assert "To shrink " in last
+    assert "\n" not in last
