@@ -147,17 +147,20 @@ def kills(folder: Path, scale: float) -> None:
     prepare(source, folder / "straight", *options)
     seconds = time.perf_counter() - began
     command = [sys.executable, "-m", "dsv3_jax", "prepare", str(source), str(folder / "killed"), *options]
-    same, finished = True, 0
-    for moment in [*rng.uniform(0, seconds, 10), None]:
+    same, finished, killed = True, 0, 0
+    while killed <= 10:
+        moment = rng.uniform(0, seconds) if killed < 10 else None
         if (folder / "killed").exists():
             same, finished = same and contents(folder / "killed") == contents(folder / "straight"), finished + 1
             shutil.rmtree(folder / "killed")
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             process.wait(moment)
+            killed += moment is None
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+            killed += 1
             progress = folder / "killed.partial" / "progress.json"
             parts = json.loads(progress.read_text())["parts"] if progress.exists() else 0
             print(f"killed after {moment:.1f} s, when {parts} parts were whole")
