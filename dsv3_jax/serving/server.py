@@ -83,7 +83,7 @@ class Server:
             post("/v1/completions", functools.partial(self._generate, CompletionRequest, Completion)),
             post("/v1/chat/completions", functools.partial(self._generate, ChatRequest, ChatCompletion)),
         ]
-        handlers: Any = {RequestError: _refused, HTTPException: _no_route, Exception: _failed}
+        handlers: Any = {RequestError: _refused, HTTPException: _no_route, ClientDisconnect: _left, Exception: _failed}
         app = Starlette(routes=routes, exception_handlers=handlers)
         self.app: ASGIApp = _Guard(app, address, service.limits.max_body_bytes)
 
@@ -229,10 +229,13 @@ async def _no_route(request: Request, error: Exception) -> Response:
     return answer
 
 
+async def _left(request: Request, error: Exception) -> Response:
+    """The client has gone away: nobody gets this."""
+    return Response(status_code=499)
+
+
 async def _failed(request: Request, error: Exception) -> Response:
     """A defect: the client is told that, the log (by Starlette, which raises it again) what."""
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)
     return _error(f"internal error: {type(error).__name__}", 500)
 
 

@@ -1,5 +1,6 @@
 """The server's endpoints on an engine that writes what it is told to."""
 
+import asyncio
 import json
 import re
 
@@ -354,6 +355,24 @@ def test_an_error_of_the_engine_is_that_requests_alone():
     first, last = served.chunks("/v1/completions", prompt="x")
     assert first["choices"][0]["text"] == "a"
     assert last["error"]["message"] == "the logits are not finite"
+    assert served.service.running == set()
+
+
+def test_a_client_that_goes_away_ends_its_text_and_is_no_defect():
+    served = Served(pause=60)
+    messages = [{"type": "http.request", "body": b'{"prompt": "ab"}'}, {"type": "http.disconnect"}]
+    sent, headers = [], [(b"host", b"testserver")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(served.server.app(scope, receive, send))  # raises nothing, which a log would show
+    assert sent[0]["status"] == 499
+    assert len(served.engine.cancelled) == 1
     assert served.service.running == set()
 
 
