@@ -8,7 +8,7 @@ LIBTPU := $(VENV)/tpu/libtpu/libtpu.so
 # Lets the C library keep and reuse large blocks in huge pages; without it a CPU step spends a third of its time on page faults.
 MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184
 
-.PHONY: help setup train test test-slow lint clean
+.PHONY: help setup train test test-slow lint lock clean
 
 help:
 	@echo "make train      train a small DeepSeek-V3 on this machine (sets itself up)"
@@ -43,6 +43,10 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# Needs uv. `pip install --require-hashes -r requirements.lock` then installs these files and no others.
+lock:
+	uv pip compile requirements.txt --generate-hashes --universal --python-version 3.12 --no-header -o requirements.lock
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,51 @@
+"""The package as users get it: a wheel in an empty environment, and an import that costs next to nothing."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_an_import_loads_nothing_heavy():
+    """Hence it takes less than `import jax`, whatever the machine does; each name is loaded on first use."""
+    code = "import sys, dsv3_jax; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"jax", "numpy", "flax", "orbax", "grain", "tyro", "matplotlib"} & set(done.stdout.split())
+
+
+def test_the_lock_file_has_the_pinned_versions_with_hashes():
+    pins = r"^([\w.-]+(?:\[\w+\])?==[^\s;]+)"
+    pinned = {pin.lower() for pin in re.findall(pins, (ROOT / "requirements.txt").read_text(), re.MULTILINE)}
+    locked = (ROOT / "requirements.lock").read_text().lower()
+    versions = {normal(pin) for pin in re.findall(pins, locked, re.MULTILINE)}
+    assert {normal(pin) for pin in pinned} - versions == set()
+    assert len(re.findall(r"^[\w.-]+==[^\n]*\\\n +--hash=sha256:", locked, re.MULTILINE)) == len(versions)
+
+
+def normal(pin):
+    return re.sub(r"[-_.]+", "-", pin)
+
+
+@pytest.mark.slow  # needs a package index
+def test_the_wheel_runs_in_an_empty_environment(tmp_path):
+    def run(*command, **options):
+        done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, **options)
+        assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        return done.stdout
+
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT)
+    (wheel,) = tmp_path.glob("dsv3_jax-*.whl")
+    run(sys.executable, "-m", "venv", "env")
+    run("env/bin/python", "-m", "pip", "install", "--quiet", wheel)
+    assert str(tmp_path) in run("env/bin/python", "-c", "import dsv3_jax; print(dsv3_jax.__file__)")
+    assert "--schedule.steps" in run("env/bin/dsv3-jax", "train", "--help")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    example = "\n".join(blocks).replace("steps=200", "steps=3")
+    assert example.count("steps=3") == 1
+    (tmp_path / "example.py").write_text(example + '\nassert metrics["loss"] < 5.6\n')
+    run("env/bin/python", "example.py")
+    assert len(list((tmp_path / "runs").glob("*/report.md"))) == 1
