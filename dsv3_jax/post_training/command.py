@@ -55,7 +55,7 @@ class GRPOArgs:
     problems: Path | None = None
     """JSON lines, objects with a `prompt` and whatever the reward needs; by default 4096 generated sums."""
     held_out: Path | None = None
-    """Problems whose mean reward, answered greedily, is measured beside; by default 256 other sums."""
+    """Problems whose mean reward is measured beside, answered greedily and sampled; by default 256 other sums."""
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
     """How to sample and train."""
     clip_low: float = 0.2
@@ -144,7 +144,7 @@ class _Run:
         steps = args.grpo.iterations * args.grpo.epochs * args.grpo.minibatches
         schedule = Schedule(ScheduleConfig(steps=steps, batch_size=1, warmup_steps=5, **rates))  # type: ignore[arg-type]
         self.optimizer = make_optimizer(args.optimizer, schedule)
-        sizes = EngineConfig(max_batch=64, max_length=args.grpo.length, cache_share=0.2)
+        sizes = EngineConfig(max_batch=64, max_length=args.grpo.length, cache_share=0.2, drafts_up_to=64)
         self.engine = Engine(model, variables, sizes, end_ids={tokenizer.eos_id})
 
     def train(self) -> None:
@@ -190,15 +190,16 @@ class _Run:
             raise KeyboardInterrupt
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Mean reward of the held-out problems, and the share of drafts of the MTP module that were accepted."""
+        """Mean rewards of the held-out problems; the share of the MTP module's drafts that greedy answers accepted."""
         self.engine.replace_variables(state.variables)
         before = self.engine.stats()
         new, g = self.held_out, self.args.grpo
-        found = mean_reward(self.engine, self.encoded, new, self.reward, self.tokenizer, g.max_new_tokens)
-        after, metrics = self.engine.stats(), {"held_out_reward": found}
+        how = (self.encoded, new, self.reward, self.tokenizer, g.max_new_tokens)
+        metrics = {"held_out_reward": mean_reward(self.engine, *how)}
+        after = self.engine.stats()
         if drafted := after.draft_tokens - before.draft_tokens:
             metrics["mtp_acceptance"] = (after.accepted_tokens - before.accepted_tokens) / drafted
-        return metrics
+        return metrics | {"held_out_sampled_reward": mean_reward(self.engine, *how, temperature=1.0)}
 
 
 def _problems(path: Path | None, generated: Callable[[], list[dict[str, str]]]) -> list[Problem]:
@@ -267,7 +268,9 @@ def plot(path: Path, records: list[dict[str, Any]], title: str) -> None:
 
     figure, all_axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
     for axes, keys in zip(
-        all_axes, (("reward", "held_out_reward", "mtp_acceptance"), ("kl",), ("length",)), strict=True
+        all_axes,
+        (("reward", "held_out_sampled_reward", "held_out_reward", "mtp_acceptance"), ("kl",), ("length",)),
+        strict=True,
     ):
         for key in keys:
             if points := [(r["step"], r[key]) for r in records if key in r]:

@@ -163,14 +163,18 @@ def mean_reward(
     reward: Reward,
     tokenizer: Tokenizer,
     max_new_tokens: int,
+    temperature: float = 0.0,
 ) -> float:
-    """Mean reward of the most likely text of each problem. Errors of the reward function count as 0."""
-    safe, ends = SafeReward(reward), tokenizer.special_ids()
-    texts = engine.generate(encoded, max_new_tokens=max_new_tokens)
-    rewards = [
-        safe(problem, tokenizer.decode([t for t in tokens if t not in ends]))
-        for problem, tokens in zip(problems, texts, strict=True)
+    """Mean reward of one text of each problem. Errors of the reward function count as 0."""
+    safe, special = SafeReward(reward), tokenizer.special_ids()
+    requests = [
+        engine.submit(tokens, Sampling(temperature=temperature, seed=i), max_new_tokens=max_new_tokens)
+        for i, tokens in enumerate(encoded)
     ]
+    rewards = []
+    for problem, request in zip(problems, requests, strict=True):
+        tokens = [t for step in request for t in step.tokens if t not in special]
+        rewards.append(safe(problem, tokenizer.decode(tokens)))
     return float(np.mean(rewards))
 
 
