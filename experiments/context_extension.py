@@ -3,9 +3,9 @@
     python -m experiments.context_extension
 
 A small model learns at 128 tokens to say the digit that a mark in a haystack of letters is followed by. Then its
-context is extended four times by YaRN and a short training at 512 tokens. The grid is that of the usual needle test: length of
-the haystack against the needle's depth, each cell the share of right digits; "before" is the model as trained, without
-YaRN, at lengths that it has never seen.
+context is extended four times by YaRN and a short training at 512 tokens. The grid is that of the usual needle test:
+length of the haystack against the needle's depth, each cell the share of right digits; "before" is the model as
+trained, without YaRN, at lengths that it has never seen.
 """
 
 from __future__ import annotations
