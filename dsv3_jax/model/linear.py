@@ -53,7 +53,8 @@ def linear_weight(
 ) -> Weight:
     """Declares a weight as `weight` does, for `multiply`, `weight_einsum` and `grouped_swiglu`.
 
-    In FP8 it is quantised as it is stored and all-gathered after, and its gradient goes to what is stored. One that is
+    In FP8 it is quantised as it is stored and all-gathered after, and its gradient goes to what is stored. Policy
+    `paper` keeps the blocks for the backward pass: recomputation quantises no weight again. One that is
     stored in FP8 blocks is multiplied as it is or, where the runtime's precision is `dtype`, taken out of them here.
 
     Args:
@@ -69,7 +70,8 @@ def linear_weight(
         w = QuantisedWeight(stored, module.get_variable(SCALES, name), None, recipe, contract)
     else:
         w = QuantisedWeight.of(stored, fp8_recipe(runtime), contract=contract, stack=stack)
-        w = dataclasses.replace(w, master=sharding.all_gather_weight(stored, name, logical))
+        once = {name: save_activation(a) for name, a in (("values", w.values), ("scales", w.scales))}
+        w = dataclasses.replace(w, master=sharding.all_gather_weight(stored, name, logical), **once)
     w = fp8_linear.all_gather_blocks(sharding, name, w, logical)
     return w if runtime.precision == "fp8" else w.dequantise(runtime.dtype)
 

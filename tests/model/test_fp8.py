@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ import pytest
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.auto import choices
+from dsv3_jax.model.block import Block
+from dsv3_jax.model.cache import TokenPositions
+from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.transformer import parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.placement import Placement
@@ -117,3 +121,74 @@ def test_a_number_that_is_none_reaches_its_gradient(variables):
     loss, gradients = loss_and_gradients(Runtime(precision="fp8"), poisoned)
     assert np.isnan(loss)
     assert np.isnan(gradients["moe_layers"]["mlp"]["experts"]["up_proj"]).any()
+
+
+def saved_for_backward(config, runtime, *, is_moe, tokens):
+    """Arrays that the backward pass of a block keeps, weights among them, as the gradient's program has them."""
+    block = rematerialise(Block, runtime)(config, runtime, is_moe=is_moe)
+    where = TokenPositions(jnp.broadcast_to(jnp.arange(tokens), (1, tokens)))
+    x = jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.bfloat16)
+    variables = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, where, None), x)
+    forward = lambda v, x: jax.vjp(lambda v, x: block.apply(v, x, where, None)[0], v, x)[1]
+    return forward, (variables, x)
+
+
+def bytes_per_token(measure, config, runtime, *, is_moe):
+    """Bytes for one token more: weights, which the backward pass also has, don't count."""
+    few, many = (measure(*saved_for_backward(config, runtime, is_moe=is_moe, tokens=n)) for n in (256, 512))
+    return (many - few) / 256
+
+
+def by_shapes(forward, arguments):
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(forward, *arguments)))
+
+
+def by_the_compiler(forward, arguments):
+    return jax.jit(forward).lower(*arguments).compile().memory_analysis().output_size_in_bytes
+
+
+BFLOAT16 = Runtime(dtype="bfloat16", remat="paper", attention_impl="blockwise", experts_impl="ragged")
+
+
+@pytest.mark.parametrize(
+    ("preset", "is_moe"),
+    [
+        ("v3-671b", True),
+        pytest.param("v3-671b", False, marks=pytest.mark.slow),
+        pytest.param("v2-lite-16b", True, marks=pytest.mark.slow),
+    ],
+)
+def test_saved_activations_are_smaller(preset, is_moe):
+    """At the released widths; the number of experts, of which a token sees as many, doesn't matter."""
+    config = ModelConfig.preset(preset)
+    config = dataclasses.replace(config, n_routed_experts=8, n_group=1, topk_group=1)
+    measured = [
+        bytes_per_token(by_shapes, config, dataclasses.replace(BFLOAT16, precision=precision), is_moe=is_moe)
+        for precision in ("fp8", "dtype")
+    ]
+    assert measured[0] <= 0.65 * measured[1], measured
+
+
+@pytest.mark.slow
+def test_saved_activations_are_smaller_by_the_compiler():
+    config = dataclasses.replace(
+        ModelConfig.preset("v3-671b"),
+        **dict(hidden_size=896, num_attention_heads=16, moe_intermediate_size=256, q_lora_rank=192, kv_lora_rank=128),
+        **dict(qk_rope_head_dim=64, n_routed_experts=8, n_group=1, topk_group=1),
+    )
+    measured = [
+        bytes_per_token(by_the_compiler, config, dataclasses.replace(BFLOAT16, precision=precision), is_moe=True)
+        for precision in ("fp8", "dtype")
+    ]
+    assert measured[0] <= 0.65 * measured[1], measured
+
+
+def test_recomputation_quantises_no_weight():
+    """Blocks of every weight are among what is kept for the backward pass."""
+    forward, arguments = saved_for_backward(
+        CONFIG, dataclasses.replace(BFLOAT16, precision="fp8"), is_moe=True, tokens=16
+    )
+    kept = [a.shape for a in jax.tree.leaves(jax.eval_shape(forward, *arguments)) if a.dtype == jnp.float8_e4m3fn]
+    weights = [a.shape for a in jax.tree.leaves(arguments[0]["params"]["mlp"]["experts"])]
+    weights += [arguments[0]["params"]["self_attn"][name].shape for name in ("q_b_proj", "k_b_proj", "o_proj")]
+    assert not [w for w in weights if w not in kept], kept
