@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.runtime import Runtime
@@ -18,6 +20,9 @@ def save_activation(x: jax.Array) -> jax.Array:
 
     Recomputed are then norms, up-projections, rotations, scores and SwiGLU products.
     """
+    if x.dtype == jnp.float8_e4m3fn:  # JAX rounds what it saves to a format with infinities, in which 448 is one
+        bits = checkpoint_name(lax.bitcast_convert_type(x, jnp.uint8), _SAVED)
+        return lax.bitcast_convert_type(bits, x.dtype)
     named: jax.Array = checkpoint_name(x, _SAVED)
     return named
 

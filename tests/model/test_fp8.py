@@ -188,7 +188,7 @@ def test_recomputation_quantises_no_weight():
     forward, arguments = saved_for_backward(
         CONFIG, dataclasses.replace(BFLOAT16, precision="fp8"), is_moe=True, tokens=16
     )
-    kept = [a.shape for a in jax.tree.leaves(jax.eval_shape(forward, *arguments)) if a.dtype == jnp.float8_e4m3fn]
+    kept = [a.shape for a in jax.tree.leaves(jax.eval_shape(forward, *arguments)) if a.dtype.itemsize == 1]
     weights = [a.shape for a in jax.tree.leaves(arguments[0]["params"]["mlp"]["experts"])]
     weights += [arguments[0]["params"]["self_attn"][name].shape for name in ("q_b_proj", "k_b_proj", "o_proj")]
     assert not [w for w in weights if w not in kept], kept
