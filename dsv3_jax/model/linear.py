@@ -70,8 +70,9 @@ def linear_weight(
         w = QuantisedWeight(stored, module.get_variable(SCALES, name), None, recipe, contract)
     else:
         w = QuantisedWeight.of(stored, fp8_recipe(runtime), contract=contract, stack=stack)
-        once = {name: save_activation(a) for name, a in (("values", w.values), ("scales", w.scales))}
-        w = dataclasses.replace(w, master=sharding.all_gather_weight(stored, name, logical), **once)
+        master = sharding.all_gather_weight(stored, name, logical)
+        values, scales = save_activation(w.values), save_activation(w.scales)
+        w = dataclasses.replace(w, values=values, scales=scales, master=master)
     w = fp8_linear.all_gather_blocks(sharding, name, w, logical)
     return w if runtime.precision == "fp8" else w.dequantise(runtime.dtype)
 
