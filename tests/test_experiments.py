@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 RESULTS = Path(__file__).parents[1] / "docs/results"
-MODULES = ("attention_variants", "balance", "context_extension", "mtp", "recipe")
+MODULES = ("attention_variants", "balance", "context_extension", "moe_vs_dense", "mtp", "recipe")
 
 
 @pytest.mark.parametrize("name", MODULES)
