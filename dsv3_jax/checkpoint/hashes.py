@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -136,4 +136,8 @@ class Unchecked(FileHashes):
 def file_hashes(directory: Path, fields: Mapping[str, Any], where: str) -> FileHashes:
     """The hashes in the field `files` of a description."""
     files = field(fields, "files", dict[str, tuple[int, str]], str(directory / where), CheckpointError)
+    for name in files:
+        path = PurePath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+            raise CheckpointError(f"{directory / where} lists {name!r}: it must be a file below {directory}")
     return FileHashes(directory, {name: (size, digest) for name, (size, digest) in files.items()}, where)

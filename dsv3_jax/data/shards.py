@@ -120,6 +120,8 @@ class Prepared:
                 for name, kind in (("file", str), ("bytes", int), ("documents", int), ("tokens", int)):
                     field(shard, name, kind, where, ConfigError)
                 field(shard, "block_ends", list[int], where, ConfigError)
+                if Path(shard["file"]).name != shard["file"] or "\0" in shard["file"]:
+                    raise ConfigError(f"{where} is in {shard['file']!r}: it must be the name of a file beside it")
                 file = directory / shard["file"]
                 size = file.stat().st_size if file.is_file() else None
                 if size != shard["bytes"]:

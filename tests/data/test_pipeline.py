@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_jax.config import ConfigError
 from dsv3_jax.data import (
     ByteTokenizer,
     DataConfig,
@@ -25,6 +26,8 @@ from dsv3_jax.data import (
     train_iterator,
     validation_batches,
 )
+from dsv3_jax.data.shards import FORMAT, Prepared
+from dsv3_jax.integrity import seal
 
 TOKENIZER = ByteTokenizer()
 
@@ -295,3 +298,12 @@ def test_config_is_validated(field, value):
 
 def test_load_tokenizer_default_is_bytes():
     assert isinstance(load_tokenizer(), ByteTokenizer)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/b"])
+def test_an_index_names_no_file_outside_of_its_directory(tmp_path, name):
+    shard = {"file": name, "bytes": 1, "documents": 1, "tokens": 1, "block_ends": [1], "xxh3_128": ""}
+    index = {"format": FORMAT, "training": [shard], "validation": [], "dtype": "uint16", "tokenizer": {}}
+    (tmp_path / "index.json").write_text(json.dumps(seal(index)))
+    with pytest.raises(ConfigError, match="it must be the name of a file beside it"):
+        Prepared.open(tmp_path)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax.checkpoint.files import CheckpointError
-from dsv3_jax.checkpoint.runs import VERSION, VersionError
-from dsv3_jax.integrity import seal
+from dsv3_jax.checkpoint.runs import VERSION, VersionError, step_hashes
+from dsv3_jax.integrity import hash_file, seal
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.step import TrainState
 from tests.conftest import new_rng
@@ -83,6 +83,17 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint that is whole and finite"):
         checkpoints.restore_newest(state_of(0))
     checkpoints.close()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "state/../../../secret", "", "a\0b"])
+def test_a_checkpoint_names_no_file_outside_of_it(tmp_path, name):
+    (tmp_path / "secret").write_text("secret")
+    step = tmp_path / "1"
+    step.mkdir()
+    files = {name: hash_file(tmp_path / "secret")}
+    (step / "hashes.json").write_text(json.dumps(seal({"version": VERSION, "hash": "xxh3_128", "files": files})))
+    with pytest.raises(CheckpointError, match="it must be a file below"):
+        step_hashes(step)
 
 
 def test_formats_of_other_versions(tmp_path):
