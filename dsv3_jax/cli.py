@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -52,13 +51,10 @@ def _quiet_failed_writes() -> None:
 
     Those are a thread that writes metrics, and tensorstore's, which report to an event loop that orbax has closed.
     """
-    report, call = threading.excepthook, asyncio.BaseEventLoop.call_soon_threadsafe
+    report, unraisable = threading.excepthook, sys.unraisablehook
     threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else report(error)
-
-    def call_if_open(loop: Any, *args: Any, **options: Any) -> Any:
-        return None if loop.is_closed() else call(loop, *args, **options)
-
-    asyncio.BaseEventLoop.call_soon_threadsafe = call_if_open  # type: ignore[assignment]
+    closed = "Event loop is closed"
+    sys.unraisablehook = lambda error: None if str(error.exc_value) == closed else unraisable(error)
 
 
 _USAGE = """\
