@@ -455,6 +455,8 @@ def test_joined_punctuation_and_line_ends_are_split_at_the_rate(fim_tokenizer):
     assert changed == before - np.isin(split.tokens, joined).sum()
     for text, tokens in zip(originals, np.split(split.tokens, np.cumsum(split.lengths)[:-1]), strict=True):
         assert tokenizer.decode(tokens) == text
+    left = {int(np.isin(tokens, joined).sum()) for tokens in np.split(split.tokens, np.cumsum(split.lengths)[:-1])}
+    assert left == {0, 1, 2, 3}, "each token is split or not by itself"
 
 
 # Chats -------------------------------------------------------------------------------------------------------
