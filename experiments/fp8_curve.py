@@ -63,7 +63,7 @@ def sizes() -> dict[str, TrainConfig]:
         base,
         model=small,
         data=DataConfig(sequence_length=128),
-        schedule=dataclasses.replace(base.schedule, steps=300, batch_size=8, warmup_steps=30),
+        schedule=dataclasses.replace(base.schedule, steps=160, batch_size=8, warmup_steps=20),
         checkpoint_every=100,
         **quiet,
     )
