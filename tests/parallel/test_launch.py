@@ -62,7 +62,8 @@ def shared(tmp_path):
     """What all hosts see: texts and a tokenizer."""
     (tmp_path / "data").mkdir()
     texts = [" ".join(str(i * j % 97) for j in range(60)) for i in range(400)]
-    (tmp_path / "data/numbers.txt").write_text("\n".join(texts))
+    for i, text in enumerate(texts):
+        (tmp_path / f"data/{i}.txt").write_text(text)
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel()
     names = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
