@@ -111,7 +111,7 @@ def configs(out: Path) -> dict[str, TrainConfig]:
     sft = dataclasses.replace(
         dataclasses.replace(base, model=longer).fine_tuning(),
         data=chats,
-        schedule=ScheduleConfig(steps=150, batch_size=16, warmup_steps=5, bias_update_speed=0.0, **low),
+        schedule=ScheduleConfig(steps=400, batch_size=16, warmup_steps=20, bias_update_speed=0.0, **rates),
         init_from=str(out / "extension"),
     )
     return {"pretraining": pretraining, "extension": extension, "sft": sft}
