@@ -24,6 +24,9 @@ class Runtime:
     In Python any dtype-like is taken, here and below, such as jnp.bfloat16."""
     param_dtype: Dtype = "float32"
     """Dtype of the parameters as they are stored and optimised."""
+    gradient_dtype: Dtype = "float32"
+    """Dtype in which the gradients of weights are added up over devices; over microbatches it is float32 or wider.
+    `bfloat16` halves what data-parallel devices exchange, and rounds each partial sum."""
     precision: Literal["dtype", "fp8"] = "dtype"
     """`dtype` multiplies in `dtype`. `fp8` quantises weights and activations of every linear layer and expert, forward
     and backward (report section 3.3); embedding, head, router, norms and attention stay as they are. On a Hopper GPU,
@@ -40,7 +43,7 @@ class Runtime:
         "auto", "reference", "blockwise", "pallas_reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret"
     ] = "auto"
     """`auto`: the fastest that is right here; see `model.auto`. `gpu` and `tpu`: the kernels for Hopper and TPUs,
-    bfloat16, tokens in their order (no context parallelism). `blockwise`: plain JAX, memory linear in the sequence.
+    bfloat16. `blockwise`: plain JAX, memory linear in the sequence.
     `reference`: one einsum. For tests on a CPU: `pallas_reference` takes the same way to the kernels' plain twins,
     `_interpret` to the kernels, slowly."""
     experts_impl: Literal["auto", "reference", "ragged", "blocked", "gpu", "tokamax"] = "auto"
@@ -70,7 +73,7 @@ class Runtime:
         return cls() if backend == "cpu" else cls(dtype="bfloat16", remat="paper")
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "param_dtype"):
+        for name in ("dtype", "param_dtype", "gradient_dtype"):
             object.__setattr__(self, name, _dtype_name(getattr(self, name)))
         for name, valid in _choices().items():
             if getattr(self, name) not in valid:

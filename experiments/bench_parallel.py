@@ -144,7 +144,7 @@ def measure_exchange(devices: int, tokens: int, config: ModelConfig) -> list[dic
 
             def there_and_back(x: jax.Array, runtime: Runtime = runtime) -> jax.Array:
                 halve = lambda x, ids, weights, w, rows: x / devices  # in the experts' place
-                return spread_experts(x, ids, weights, w, compute=halve, config=config, runtime=runtime)
+                return spread_experts(x, ids, weights, w, compute=halve, config=config, runtime=runtime)[0]
 
             row: dict[str, Any] = {"what": f"dispatch and combine, {dispatch}", "bytes": 2 * crossing * width * 2}
             try:

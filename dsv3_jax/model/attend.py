@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ConfigError, ModelConfig
@@ -83,7 +84,7 @@ def attend(
       (B, T, H, V) of `v`'s dtype.
 
     Raises:
-      ConfigError: the implementation has no kernel for the form, or none for tokens out of order.
+      ConfigError: the implementation has no kernel for the form.
     """
     heads = q_nope, q_rope, k_nope, keys.rope_key, v
     name = "reference" if reference else _choose(keys, where, config, runtime)
@@ -106,12 +107,7 @@ def attend(
             k_segments=keys.segments,
             scale=scale,
         )
-    if where.order is not None:
-        raise ConfigError(
-            f"runtime.attention_impl {name!r} takes tokens in their order, but here they are spread over devices: use "
-            "'auto', 'blockwise' or 'reference'"
-        )
-    return _kernel(name, keys, runtime, scale)(*heads)
+    return _kernel(name, keys, where, runtime, scale)(*heads)
 
 
 def attention(
@@ -155,7 +151,7 @@ def attention(
     return jnp.einsum(f"bhts,bs{heads}v->bthv", weights, v)
 
 
-def _kernel(name: str, keys: Keys, runtime: Runtime, scale: float) -> Callable[..., jax.Array]:
+def _kernel(name: str, keys: Keys, where: TokenPositions, runtime: Runtime, scale: float) -> Callable[..., jax.Array]:
     """A kernel as a function of `attention`'s five arrays."""
     form = runtime.attention_form
     choices = _PREFILL if form == "expanded" else _DECODE
@@ -164,6 +160,9 @@ def _kernel(name: str, keys: Keys, runtime: Runtime, scale: float) -> Callable[.
     how: dict[str, Any] = dict(scale=scale, implementation=choices[name])
     if form == "expanded":
         prefill = lambda arrays, segments: mla_prefill(*arrays, segments=segments, **how)
+        if where.order is not None:
+            order = where.order
+            return lambda *arrays: _by_pieces(prefill, arrays, keys.segments, order, runtime)
         return lambda *arrays: _on_each_device(prefill, arrays, keys.segments, runtime)
     if keys.lengths is None:
         raise ConfigError(
@@ -198,6 +197,51 @@ def _on_each_device(
 
     specs = jax.tree.map(spec, arrays), jax.tree.map(by_sequence, rows)
     return jax.shard_map(attend, in_specs=specs, out_specs=specs[0][0], check_vma=False)(arrays, rows)
+
+
+def _by_pieces(
+    attend: Callable[[Any, Any], jax.Array],
+    arrays: tuple[jax.Array, ...],
+    segments: jax.Array | None,
+    order: jax.Array,
+    runtime: Runtime,
+) -> jax.Array:
+    """`attend(arrays, segments)` of sequences that devices share as `parallel.context` deals them out.
+
+    A device has the queries of two pieces of a sequence and the keys of all. A kernel takes queries that come last: so
+    the keys are rotated until a piece stands at the end, and those that come after it are of another segment.
+    """
+    sharding = current_sharding(runtime)
+    axes, devices = sharding.axes("sequence"), sharding.size("sequence")
+    in_order = jnp.argsort(order)
+    queries, keys = arrays[:2], tuple(a[:, in_order] for a in arrays[2:])
+    segments = jnp.zeros(keys[1].shape[:2], jnp.int32) if segments is None else segments[:, in_order]
+
+    def on_device(queries: Any, keys: Any, segments: jax.Array) -> jax.Array:
+        whole = segments.shape[1]
+        size, device = whole // (2 * devices), lax.axis_index(axes)
+
+        def piece(here: int, number: jax.Array) -> jax.Array:
+            end = (number + 1) * size
+            seen = jnp.where(jnp.arange(whole) < end, segments, _UNSEEN)
+            *rotated, seen = (jnp.roll(a, -end, axis=1) for a in (*keys, seen))
+            return attend((*(q[:, here * size : (here + 1) * size] for q in queries), *rotated), seen)
+
+        return jnp.concatenate([piece(0, device), piece(1, 2 * devices - 1 - device)], axis=1)
+
+    def specs(logical: tuple[str | None, ...], *arrays: jax.Array) -> tuple[PartitionSpec, ...]:
+        names = ("batch", *logical)
+        return tuple(sharding.spec("an input of an attention kernel", a.shape, names[: a.ndim]) for a in arrays)
+
+    of_queries = specs(("sequence", "heads", None), *queries)
+    nope, rope, v = keys
+    of_keys = (*specs((None, "heads", None), nope), *specs((None, None), rope), *specs((None, "heads", None), v))
+    takes = of_queries, of_keys, specs((None,), segments)[0]
+    return jax.shard_map(on_device, in_specs=takes, out_specs=of_queries[0], check_vma=False)(queries, keys, segments)
+
+
+_UNSEEN = -(2**30)
+"""A segment that no document has."""
 
 
 def right_align(keys: Keys) -> Keys:

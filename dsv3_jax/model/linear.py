@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import flax.linen as nn
 import jax
@@ -20,14 +20,21 @@ from dsv3_jax.model import fp8_linear
 from dsv3_jax.model.auto import fp8_recipe
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.remat import save_activation
-from dsv3_jax.parallel.sharding import Logical, current_sharding
+from dsv3_jax.parallel.sharding import Logical, WeightUse, current_sharding
 from dsv3_jax.quantization import matmul as fp8
 from dsv3_jax.quantization.matmul import QuantisedWeight
 from dsv3_jax.quantization.recipe import Recipe
 from pallas_kernels import grouped_matmul
 
 type Weight = jax.Array | QuantisedWeight
-"""A weight as products take it, all-gathered along `embed`: in the runtime's dtype, or in FP8 blocks."""
+"""A weight as products take it, all-gathered along `embed`: of numbers of the runtime's dtype, or in FP8 blocks.
+
+In the first case its own dtype may be wider: that is its gradient's, which isn't rounded where a product makes it.
+"""
+
+
+_Saved = tuple[jax.Array, jax.Array, jax.Array]
+"""x, w in its dtype, and an empty array of w's own."""
 
 SCALES = "scales"
 """The Linen collection with the scales of weights that are stored in FP8 blocks, at the weights' paths: float32
@@ -41,11 +48,18 @@ def weight(module: Module, name: str, shape: tuple[int, ...], logical: Logical, 
       shape: input axes first, then output axes.
       logical: the logical axis of each, or None; see `parallel.rules.Rules`.
 
-    Returns it as it is used: in `dtype`, by default the runtime's, and all-gathered along `embed` (FSDP).
+    Returns it as it is used: rounded to `dtype`, by default the runtime's, all-gathered along `embed` (FSDP), and wide
+    enough for its gradient: in the dtype that it is stored in, if that is wider.
     """
     stored = module.declare(name, nn.initializers.normal(module.config.initializer_range), shape, logical)
-    used = stored.astype(dtype or module.runtime.dtype)
-    return current_sharding(module.runtime).all_gather_weight(used, name, logical)
+    return _gathered(module, stored, name, logical, dtype or module.runtime.dtype)
+
+
+def _gathered(module: Module, stored: jax.Array, name: str, logical: Logical, dtype: Any) -> jax.Array:
+    # Never narrower than the parameter where the user asked for nothing: float64 stays so.
+    least = module.runtime.gradient_dtype
+    gradient = least if least == "bfloat16" else jnp.promote_types(stored.dtype, least)
+    return current_sharding(module.runtime).all_gather_weight(stored, name, logical, WeightUse(dtype, gradient))
 
 
 def linear_weight(
@@ -70,7 +84,7 @@ def linear_weight(
         w = QuantisedWeight(stored, module.get_variable(SCALES, name), None, recipe, contract)
     else:
         w = QuantisedWeight.of(stored, fp8_recipe(runtime), contract=contract, stack=stack)
-        master = sharding.all_gather_weight(stored, name, logical)
+        master = _gathered(module, stored, name, logical, stored.dtype)
         values, scales = save_activation(w.values), save_activation(w.scales)
         w = dataclasses.replace(w, values=values, scales=scales, master=master)
     w = fp8_linear.all_gather_blocks(sharding, name, w, logical)
@@ -155,57 +169,79 @@ def grouped_swiglu(
     if _in_blocks(weights := (gate, up, down)):
         return fp8.swiglu(x, *weights, group_sizes, keep=save_activation)
     product = functools.partial(grouped_matmul.grouped_swiglu, implementation=implementation, keep=save_activation)
-    y: jax.Array = product(x, *weights, group_sizes)  # type: ignore[arg-type]
+    gate, up, down = (cast(jax.Array, w).astype(x.dtype) for w in weights)
+    y: jax.Array = product(x, gate, up, down, group_sizes)
     return y
 
 
 def weight_einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
     """`jnp.einsum` of x and a weight, which is taken out of its blocks first if it is in FP8."""
-    w = w.dequantise(x.dtype) if isinstance(w, QuantisedWeight) else w
-    return jnp.einsum(equation, x, w)
+    if isinstance(w, QuantisedWeight):
+        return jnp.einsum(equation, x, w.dequantise(x.dtype))
+    return _einsum(equation, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`jnp.einsum` in `x`'s dtype, whose gradient of `w` is a float32 sum. Each axis is in two of the three arrays."""
+    return jnp.einsum(equation, x, w.astype(x.dtype))
+
+
+def _einsum_forward(equation: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, _Saved]:
+    return _einsum(equation, x, w), (x, w.astype(x.dtype), jnp.zeros((0,), w.dtype))
+
+
+def _einsum_backward(equation: str, saved: _Saved, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w, like = saved
+    of_x, of_w, of_y = equation.replace("->", ",").split(",")
+    dw = jnp.einsum(f"{of_x},{of_y}->{of_w}", x, g, preferred_element_type=_wide(x))
+    return jnp.einsum(f"{of_y},{of_w}->{of_x}", g, w), dw.astype(like.dtype)
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def multiply(x: jax.Array, w: Weight, *, contract: int = 1) -> jax.Array:
     """Contracts the last `contract` axes of x (..., *I) with as many first axes of w (*I, *O): (..., *O).
 
-    One two-dimensional product of `w`'s dtype whatever the axes, so that every weight quantises alike.
+    One two-dimensional product of `x`'s dtype whatever the axes, so that every weight quantises alike.
     """
     if isinstance(w, QuantisedWeight):
         return fp8_linear.local(fp8.linear, x, w)
     batch = x.shape[: x.ndim - contract]
     inputs, outputs = math.prod(w.shape[:contract]), w.shape[contract:]
-    y = _product(x.reshape(*batch, inputs).astype(w.dtype), w.reshape(inputs, -1), False)
+    y = _product(x.reshape(*batch, inputs), w.reshape(inputs, -1), False)
     return y.reshape(*batch, *outputs)
 
 
 def wide_linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`multiply` whose result isn't rounded: (..., I) and (I, O) of one dtype -> (..., O), float32 or wider."""
+    """`multiply` whose result isn't rounded: (..., I) and (I, O) -> (..., O), float32 or wider."""
     return _product(x, w, True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: jax.Array, w: jax.Array, wide: bool) -> jax.Array:
-    """(..., I) @ (I, O), of their dtype or, if `wide`, float32 or wider. The backward pass takes it in `x`'s dtype.
+    """(..., I) @ (I, O) in `x`'s dtype or, if `wide`, float32 or wider. The backward pass takes it in `x`'s dtype.
 
     The gradient of `w`, a sum over all tokens, is float32 until it is whole: left to itself, XLA rounds partial sums to
     bfloat16 on a CPU, where a product runs over several axes.
     """
-    return jnp.matmul(x, w, preferred_element_type=_wide(x) if wide else None)
+    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=_wide(x) if wide else None)
 
 
 def _wide(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _product_forward(x: jax.Array, w: jax.Array, wide: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, w, wide), (x, w)
+def _product_forward(x: jax.Array, w: jax.Array, wide: bool) -> tuple[jax.Array, _Saved]:
+    return _product(x, w, wide), (x, w.astype(x.dtype), jnp.zeros((0,), w.dtype))
 
 
-def _product_backward(wide: bool, residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = residuals
+def _product_backward(wide: bool, saved: _Saved, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w, like = saved
     g, tokens = g.astype(x.dtype), tuple(range(x.ndim - 1))
     dw = jnp.tensordot(x, g, (tokens, tokens), preferred_element_type=_wide(x))
-    return g @ w.T, dw.astype(w.dtype)
+    return g @ w.T, dw.astype(like.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -35,7 +35,7 @@ _TOKENS: Logical = ("batch", "sequence")
 class Logits:
     """Logits of the next token, yet to be computed.
 
-    hidden: (B, T, D) after the last norm. head: (D, V), of the same dtype.
+    hidden: (B, T, D) after the last norm. head: (D, V), of this dtype's numbers, in one that may be wider.
     """
 
     hidden: jax.Array
@@ -83,7 +83,7 @@ def _forward(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, pieces: int, sharding: LogicalSharding
 ) -> tuple[Any, Any]:
     def on_device(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
-        part = _VocabularyPart(head, sharding)
+        part, head = _VocabularyPart(head, sharding), head.astype(hidden.dtype)
 
         def of_piece(_: None, piece: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
             h, t = piece
@@ -108,7 +108,7 @@ def _backward(
     wide = log_sum.dtype
 
     def on_device(hidden: jax.Array, head: jax.Array, *of_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        part = _VocabularyPart(head, sharding)
+        part, head = _VocabularyPart(head, sharding), head.astype(hidden.dtype)
 
         def of_piece(d_head: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array]]:
             h, t, log_sum, g = piece

@@ -9,7 +9,7 @@ import jax
 from flax import struct
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.parallel.sharding import Logical
+from dsv3_jax.parallel.sharding import Logical, current_sharding
 from dsv3_jax.runtime import Runtime
 
 LAYERS = {nn.PARTITION_NAME: "layers"}
@@ -37,6 +37,7 @@ class Module(nn.Module):
         if len(shape) != len(logical):
             raise ValueError(f"{name} has shape {shape}, but logical axes {logical}: give one, or None, for each axis")
         boxed = lambda *args: _Declared(init(*args), logical)
+        shape = current_sharding(self.runtime).part(shape, logical)
         stored: Any = self.param(name, boxed, shape, jax.numpy.dtype(self.runtime.param_dtype))
         return cast(jax.Array, stored)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from dsv3_jax.model.auto import experts_impl
 from dsv3_jax.model.linear import Weight, grouped_swiglu, linear_weight, swiglu, weight_einsum
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.router import Router, RouterStats
-from dsv3_jax.parallel.dispatch import experts_are_spread, experts_held, flatten, spread_experts
+from dsv3_jax.parallel.dispatch import experts_are_spread, flatten, spread_experts
 from dsv3_jax.parallel.rows import collect, spread
 from dsv3_jax.quantization.packed import PackedTiles
 from dsv3_jax.runtime import Runtime
@@ -70,13 +71,21 @@ def experts(
     Args: x (B, T, D) of the runtime's dtype; ids (B, T, K) int32; weights (B, T, K) float32; expert parameters.
     Returns (B, T, D) of `x`'s dtype.
     """
+    return experts_and_rounds(x, ids, weights, w, config, runtime)[0]
+
+
+def experts_and_rounds(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights, config: ModelConfig, runtime: Runtime
+) -> tuple[jax.Array, jax.Array]:
+    """`experts`, and for each device whether its tokens' exchange took several rounds, as `spread_experts` says it."""
     compute, name = experts_reference, experts_impl(runtime)
     if name != "reference":
         compute = functools.partial(experts_grouped, implementation=name)
     if experts_are_spread(runtime):
         packing = PackedTiles() if runtime.precision == "fp8" else None
         return spread_experts(x, ids, weights, w, compute=compute, config=config, runtime=runtime, packing=packing)
-    return compute(flatten(x), flatten(ids), flatten(weights), w, ids.size).reshape(x.shape)
+    y = compute(flatten(x), flatten(ids), flatten(weights), w, ids.size).reshape(x.shape)
+    return y, jnp.zeros((1, 1), jnp.float32)
 
 
 class FeedForward(Module):
@@ -94,18 +103,18 @@ class RoutedExperts(Module):
     """The parameters of the routed experts, and the seam applied to them."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-        """x (B, T, D), ids and weights (B, T, K) -> (B, T, D)."""
+    def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x (B, T, D), ids and weights (B, T, K) -> (B, T, D), and what `experts_and_rounds` says of the exchange."""
         c = self.config
         if self.runtime.redundant_experts:
             ids = self._slots(ids)
-        e, d, f = experts_held(c, self.runtime), c.hidden_size, c.moe_intermediate_size
+        e, d, f = c.n_routed_experts + self.runtime.redundant_experts, c.hidden_size, c.moe_intermediate_size
         w = ExpertWeights(
             linear_weight(self, "gate_proj", (e, d, f), ("experts", "embed", "expert_ffn"), stack=1),
             linear_weight(self, "up_proj", (e, d, f), ("experts", "embed", "expert_ffn"), stack=1),
             linear_weight(self, "down_proj", (e, f, d), ("experts", "expert_ffn", "embed"), stack=1),
         )
-        return experts(x, ids, weights, w, c, self.runtime)
+        return experts_and_rounds(x, ids, weights, w, c, self.runtime)
 
     def _slots(self, ids: jax.Array) -> jax.Array:
         """From experts (B, T, K) to slots that hold them: tokens take an expert's copies in turn."""
@@ -125,7 +134,7 @@ class MoE(Module):
         """x (B, T, D) of the runtime's dtype -> the same, and the routing's stats."""
         c, r = self.config, self.runtime
         ids, weights, stats = Router(c, r, name="gate")(x)
-        y = RoutedExperts(c, r, name="experts")(x, ids, weights)
+        y, rounds = RoutedExperts(c, r, name="experts")(x, ids, weights)
         if c.n_shared_experts:
             y += FeedForward(c, r, c.n_shared_experts * c.moe_intermediate_size, name="shared_experts")(x)
-        return y, stats
+        return y, dataclasses.replace(stats, in_rounds=rounds)

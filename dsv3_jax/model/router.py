@@ -29,11 +29,13 @@ class RouterStats:
     load: (B, E) tokens of the sequence that were sent to the expert.
     fraction: (B, E) f_i of eq. 18: E / (K T) times the tokens whose top K affinities include the expert.
     affinity: (B, E) P_i of eq. 20: the mean over tokens of the normalised affinity.
+    in_rounds: of two axes, for each device that has tokens of its own: 1 if their exchange took several rounds, else 0.
     """
 
     load: jax.Array
     fraction: jax.Array
     affinity: jax.Array
+    in_rounds: jax.Array
 
 
 def affinities(logits: jax.Array, config: ModelConfig) -> jax.Array:
@@ -124,5 +126,6 @@ class Router(Module):
             load=_count(ids, experts),
             fraction=_count(top_k, experts) * (experts / (k * tokens)),  # eq. 18, of s without the bias as written
             affinity=jnp.mean(normalised_affinities(logits, c), axis=1),  # eq. 19 and 20
+            in_rounds=jnp.zeros((1, 1), jnp.float32),  # which is known only when the tokens have been sent
         )
         return ids, weights, stats

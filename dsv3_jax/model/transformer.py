@@ -49,13 +49,33 @@ def router_stats(outputs: Outputs) -> dict[str, RouterStats]:
 
 def only_of(outputs: Outputs, real: jax.Array) -> Outputs:
     """Outputs whose routing is that of the sequences that `real` (B,) bool says: the others sent no token anywhere."""
-    stats, mtp_stats = jax.tree.map(lambda x: x * real[:, None], (outputs.stats, outputs.mtp_stats))
-    return dataclasses.replace(outputs, stats=stats, mtp_stats=mtp_stats)
+
+    def only(stats: RouterStats) -> RouterStats:
+        mask = real[:, None]
+        return dataclasses.replace(
+            stats, load=stats.load * mask, fraction=stats.fraction * mask, affinity=stats.affinity * mask
+        )
+
+    stats = None if outputs.stats is None else only(outputs.stats)
+    return dataclasses.replace(outputs, stats=stats, mtp_stats=tuple(map(only, outputs.mtp_stats)))
 
 
 def expert_load(outputs: Outputs) -> dict[str, jax.Array]:
     """Tokens of the batch sent to each expert: {"moe_layers": (L, E), "mtp_0": (E,), ...}, float32."""
     return {name: jnp.sum(s.load, axis=-2) for name, s in router_stats(outputs).items()}
+
+
+def exchanges(outputs: Outputs) -> jax.Array:
+    """(2,) float32: exchanges of tokens between experts' devices that took several rounds, and all of them.
+
+    Counted once for each sparse layer that has tokens, on each device.
+    """
+    counts = jnp.zeros((2,), jnp.float32)
+    for stats in router_stats(outputs).values():
+        layers = jnp.sum(stats.load, axis=(-2, -1)) > 0
+        devices = stats.in_rounds.shape[-2] * stats.in_rounds.shape[-1]
+        counts += jnp.stack([jnp.sum(stats.in_rounds), jnp.sum(layers, dtype=jnp.float32) * devices])
+    return counts
 
 
 class DeepSeekV3(Module):

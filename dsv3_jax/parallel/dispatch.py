@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.parallel.rows import collect, spread
@@ -51,12 +52,6 @@ def experts_are_spread(runtime: Runtime) -> bool:
     return current_sharding(runtime).mesh is not None
 
 
-def experts_held(config: ModelConfig, runtime: Runtime) -> int:
-    """Routed experts in the arrays at hand, copies included. Inside a pipeline's shard_map that is one device's."""
-    sharding, held = current_sharding(runtime), config.n_routed_experts + runtime.redundant_experts
-    return held // sharding.size("experts") if sharding.manual else held
-
-
 def spread_experts(
     x: jax.Array,
     ids: jax.Array,
@@ -67,7 +62,7 @@ def spread_experts(
     config: ModelConfig,
     runtime: Runtime,
     packing: Packing | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """The experts seam over the mesh in use.
 
     Args:
@@ -76,7 +71,8 @@ def spread_experts(
       packing: of tokens on their way out; by default they go as they are. What comes back always does.
 
     Returns:
-      (B, T, D), cut like `x`.
+      (B, T, D), cut like `x`; and float32 of two axes, a number for each device that has tokens of its own: 1 if their
+      exchange took several rounds, else 0.
 
     Raises:
       ConfigError: the experts, the batch or the sequence don't divide over their axes.
@@ -84,11 +80,11 @@ def spread_experts(
     sharding = current_sharding(runtime)
     partial_sums = sharding.axes("expert_ffn")
 
-    def on_device(x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any) -> jax.Array:
+    def on_device(x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any) -> tuple[jax.Array, jax.Array]:
         layout = DispatchSizes.of(config, runtime, sharding, math.prod(x.shape[:2]), ids.shape[-1], len(w.gate_proj))
-        y = _route(flatten(x), flatten(ids), flatten(weights), w, compute, layout, packing)
+        y, slow = _route(flatten(x), flatten(ids), flatten(weights), w, compute, layout, packing)
         y = lax.psum(y, partial_sums) if partial_sums else y
-        return y.astype(x.dtype).reshape(x.shape)
+        return y.astype(x.dtype).reshape(x.shape), slow.reshape(1, 1)
 
     if sharding.manual:  # inside a pipeline's shard_map, where everything is one device's already
         return on_device(x, ids, weights, w)
@@ -96,7 +92,8 @@ def spread_experts(
     up = sharding.spec("experts/gate_proj", w.gate_proj.shape, ("experts", None, "expert_ffn"))
     down = sharding.spec("experts/down_proj", w.down_proj.shape, ("experts", "expert_ffn", None))
     specs = (tokens, tokens, tokens, type(w)(up, up, down))
-    return jax.shard_map(on_device, in_specs=specs, out_specs=tokens, check_vma=False)(x, ids, weights, w)
+    gives = tokens, PartitionSpec(*tokens[:2])
+    return jax.shard_map(on_device, in_specs=specs, out_specs=gives, check_vma=False)(x, ids, weights, w)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,17 +174,21 @@ def _route(
     compute: LocalExperts,
     layout: DispatchSizes,
     packing: Packing | None,
-) -> jax.Array:
-    """One device's part: its tokens (N, D), ids and weights (N, K) -> what the experts make of them, (N, D)."""
+) -> tuple[jax.Array, jax.Array]:
+    """One device's part: its tokens (N, D), ids and weights (N, K) -> what the experts make of them, (N, D).
+
+    And float32: 1 if their exchange took several rounds, else 0.
+    """
+    quick = jnp.zeros((), jnp.float32)
     if layout.devices == 1:
-        return compute(x, ids, weights, w, ids.size)
+        return compute(x, ids, weights, w, ids.size), quick
     if layout.method == "all_gather" or not layout.cut:
-        return _gather(x, ids, weights, w, compute, layout)
+        return _gather(x, ids, weights, w, compute, layout), quick
     once = functools.partial(_exchange, w=w, compute=compute, layout=layout, packing=packing)
     none = layout.devices * layout.local
     rounds = -(-layout.tokens // layout.round_tokens)
     if rounds == 1:
-        return once(x, ids, weights)
+        return once(x, ids, weights), quick
 
     def in_rounds(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         size = layout.round_tokens
@@ -203,7 +204,7 @@ def _route(
     nothing = lambda x, ids, weights: jnp.zeros_like(x)
     fits = _fits(ids, layout)
     slower: jax.Array = lax.cond(fits, nothing, in_rounds, x, ids, weights)
-    return once(x, jnp.where(fits, ids, none), weights) + slower
+    return once(x, jnp.where(fits, ids, none), weights) + slower, jnp.where(fits, quick, 1)
 
 
 def _reached(ids: jax.Array, bins: int, width: int) -> jax.Array:

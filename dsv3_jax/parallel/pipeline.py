@@ -62,6 +62,8 @@ def pipeline_gradients(
     pieces: Any,
     constants: tuple[Any, Any],
     *,
+    take: Callable[[Any], Any],
+    dtypes: Any,
     stages: int,
     specs: tuple[Any, Any],
     batch: tuple[str, ...],
@@ -71,10 +73,14 @@ def pipeline_gradients(
     """Gradients of the summed objective over all devices of the mesh in use, each running `function` on its part.
 
     Args:
-      own, constants[0]: trees whose leaves have a leading axis of stages.
+      own: parameters of all stages, cut over the devices as `specs[0]` says.
+      constants[0]: a tree whose leaves have a leading axis of stages.
       pieces: a tree of (microbatches, sequences, ...).
+      take: linear, from a device's part of `own` to the parameters of its stage, which `function` gets. Its transpose
+        takes gradients back and adds up those of the devices that it exchanges with.
+      dtypes: those in which `own` is exchanged and `function` gets it: a tree.
       stages: devices along the mesh axis `stage`.
-      specs: PartitionSpecs of `own` and of `shared`; both lie whole on a device but for stages and experts.
+      specs: PartitionSpecs of `own` and of `shared`, which lies whole on a device but for experts.
       batch: the mesh axes that cut the sequences.
       activation: of one microbatch on one device, between stages.
 
@@ -84,13 +90,15 @@ def pipeline_gradients(
     """
 
     def on_stage(own: Any, shared: Any, pieces: Any, constants: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
-        own, of_stage = jax.tree.map(lambda a: a[0], (own, constants[0]))
-        work = _Work(function, own, shared, (of_stage, constants[1]), lax.axis_index(STAGE), schedule)
-        (d_own, d_shared), (total, local) = _run(work, pieces, stages, activation)
-        d_shared = lax.psum(_add_up(d_shared, specs[1], batch), STAGE)
+        of_stage = jax.tree.map(lambda a: a[0], constants[0])
+        mine = take(jax.tree.map(lambda a, dtype: a.astype(dtype), own, dtypes))
+        work = _Work(function, mine, shared, (of_stage, constants[1]), lax.axis_index(STAGE), schedule)
+        (d_mine, d_shared), (total, local) = _run(work, pieces, stages, activation)
+        wide = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32)), own)
+        d_own = jax.linear_transpose(take, wide)(d_mine)[0]
         return (
-            _stacked(_add_up(d_own, specs[0], batch)),
-            d_shared,
+            _add_up(d_own, specs[0], (STAGE, *batch)),
+            _add_up(d_shared, specs[1], (STAGE, *batch)),
             lax.psum(total, (STAGE, *batch)),
             _stacked(lax.psum(local, batch)),
         )
@@ -110,11 +118,11 @@ def _stacked(tree: Any) -> Any:
     return jax.tree.map(lambda a: a[None], tree)
 
 
-def _add_up(gradients: Any, specs: Any, batch: tuple[str, ...]) -> Any:
-    """Sums gradients over the devices that hold the same parameters and computed them for their own sequences."""
+def _add_up(gradients: Any, specs: Any, axes: tuple[str, ...]) -> Any:
+    """Sums gradients over the devices along `axes` that hold the same part of a parameter."""
 
     def add_up(gradient: jax.Array, spec: PartitionSpec) -> Any:
-        return lax.psum(gradient, tuple(a for a in batch if a not in jax.tree.leaves(tuple(spec))))
+        return lax.psum(gradient, tuple(a for a in axes if a not in jax.tree.leaves(tuple(spec))))
 
     return jax.tree.map(add_up, gradients, specs)
 
@@ -211,6 +219,24 @@ def _arrive(
 
 def _add(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.add, a, b)
+
+
+def take_stage(part: jax.Array, layers: np.ndarray, cut: tuple[int, tuple[str, ...]] | None) -> jax.Array:
+    """The layers of this device's stage, (most, ...), from its part of a stack of all layers, (L, ...). Linear.
+
+    Args:
+      layers: as `layers_of_stages` makes it; where there is none, the result is zero.
+      cut: the axis along which the stack is cut over mesh axes and what these are; None if it is whole. The result is
+        whole along it. Stages swap what they have of each other's layers: no device ever holds all of them whole.
+    """
+    pick = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
+    axis, axes = cut or (0, ())
+    if others := tuple(a for a in axes if a != STAGE):
+        part = lax.all_gather(part, others, axis=axis, tiled=True)
+    if STAGE not in axes:
+        return pick(part, jnp.asarray(layers)[lax.axis_index(STAGE)])
+    swapped: jax.Array = lax.all_to_all(pick(part, layers), STAGE, 0, axis + 1, tiled=True)
+    return swapped[0]
 
 
 def layers_of_stages(layers: int, stages: int) -> np.ndarray:

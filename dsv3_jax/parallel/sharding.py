@@ -11,9 +11,10 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ConfigError
@@ -83,13 +84,29 @@ class LogicalSharding:
     def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
         """States how an activation is cut; the identity without a mesh. Differentiable."""
         spec = self.spec("an activation", x.shape, logical)
-        return x if self.mesh is None else jax.lax.with_sharding_constraint(x, spec)
+        return x if self.mesh is None or self.manual else jax.lax.with_sharding_constraint(x, spec)
 
     @jax.named_scope("all_gather_weight")
-    def all_gather_weight(self, w: jax.Array, what: str, logical: Logical) -> jax.Array:
-        """A stored parameter as a layer uses it: gathered along `embed` (FSDP), its gradient scattered again."""
-        used = self.used().spec(what, w.shape, logical)
-        return w if self.mesh is None else _all_gather(w, used, self.stored().spec(what, w.shape, logical))
+    def all_gather_weight(self, w: jax.Array, what: str, logical: Logical, use: WeightUse) -> jax.Array:
+        """A stored parameter as a layer uses it: rounded to `use.dtype`, and gathered in it along `embed` (FSDP).
+
+        The result's own dtype is the wider of that and `w`'s, so that its gradient isn't rounded before it has been
+        added up over devices and scattered again, which is done in `use.gradient_dtype`.
+        """
+        if self.mesh is None:
+            return _all_gather(w, None, use)
+        stored, used = self.stored(), self.used()
+        apart = [tuple(a for a in stored.axes(n) if a not in used.axes(n)) if n else () for n in logical]
+        by_hand = tuple((i, axes) for i, axes in enumerate(apart) if axes) if self.manual else None
+        cuts = _Cuts(used.spec(what, w.shape, logical), stored.spec(what, w.shape, logical), by_hand)
+        return _all_gather(w, cuts, use)
+
+    def part(self, shape: tuple[int, ...], logical: Logical) -> tuple[int, ...]:
+        """The shape of a stored parameter as it is at hand: inside a `shard_map`, that of a device's part."""
+        if not self.manual:
+            return shape
+        stored = self.stored()
+        return tuple(n // stored.size(name) if name else n for n, name in zip(shape, logical, strict=True))
 
     def used(self) -> LogicalSharding:
         """The sharding of weights as layers use them, gathered along `embed`."""
@@ -143,16 +160,46 @@ def _check_names(logical: Logical) -> None:
         raise ValueError(f"{unknown[0]!r} is not a logical axis: they are {', '.join(LOGICAL)}")
 
 
+class WeightUse(NamedTuple):
+    """dtype: in which products take a weight. gradient_dtype: in which its gradient is added up over devices."""
+
+    dtype: Any
+    gradient_dtype: Any
+
+
+class _Cuts(NamedTuple):
+    """How a weight is cut as it is used and as it is stored. by_hand: inside a `shard_map`, without a partitioner,
+    the axes of the array that are gathered, and over what; else None."""
+
+    used: PartitionSpec
+    stored: PartitionSpec
+    by_hand: tuple[tuple[int, Axes], ...] | None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _all_gather(w: jax.Array, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
-    gathered: jax.Array = jax.lax.with_sharding_constraint(w, used)
-    return gathered
+def _all_gather(w: jax.Array, cuts: _Cuts | None, use: WeightUse) -> jax.Array:
+    gathered = w.astype(use.dtype)
+    if cuts is not None:
+        for i, axes in cuts.by_hand or ():
+            gathered = jax.lax.all_gather(gathered, axes, axis=i, tiled=True)
+        if cuts.by_hand is None:
+            gathered = jax.lax.with_sharding_constraint(gathered, cuts.used)
+    return gathered.astype(jnp.promote_types(w.dtype, use.dtype))
 
 
-def _scatter_gradient(used: PartitionSpec, stored: PartitionSpec, _: None, g: jax.Array) -> tuple[jax.Array]:
-    # Named as used first: else the partitioner would rather cut the activations anew than add up and scatter this.
-    g = jax.lax.with_sharding_constraint(g, used)
-    return (jax.lax.with_sharding_constraint(g, stored),)
+def _all_gather_forward(w: jax.Array, cuts: _Cuts | None, use: WeightUse) -> tuple[jax.Array, jax.Array]:
+    return _all_gather(w, cuts, use), jnp.zeros((0,), w.dtype)
 
 
-_all_gather.defvjp(lambda w, used, stored: (_all_gather(w, used, stored), None), _scatter_gradient)
+def _scatter_gradient(cuts: _Cuts | None, use: WeightUse, like: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    if cuts is not None:
+        # Named as used first: else the partitioner would rather cut the activations anew than add up and scatter this.
+        g = g.astype(use.gradient_dtype)
+        for i, axes in cuts.by_hand or ():
+            g = jax.lax.psum_scatter(g, axes, scatter_dimension=i, tiled=True)
+        if cuts.by_hand is None:
+            g = jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(g, cuts.used), cuts.stored)
+    return (g.astype(like.dtype),)
+
+
+_all_gather.defvjp(_all_gather_forward, _scatter_gradient)

@@ -70,7 +70,7 @@ class Collective:
 
     kind: as in HLO, such as "all-gather". bytes: of its result on one device. axes: the mesh axes that it runs along,
     where the program still names them, else (). times: how often it runs, where the compiler knows, in one call.
-    where: the path of the operation in the traced function.
+    where: the path of the operation in the traced function. dtypes: of its arrays. loops: how many it is inside.
     """
 
     kind: str
@@ -78,6 +78,8 @@ class Collective:
     axes: tuple[str, ...]
     times: int
     where: str
+    dtypes: tuple[str, ...]
+    loops: int
 
 
 _KINDS = "all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute"
@@ -101,7 +103,7 @@ def collectives(compiled: Any) -> list[Collective]:
 
     found: list[Collective] = []
 
-    def visit(computation: str, times: int) -> None:
+    def visit(computation: str, times: int, loops: int) -> None:
         for line in instructions.get(computation, ()):
             if match := _COLLECTIVE.search(line):
                 axes = re.search(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}", line)
@@ -109,12 +111,14 @@ def collectives(compiled: Any) -> list[Collective]:
                 named = tuple(re.findall(r"'(\w+)'", axes[1])) if axes else ()
                 sizes = _bytes(match[1])  # of an operation's start, also of its operands
                 total = max(sizes, default=0) if match[3] else sum(sizes)
-                found.append(Collective(match[2], total, named, times, where[1] if where else ""))
+                dtypes = tuple(dict.fromkeys(kind for kind, _ in _ARRAY.findall(match[1])))
+                found.append(Collective(match[2], total, named, times, where[1] if where else "", dtypes, loops))
             for role, called, branches in _CALLED.findall(line):
                 for one in [called] if called else re.findall(r"%([\w.-]+)", branches):
-                    visit(one, times * (_rounds(instructions, line) if role == "body" else 1))
+                    inside = role == "body"
+                    visit(one, times * (_rounds(instructions, line) if inside else 1), loops + inside)
 
-    visit("ENTRY", 1)
+    visit("ENTRY", 1, 0)
     return found
 
 

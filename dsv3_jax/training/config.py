@@ -235,8 +235,11 @@ _FREE = (
 """Fields that a resumed run may change, besides the mesh and the runtime's choices other than dtypes."""
 
 
+_DTYPES = ("runtime.dtype", "runtime.param_dtype", "runtime.gradient_dtype")
+
+
 def _is_free(name: str) -> bool:
-    computed = name.startswith(("mesh.", "runtime.")) and name not in ("runtime.dtype", "runtime.param_dtype")
+    computed = name.startswith(("mesh.", "runtime.")) and name not in _DTYPES
     return computed or name in _FREE or name.startswith("guard.")
 
 

@@ -87,11 +87,13 @@ class StepSums:
     """Sums over the pieces of a batch: the objective, the loss's own, and tokens sent to each expert.
 
     load: {"moe_layers": (L, E), "mtp_0": (E,), ...}, float32, keyed as the `router` collection is.
+    exchanges: (2,), as `model.transformer.exchanges` counts them.
     """
 
     objective: jax.Array
     loss: Any
     load: dict[str, jax.Array]
+    exchanges: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ parameters of these are on every stage.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, cast
@@ -20,9 +21,10 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.router import ROUTER, RouterStats
-from dsv3_jax.model.transformer import DeepSeekV3, Outputs, expert_load, parameter_axes
-from dsv3_jax.parallel.pipeline import layers_of_stages, pipeline_gradients
+from dsv3_jax.model.transformer import DeepSeekV3, Outputs, exchanges, expert_load, parameter_axes
+from dsv3_jax.parallel.pipeline import layers_of_stages, pipeline_gradients, take_stage
 from dsv3_jax.parallel.sharding import Logical, current_sharding
+from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import Batch, Loss, StepSums, Whole, model_inputs
 
 SPARSE = "moe_layers"
@@ -45,18 +47,30 @@ def pipelined_gradients(
 
     Raises ConfigError if there are fewer sparse layers than stages.
     """
-    config, runtime, stages = model.config, model.runtime, stages_in_use(model)
+    config, stages = model.config, stages_in_use(model)
+    stored, axes = current_sharding(model.runtime).stored(), parameter_axes(model)
+    # Inside the pipeline a stage's parameters are whole.
+    runtime = dataclasses.replace(
+        model.runtime, sharding_overrides=(*model.runtime.sharding_overrides, "embed=", "zero=")
+    )
+    model = DeepSeekV3(config, runtime)
     if not config.num_moe_layers:
         raise ConfigError("mesh.stage spreads sparse layers, but the model has none")
     layers = layers_of_stages(config.num_moe_layers, stages)  # (S, most)
 
-    def spread(stack: Any) -> Any:
-        return jax.tree.map(lambda a: jnp.take(a, layers, axis=0, mode="fill", fill_value=0), stack)
-
     shared = dict(variables["params"])
-    own = spread(stack := shared.pop(SPARSE))
+    own = shared.pop(SPARSE)
+    names = jax.tree_util.tree_map_with_path(lambda path, _: axes[SPARSE, *(key.key for key in path)], own)
     router = dict(variables[ROUTER])
-    bias = spread(router.pop(SPARSE, {}))
+    bias = jax.tree.map(lambda a: jnp.take(a, layers, axis=0, mode="fill", fill_value=0), router.pop(SPARSE, {}))
+
+    def take(parts: Any) -> Any:
+        def of(part: jax.Array, logical: Logical) -> jax.Array:
+            cut = (logical.index("embed"), stored.axes("embed")) if "embed" in logical else None
+            return take_stage(part, layers, cut)
+
+        return jax.tree.map(of, parts, names)
+
     exists = jnp.asarray(layers < config.num_moe_layers)
     block = rematerialise(Block, runtime)(config, runtime, is_moe=True)
 
@@ -86,14 +100,17 @@ def pipelined_gradients(
         def of(outputs: Outputs) -> StepSums:
             with jax.named_scope("loss"):
                 objective, sums = loss(outputs, inputs, whole)
-            return StepSums(objective, sums, {k: v for k, v in expert_load(outputs).items() if k != SPARSE})
+            load = {k: v for k, v in expert_load(outputs).items() if k != SPARSE}
+            return StepSums(objective, sums, load, exchanges(outputs))
 
         last_stage = lambda x: of(cast(Any, apply)(x, inputs.further_tokens, method="last_stage", **inputs.where))
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(last_stage, x))
         total = lax.cond(stage == stages - 1, last_stage, lambda _: nothing, x)
         here = of(Outputs(None, (), stats, ()))
         total = total.replace(
-            objective=total.objective + here.objective, loss=jax.tree.map(jnp.add, total.loss, here.loss)
+            objective=total.objective + here.objective,
+            loss=jax.tree.map(jnp.add, total.loss, here.loss),
+            exchanges=total.exchanges + here.exchanges,
         )
         return x, total.objective, total, jnp.sum(stats.load, axis=-2)
 
@@ -102,37 +119,38 @@ def pipelined_gradients(
         raise ConfigError(f"mesh.{unsuited[0]} doesn't go with mesh.stage: data, fsdp, node and expert do")
     batch, parts = sharding.axes("batch"), sharding.size("batch")
     sequences, length = pieces["tokens"].shape[1:]
-    if sequences % parts:
-        raise ConfigError(f"a microbatch of {sequences} sequences doesn't divide over {' x '.join(batch)} = {parts}")
     d_own, d_shared, sums, load = pipeline_gradients(
         on_stage,
         own,
         shared,
         pieces,
         ((bias, exists), (router, whole)),
+        take=take,
+        dtypes=jax.tree.map(
+            lambda a, logical: runtime.dtype if "experts" in logical and runtime.precision == "dtype" else a.dtype,
+            own,
+            names,
+        ),
         stages=stages,
-        specs=(_specs(own, model, (SPARSE,), ("layers", None)), _specs(shared, model, (), ())),
+        specs=(
+            jax.tree.map(lambda a, logical: stored.spec("a layer's parameter", a.shape, logical), own, names),
+            _specs(shared, runtime, axes),
+        ),
         batch=batch,
         activation=jax.ShapeDtypeStruct((sequences // parts, length, config.hidden_size), jnp.dtype(runtime.dtype)),
         schedule=runtime.pipeline,
     )
     place = np.argsort(layers, axis=None, kind="stable")[: config.num_moe_layers]
     sparse_load = load.reshape(-1, load.shape[-1])[place]
-    wide = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32))
-    d_stack = jax.linear_transpose(spread, jax.tree.map(wide, stack))(d_own)[0]
-    return d_shared | {SPARSE: d_stack}, sums.replace(load=sums.load | {SPARSE: sparse_load})
+    return d_shared | {SPARSE: d_own}, sums.replace(load=sums.load | {SPARSE: sparse_load})
 
 
-def _specs(tree: Any, model: DeepSeekV3, above: tuple[str, ...], leading: Logical) -> Any:
-    """PartitionSpecs of the pipeline's parameters: whole, but for experts and for `leading` axes in place of "layers".
-
-    above: names above the tree in the model's parameters.
-    """
-    sharding, axes = current_sharding(model.runtime), parameter_axes(model)
+def _specs(shared: Any, runtime: Runtime, axes: Mapping[tuple[str, ...], Logical]) -> Any:
+    """PartitionSpecs of the parameters that every stage has: whole, but for experts."""
+    sharding = current_sharding(runtime)
 
     def spec(path: Any, a: jax.Array) -> PartitionSpec:
-        own = [name for name in axes[*above, *(key.key for key in path)] if name != "layers" or not leading]
-        logical = (*leading, *(name if name == "experts" else None for name in own))
+        logical = tuple(name if name == "experts" else None for name in axes[tuple(key.key for key in path)])
         return sharding.spec(jax.tree_util.keystr(path), a.shape, logical)
 
-    return jax.tree_util.tree_map_with_path(spec, tree)
+    return jax.tree_util.tree_map_with_path(spec, shared)

@@ -53,6 +53,15 @@ def cut_largest(sizes: Sequence[int], microbatches: int, unit: int) -> Cut:
     return Cut(pieces, pieces * size)
 
 
+def cut_evenly(sequences: int, least: int, unit: int) -> int:
+    """The fewest equal microbatches of a batch, at least `least` and each of a multiple of `unit` sequences.
+
+    If there aren't so many of them, microbatches of `unit` sequences, which must divide the batch.
+    """
+    most = sequences // unit
+    return next((n for n in range(least, most) if most % n == 0), most)
+
+
 class Setup:
     """The parts of a run. Raises ConfigError for what the run would meet later.
 
@@ -85,7 +94,6 @@ class Setup:
         microbatches = self.cut.microbatches if self.cut else config.microbatches
         step = make_train_step(self.model, optimizer, loss, microbatches=microbatches)
         self.train_step = self.placement.jit_step(step, self.abstract)
-        self.evaluate = self.placement.jit_evaluation(make_eval_step(self.model, loss))
         self._checks = (
             self.placement.jit_evaluation(make_forward_check(self.model, loss)),
             self.placement.jit_evaluation(make_gradient_check(self.model, loss, microbatches)),
@@ -110,7 +118,13 @@ class Setup:
                 multiple_of=self.placement.parts,
                 opened=opened,
             )
-            self._check(self.evaluate, len(self.validation[0]["tokens"]), "validation")
+            size = len(self.validation[0]["tokens"])
+            unit = self.placement.parts * config.runtime.interleave
+            least = -(-size * microbatches // config.schedule.batch_size)
+            pieces = cut_evenly(size, least, unit if size % unit == 0 else self.placement.parts)
+            evaluate = make_eval_step(self.model, loss, microbatches=pieces)
+            self.evaluate = self.placement.jit_evaluation(evaluate)
+            self._check(self.evaluate, size, "validation")
         self.throughput = Throughput(config.model, config.data.sequence_length)
 
     def first_state(self, *, check_hashes: bool = True) -> TrainState:

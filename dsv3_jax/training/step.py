@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,16 @@ import optax
 from flax import struct
 
 from dsv3_jax.model.router import ROUTER
-from dsv3_jax.model.transformer import DeepSeekV3, expert_load, only_of
+from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.parallel.sharding import current_sharding
+from dsv3_jax.training.accumulate import accumulated_gradients, cut_batch, evaluated_sums
 from dsv3_jax.training.losses import (
     Batch,
     Loss,
     Metrics,
     StepSums,
     Whole,
-    forward,
     load_violations,
-    model_inputs,
     predictable,
 )
 from dsv3_jax.training.pipelined import pipelined_gradients, stages_in_use
@@ -82,16 +82,14 @@ def make_train_step(
             raise ValueError(f"a batch of {size} sequences can't be cut into {microbatches} microbatches")
         whole = _whole(state, batch, sequences)
 
-        def objective(params: Any, piece: Batch, real: jax.Array | None = None) -> tuple[jax.Array, StepSums]:
-            sums = _sums(model, loss, {"params": params, ROUTER: state.router}, piece, whole, real)
-            return sums.objective, sums
-
         if stages_in_use(model) > 1:
             if sequences is not None:
                 raise ValueError("a pipeline takes batches without padding")
-            grads, sums = pipelined_gradients(model, state.variables, _cut(batch, microbatches), loss, whole)
+            grads, sums = pipelined_gradients(
+                model, state.variables, cut_batch(model.runtime, batch, microbatches), loss, whole
+            )
         else:
-            grads, sums = _accumulate(jax.grad(objective, has_aux=True), state.params, batch, microbatches, sequences)
+            grads, sums = accumulated_gradients(model, loss, state.variables, batch, microbatches, whole, sequences)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -99,6 +97,8 @@ def make_train_step(
         with jax.named_scope("metrics"):
             metrics = loss.metrics(sums.loss, whole) | load_violations(sums.load)
             metrics |= {"objective": sums.objective, "grad_norm": optax.global_norm(grads)}
+            if current_sharding(model.runtime).size("experts") > 1:
+                metrics["dispatch_in_rounds"] = sums.exchanges[0] / sums.exchanges[1]
         after = (params, router, opt_state)
         if skip_non_finite:
             good = jnp.isfinite(metrics["objective"]) & jnp.isfinite(metrics["grad_norm"])
@@ -115,56 +115,6 @@ def _whole(state: TrainState, batch: Batch, sequences: jax.Array | None = None) 
     return Whole(state.step, jnp.sum(predictable(batch, 1)), count)
 
 
-def _sums(
-    model: DeepSeekV3,
-    loss: Loss,
-    variables: Mapping[str, Any],
-    piece: Batch,
-    whole: Whole,
-    real: jax.Array | None = None,
-) -> StepSums:
-    """Runs the model on a piece of the batch and applies the loss; `real` as in `model_inputs`."""
-    inputs = model_inputs(model, piece, loss.batch_keys, real)
-    outputs = forward(model, variables, inputs, loss.detach_mtp)
-    if real is not None:
-        outputs = only_of(outputs, real)
-    with jax.named_scope("loss"):
-        return StepSums(*loss(outputs, inputs, whole), expert_load(outputs))
-
-
-def _accumulate(
-    grad: Callable[..., Any], params: Any, batch: Batch, microbatches: int, sequences: jax.Array | None = None
-) -> tuple[Any, StepSums]:
-    """Sums gradients and loss sums over pieces of the batch, one piece in memory at a time, in float32 or wider."""
-
-    def of_piece(*piece: Any) -> tuple[Any, StepSums]:
-        wide: Any = jax.tree.map(lambda x: x.astype(jnp.promote_types(x, jnp.float32)), grad(params, *piece))
-        return cast(tuple[Any, StepSums], wide)
-
-    def add(total: Any, *piece: Any) -> tuple[Any, StepSums]:
-        return cast(tuple[Any, StepSums], jax.tree.map(jnp.add, total, of_piece(*piece)))
-
-    if microbatches == 1 and sequences is None:
-        return of_piece(batch)
-    pieces = _cut(batch, microbatches)
-    first = jax.tree.map(lambda x: x[0], pieces)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_piece, first))
-    if sequences is None:
-        total: tuple[Any, StepSums] = jax.lax.scan(lambda total, piece: (add(total, piece), None), zeros, pieces)[0]
-        return total
-    row = jnp.arange(batch["tokens"].shape[0]).reshape(microbatches, -1)
-
-    def add_piece(i: jax.Array, total: Any) -> Any:
-        piece, rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (pieces, row))
-        return add(total, piece, rows < sequences)
-
-    return cast(tuple[Any, StepSums], jax.lax.fori_loop(0, -(-sequences // row.shape[1]), add_piece, zeros))
-
-
-def _cut(batch: Batch, microbatches: int) -> dict[str, jax.Array]:
-    return {name: x.reshape(microbatches, -1, *x.shape[1:]) for name, x in batch.items()}
-
-
 @jax.named_scope("router_bias")
 def update_bias(router: Any, load: dict[str, jax.Array], speed: jax.Array) -> Any:
     """Balancing without auxiliary loss (section 2.1.2): up by `speed` where an expert got too little, else down.
@@ -179,6 +129,13 @@ def update_bias(router: Any, load: dict[str, jax.Array], speed: jax.Array) -> An
     }
 
 
-def make_eval_step(model: DeepSeekV3, loss: Loss) -> Callable[[TrainState, Batch], StepSums]:
-    """Builds the pure `eval_step(state, batch) -> StepSums`; those of several batches add up leaf by leaf."""
-    return lambda state, batch: _sums(model, loss, state.variables, batch, _whole(state, batch))
+def make_eval_step(model: DeepSeekV3, loss: Loss, *, microbatches: int = 1) -> Callable[[TrainState, Batch], StepSums]:
+    """Builds the pure `eval_step(state, batch) -> StepSums`; those of several batches add up leaf by leaf.
+
+    microbatches: as in `make_train_step`, so that it takes no more memory than a step.
+    """
+
+    def eval_step(state: TrainState, batch: Batch) -> StepSums:
+        return evaluated_sums(model, loss, state.variables, batch, microbatches, _whole(state, batch))
+
+    return eval_step

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ConfigError, ModelConfig
-from dsv3_jax.model.moe import ExpertWeights, experts, experts_reference
+from dsv3_jax.model.moe import ExpertWeights, experts, experts_and_rounds, experts_reference
 from dsv3_jax.parallel.dispatch import DispatchSizes
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.rules import rules_of
@@ -125,6 +125,15 @@ def test_one_token_where_tokens_are_not_cut():
     with jax.set_mesh(make_mesh(MeshShape(node=2, expert=2, tensor=2))):
         got = jax.jit(lambda *a: experts(*a, CONFIG, run))(x, ids, weights, w)
     np.testing.assert_allclose(got, reference(x, ids, weights, w), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("routing", "slack", "share"), [("same experts", 1.0, 1.0), ("same experts", 16.0, 0.0)])
+def test_it_is_said_how_many_exchanges_took_rounds(routing, slack, share):
+    run = Runtime(sharding="fsdp_ep", experts_impl="blocked", dispatch_slack=slack)
+    with jax.set_mesh(make_mesh(MeshShape(fsdp=2, expert=4))):
+        rounds = jax.jit(lambda *a: experts_and_rounds(*a, CONFIG, run)[1])(*problem(routing))
+    assert rounds.size == 8
+    assert float(rounds.mean()) == share
 
 
 def test_what_does_not_divide_is_named():

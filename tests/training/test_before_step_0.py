@@ -77,6 +77,13 @@ def test_microbatches_of_a_ramp(sizes, microbatches, unit, cut):
     assert setup.cut_largest(sizes, microbatches, unit) == cut
 
 
+@pytest.mark.parametrize(
+    ("sequences", "least", "unit", "pieces"), [(16, 4, 1, 4), (15, 4, 1, 5), (12, 4, 2, 6), (8, 3, 8, 1), (7, 2, 1, 7)]
+)
+def test_microbatches_of_a_validation(sequences, least, unit, pieces):
+    assert setup.cut_evenly(sequences, least, unit) == pieces
+
+
 def test_a_ramp_compiles_one_step():
     """Batch sizes that neither two devices nor microbatches divide."""
     config = ramp(TWO, 3, 8)

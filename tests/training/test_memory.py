@@ -14,7 +14,7 @@ from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
 from dsv3_jax.model import logits
 from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
-from dsv3_jax.training.step import init_state, make_train_step
+from dsv3_jax.training.step import init_state, make_eval_step, make_train_step
 from pallas_kernels.ahead_of_time import compile_for_tpu
 
 NARROW = dataclasses.replace(
@@ -74,3 +74,19 @@ def test_at_the_widths_of_v3_on_a_tpu():
         return compile_for_tpu("v5p", *step_of(V3, runtime, length), donate=(0,))
 
     check(compiled_at, V3, (4096, 8192, 16384))
+
+
+def test_validation_takes_no_more_memory_than_a_step():
+    """On a batch of 16 in 8 microbatches."""
+    runtime = Runtime(experts_impl="blocked", remat="block")
+    model, optimizer = DeepSeekV3(NARROW, runtime), optax.sgd(1.0)
+    loss = PretrainingLoss(NARROW, Schedule(ScheduleConfig(steps=100, batch_size=16)))
+    state = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((16, 256), jnp.int32)
+    batch = {"tokens": tokens, "targets": tokens}
+
+    def temporaries(step):
+        return jax.jit(step).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    of_training = temporaries(make_train_step(model, optimizer, loss, microbatches=8))
+    assert temporaries(make_eval_step(model, loss, microbatches=8)) < of_training

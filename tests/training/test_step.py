@@ -13,10 +13,11 @@ from jax.flatten_util import ravel_pytree
 
 from dsv3_jax import DeepSeekV3, Runtime
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
+from dsv3_jax.training.accumulate import sum_over_pieces
 from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, decays, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
-from dsv3_jax.training.step import TrainState, _accumulate, init_state, make_train_step, update_bias
+from dsv3_jax.training.step import TrainState, init_state, make_train_step, update_bias
 from tests.conftest import new_rng
 from tests.model import equations
 from tests.training.test_losses import DOUBLE, SMALL
@@ -179,11 +180,11 @@ def test_moments_have_their_dtype_whatever_the_parameters(param_dtype, moments):
 def test_gradients_of_microbatches_are_summed_in_float32():
     """Also those of bfloat16 parameters, whose own sums of 64 would be some 1% off."""
     made = jnp.asarray(new_rng().normal(size=(64, 200)) + 0.2, jnp.bfloat16)
-    gradient = lambda params, piece: ({"w": piece["tokens"][0]}, jnp.float32(1))
-    total, tally = jax.jit(lambda: _accumulate(gradient, None, {"tokens": made}, 64))()
+    gradient = lambda piece, rows: ({"w": piece["made"]}, jnp.float32(1))
+    total, tally = jax.jit(lambda: sum_over_pieces(gradient, ({"made": made}, jnp.zeros((64, 1))), None))()
     assert (total["w"].dtype, float(tally)) == (jnp.float32, 64)
     np.testing.assert_allclose(total["w"], np.float64(made).sum(0), rtol=1e-5, atol=1e-5)
-    assert _accumulate(gradient, None, {"tokens": made[:1]}, 1)[0]["w"].dtype == jnp.float32
+    assert sum_over_pieces(gradient, ({"made": made[:1]}, jnp.zeros((1, 1))), None)[0]["w"].dtype == jnp.float32
 
 
 def test_bias_rises_for_the_idle_expert_and_falls_for_the_busy_one():

@@ -1,0 +1,167 @@
+"""Gradients of a batch as float32 sums: over its tokens, its microbatches, and the devices that share it.
+
+Devices that hold the same parameter add its gradient up once a step, after the last microbatch. What cuts a parameter
+further (FSDP, experts) takes its gradient apart in each microbatch, as it put the parameter together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.model.router import ROUTER
+from dsv3_jax.model.transformer import DeepSeekV3, exchanges, expert_load, only_of, parameter_axes
+from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.parallel.sharding import LogicalSharding, current_sharding
+from dsv3_jax.runtime import Runtime
+from dsv3_jax.training.losses import Batch, Loss, StepSums, Whole, forward, model_inputs
+
+
+def accumulated_gradients(
+    model: DeepSeekV3,
+    loss: Loss,
+    variables: Mapping[str, Any],
+    batch: Batch,
+    microbatches: int,
+    whole: Whole,
+    sequences: jax.Array | None = None,
+) -> tuple[Any, StepSums]:
+    """Gradients of the objective with respect to the parameters, and the whole batch's sums; float32 or wider.
+
+    variables: the model's two collections. microbatches, sequences: as in `make_train_step`.
+    """
+
+    def of_pieces(params: Any, router: Any, pieces: Any, whole: Whole, sequences: Any) -> tuple[Any, StepSums]:
+        def objective(params: Any, piece: Batch, row: jax.Array) -> tuple[jax.Array, StepSums]:
+            real = None if sequences is None else row < sequences
+            sums = batch_sums(model, loss, {"params": params, ROUTER: router}, piece, whole, real)
+            return sums.objective, sums
+
+        grad = functools.partial(jax.grad(objective, has_aux=True), params)
+        sums: tuple[Any, StepSums] = sum_over_pieces(grad, pieces, None if sequences is None else -(-sequences // size))
+        return sums
+
+    size = batch["tokens"].shape[0] // microbatches
+    rows = jnp.arange(microbatches * size).reshape(microbatches, size)
+    arguments = (
+        variables["params"],
+        variables.get(ROUTER, {}),
+        (cut_batch(model.runtime, batch, microbatches), rows),
+        whole,
+        sequences,
+    )
+    sharding = current_sharding(model.runtime)
+    if not _by_hand(model, sharding):
+        return of_pieces(*arguments)
+    axes = sharding.axes("batch")
+
+    def on_device(*arguments: Any) -> tuple[Any, StepSums]:
+        grads, sums = of_pieces(*arguments)
+        return jax.tree.map(functools.partial(_add_up, model, axes), grads, specs), lax.psum(sums, axes)
+
+    specs, whole_array = parameter_specs(model, variables["params"]), PartitionSpec()
+    takes = (specs, whole_array, PartitionSpec(None, axes), whole_array, whole_array)
+    run = jax.shard_map(on_device, in_specs=takes, out_specs=(specs, whole_array), check_vma=False)
+    return run(*arguments)
+
+
+def _by_hand(model: DeepSeekV3, sharding: LogicalSharding) -> bool:
+    """Whether all devices of the mesh have sequences of their own: then each sums their gradients by itself first.
+
+    Elsewhere XLA places the sums. In FP8 it also places the blocks of weights that are put together for use.
+    """
+    batch = sharding.axes("batch")
+    apart = sharding.stored().axes("embed")
+    if model.runtime.precision == "fp8" and apart:
+        return False
+    return bool(batch) and {a for a in AXES if sharding.axis_size(a) > 1} <= set(batch)
+
+
+def parameter_specs(model: DeepSeekV3, params: Any) -> Any:
+    """How the parameters are stored: a PartitionSpec for each."""
+    stored, axes = current_sharding(model.runtime).stored(), parameter_axes(model)
+
+    def spec(path: Any, a: jax.Array) -> PartitionSpec:
+        return stored.spec(jax.tree_util.keystr(path), a.shape, axes[tuple(key.key for key in path)])
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def _add_up(model: DeepSeekV3, axes: tuple[str, ...], gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Sums a gradient over the devices that hold the same part of its parameter, of those that share the batch."""
+    same = tuple(a for a in axes if a not in jax.tree.leaves(tuple(spec)))
+    lowered = gradient.astype(model.runtime.gradient_dtype) if model.runtime.gradient_dtype == "bfloat16" else gradient
+    return lax.psum(lowered, same).astype(gradient.dtype) if same else gradient
+
+
+def cut_batch(runtime: Runtime, batch: Batch, microbatches: int) -> dict[str, jax.Array]:
+    """The batch with a leading axis of microbatches, each cut over the devices as the batch is.
+
+    Raises ConfigError if they don't divide over the devices.
+    """
+    sharding = current_sharding(runtime)
+    axes, parts, size = sharding.axes("batch"), sharding.size("batch"), len(batch["tokens"]) // microbatches
+    if size % parts:
+        raise ConfigError(f"a microbatch of {size} sequences doesn't divide over {' x '.join(axes)} = {parts}")
+    pieces = {name: x.reshape(microbatches, size, *x.shape[1:]) for name, x in batch.items()}
+    return {name: sharding.constrain(x, None, "batch", *(None,) * (x.ndim - 2)) for name, x in pieces.items()}
+
+
+def evaluated_sums(
+    model: DeepSeekV3, loss: Loss, variables: Mapping[str, Any], batch: Batch, microbatches: int, whole: Whole
+) -> StepSums:
+    """The whole batch's sums, float32 or wider, of one microbatch at a time."""
+    pieces = cut_batch(model.runtime, batch, microbatches), jnp.zeros((microbatches, 0))
+    sums: StepSums = sum_over_pieces(lambda piece, _: batch_sums(model, loss, variables, piece, whole), pieces, None)
+    return sums
+
+
+def batch_sums(
+    model: DeepSeekV3,
+    loss: Loss,
+    variables: Mapping[str, Any],
+    piece: Batch,
+    whole: Whole,
+    real: jax.Array | None = None,
+) -> StepSums:
+    """Runs the model on a piece of the batch and applies the loss; `real` as in `model_inputs`."""
+    inputs = model_inputs(model, piece, loss.batch_keys, real)
+    outputs = forward(model, variables, inputs, loss.detach_mtp)
+    if real is not None:
+        outputs = only_of(outputs, real)
+    with jax.named_scope("loss"):
+        return StepSums(*loss(outputs, inputs, whole), expert_load(outputs), exchanges(outputs))
+
+
+def sum_over_pieces(function: Any, pieces: tuple[dict[str, jax.Array], jax.Array], count: jax.Array | None) -> Any:
+    """Sums `function(piece, rows)` over microbatches, one in memory at a time, in float32 or wider.
+
+    count: how many of them are computed; by default all.
+    """
+
+    def of_piece(*piece: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x, jnp.float32)), function(*piece))
+
+    first = jax.tree.map(lambda x: x[0], pieces)
+    if len(pieces[1]) == 1 and count is None:
+        return of_piece(*first)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_piece, *first))
+
+    def add(total: Any, piece: Any) -> Any:
+        return jax.tree.map(jnp.add, total, of_piece(*piece))
+
+    if count is None:
+        return lax.scan(lambda total, piece: (add(total, piece), None), zeros, pieces)[0]
+
+    def at(i: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x[i], pieces)
+
+    total: Any = lax.fori_loop(0, count, lambda i, total: add(total, at(i)), zeros)
+    return total

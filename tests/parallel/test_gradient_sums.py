@@ -1,0 +1,60 @@
+"""How gradients are added up, read from the step compiled for four TPUs that aren't there: in what, and how often."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
+from dsv3_jax.parallel.mesh import MeshShape
+from dsv3_jax.parallel.placement import Placement
+from dsv3_jax.planning.aot import topology_devices
+from dsv3_jax.planning.compiled import collectives
+from dsv3_jax.runtime import Runtime
+from dsv3_jax.training.losses import PretrainingLoss
+from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dsv3_jax.training.step import init_state, make_train_step
+from tests.parallel.test_meshes import CONFIG, SCHEDULE
+
+SMALL = dataclasses.replace(CONFIG, hidden_size=128, num_hidden_layers=2, num_nextn_predict_layers=0)
+
+
+def sums_over_devices(mesh, microbatches, **runtime):
+    """Reductions of something other than counts, of the step in bfloat16."""
+    runtime = Runtime(dtype="bfloat16", remat="paper", experts_impl="ragged", **runtime)
+    model, optimizer = DeepSeekV3(SMALL, runtime), make_optimizer(OptimizerConfig(), SCHEDULE)
+    placement = Placement(MeshShape.parse(mesh), runtime, parameter_axes(model), list(topology_devices("v5p:2x2x1")))
+    tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+    batch = {"tokens": tokens, "targets": tokens}
+    state, batch = placement.abstract(lambda key: init_state(model, optimizer, key), batch)
+    step = make_train_step(model, optimizer, PretrainingLoss(SMALL, SCHEDULE), microbatches=microbatches)
+    with jax.default_matmul_precision("default"):  # bfloat16 products in float32 pieces don't compile for a TPU
+        compiled = placement.lower(step, state, batch).compile()
+    kinds = ("all-reduce", "reduce-scatter")
+    return [c for c in collectives(compiled) if c.kind in kinds and {"f32", "bf16"} & set(c.dtypes)]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sharding"), [("data=2,expert=2", "fsdp_ep"), pytest.param("data=4", "fsdp", marks=pytest.mark.slow)]
+)
+def test_once_a_step_and_in_float32(mesh, sharding):
+    """Of two microbatches, whose loop is the only one that these sums could be in besides those over layers."""
+    found = sums_over_devices(mesh, 2, sharding=sharding)
+    assert sum(c.bytes for c in found) > 4 * SMALL.vocab_size * SMALL.hidden_size
+    assert {(c.loops, dtype) for c in found for dtype in c.dtypes if dtype != "s32"} == {(0, "f32")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=4", "fsdp=2,tensor=2", "data=2,context=2"])
+def test_in_float32_where_parameters_or_sequences_are_cut(mesh):
+    backward = [c for c in sums_over_devices(mesh, 1, sharding="fsdp") if "transpose" in c.where]
+    weights = [c for c in backward if "dot_general" in c.where and "bf16" in c.dtypes]
+    assert backward
+    assert not [c for c in weights if "all_gather_weight" in c.where]
+
+
+@pytest.mark.slow
+def test_in_bfloat16_where_the_user_says_so():
+    found = sums_over_devices("data=4", 2, sharding="fsdp", gradient_dtype="bfloat16")
+    assert any("bf16" in c.dtypes for c in found)
