@@ -272,7 +272,9 @@ class DeepSeekV3(Module):
 @functools.cache
 def parameter_axes(model: DeepSeekV3) -> Mapping[tuple[str, ...], Logical]:
     """Logical axes of the model's parameters, by their paths below the collection."""
-    return logical_axes(model, jnp.zeros((1, 1), jnp.int32))
+    # Of one token, which no mesh cuts: also where one is in use.
+    alone = dataclasses.replace(model.runtime, sharding="single", sharding_overrides=())
+    return logical_axes(DeepSeekV3(model.config, alone), jnp.zeros((1, 1), jnp.int32))
 
 
 def check_token_ids(tokens: jax.Array | np.ndarray, vocab_size: int) -> None:
