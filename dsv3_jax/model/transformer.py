@@ -274,7 +274,7 @@ def parameter_axes(model: DeepSeekV3) -> Mapping[tuple[str, ...], Logical]:
     """Logical axes of the model's parameters, by their paths below the collection."""
     # Of one token, which no mesh cuts: also where one is in use.
     alone = dataclasses.replace(model.runtime, sharding="single", sharding_overrides=())
-    return logical_axes(DeepSeekV3(model.config, alone), jnp.zeros((1, 1), jnp.int32))
+    return logical_axes(model.clone(runtime=alone), jnp.zeros((1, 1), jnp.int32))
 
 
 def check_token_ids(tokens: jax.Array | np.ndarray, vocab_size: int) -> None:
