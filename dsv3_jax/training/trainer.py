@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -75,14 +76,17 @@ def train(
     with clock.spent_on("start"):
         setup = Setup(config, tokenizer, tokenizer_path, console)  # a failure to read the data leaves no directory
     all_processes_here()  # before one of them puts something into the directory that the others look at
-    with _held_by_one(directory, console):
-        check_directory(config, directory, resume=resume)  # again: another process may have been faster
+    again = functools.partial(check_directory, config, directory, resume=resume)  # another job may have been faster
+    with _held_by_one(directory, console, again):
         return Loop(setup, directory, console, clock).run(resume, tokenizer_path, check_hashes)
 
 
 @contextlib.contextmanager
-def _held_by_one(directory: Path, console: Console) -> Iterator[None]:
-    """Holds the run's directory for this job: its first process does."""
+def _held_by_one(directory: Path, console: Console, check: Callable[[], None]) -> Iterator[None]:
+    """Holds the run's directory for this job: its first process does, and calls `check` once it has it.
+
+    The others don't look at the directory again: the first may have put something into it by then.
+    """
     with contextlib.ExitStack() as stack:
         refused = None
         if jax.process_index() == 0:
@@ -90,6 +94,7 @@ def _held_by_one(directory: Path, console: Console) -> Iterator[None]:
                 directory.mkdir(parents=True, exist_ok=True)
                 if warning := stack.enter_context(locked(directory)):
                     console.print(f"warning: {warning}")
+                check()
             except (ConfigError, OSError) as error:
                 refused = error
         if any_process(refused is not None):

@@ -61,7 +61,7 @@ def fresh_state():
 def write_run(folder, _):
     run = folder / "run"
     run.mkdir()
-    write_config(run, train_config(), {})
+    write_config(run, train_config(), None)
     checkpoints = Checkpoints(run / "checkpoints", keep=1)
     # Not all zeros: zeros are what a lost part reads as.
     state = jax.tree.map(lambda x: x if x.dtype not in (np.float32,) else x + 0.5, fresh_state())

@@ -57,7 +57,7 @@ def test_float64_needs_x64(checkpoint):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])  # Explicit is jax.make_mesh's default
-@pytest.mark.parametrize("source", ["checkpoint", "run"])
+@pytest.mark.parametrize("source", ["checkpoint", pytest.param("run", marks=pytest.mark.slow)])
 def test_a_mesh_of_make_mesh_cuts_the_parameters(source, kind, request):
     path = request.getfixturevalue(source)
     mesh = jax.make_mesh((2, 4), ("fsdp", "expert"), axis_types=(kind,) * 2)

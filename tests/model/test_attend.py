@@ -235,7 +235,8 @@ def test_generation(variables):
 
 
 @pytest.mark.parametrize(
-    ("impl", "dtype", "steps"), [("pallas_reference", "float32", 8), ("tpu_interpret", "bfloat16", 4)]
+    ("impl", "dtype", "steps"),
+    [("pallas_reference", "float32", 8), pytest.param("tpu_interpret", "bfloat16", 4, marks=pytest.mark.slow)],
 )
 def test_training_learns_the_same_curve(impl, dtype, steps):
     schedule = Schedule(

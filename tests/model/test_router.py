@@ -150,7 +150,7 @@ def test_choices_are_replayed_at_every_gate():
     model, rng = DeepSeekV3(config), new_rng()
     tokens = jnp.asarray(rng.integers(0, config.vocab_size, (2, 9)), jnp.int32)
     variables, others = (model.init(jax.random.key(seed), tokens) for seed in (0, 1))
-    run = functools.partial(model.apply, method="forward", mutable=[CHOICES])
+    run = jax.jit(functools.partial(model.apply, method="forward", mutable=[CHOICES]))
     outputs, chosen = run(variables, tokens, (tokens,))
     assert set(chosen[CHOICES]) == {"moe_layers", "mtp_0"}
     replayed, again = run(variables | chosen, tokens, (tokens,))

@@ -160,7 +160,7 @@ def assert_right(attend, tokens, keys, heads, segments=None, batch=1, **widths):
     ("batch", "tokens", "keys", "heads", "packed"),
     [
         (1, 256, 256, 2, False),
-        (2, 128, 384, 3, True),  # an odd head, a prefix
+        pytest.param(2, 128, 384, 3, True, marks=pytest.mark.slow),  # an odd head, a prefix
         (1, 1024, 1024, 1, False),  # blocks above, on and below the diagonal
         (1, 512, 1536, 2, True),
     ],

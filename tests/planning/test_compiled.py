@@ -57,7 +57,7 @@ def compile_step(config, remat, batch, length):
 
 CASES = [
     (WIDE, "none", 2, 256),
-    (WIDE, "block", 8, 256),
+    pytest.param(WIDE, "block", 8, 256, marks=pytest.mark.slow),
     pytest.param(ModelConfig.preset("v3-mini"), "none", 4, 512, marks=pytest.mark.slow),
     pytest.param(ModelConfig.preset("v3-mini"), "block", 4, 512, marks=pytest.mark.slow),
     pytest.param(ModelConfig.preset("v3-mini"), "paper", 4, 512, marks=pytest.mark.slow),
@@ -122,6 +122,7 @@ def compile_for_pod(topology, mesh, preset, batch, **options):
         return aot_plan(args, ModelConfig.preset(preset))
 
 
+@pytest.mark.slow
 def test_a_small_pod():
     """EP over two nodes' worth of chips, FSDP and tensor parallelism at once, with the accelerators' exact exchange."""
     result = compile_for_pod("v5p:2x2x4", "fsdp=2,expert=4,tensor=2", "tiny", 16, length=256)

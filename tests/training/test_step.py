@@ -147,6 +147,7 @@ def test_accumulated_microbatches_equal_the_whole_batch():
     chex.assert_trees_all_close(a.opt_state, b.opt_state, atol=1e-6)
 
 
+@pytest.mark.slow  # test_a_ramp_compiles_one_step is its short form
 def test_a_batch_that_grows_takes_one_program():
     """Padding, whatever is in it, changes nothing: neither losses nor loads nor gradients."""
     state, whole = setup()
