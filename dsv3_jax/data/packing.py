@@ -101,7 +101,8 @@ class BestFitSequences(grain.MapDataset):  # type: ignore[misc]  # grain has no 
 
     Documents of a block go by best fit, the longest first (Ding et al., "Fewer Truncations Improve Language Modeling",
     2024): each into the sequence with the least room that takes it. The rest of a sequence is padding: tokens 0,
-    targets -100, segment 0. A document's first token is no target: nothing comes before it.
+    targets -100, segment 0. A document's first token is no target: nothing comes before it. Its last one stands in the
+    sequence too, with target -100: a target whose next place is of another segment wouldn't be trained.
     """
 
     def __init__(self, documents: Documents, sequence_length: int, seed: int) -> None:
@@ -127,8 +128,9 @@ class BestFitSequences(grain.MapDataset):  # type: ignore[misc]  # grain has no 
         arrays["targets"][:] = IGNORE
         start = 0
         for number, piece in enumerate(pieces, 1):
-            tokens, size = piece.astype(np.int32), len(piece) - 1
-            element = _element(tokens[:-1], tokens[1:], np.full(size, number), np.arange(size))
+            tokens, size = piece.astype(np.int32), min(len(piece), self._length)
+            targets = np.append(tokens[1:], IGNORE)
+            element = _element(tokens[:size], targets[:size], np.full(size, number), np.arange(size))
             for name, values in element.items():
                 arrays[name][start : start + size] = values
             start += size
@@ -148,7 +150,7 @@ def _best_fit(documents: Documents, block: int, length: int) -> tuple[int, np.nd
     longest_first = np.lexsort((starts, -sizes))
     rooms: list[int] = []  # of sequences that aren't full, sorted: tokens that fit << 40 | number of the sequence
     numbers, count = [], 0
-    for size in sizes[longest_first].tolist():
+    for size in np.minimum(sizes + 1, length)[longest_first].tolist():
         place = bisect.bisect_left(rooms, size << 40)
         room = rooms.pop(place) if place < len(rooms) else length << 40 | count
         number = room & (1 << 40) - 1

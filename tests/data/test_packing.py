@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import grain
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from dsv3_jax.data import BestFitSequences, PackedSequences
 from dsv3_jax.data import shards as shards_module
+from dsv3_jax.training.losses import predictable
 from tests.data.corpora import counted, documents
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)
@@ -132,14 +134,17 @@ def test_best_fit_cuts_no_document_that_fits(lengths, length):
             row = packed[i]
             real = row["segments"] > 0
             np.testing.assert_array_equal(row["targets"][~real], -100)
-            np.testing.assert_array_equal(row["targets"][real], row["tokens"][real] + 1)  # of the same document
+            aim = row["targets"] != -100
+            np.testing.assert_array_equal(row["targets"][aim], row["tokens"][aim] + 1)  # of the same document
+            trained = predictable({name: jnp.asarray(values)[None] for name, values in row.items()}, 1)[0]
+            np.testing.assert_array_equal(trained, aim)  # and the loss takes every one, the documents' last tokens too
             for segment in np.unique(row["segments"][real]):
                 at = row["segments"] == segment
                 np.testing.assert_array_equal(row["positions"][at], np.arange(at.sum()))
                 document = np.searchsorted(offsets, row["tokens"][at][0], side="right") - 1
                 if lengths[document] - 1 <= length:
-                    assert at.sum() == lengths[document] - 1
-            seen += row["targets"][real].tolist()
+                    assert (at & aim).sum() == lengths[document] - 1
+            seen += row["targets"][aim].tolist()
         every = np.setdiff1d(np.arange(offsets[-1]), offsets)  # all but the documents' first tokens
         np.testing.assert_array_equal(np.sort(seen), every)
 
