@@ -231,6 +231,8 @@ def main(steps: int = 400, seeds: int = 3, pieces: Path = Path("runs/attention_v
       seeds: runs of each variant.
       pieces: where finished runs are kept: they aren't done again.
     """
+    if seeds < 2:
+        raise SystemExit(f"seeds is {seeds}: a confidence interval takes at least 2")
     runs = []
     for seed in range(seeds):
         for variant in VARIANTS:

@@ -47,6 +47,15 @@ TINY = dataclasses.replace(ModelConfig.preset("tiny"), num_nextn_predict_layers=
 STEPS, WARM = 40, 5
 
 
+def weights_read(config: ModelConfig, chosen: Any) -> int:
+    """Weights that a decoding step must read: all, but of experts those that its tokens went to, by `CHOICES`."""
+    layers = [layer for ids in jax.tree.leaves(chosen) for layer in np.asarray(ids)]
+    touched = statistics.mean(len(np.unique(layer)) for layer in layers) / config.n_routed_experts
+    of = model_variables(config)
+    count = sum(v.size * (touched if v.is_routed else 1) for v in of if v.collection == "params")
+    return int(count) - config.vocab_size * config.hidden_size  # of the embedding a step reads a row per text
+
+
 class Bench:
     """An engine whose loop is run by hand, and a pool of random latents."""
 
@@ -127,12 +136,7 @@ class Bench:
             return pool_of(cache), chosen
 
         e._pool, chosen = choose(e._pool, self.variables, e._slots)
-        ids = [layer for leaf in jax.tree.leaves(chosen) for layer in np.asarray(leaf)]
-        touched = statistics.mean(len(np.unique(layer)) for layer in ids) / self.config.n_routed_experts
-        of = model_variables(self.config)
-        count = sum(v.size * (touched if v.is_routed else 1) for v in of if v.collection == "params")
-        count -= self.config.vocab_size * self.config.hidden_size  # of the embedding a step reads a row per text
-        return int(count) * jnp.dtype(self.model.runtime.param_dtype).itemsize
+        return weights_read(self.config, chosen) * jnp.dtype(self.model.runtime.param_dtype).itemsize
 
     def sampling(self, batch: int) -> float:
         """Milliseconds to draw a token of each text from logits of the whole vocabulary."""

@@ -25,11 +25,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
 from dsv3_jax.accounting.flops import forward_flops, model_flops
-from dsv3_jax.accounting.parameters import cache_bytes_per_token, model_variables
+from dsv3_jax.accounting.parameters import cache_bytes_per_token
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.auto import choices
 from dsv3_jax.model.cache import Cache, init_cache
@@ -37,6 +36,7 @@ from dsv3_jax.model.router import CHOICES
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import forward, loss_sums, model_inputs, objective
+from experiments.bench_decode import weights_read
 from experiments.bench_step import measure_copy, seconds
 
 V2_LITE = dataclasses.replace(
@@ -135,10 +135,6 @@ def decode(config: ModelConfig, batch: int, length: int) -> tuple[float, dict[st
         return jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32), cache
 
     (_, _), chosen = jax.jit(functools.partial(call, mutable=[CHOICES]))(variables, tokens, cache)
-    ids = [layer for leaf in jax.tree.leaves(chosen) for layer in np.asarray(leaf)]
-    touched = statistics.mean(len(np.unique(layer)) for layer in ids) / config.n_routed_experts
-    weights = sum(v.size * (touched if v.is_routed else 1) for v in model_variables(config) if v.collection == "params")
-    weights -= config.vocab_size * config.hidden_size  # of the embedding a step reads a row per sequence
     tokens, cache = step(variables, tokens, cache)
     jax.block_until_ready(tokens)
     start = time.perf_counter()
@@ -146,7 +142,7 @@ def decode(config: ModelConfig, batch: int, length: int) -> tuple[float, dict[st
         tokens, cache = step(variables, tokens, cache)
     jax.block_until_ready(tokens)
     ms = (time.perf_counter() - start) / steps * 1e3
-    return ms, {"bytes": 2 * weights + batch * length * cache_bytes_per_token(config)}
+    return ms, {"bytes": 2 * weights_read(config, chosen) + batch * length * cache_bytes_per_token(config)}
 
 
 KINDS = {"train": train, "forward": prefill, "decode": decode}

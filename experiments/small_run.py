@@ -19,12 +19,14 @@ from typing import Any
 import jax
 import matplotlib
 import numpy as np
+import scipy.stats
 from rich.console import Console
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig, load_tokenizer, open_sources, train_iterator, validation_batches
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.runtime import Runtime
+from dsv3_jax.training.directory import replace_file
 from dsv3_jax.training.losses import Loss, PretrainingLoss, load_violations, mean_metrics
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
@@ -130,9 +132,7 @@ def once(file: Path, compute: Callable[[], Any]) -> Any:
         return json.loads(file.read_text())
     value = json.loads(json.dumps(compute()))
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value))
-    beside.replace(file)
+    replace_file(file, json.dumps(value).encode())
     return value
 
 
@@ -174,13 +174,11 @@ def write_results(
 
 # Statistics ------------------------------------------------------------------------------------------------
 
-_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Student's t at 97.5 % for n values, n - 1 degrees of freedom."""
-
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % confidence interval (Student's t)."""
-    return statistics.mean(values), _T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    """Mean, and half the width of its 95 % confidence interval (Student's t), of two values or more."""
+    t = float(scipy.stats.t.ppf(0.975, len(values) - 1))
+    return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
