@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from dsv3_jax.checkpoint.run_tokenizer import kept_files
-from dsv3_jax.checkpoint.runs import CHECKPOINTS
+from dsv3_jax.checkpoint.runs import CHECKPOINTS, complete_steps
 from dsv3_jax.config import ConfigError, build_dataclass
 from dsv3_jax.data.tokenizer_files import TOKENIZER_FILES, tokenizer_sources
 from dsv3_jax.integrity import seal
@@ -67,7 +67,7 @@ def has_begun(directory: Path) -> bool:
 
 def _saved(directory: Path) -> bool:
     checkpoints = directory / CHECKPOINTS
-    return checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
+    return checkpoints.is_dir() and bool(complete_steps(checkpoints))
 
 
 def _visible(directory: Path) -> set[str]:
