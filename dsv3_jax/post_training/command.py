@@ -25,7 +25,7 @@ from dsv3_jax.json_input import parse_json
 from dsv3_jax.model.router import ROUTER
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.post_training.grpo import GRPOConfig, encode_prompts, grpo, mean_reward
-from dsv3_jax.post_training.losses import GRPOLoss
+from dsv3_jax.post_training.losses import GRPOLoss, Normalisation
 from dsv3_jax.post_training.rewards import Problem, Reward, arithmetic_problems, load_reward
 from dsv3_jax.runtime import Runtime
 from dsv3_jax.serving.chat import read_chat_template
@@ -64,7 +64,7 @@ class GRPOArgs:
     """and up to 1 + clip_high; DAPO takes 0.28."""
     kl_weight: float = 0.001
     """Weight of the KL to the reference, beta; R1 took 0.001."""
-    normalise: str = "sequence"
+    normalise: Normalisation = "sequence"
     """`sequence` averages over a text's tokens and then over texts (R1), `token` over all tokens at once (DAPO)."""
     mtp_weight: float = 0.1
     """Weight of the MTP modules' cross entropy on the sampled texts, which trains them alone; 0 leaves them behind."""
@@ -107,7 +107,7 @@ def grpo_command(args: GRPOArgs, console: Console | None = None) -> None:
     encode_prompts(problems, tokenizer, args.grpo, encode)  # what is wrong is said before anything is made
     model, variables = load_pretrained(args.init_from, runtime=args.runtime)
     config = dataclasses.replace(model.config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
-    loss = GRPOLoss(config, args.clip_low, args.clip_high, args.kl_weight, args.normalise, args.mtp_weight)  # type: ignore[arg-type]
+    loss = GRPOLoss(config, args.clip_low, args.clip_high, args.kl_weight, args.normalise, args.mtp_weight)
     content = _config(args, config)
     _check_directory(args, content)
     directory.mkdir(parents=True, exist_ok=True)

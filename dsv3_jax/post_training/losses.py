@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,9 @@ from flax import struct
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.transformer import Outputs
 from dsv3_jax.training.losses import Loss, LossSums, Metrics, ModelInputs, Whole, loss_sums, mean_metrics
+
+Normalisation = Literal["token", "sequence"]
+"""Averages that the objective takes; see `GRPOLoss`."""
 
 
 @struct.dataclass
@@ -47,13 +51,13 @@ class GRPOLoss(Loss):
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_weight: float = 0.01
-    normalise: Literal["token", "sequence"] = "token"
+    normalise: Normalisation = "token"
     mtp_weight: float = 0.1
     detach_mtp: bool = True
     batch_keys: tuple[str, ...] = ("advantages", "old_logprobs", "reference_logprobs")
 
     def __post_init__(self) -> None:
-        if self.normalise not in ("token", "sequence"):
+        if self.normalise not in typing.get_args(Normalisation):
             raise ConfigError(f"normalise is {self.normalise!r}: it must be 'token' or 'sequence'")
         for name in ("clip_low", "clip_high", "kl_weight", "mtp_weight"):
             if not getattr(self, name) >= 0:
