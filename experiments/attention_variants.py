@@ -1,6 +1,6 @@
 """MLA against MHA, GQA and MQA: validation loss at equal parameters and tokens, cache bytes, time of a decoding step.
 
-    python -m experiments.attention_variants
+    python -m experiments.attention_variants [--size gpu]
 
 The article's central claim is that latent attention shrinks the cache "without sacrificing accuracy". Four models
 differ in their attention alone. Its parameters are equal to 0.3 %: those with fewer key and value heads have more
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import tyro
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import block
 from dsv3_jax.model.cache import LayerCache, TokenPositions
 from dsv3_jax.model.linear import linear
@@ -33,33 +34,34 @@ from dsv3_jax.model.rope import apply_rope
 from experiments.small_run import (
     SMALL,
     Results,
+    Size,
     SmallRun,
     circumstances,
     circumstances_line,
+    compute_pieces,
     interval,
     once,
     pretrain,
+    result_name,
     table,
     write_results,
 )
 
 NAME = "attention-variants"
-HEAD = 16
-"""Width of a head, in all variants."""
 HEADS = {"MHA": (8, 8), "GQA": (14, 2), "MQA": (15, 1)}
 """Query heads, and heads of keys and values."""
-MLA_HEADS, LATENT, ROPE = 8, 61, 8
 BASE = dataclasses.replace(
     SMALL,
     first_k_dense_replace=SMALL.num_hidden_layers,
     num_nextn_predict_layers=0,
-    num_attention_heads=MLA_HEADS,
+    num_attention_heads=8,
     q_lora_rank=None,
-    kv_lora_rank=LATENT,
-    qk_nope_head_dim=HEAD,
-    qk_rope_head_dim=ROPE,
-    v_head_dim=HEAD,
+    kv_lora_rank=61,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
 )
+"""MLA's, for a CPU. All variants have heads of `v_head_dim`."""
 VARIANTS = ("MLA", *HEADS)
 CONTEXTS = (1024, 4096, 16384, 65536)
 BATCH = 4
@@ -77,17 +79,18 @@ class GroupedQueryAttention(Module):
         self, x: jax.Array, where: TokenPositions, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """x (B, T, D) -> the same, and the cache as it was: this one is for training."""
-        d, rotated = self.config.hidden_size, dataclasses.replace(self.config, qk_rope_head_dim=HEAD)
-        q = linear(self, "q_proj", x, (d, self.queries, HEAD), ("embed", "heads", None))
-        k = linear(self, "k_proj", x, (d, self.groups, HEAD), ("embed", "heads", None))
-        v = linear(self, "v_proj", x, (d, self.groups, HEAD), ("embed", "heads", None))
+        d, head = self.config.hidden_size, self.config.v_head_dim
+        rotated = dataclasses.replace(self.config, qk_rope_head_dim=head)
+        q = linear(self, "q_proj", x, (d, self.queries, head), ("embed", "heads", None))
+        k = linear(self, "k_proj", x, (d, self.groups, head), ("embed", "heads", None))
+        v = linear(self, "v_proj", x, (d, self.groups, head), ("embed", "heads", None))
         q, k = apply_rope(q, where.positions, rotated), apply_rope(k, where.positions, rotated)
-        q = q.reshape(*q.shape[:2], self.groups, -1, HEAD)
-        scores = jnp.einsum("btgqd,bsgd->bgqts", q, k) * HEAD**-0.5
+        q = q.reshape(*q.shape[:2], self.groups, -1, head)
+        scores = jnp.einsum("btgqd,bsgd->bgqts", q, k, preferred_element_type=jnp.float32) * head**-0.5
         causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
         weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
-        out = jnp.einsum("bgqts,bsgd->btgqd", weights, v).reshape(*x.shape[:2], self.queries, HEAD)
-        return linear(self, "o_proj", out, (self.queries, HEAD, d), ("heads", None, "embed"), contract=2), cache
+        out = jnp.einsum("bgqts,bsgd->btgqd", weights.astype(v.dtype), v).reshape(*x.shape[:2], self.queries, head)
+        return linear(self, "o_proj", out, (self.queries, head, d), ("heads", None, "embed"), contract=2), cache
 
 
 def attention(variant: str) -> Any:
@@ -99,18 +102,26 @@ def attention(variant: str) -> Any:
     return mock.patch.object(block, "MultiHeadLatentAttention", other)
 
 
-def cached_numbers(variant: str) -> int:
+def cached_numbers(variant: str, model: ModelConfig) -> int:
     """Numbers that a layer's cache holds per token."""
-    return LATENT + ROPE if variant == "MLA" else 2 * HEADS[variant][1] * HEAD
+    if variant == "MLA":
+        return model.kv_lora_rank + model.qk_rope_head_dim
+    return 2 * HEADS[variant][1] * model.v_head_dim
 
 
-def parameters(variant: str) -> int:
+def parameters(variant: str, model: ModelConfig) -> int:
     """Parameters of the model."""
     from dsv3_jax import DeepSeekV3
 
     with attention(variant):
-        tree = jax.eval_shape(DeepSeekV3(BASE).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+        tree = jax.eval_shape(DeepSeekV3(model).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def train(variant: str, seed: int, base: SmallRun) -> list[dict[str, Any]]:
+    """Trains a variant; returns its records."""
+    with attention(variant):
+        return pretrain(dataclasses.replace(base, seed=seed), name=f"{variant}-{seed}")[1]
 
 
 # A decoding step -------------------------------------------------------------------------------------------
@@ -119,36 +130,39 @@ def parameters(variant: str) -> int:
 def grouped_step(x: jax.Array, w: dict[str, jax.Array], k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention of one new token (B, D) to keys and values (B, G, S, d), positions left out."""
     q = jnp.einsum("bd,dgqe->bgqe", x, w["q"])
-    weights = jax.nn.softmax(jnp.einsum("bgqe,bgse->bgqs", q, k) * HEAD**-0.5, axis=-1)
+    weights = jax.nn.softmax(jnp.einsum("bgqe,bgse->bgqs", q, k) * q.shape[-1] ** -0.5, axis=-1)
     return jnp.einsum("bgqe,gqed->bd", jnp.einsum("bgqs,bgse->bgqe", weights, v), w["o"])
 
 
 def latent_step(x: jax.Array, w: dict[str, jax.Array], cache: jax.Array) -> jax.Array:
     """The same of MLA in its absorbed form: all heads attend to latents and rotated keys (B, S, R + P)."""
-    q = jnp.einsum("bd,dhe->bhe", x, w["q"])
-    q = jnp.concatenate([jnp.einsum("bhn,rhn->bhr", q[..., :HEAD], w["k_b"]), q[..., HEAD:]], axis=-1)
-    weights = jax.nn.softmax(jnp.einsum("bhe,bse->bhs", q, cache) * (HEAD + ROPE) ** -0.5, axis=-1)
-    out = jnp.einsum("bhs,bsr->bhr", weights, cache[..., :LATENT])
+    q, (latent, _, nope) = jnp.einsum("bd,dhe->bhe", x, w["q"]), w["k_b"].shape
+    scale = q.shape[-1] ** -0.5
+    q = jnp.concatenate([jnp.einsum("bhn,rhn->bhr", q[..., :nope], w["k_b"]), q[..., nope:]], axis=-1)
+    weights = jax.nn.softmax(jnp.einsum("bhe,bse->bhs", q, cache) * scale, axis=-1)
+    out = jnp.einsum("bhs,bsr->bhr", weights, cache[..., :latent])
     return jnp.einsum("bhv,hvd->bd", jnp.einsum("bhr,rhv->bhv", out, w["v_b"]), w["o"])
 
 
-def decode_seconds(variant: str, context: int) -> float:
+def decode_seconds(variant: str, context: int, run: SmallRun) -> float:
     """Time of a decoding step of one layer's attention, the least of 15."""
-    d, draw = BASE.hidden_size, lambda *shape: jax.random.normal(jax.random.key(0), shape)
-    x = draw(BATCH, d)
+    d, head, heads = run.model.hidden_size, run.model.v_head_dim, run.model.num_attention_heads
+    draw = lambda *shape: jax.random.normal(jax.random.key(0), shape, run.runtime.dtype)
+    x, cached = draw(BATCH, d), cached_numbers("MLA", run.model)
     if variant == "MLA":
-        shapes = {"q": (d, MLA_HEADS, HEAD + ROPE), "k_b": (LATENT, MLA_HEADS, HEAD), "v_b": (LATENT, MLA_HEADS, HEAD)}
-        weights = {k: draw(*s) for k, s in (shapes | {"o": (MLA_HEADS, HEAD, d)}).items()}
-        step, cache = latent_step, (draw(BATCH, context, LATENT + ROPE),)
+        latent, rope = run.model.kv_lora_rank, run.model.qk_rope_head_dim
+        shapes = {"q": (d, heads, head + rope), "k_b": (latent, heads, head), "v_b": (latent, heads, head)}
+        weights = {k: draw(*s) for k, s in (shapes | {"o": (heads, head, d)}).items()}
+        step, cache = latent_step, (draw(BATCH, context, cached),)
     else:
         queries, groups = HEADS[variant]
-        shapes = {"q": (d, groups, queries // groups, HEAD), "o": (groups, queries // groups, HEAD, d)}
+        shapes = {"q": (d, groups, queries // groups, head), "o": (groups, queries // groups, head, d)}
         weights = {k: draw(*s) for k, s in shapes.items()}
-        step, cache = grouped_step, (draw(BATCH, groups, context, HEAD),) * 2
-    run, times = jax.jit(step), []
+        step, cache = grouped_step, (draw(BATCH, groups, context, head),) * 2
+    compiled, times = jax.jit(step), []
     for _ in range(17):
         began = time.perf_counter()
-        jax.block_until_ready(run(x, weights, *cache))
+        jax.block_until_ready(compiled(x, weights, *cache))
         times.append(time.perf_counter() - began)
     return min(times[2:])
 
@@ -201,8 +215,8 @@ def render(results: Results) -> str:
         f"{circumstances_line(results)}\n\n{verdict(results)}\n\n"
         f"{len(results['seeds'])} seeds, {results['tokens']:,} tokens each, the same for all variants of a seed; ± is "
         "the 95 % confidence interval over seeds. A step is that of one layer's attention for "
-        f"{results['decode_batch']} texts in float32, without the rest of the model.\n\n"
-        f"{table(header, rows)}\n\n![loss and decoding](attention-variants.png)\n"
+        f"{results['decode_batch']} texts in {results['decode_dtype']}, without the rest of the model.\n\n"
+        f"{table(header, rows)}\n\n![loss and decoding]({results['name']}.png)\n"
     )
 
 
@@ -223,37 +237,47 @@ def plot(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def main(steps: int = 400, seeds: int = 3, pieces: Path = Path("runs/attention_variants")) -> None:
+def main(
+    size: Size = "cpu",
+    steps: int | None = None,
+    seeds: int = 3,
+    workers: int = 1,
+    pieces: Path = Path("runs/attention_variants"),
+) -> None:
     """Trains each variant with each seed, times a step, and writes the report.
 
     Args:
-      steps: optimizer steps of a run, of 2048 tokens.
+      size: cpu, 2,048 tokens per step; gpu, a model of 16 times the parameters per layer and 32,768 tokens.
+      steps: optimizer steps of a run; by default 400 on a CPU, 600 on a GPU.
       seeds: runs of each variant.
+      workers: runs at a time, each on its share of the cores.
       pieces: where finished runs are kept: they aren't done again.
     """
     if seeds < 2:
         raise SystemExit(f"seeds is {seeds}: a confidence interval takes at least 2")
-    runs = []
-    for seed in range(seeds):
-        for variant in VARIANTS:
-            run, name = SmallRun(BASE, steps, seed=seed), f"{variant}-{seed}"
-            with attention(variant):
-                records = once(pieces / f"{name}-{steps}.json", lambda r=run, n=name: pretrain(r, name=n)[1])
-            runs.append({"variant": variant, "seed": seed, "records": records})
-    timed = lambda v: once(pieces / f"step-{v}.json", lambda: {str(c): decode_seconds(v, c) for c in CONTEXTS})
+    which = [(variant, seed) for seed in range(seeds) for variant in VARIANTS]
+    base, name = SmallRun.of(size, BASE, steps), result_name(NAME, size)
+    files = {pieces / f"{v}-{s}-{size}-{base.steps}.json": functools.partial(train, v, s, base) for v, s in which}
+    records = compute_pieces(files, workers)
+    timed = lambda v: once(
+        pieces / f"step-{v}-{size}.json", lambda: {str(c): decode_seconds(v, c, base) for c in CONTEXTS}
+    )
+    command = f"python -m experiments.attention_variants --size {size} --steps {base.steps} --seeds {seeds}"
     results = {
-        "circumstances": circumstances(f"python -m experiments.attention_variants --steps {steps} --seeds {seeds}"),
+        "name": name,
+        "circumstances": circumstances(f"{command} --workers {workers}"),
         "seeds": list(range(seeds)),
-        "tokens": run.tokens,
-        "layers": BASE.num_hidden_layers,
-        "parameters": {v: parameters(v) for v in VARIANTS},
-        "cache_numbers": {v: cached_numbers(v) for v in VARIANTS},
+        "tokens": base.tokens,
+        "layers": base.model.num_hidden_layers,
+        "parameters": {v: parameters(v, base.model) for v in VARIANTS},
+        "cache_numbers": {v: cached_numbers(v, base.model) for v in VARIANTS},
         "contexts": list(CONTEXTS),
         "decode_batch": BATCH,
+        "decode_dtype": str(jnp.dtype(base.runtime.dtype)),
         "decode_seconds": {v: timed(v) for v in VARIANTS},
-        "runs": runs,
+        "runs": [{"variant": v, "seed": s, "records": r} for (v, s), r in zip(which, records, strict=True)],
     }
-    write_results(NAME, results, render, plot)
+    write_results(name, results, render, plot)
 
 
 if __name__ == "__main__":

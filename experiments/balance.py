@@ -1,6 +1,6 @@
 """Balancing experts: by bias, by a loss of each sequence, by the classic loss of a batch, or not at all.
 
-    python -m experiments.balance
+    python -m experiments.balance [--size gpu]
 
 Loss and load violation (max / mean - 1, section 4.5.2) by layer over time, for the report's section 2.1.2; and how the
 experts of the model that was balanced by bias share out domains of text. Runs differ in the balancing alone.
@@ -9,6 +9,7 @@ experts of the model that was balanced by bias share out domains of text. Runs d
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 from pathlib import Path
@@ -23,16 +24,17 @@ import tyro
 from dsv3_jax.data import load_tokenizer
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.model.transformer import DeepSeekV3, Outputs, expert_load, router_stats
-from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import Loss, LossSums, ModelInputs, PretrainingLoss, Whole, forward, model_inputs
 from experiments.small_run import (
     SMALL,
     Results,
+    Size,
     SmallRun,
     circumstances,
     circumstances_line,
-    once,
+    compute_pieces,
     pretrain,
+    result_name,
     table,
     write_results,
 )
@@ -63,11 +65,11 @@ def batch_balance(stats: RouterStats) -> jax.Array:
     return jnp.sum(jnp.mean(stats.fraction, -2) * jnp.mean(stats.affinity, -2))
 
 
-def run_and_loss(method: str, steps: int, seed: int) -> tuple[SmallRun, Loss]:
+def run_and_loss(method: str, base: SmallRun, seed: int) -> tuple[SmallRun, Loss]:
     """The run of a method, and its objective."""
     speed = 0.01 if method == "bias" else 0.0
-    model = dataclasses.replace(MODEL, aux_loss_alpha=ALPHA if method == "sequence" else 0.0)
-    run = SmallRun(model, steps, seed=seed, bias_update_speed=speed)
+    model = dataclasses.replace(base.model, aux_loss_alpha=ALPHA if method == "sequence" else 0.0)
+    run = dataclasses.replace(base, model=model, seed=seed, bias_update_speed=speed)
     return run, (ClassicLoss if method == "batch" else PretrainingLoss)(model, run.schedule)
 
 
@@ -94,7 +96,7 @@ def argparse_module() -> Any:
 
 def shares(run: SmallRun, variables: Any) -> dict[str, list[list[float]]]:
     """Per domain and sparse layer, the share of tokens that goes to each expert."""
-    model, tokenizer, found = DeepSeekV3(run.model, Runtime()), load_tokenizer(None), {}
+    model, tokenizer, found = DeepSeekV3(run.model, run.runtime), load_tokenizer(None), {}
 
     @jax.jit
     def load(tokens: jax.Array) -> jax.Array:
@@ -108,9 +110,9 @@ def shares(run: SmallRun, variables: Any) -> dict[str, list[list[float]]]:
     return found
 
 
-def compute(method: str, steps: int, seed: int) -> dict[str, Any]:
+def compute(method: str, base: SmallRun, seed: int) -> dict[str, Any]:
     """Trains with a method: its records, and of the bias the experts' shares."""
-    run, loss = run_and_loss(method, steps, seed)
+    run, loss = run_and_loss(method, base, seed)
     state, records = pretrain(run, loss, every=10, name=f"{method}-{seed}")
     return {"method": method, "seed": seed, "records": records, "shares": shares(run, state.variables)}
 
@@ -137,7 +139,7 @@ def render(results: Results) -> str:
         f"{table(['balancing', 'validation loss (nats per byte)', 'load violation of the worst layer'], rows)}\n\n"
         f"With the bias, the worst layer's violation is {worst:.3f} ({other_worst:.3f} with the classic loss), the "
         f"loss {loss - other_loss:+.4f} nats per byte from the classic loss's.\n\n"
-        "![violation over time; experts' shares of domains](balance.png)\n"
+        f"![violation over time; experts' shares of domains]({results['name']}.png)\n"
     )
 
 
@@ -162,26 +164,37 @@ def plot(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def main(steps: int = 240, seeds: int = 1, pieces: Path = Path("runs/balance")) -> None:
+def main(
+    size: Size = "cpu",
+    steps: int | None = None,
+    seeds: int = 1,
+    workers: int = 1,
+    pieces: Path = Path("runs/balance"),
+) -> None:
     """Trains with each method and writes the report.
 
     Args:
-      steps: optimizer steps of a run, of 2048 tokens.
+      size: cpu, 2,048 tokens per step; gpu, a model of 16 times the parameters per layer and 32,768 tokens.
+      steps: optimizer steps of a run; by default 400 on a CPU, 600 on a GPU.
       seeds: runs of each method.
+      workers: runs at a time, each on its share of the cores.
       pieces: where finished runs are kept: they aren't done again.
     """
-    runs = [
-        once(pieces / f"{method}-{seed}-{steps}.json", lambda m=method, s=seed: compute(m, steps, s))
+    base, name = SmallRun.of(size, MODEL, steps), result_name(NAME, size)
+    files = {
+        pieces / f"{method}-{seed}-{size}-{base.steps}.json": functools.partial(compute, method, base, seed)
         for seed in range(seeds)
         for method in METHODS
-    ]
-    results = {
-        "circumstances": circumstances(f"python -m experiments.balance --steps {steps} --seeds {seeds}"),
-        "tokens": SmallRun(MODEL, steps).tokens,
-        "alpha": ALPHA,
-        "runs": runs,
     }
-    write_results(NAME, results, render, plot)
+    command = f"python -m experiments.balance --size {size} --steps {base.steps} --seeds {seeds} --workers {workers}"
+    results = {
+        "name": name,
+        "circumstances": circumstances(command),
+        "tokens": base.tokens,
+        "alpha": ALPHA,
+        "runs": compute_pieces(files, workers),
+    }
+    write_results(name, results, render, plot)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """MoE against dense at equal activated FLOPs: the tokens that each needs for the same loss.
 
-    python -m experiments.moe_vs_dense
+    python -m experiments.moe_vs_dense [--size gpu]
 
 Both train for several numbers of steps, each run with its whole schedule, so that every loss is that of a finished run.
 A power law of the tokens is fitted to the dense model's losses; the multiplier of a run of the sparse model is the
@@ -10,6 +10,7 @@ tokens at which the dense one would have its loss, over its own. `experiments.de
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,26 @@ from experiments.dense_vs_moe import dense_twin
 from experiments.small_run import (
     SMALL,
     Results,
+    Size,
     SmallRun,
     circumstances,
     circumstances_line,
-    once,
+    compute_pieces,
     pretrain,
+    result_name,
     table,
     write_results,
 )
 
 NAME = "moe-vs-dense"
 MOE = dataclasses.replace(SMALL, num_nextn_predict_layers=0)
-MODELS: dict[str, ModelConfig] = {"MoE": MOE, "dense": dense_twin(MOE)}
+NAMES = ("MoE", "dense")
+
+
+def model_of(name: str, size: Size) -> SmallRun:
+    """The run of a model, of one step."""
+    moe = SmallRun.of(size, MOE, 1)
+    return moe if name == "MoE" else dataclasses.replace(moe, model=dense_twin(moe.model))
 
 
 def fit(tokens: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
@@ -68,21 +77,21 @@ def render(results: Results) -> str:
     ]
     sizes = "; ".join(
         f"{name}: {results['parameters'][name]:,} parameters, {results['flops'][name]:,.0f} training FLOPs per token"
-        for name in MODELS
+        for name in NAMES
     )
     return (
         f"# MoE against dense at equal activated FLOPs\n\n{circumstances_line(results)}\n\n{sizes}.\n\n"
         f"{table(['tokens', 'MoE, validation loss (nats per byte)', 'dense', 'multiplier'], rows)}\n\n"
         f"The dense model's losses are fitted by {c:.3f} · tokens^-{b:.4f}. With the most tokens, the dense model "
         f"would need {found[-1]:.2f} times as many for the sparse model's loss. One seed.\n\n"
-        "![loss against tokens](moe-vs-dense.png)\n"
+        f"![loss against tokens]({results['name']}.png)\n"
     )
 
 
 def plot(results: Results, path: Path) -> None:
     """Draws the losses against tokens, and the fit."""
     figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    for name in MODELS:
+    for name in NAMES:
         axes.plot(*points(results, name), marker="o", label=name)
     tokens, _ = points(results, "dense")
     c, b = fit(*points(results, "dense"))
@@ -100,26 +109,45 @@ def parameters(config: ModelConfig) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def main(steps: tuple[int, ...] = (60, 120, 240), pieces: Path = Path("runs/moe_vs_dense")) -> None:
+def train(run: SmallRun, name: str) -> list[dict[str, Any]]:
+    """Trains a model; returns its records."""
+    return pretrain(run, name=name)[1]
+
+
+def main(
+    size: Size = "cpu",
+    steps: tuple[int, ...] = (100, 200, 400),
+    workers: int = 1,
+    pieces: Path = Path("runs/moe_vs_dense"),
+) -> None:
     """Trains both for each number of steps and writes the report.
 
     Args:
-      steps: optimizer steps of the runs, of 2048 tokens.
+      size: cpu, 2,048 tokens per step; gpu, a model of 16 times the parameters per layer and 32,768 tokens.
+      steps: optimizer steps of the runs.
+      workers: runs at a time, each on its share of the cores.
       pieces: where finished runs are kept: they aren't done again.
     """
-    runs: list[dict[str, Any]] = []
-    for count in steps:
-        for name, model in MODELS.items():
-            run, said = SmallRun(model, count), f"{name}-{count}"
-            records = once(pieces / f"{said}.json", lambda r=run, n=said: pretrain(r, name=n)[1])
-            runs.append({"model": name, "tokens": run.tokens, "records": records})
-    results = {
-        "circumstances": circumstances(f"python -m experiments.moe_vs_dense --steps {' '.join(map(str, steps))}"),
-        "parameters": {name: parameters(model) for name, model in MODELS.items()},
-        "flops": {name: float(model_flops(model, SmallRun().length).total) for name, model in MODELS.items()},
-        "runs": runs,
+    models = {name: model_of(name, size) for name in NAMES}
+    which = [(name, dataclasses.replace(models[name], steps=count)) for count in steps for name in NAMES]
+    files = {
+        pieces / f"{name}-{size}-{run.steps}.json": functools.partial(train, run, f"{name}-{run.steps}")
+        for name, run in which
     }
-    write_results(NAME, results, render, plot)
+    records, name = compute_pieces(files, workers), result_name(NAME, size)
+    counts = " ".join(map(str, steps))
+    results = {
+        "name": name,
+        "circumstances": circumstances(
+            f"python -m experiments.moe_vs_dense --size {size} --steps {counts} --workers {workers}"
+        ),
+        "parameters": {name: parameters(run.model) for name, run in models.items()},
+        "flops": {name: float(model_flops(run.model, run.length).total) for name, run in models.items()},
+        "runs": [
+            {"model": name, "tokens": run.tokens, "records": r} for (name, run), r in zip(which, records, strict=True)
+        ],
+    }
+    write_results(name, results, render, plot)
 
 
 if __name__ == "__main__":

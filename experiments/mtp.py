@@ -1,6 +1,6 @@
 """Multi-token prediction on and off: the main model's loss, acceptance of drafts, and what decoding gains by them.
 
-    python -m experiments.mtp
+    python -m experiments.mtp [--size gpu]
 
 The report's section 4.5.1 (does MTP help the model itself?) and 5.4.3 (acceptance of the second token, 85 to 90 %; 1.8
 times the tokens per second). The two models differ in the MTP module alone and see the same tokens.
@@ -9,6 +9,7 @@ times the tokens per second). The two models differ in the MTP module alone and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from dsv3_jax.model.transformer import DeepSeekV3
 from experiments.small_run import (
     SMALL,
     Results,
+    Size,
     SmallRun,
     circumstances,
     circumstances_line,
-    once,
+    compute_pieces,
     pretrain,
+    result_name,
     table,
     write_results,
 )
@@ -35,11 +38,6 @@ from experiments.small_run import (
 NAME = "mtp"
 TEXTS, PROMPT, NEW = 16, 64, 128
 """Texts that are continued, the tokens of each prompt, and those that follow."""
-
-
-def model_of(on: bool) -> Any:
-    """The model's configuration."""
-    return dataclasses.replace(SMALL, num_nextn_predict_layers=int(on))
 
 
 def decode(model: DeepSeekV3, variables: Any, prompts: list[list[int]], drafts: int) -> dict[str, float]:
@@ -62,16 +60,18 @@ def decode(model: DeepSeekV3, variables: Any, prompts: list[list[int]], drafts: 
     }
 
 
-def compute(on: bool, steps: int, seed: int) -> dict[str, Any]:
+def compute(on: bool, base: SmallRun, seed: int) -> dict[str, Any]:
     """Trains with or without the module; with it, also decodes with and without drafts."""
-    run = SmallRun(model_of(on), steps, seed=seed)
+    model = dataclasses.replace(base.model, num_nextn_predict_layers=int(on))
+    run = dataclasses.replace(base, model=model, seed=seed)
     state, records = pretrain(run, name=f"mtp {'on' if on else 'off'} {seed}")
     found: dict[str, Any] = {"on": on, "seed": seed, "records": records}
     if on:
         batch = validation_batches(dataclasses.replace(run.data, seed=0), load_tokenizer(None), TEXTS, 1)[0]
         prompts = [row[:PROMPT].tolist() for row in np.asarray(batch["tokens"])]
-        model = DeepSeekV3(run.model)
-        found["decoding"] = {str(n): decode(model, state.variables, prompts, n) for n in (0, 1)}
+        found["decoding"] = {
+            str(n): decode(DeepSeekV3(model, run.runtime), state.variables, prompts, n) for n in (0, 1)
+        }
     return found
 
 
@@ -93,7 +93,7 @@ def render(results: Results) -> str:
         f"{table(['MTP', *seeds], rows)}\n\n"
         f"With MTP the main model's loss is {np.mean(gaps):+.4f} nats per byte from that without. Greedy decoding of "
         f"held-out texts accepts {100 * acceptance:.1f} % of the drafts, {per_step:.2f} tokens per step; one text at a "
-        f"time, it takes {speed:.2f} times less time than without drafts.\n\n![training loss](mtp.png)\n"
+        f"time, it takes {speed:.2f} times less time than without drafts.\n\n![training loss]({results['name']}.png)\n"
     )
 
 
@@ -111,22 +111,32 @@ def plot(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def main(steps: int = 240, seeds: int = 1, pieces: Path = Path("runs/mtp")) -> None:
+def main(
+    size: Size = "cpu",
+    steps: int | None = None,
+    seeds: int = 1,
+    workers: int = 1,
+    pieces: Path = Path("runs/mtp"),
+) -> None:
     """Trains with and without MTP, decodes, and writes the report.
 
     Args:
-      steps: optimizer steps of a run, of 2048 tokens.
+      size: cpu, 2,048 tokens per step; gpu, a model of 16 times the parameters per layer and 32,768 tokens.
+      steps: optimizer steps of a run; by default 400 on a CPU, 600 on a GPU.
       seeds: runs of each.
+      workers: runs at a time, each on its share of the cores.
       pieces: where finished runs are kept: they aren't done again.
     """
-    runs = [
-        once(pieces / f"{'on' if on else 'off'}-{seed}-{steps}.json", lambda o=on, s=seed: compute(o, steps, s))
+    base, name = SmallRun.of(size, SMALL, steps), result_name(NAME, size)
+    files = {
+        pieces / f"{'on' if on else 'off'}-{seed}-{size}-{base.steps}.json": functools.partial(compute, on, base, seed)
         for seed in range(seeds)
         for on in (False, True)
-    ]
-    command = f"python -m experiments.mtp --steps {steps} --seeds {seeds}"
-    results = {"circumstances": circumstances(command), "tokens": SmallRun(SMALL, steps).tokens, "runs": runs}
-    write_results(NAME, results, render, plot)
+    }
+    command = f"python -m experiments.mtp --size {size} --steps {base.steps} --seeds {seeds} --workers {workers}"
+    runs = compute_pieces(files, workers)
+    results = {"name": name, "circumstances": circumstances(command), "tokens": base.tokens, "runs": runs}
+    write_results(name, results, render, plot)
 
 
 if __name__ == "__main__":

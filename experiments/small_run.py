@@ -1,4 +1,4 @@
-"""Pre-training at a size that a CPU does in minutes, and reports whose every figure comes from their JSON.
+"""Pre-training at a size that a CPU or one GPU does in minutes, and reports whose every figure comes from their JSON.
 
 Experiments share it: a run is a few hundred steps on bytes of Python's standard library, by the ordinary training step.
 Each finished run is a file, so that an experiment that was stopped goes on with the next one.
@@ -6,15 +6,17 @@ Each finished run is a file, so that an experiment that was stopped goes on with
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import datetime
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import matplotlib
@@ -36,6 +38,7 @@ matplotlib.use("Agg")
 
 RESULTS = Path("docs/results")
 Results = dict[str, Any]
+Size = Literal["cpu", "gpu"]
 
 SMALL = dataclasses.replace(
     ModelConfig.preset("tiny"),
@@ -43,6 +46,17 @@ SMALL = dataclasses.replace(
     **dict(num_experts_per_tok=2, n_group=1, topk_group=1, max_position_embeddings=512, initializer_range=0.02),
 )
 """The presets' `tiny`, smaller still: about 0.5M parameters that a token uses."""
+
+WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank", "kv_lora_rank")
+WIDTHS += ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+def enlarged(model: ModelConfig, by: int = 4, layers: int = 8) -> ModelConfig:
+    """The model with all widths times `by` and more layers; a model of dense layers alone stays one."""
+    widths = {name: by * width for name in WIDTHS if (width := getattr(model, name)) is not None}
+    dense = model.first_k_dense_replace == model.num_hidden_layers
+    kept = layers if dense else model.first_k_dense_replace
+    return dataclasses.replace(model, **widths, num_hidden_layers=layers, first_k_dense_replace=kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +70,15 @@ class SmallRun:
     seed: int = 0
     peak_learning_rate: float = 3e-3
     bias_update_speed: float = 0.01
+    runtime: Runtime = dataclasses.field(default_factory=Runtime)
+
+    @classmethod
+    def of(cls, size: Size, model: ModelConfig, steps: int | None = None, **others: Any) -> SmallRun:
+        """A run of 2,048 tokens per step for a CPU; in bfloat16, of an enlarged model and 32,768 tokens, for a GPU."""
+        if size == "gpu":
+            others = dict(batch_size=64, length=512, peak_learning_rate=1e-3) | others
+            others |= dict(model=enlarged(model), runtime=Runtime(dtype="bfloat16"))
+        return cls(**(dict(model=model, steps=steps or {"cpu": 400, "gpu": 600}[size]) | others))
 
     @property
     def schedule(self) -> Schedule:
@@ -90,7 +113,7 @@ def pretrain(
 
     loss: by default pre-training's.
     """
-    model, console = DeepSeekV3(run.model, Runtime()), console or Console(stderr=True)
+    model, console = DeepSeekV3(run.model, run.runtime), console or Console(stderr=True)
     loss = PretrainingLoss(run.model, run.schedule) if loss is None else loss
     optimizer = make_optimizer(OptimizerConfig(), run.schedule)
     state = init_state(model, optimizer, jax.random.key(run.seed))
@@ -136,16 +159,44 @@ def once(file: Path, compute: Callable[[], Any]) -> Any:
     return value
 
 
+def compute_pieces(pieces: Mapping[Path, Callable[[], Any]], workers: int = 1) -> list[Any]:
+    """`once` of each file, in their order; those that aren't there `workers` at a time, each on its share of the cores.
+
+    The callables must be picklable if there are several workers.
+    """
+    missing = {file: compute for file, compute in pieces.items() if not file.exists()}
+    if workers > 1 and missing:
+        how = multiprocessing.get_context("spawn")
+        cores = sorted(os.sched_getaffinity(0))
+        shares = how.Queue()
+        for i in range(workers):
+            shares.put(cores[i * len(cores) // workers : (i + 1) * len(cores) // workers] or cores)
+        with concurrent.futures.ProcessPoolExecutor(workers, how, _on_cores, (shares,)) as pool:
+            waiting = [pool.submit(once, file, compute) for file, compute in missing.items()]
+            for done in concurrent.futures.as_completed(waiting):
+                done.result()
+    return [once(file, compute) for file, compute in pieces.items()]
+
+
+def _on_cores(shares: Any) -> None:
+    os.sched_setaffinity(0, shares.get())  # before XLA counts them for its threads
+
+
+def result_name(name: str, size: Size) -> str:
+    """The files' name of a result: that of a GPU stands beside that of a CPU."""
+    return name if size == "cpu" else f"{name}-{size}"
+
+
 def circumstances(command: str) -> dict[str, str]:
     """Date, hardware, versions, commit and command of a result."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     device = jax.devices()[0]
-    hardware = f"{os.cpu_count()} CPU cores, shared" if device.platform == "cpu" else device.device_kind
+    hardware = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
     return {
         "date": f"{datetime.date.today()}",
         "hardware": hardware,
         "jax": jax.__version__,
-        "commit": commit,
+        "commit": commit or os.environ.get("COMMIT", "unknown"),
         "command": command,
     }
 
