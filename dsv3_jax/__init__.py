@@ -1,7 +1,7 @@
-"""DeepSeek-V3 for JAX: train it, convert its weights, run it.
+"""DeepSeek-V3 in JAX: training, checkpoint conversion, inference and planning.
 
-The names below are the API of a few lines; everything else is in the subpackages. An import of `dsv3_jax` alone loads
-none of them: each is loaded when its name is first used.
+The names exported here cover the common uses; everything else is in the subpackages. Importing `dsv3_jax` loads none of
+them: a subpackage is imported when one of its names is first used.
 """
 
 from __future__ import annotations

@@ -1,1 +1,5 @@
-"""Kernels for latent attention and sparse experts: one folder a kernel, each beside its plain reference."""
+"""Pallas kernels for latent attention and sparse experts, independent of `dsv3_jax`.
+
+One folder per kernel: `api.py` has the signature, `reference.py` the same function in plain `jnp`, `gpu.py` and
+`tpu.py` the kernels, and `README.md` the design.
+"""

@@ -1,5 +1,6 @@
-"""The Python of README and docs/data.md runs as it is written and does what it says; launch files start what can be."""
+"""The Python of README and docs runs as written, their commands have the options shown, and launch files start runs."""
 
+import ast
 import dataclasses
 import math
 import re
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from dsv3_jax import cli
 from dsv3_jax.checkpoint.convert import ConvertArgs
+from dsv3_jax.checkpoint.synthetic import write_checkpoint
 from dsv3_jax.config import PRESETS
 from dsv3_jax.data.command import PrepareArgs
 from dsv3_jax.planning.info import InfoArgs
@@ -21,6 +23,7 @@ from dsv3_jax.serving.command import ServeArgs
 from dsv3_jax.serving.generate_command import GenerateArgs
 from dsv3_jax.training.config import SFTArgs, TrainArgs, TrainConfig
 from dsv3_jax.training.run_page import ReportArgs
+from tests.configs import SMALL_CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,6 +89,40 @@ def test_data_reads(here):
     assert names["batch"]["tokens"].shape == (16, names["config"].sequence_length)
     assert names["state"]["taken"] == [16]
     assert names["held_out"]
+
+
+@pytest.fixture
+def checkpoint(here):
+    """A checkpoint in Hugging Face's layout at the paths that the documents name."""
+    config = dataclasses.replace(SMALL_CHECKPOINT, n_routed_experts=32, max_position_embeddings=8192)
+    write_checkpoint(Path("path/to/checkpoint"), config, block=None)
+    Path("v3.orbax").symlink_to("path/to/checkpoint")
+
+
+def test_checkpoints_load(checkpoint):
+    names = run_blocks("docs/checkpoints.md")
+    experts = names["variables"]["params"]["moe_layers"]["mlp"]["experts"]["gate_proj"]
+    assert {s.data.shape[1] for s in experts.addressable_shards} == {32 // 4}
+
+
+def test_engine_generates(checkpoint, capsys):
+    names = run_blocks("docs/inference.md")
+    names["engine"].close()
+    steps = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    assert sum(map(len, steps[:-2])) == 100
+    assert [len(tokens) for tokens in steps[-2:]] == [100, 100]
+
+
+def test_experts_are_placed(checkpoint):
+    names = run_blocks("docs/parallelism.md")
+    assert names["variables"]["params"]["moe_layers"]["mlp"]["experts"]["gate_proj"].shape[1] == 32 + 32
+
+
+def test_every_block_of_python_is_run():
+    """Each document with Python in it is named above."""
+    documents = (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+    with_python = {str(path.relative_to(ROOT)) for path in documents if "```python" in path.read_text()}
+    assert with_python == set(re.findall(r'run_blocks\("(.*?)"\)', Path(__file__).read_text()))
 
 
 def test_commands_have_these_options():

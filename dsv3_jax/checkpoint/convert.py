@@ -16,7 +16,7 @@ from dsv3_jax.checkpoint.files import CheckpointError
 from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.ingest import import_hf
 from dsv3_jax.checkpoint.jobs import keep_freed_memory
-from dsv3_jax.checkpoint.plan import Plan, PlannedStore, Target
+from dsv3_jax.checkpoint.plan import ConversionPlan, PlannedStore, Target
 from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
 from dsv3_jax.checkpoint.store import MANIFEST, Store, Variables
 from dsv3_jax.runtime import Runtime
@@ -75,7 +75,7 @@ def convert_command(args: ConvertArgs, console: Console | None = None) -> None:
         export_hf(store, args.dst, dtype=args.dtype, verify=args.verify, workers=args.workers, console=console)
     else:
         checkpoint = HFCheckpoint(source, layers=args.layers, mtp=args.mtp, headers_only=args.dry_run)
-        plan = Plan(checkpoint, args.dtype)
+        plan = ConversionPlan(checkpoint, args.dtype)
         if args.dry_run:
             Console().print(plan.table())
             print(f"and back -> {describe_export(PlannedStore(plan))}")

@@ -19,7 +19,7 @@ from dsv3_jax.checkpoint.hf import HFCheckpoint, converted_fields
 from dsv3_jax.checkpoint.jobs import JOURNAL, Unit, check_target, open_workspace, run_units
 from dsv3_jax.checkpoint.layout import FP8, Region, from_file_axes, quantise_matrix, region_shape, tensor_box
 from dsv3_jax.checkpoint.names import SCALE
-from dsv3_jax.checkpoint.plan import Piece, Plan
+from dsv3_jax.checkpoint.plan import ConversionPlan, Piece
 from dsv3_jax.checkpoint.store import (
     ARRAY_METADATA,
     CASTS,
@@ -37,7 +37,7 @@ from dsv3_jax.json_input import is_type
 
 
 def import_hf(
-    plan: Plan, target: Path, *, verify: bool = False, workers: int = 4, console: Console | None = None
+    plan: ConversionPlan, target: Path, *, verify: bool = False, workers: int = 4, console: Console | None = None
 ) -> None:
     """Writes the checkpoint of `plan` to the new directory `target`. Raises as `convert_command`."""
     source = plan.source
@@ -66,7 +66,9 @@ def import_hf(
         workspace.finish()
 
 
-def _write_piece(plan: Plan, piece: Piece, stores: dict[names.TreePath, Any], directory: Path) -> dict[str, Any]:
+def _write_piece(
+    plan: ConversionPlan, piece: Piece, stores: dict[names.TreePath, Any], directory: Path
+) -> dict[str, Any]:
     """Writes a unit; returns {"tensors": hashes of what was read, "files": hashes of what was written}."""
     source, hashes, written = plan.source, {}, []
     quantise = plan.stored_dtype(piece.leaves[0]) == FP8 and source.dtype(piece.leaves[0]) != FP8
@@ -105,7 +107,7 @@ def _intact(directory: Path, result: Any) -> bool:
     return is_type(result.get("tensors"), dict[str, str])
 
 
-def _quantise(plan: Plan, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _quantise(plan: ConversionPlan, name: str) -> tuple[np.ndarray, np.ndarray]:
     assert plan.block is not None
     return quantise_matrix(plan.source.files.array(name), plan.block, power_of_two=plan.source.power_of_two)
 
@@ -134,7 +136,7 @@ def _bytes(data: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
 
 
-def _identity(plan: Plan) -> dict[str, Any]:
+def _identity(plan: ConversionPlan) -> dict[str, Any]:
     """Identity of a conversion: equal for the same one."""
     files = {i.file for i in plan.source.files.tensors.values()}
     stats = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
@@ -143,7 +145,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
     return {"format": FORMAT, "source": source, "dtype": plan.dtype, "layers": layers}
 
 
-def _write_description(plan: Plan, directory: Path, done: dict[str, Any]) -> None:
+def _write_description(plan: ConversionPlan, directory: Path, done: dict[str, Any]) -> None:
     """config.json, orbax's metadata, the small files beside the source's weights, and the manifest."""
     source = plan.source
     results = [done[unit.key] for unit in plan.units]

@@ -32,7 +32,7 @@ class Piece:
     is_scale: bool
 
 
-class Plan:
+class ConversionPlan:
     """Reads and writes of a conversion to orbax: arrays, and units that together take every tensor exactly once."""
 
     def __init__(self, source: HFCheckpoint, dtype: Target) -> None:
@@ -160,7 +160,7 @@ class Plan:
 class PlannedStore(Store):
     """A store as a plan would make it, but for its numbers: an export of it can be planned in turn."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ConversionPlan) -> None:
         self.directory, self.fields, self.block = plan.source.directory, plan.source.fields, plan.block
         self._describe(plan.source.config)
         self.manifest = {"dtype": plan.dtype, "tensors": {n: [t, None] for n, (_, t) in plan.given_back().items()}}

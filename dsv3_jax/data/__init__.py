@@ -1,6 +1,7 @@
-"""Documents -> prepared tokens on disk -> packed sequences -> batches whose position can be saved and restored.
+"""Data: documents -> tokens prepared on disk -> packed sequences -> batches with a position that can be saved.
 
-Names are loaded on first use: the processes that tokenise need neither grain nor JAX.
+`preparation` writes the shards that `pipeline` reads; `sources`, `tokenize`, `packing` and `mixture` are their stages.
+Names are imported on first use, since worker processes need neither grain nor JAX.
 """
 
 from __future__ import annotations

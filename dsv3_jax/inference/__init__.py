@@ -1,4 +1,8 @@
-"""Text out: the engine that generates many texts at once over a paged latent cache, and its parts."""
+"""Text generation: an engine with continuous batching over a paged latent cache, and a plain `generate`.
+
+`engine` schedules requests, `steps` are its two device programs, `pages` and `paged_cache` its memory, `sampling` draws
+tokens. `generate` and `text` continue one batch over a contiguous cache.
+"""
 
 from dsv3_jax.inference.engine import Engine, EngineConfig
 from dsv3_jax.inference.request import Request, Step

@@ -75,13 +75,13 @@ def attend(
 
     Args:
       q_nope, q_rope: (B, T, H, N) and (B, T, H, P), the queries of the tokens at `where`.
-      k_nope, v: (B, S, H, N) and (B, S, H, V) of `keys`; or (B, S, 1, R) both, the latents: the absorbed form.
+      k_nope, v: (B, S, H, N) and (B, S, H, Vd) of `keys`; or (B, S, 1, R) both, the latents: the absorbed form.
       keys: arranged by `arrange`.
       scale: factor of the scores.
       reference: use the reference whatever the runtime names, as initialising the parameters does.
 
     Returns:
-      (B, T, H, V) of `v`'s dtype.
+      (B, T, H, Vd) of `v`'s dtype.
 
     Raises:
       ConfigError: the implementation has no kernel for the form.
@@ -129,13 +129,13 @@ def attention(
       q_nope, q_rope: (B, T, H, N) and (B, T, H, P).
       k_nope: (B, S, H, N); or (B, S, 1, N), one key for all heads: the absorbed form, where N = R.
       k_rope: (B, S, P), shared by all heads.
-      v: (B, S, H, V), or (B, S, 1, V).
+      v: (B, S, H, Vd), or (B, S, 1, Vd).
       q_places, k_places: (B, T) and (B, S) int32: a query sees the keys whose place is at most its own.
       q_segments, k_segments: (B, T) and (B, S) int32 or None: and whose segment is its own.
       scale: factor of the scores.
 
     Returns:
-      (B, T, H, V) of `v`'s dtype. The softmax is in float32. A query that sees no key gets the mean of all values.
+      (B, T, H, Vd) of `v`'s dtype. The softmax is in float32. A query that sees no key gets the mean of all values.
     """
     wide = jnp.promote_types(q_nope.dtype, jnp.float32)
     heads = "h" if k_nope.shape[2] == q_nope.shape[2] else ""

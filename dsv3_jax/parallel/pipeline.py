@@ -31,12 +31,12 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ConfigError
 
-Schedule = Literal["1f1b", "zero_bubble"]
+PipelineSchedule = Literal["1f1b", "zero_bubble"]
 
 STAGE = "stage"
 
 
-def duration(schedule: Schedule, stages: int, microbatches: int) -> int:
+def duration(schedule: PipelineSchedule, stages: int, microbatches: int) -> int:
     """Time of a step in forward passes of one microbatch on one stage, each gradient taking as long as one of them.
 
     M 4 + (S - 1) 4 for 1F1B: forward, forward again, two gradients. M 5 + (S - 1) 3 for zero_bubble.
@@ -68,7 +68,7 @@ def pipeline_gradients(
     specs: tuple[Any, Any],
     batch: tuple[str, ...],
     activation: jax.ShapeDtypeStruct,
-    schedule: Schedule,
+    schedule: PipelineSchedule,
 ) -> tuple[Any, Any, Any, Any]:
     """Gradients of the summed objective over all devices of the mesh in use, each running `function` on its part.
 
@@ -140,7 +140,7 @@ class _Work:
     shared: Any
     constants: tuple[Any, Any]
     stage: jax.Array
-    schedule: Schedule
+    schedule: PipelineSchedule
 
     def evaluate(self, own: Any, shared: Any, x: jax.Array, piece: Any) -> tuple[Any, Any]:
         """Returns ((y, objective), (total, local)): what is differentiated, and what isn't."""

@@ -61,7 +61,7 @@ def aot_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
         mesh,
         args.batch,
         args.length,
-        args.microbatch,
+        args.microbatch_size,
         remat=args.remat,
         moment=4 if args.moments == "float32" else 2,
         zero1=mesh.stage > 1,

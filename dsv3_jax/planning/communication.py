@@ -104,7 +104,9 @@ def traffic(plan: TrainingPlan) -> list[Traffic]:
         moe = _moe_layers(plan)
         seconds = exchange_seconds(sheet, c, m, tokens * moe, per_copy)
         received = tokens * moe * min(c.num_experts_per_tok, m.expert_parallel) * ring(m.expert_parallel) * per_copy
-        add("expert", "tokens to their experts and back", received, seconds, hidden=plan.schedule == "dualpipe")
+        add(
+            "expert", "tokens to their experts and back", received, seconds, hidden=plan.pipeline_schedule == "dualpipe"
+        )
     return result
 
 

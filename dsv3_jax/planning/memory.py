@@ -119,7 +119,7 @@ def memory(plan: TrainingPlan) -> Memory:
 def _stage_memory(plan: TrainingPlan, stage: StageShare, index: int) -> Memory:
     m, c = plan.mesh, plan.config
     plain, routed = parameters_per_device(plan, stage)
-    copies = 2 if plan.schedule == "dualpipe" and m.stage > 1 else 1
+    copies = 2 if plan.pipeline_schedule == "dualpipe" and m.stage > 1 else 1
     state = plain / (m.data * m.expert_parallel) + routed / m.data if plan.zero1 else plain + routed
     # Without a copy to compute with, the master copy is what a device computes with.
     weights = plan.weight * (plain + routed) * copies + plan.stored * (state if plan.weight else plain + routed)

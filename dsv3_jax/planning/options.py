@@ -31,7 +31,7 @@ class PlanArgs:
     """Sequences per step (training), or sequences served at a time (--serve)."""
     length: int = 4096
     """Tokens per sequence; with --serve, tokens already cached."""
-    microbatch: int = 1
+    microbatch_size: int = 1
     """Sequences per device and microbatch."""
     mesh: str = ""
     """Sizes of mesh axes, as stage=16,data=2,expert=64; empty tries them all."""
@@ -39,7 +39,7 @@ class PlanArgs:
     """Dtype of the operands of linear layers."""
     remat: Literal["none", "block", "paper"] = "paper"
     """Activations that the backward pass recomputes, as runtime.remat."""
-    schedule: Literal["1f1b", "dualpipe"] = "1f1b"
+    pipeline_schedule: Literal["1f1b", "dualpipe"] = "1f1b"
     """Pipeline schedule; dualpipe hides the exchange of tokens between experts."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Dtype of Adam's two moments."""
@@ -66,7 +66,7 @@ class PlanArgs:
 
 def check(args: PlanArgs) -> None:
     """Raises ConfigError, naming the field, for numbers that no plan can have."""
-    for name in ("devices", "tokens", "batch", "length", "microbatch", "top"):
+    for name in ("devices", "tokens", "batch", "length", "microbatch_size", "top"):
         value = getattr(args, name)
         if not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"{name} is {value}: it must be positive")

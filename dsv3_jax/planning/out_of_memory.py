@@ -37,15 +37,15 @@ def memory_parts(config: TrainConfig) -> dict[str, float]:
     """Bytes on the fullest device by what they are for, as `planning.memory.Memory` has them."""
     length, runtime = config.data.sequence_length, config.runtime
     pieces = config.mesh.replicas * config.microbatches
-    microbatch = -(-config.schedule.batch_size // pieces)
+    size = -(-config.schedule.batch_size // pieces)
     attention = attention_impl(runtime, config.model, tokens=length, keys=length, cached=False)
     plan = TrainingPlan(
         config.model,
         hardware("h100"),  # sizes don't depend on it
         config.mesh,
-        pieces * microbatch,
+        pieces * size,
         length,
-        microbatch,
+        size,
         remat=runtime.remat,
         stored=jnp.dtype(runtime.param_dtype).itemsize,
         moment=jnp.dtype(config.optimizer.moments_dtype).itemsize,

@@ -58,12 +58,12 @@ def training_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
         MeshShape(),
         args.batch,
         args.length,
-        args.microbatch,
+        args.microbatch_size,
         args.precision,
         args.remat,
         moment=4 if args.moments == "float32" else 2,
         weight=1 if args.precision == "fp8" else 2,
-        schedule=args.schedule,
+        pipeline_schedule=args.pipeline_schedule,
         mtp=bool(config.num_nextn_predict_layers),
     )
     if args.mesh:
@@ -76,7 +76,7 @@ def training_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
         if not candidates:
             raise ConfigError(
                 f"no mesh of {args.devices} devices takes {args.batch} sequences per step: data x fsdp x expert must "
-                f"divide {args.batch // args.microbatch}, expert n_routed_experts, tensor the heads"
+                f"divide {args.batch // args.microbatch_size}, expert n_routed_experts, tensor the heads"
             )
     rows = [_training_row(p, args) for p in candidates]
     fitting = [r for r in rows if r["fits"]]

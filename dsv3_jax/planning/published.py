@@ -57,7 +57,9 @@ def compare() -> list[Comparison]:
 def report_plan() -> TrainingPlan:
     """Pre-training as the report has it: PP16, EP64, ZeRO-1, FP8, DualPipe, Adam's moments in bfloat16."""
     config, mesh = ModelConfig.preset("v3-671b"), MeshShape(stage=16, data=2, expert=64)
-    return TrainingPlan(config, hardware("h800"), mesh, 15360, precision="fp8", moment=2, weight=1, schedule="dualpipe")
+    return TrainingPlan(
+        config, hardware("h800"), mesh, 15360, precision="fp8", moment=2, weight=1, pipeline_schedule="dualpipe"
+    )
 
 
 def extension_plans() -> list[TrainingPlan]:

@@ -113,5 +113,5 @@ def bubble(plan: TrainingPlan) -> float:
     1F1B idles for stage - 1 passes (forward and backward). DualPipe for stage / 2 - 1 times the passes F&B + B - 3 W
     of the report's table 2: with F : B : W as 1 : 2 : 1 and F&B as 3, two thirds of a pass.
     """
-    idle = plan.mesh.stage - 1 if plan.schedule == "1f1b" else max(0.0, plan.mesh.stage / 2 - 1) * 2 / 3
+    idle = plan.mesh.stage - 1 if plan.pipeline_schedule == "1f1b" else max(0.0, plan.mesh.stage / 2 - 1) * 2 / 3
     return idle / plan.microbatches

@@ -16,12 +16,12 @@ from dsv3_jax.runtime import Runtime
 class TrainingPlan:
     """One training step to be planned.
 
-    batch: sequences per step, over all devices. microbatch: sequences per device at a time.
+    batch: sequences per step, over all devices. microbatch_size: sequences per device at a time.
     precision: dtype of the linears' operands; everything else computes in bfloat16.
     stored, gradient, moment: bytes per parameter of the master copy, the gradient, and each of Adam's two moments.
     weight: bytes of the copy that a device computes with, 0 where the master copy is cast on the fly.
     zero1: the optimizer's state is split over data and expert too. fused_attention: no scores are saved.
-    schedule: the pipeline's. `dualpipe` holds two copies of the weights and fills most of the bubble.
+    pipeline_schedule: `dualpipe` holds two copies of the weights and fills most of the bubble.
     """
 
     config: ModelConfig
@@ -29,7 +29,7 @@ class TrainingPlan:
     mesh: MeshShape
     batch: int
     length: int = 4096
-    microbatch: int = 1
+    microbatch_size: int = 1
     precision: Literal["bf16", "fp8"] = "bf16"
     remat: Literal["none", "block", "paper"] = "paper"
     stored: int = 4
@@ -38,7 +38,7 @@ class TrainingPlan:
     weight: int = 2
     zero1: bool = True
     fused_attention: bool = True
-    schedule: Literal["1f1b", "dualpipe"] = "1f1b"
+    pipeline_schedule: Literal["1f1b", "dualpipe"] = "1f1b"
     mtp: bool = True
     experts_impl: Literal["reference", "ragged", "blocked"] = "ragged"
 
@@ -54,24 +54,24 @@ class TrainingPlan:
     @property
     def microbatches(self) -> int:
         """Microbatches per step: passes of each device."""
-        return self.batch // (self.mesh.replicas * self.microbatch)
+        return self.batch // (self.mesh.replicas * self.microbatch_size)
 
     @property
     def microbatch_tokens(self) -> int:
         """Tokens per device and microbatch."""
-        return self.microbatch * self.length // self.mesh.context
+        return self.microbatch_size * self.length // self.mesh.context
 
     def __post_init__(self) -> None:
         c, m = self.config, self.mesh
-        if self.batch < 1 or self.length < 1 or self.microbatch < 1:
+        if self.batch < 1 or self.length < 1 or self.microbatch_size < 1:
             raise ConfigError(
-                f"batch {self.batch}, length {self.length}, microbatch {self.microbatch}: all must be >= 1"
+                f"batch {self.batch}, length {self.length}, microbatch_size {self.microbatch_size}: all must be >= 1"
             )
         if self.length > c.max_position_embeddings:
             raise ConfigError(f"length {self.length} exceeds max_position_embeddings ({c.max_position_embeddings})")
-        if self.batch % (m.replicas * self.microbatch):
+        if self.batch % (m.replicas * self.microbatch_size):
             raise ConfigError(
-                f"a batch of {self.batch} sequences doesn't divide into microbatches of {self.microbatch} on "
+                f"a batch of {self.batch} sequences doesn't divide into microbatches of {self.microbatch_size} on "
                 f"data x fsdp x node x expert = {m.replicas} parts"
             )
         if self.length % m.context:

@@ -1,4 +1,5 @@
-"""Training after pre-training: supervised fine-tuning on chosen tokens, and reinforcement learning by GRPO.
+"""Reinforcement learning by GRPO: loss, loop, rewards by rule, and the command `grpo`.
 
-Both are losses of the ordinary training step; GRPO's batches come from the engine, which samples with the same arrays.
+The loss plugs into the ordinary training step, and the engine samples with the arrays being trained. Supervised
+fine-tuning is an objective of `dsv3_jax.training`.
 """

@@ -1,7 +1,7 @@
-"""FP8: tiles and blocks, and layers that multiply in them.
+"""FP8: tiles and blocks, and the layers that multiply in them.
 
-`fp8` has the numbers, `emulation` the products in plain jnp, `recipe` what varies, `products` the recipe's products by
-the device's implementation, `matmul` the layers made of them, forward and backward.
+`fp8` quantises, `emulation` multiplies in plain `jnp`, `recipe` holds the choices, `products` picks the implementation
+for the device, and `matmul` builds the layers, forward and backward.
 """
 
 from dsv3_jax.quantization.fp8 import (

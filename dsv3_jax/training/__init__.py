@@ -1,1 +1,5 @@
-"""Pre-training: losses, schedule, optimizer, one pure step, and the loop around it."""
+"""Pre-training and fine-tuning: losses, learning-rate schedule, optimizer, the pure training step, and its loop.
+
+`step` and `losses` are pure functions to be jitted; `trainer.train` runs them in a directory with checkpoints, metrics,
+validation and guards. `config.TrainConfig` is everything that defines a run.
+"""

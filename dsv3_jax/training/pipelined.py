@@ -30,7 +30,7 @@ from dsv3_jax.training.losses import Batch, Loss, StepSums, Whole, model_inputs
 SPARSE = "moe_layers"
 
 
-def stages_in_use(model: DeepSeekV3) -> int:
+def pipeline_stages(model: DeepSeekV3) -> int:
     """Stages of the mesh in use, if the runtime's rules spread layers over them; else 1."""
     return current_sharding(model.runtime).size("layers")
 
@@ -47,7 +47,7 @@ def pipelined_gradients(
 
     Raises ConfigError if there are fewer sparse layers than stages.
     """
-    config, stages = model.config, stages_in_use(model)
+    config, stages = model.config, pipeline_stages(model)
     stored, axes = current_sharding(model.runtime).stored(), parameter_axes(model)
     # Inside the pipeline a stage's parameters are whole.
     runtime = dataclasses.replace(

@@ -23,7 +23,7 @@ from dsv3_jax.training.losses import (
     load_violations,
     predictable,
 )
-from dsv3_jax.training.pipelined import pipelined_gradients, stages_in_use
+from dsv3_jax.training.pipelined import pipeline_stages, pipelined_gradients
 
 
 @struct.dataclass
@@ -82,7 +82,7 @@ def make_train_step(
             raise ValueError(f"a batch of {size} sequences can't be cut into {microbatches} microbatches")
         whole = _whole(state, batch, sequences)
 
-        if stages_in_use(model) > 1:
+        if pipeline_stages(model) > 1:
             if sequences is not None:
                 raise ValueError("a pipeline takes batches without padding")
             grads, sums = pipelined_gradients(

@@ -1,4 +1,4 @@
-"""Writing new tokens into a paged latent cache."""
+"""Normalises, rotates and writes new tokens into a paged latent cache."""
 
 from pallas_kernels.cache_update.api import cache_update
 

@@ -1,4 +1,4 @@
-"""Matrix products of consecutive groups of FP8 rows, each with its own FP8 matrix, and their gradients."""
+"""Grouped matmul in FP8: consecutive groups of rows, each times its own matrix; and the gradient of the matrices."""
 
 from pallas_kernels.fp8_grouped_matmul.api import fp8_grouped_matmul, fp8_grouped_weight_gradient
 

@@ -1,4 +1,4 @@
-"""Matrix products of consecutive groups of rows, each with its own matrix, and experts made of them."""
+"""Grouped matmul: consecutive groups of rows, each times its own matrix; and SwiGLU experts made of it."""
 
 from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu
 

@@ -1,4 +1,4 @@
-"""Decoding with multi-head latent attention over a paged cache."""
+"""Decoding with multi-head latent attention, absorbed form, over a paged cache."""
 
 from pallas_kernels.mla_decode.api import mla_decode
 from pallas_kernels.mla_decode.cache import SplitCache, join, pack, pack_rope, quantise, split

@@ -1,4 +1,4 @@
-"""Causal attention with decoupled heads: training and prompts."""
+"""Causal attention whose queries and keys have a rotary part: training and prefill, with gradients."""
 
 from pallas_kernels.mla_prefill.api import mla_prefill
 

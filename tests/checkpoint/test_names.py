@@ -15,7 +15,7 @@ from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
 from dsv3_jax.checkpoint.export import plan_export
 from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.layout import from_file_axes
-from dsv3_jax.checkpoint.plan import Plan, PlannedStore
+from dsv3_jax.checkpoint.plan import ConversionPlan, PlannedStore
 from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
 
 V3 = ModelConfig.preset("v3-671b")
@@ -89,7 +89,7 @@ def headers(tmp_path_factory):
 
 
 def test_dry_run_accounts_for_every_tensor_once(headers, capsys):
-    plan = Plan(HFCheckpoint(headers, headers_only=True), "keep")
+    plan = ConversionPlan(HFCheckpoint(headers, headers_only=True), "keep")
     taken = plan.tensor_names()
     assert len(taken) == len(set(taken)) == TENSORS
     assert plan.elements == ELEMENTS
@@ -110,18 +110,18 @@ def test_dry_run_accounts_for_every_tensor_once(headers, capsys):
 
 
 def test_dry_run_of_a_cast_and_without_mtp(headers):
-    cast = Plan(HFCheckpoint(headers, headers_only=True), "bf16")
+    cast = ConversionPlan(HFCheckpoint(headers, headers_only=True), "bf16")
     assert len(cast.tensor_names()) == TENSORS
     # Main model and MTP in two bytes a number, but for the routers' biases.
     assert cast.nbytes == 2 * 682_636_487_424 + 2 * 59 * 256
-    plan = Plan(HFCheckpoint(headers, headers_only=True, mtp=False), "keep")
+    plan = ConversionPlan(HFCheckpoint(headers, headers_only=True, mtp=False), "keep")
     assert not any("layers.61." in n for n in plan.tensor_names())
     assert not any(path[1].startswith("mtp") for path in plan.source.leaves)
 
 
 def test_layers_are_chosen_by_number_and_not_by_prefix(headers):
     source = HFCheckpoint(headers, headers_only=True, layers="0,6")
-    assert {names.layer_number(n) for n in Plan(source, "keep").tensor_names()} == {None, 0, 6}
+    assert {names.layer_number(n) for n in ConversionPlan(source, "keep").tensor_names()} == {None, 0, 6}
     assert (source.config.num_hidden_layers, source.config.first_k_dense_replace) == (2, 1)
     assert names.layer_number("model.layers.61.enorm.weight") == 61
     assert names.layer_number("model.layers.6x.enorm.weight") is None

@@ -99,7 +99,7 @@ def test_layers_counted_by_differences():
     [
         ({"aot": "v5p:2x2x2", "mesh": "fsdp=4", "length": 512}, "mesh fsdp=4 has 4 devices, but there are 8"),
         ({"aot": "v9:2x2"}, "unknown hardware 'v9'"),
-        ({"aot": "v5p:2x2x1", "batch": 5, "microbatch": 2, "length": 512}, "doesn't divide"),
+        ({"aot": "v5p:2x2x1", "batch": 5, "microbatch_size": 2, "length": 512}, "doesn't divide"),
     ],
 )
 def test_what_cannot_be_compiled_is_said(options, message):
@@ -109,7 +109,7 @@ def test_what_cannot_be_compiled_is_said(options, message):
 
 @pytest.mark.slow
 def test_a_step_for_a_tpu_that_is_not_there():
-    args = PlanArgs(preset="tiny", aot="v5p:2x2x1", batch=8, microbatch=8, length=1024, remat="block")
+    args = PlanArgs(preset="tiny", aot="v5p:2x2x1", batch=8, microbatch_size=8, length=1024, remat="block")
     with jax.default_matmul_precision("default"):  # bfloat16 products in float32 pieces don't compile for a TPU
         result = aot_plan(args, ModelConfig.preset("tiny"))
     ratios = {row["what"]: row["estimate"] / row["compiler"] for row in result["rows"]}

@@ -148,7 +148,7 @@ def test_time_shrinks_with_efficiency_and_adds_up():
     half, full = step_time(plan, 0.5), step_time(plan, 1.0)
     assert half.total == pytest.approx(2 * full.total)
     assert full.mfu == pytest.approx(full.model_flops / full.total / 64 / 989e12)
-    assert step_time(dataclasses.replace(plan, schedule="dualpipe")).total < step_time(plan).total
+    assert step_time(dataclasses.replace(plan, pipeline_schedule="dualpipe")).total < step_time(plan).total
 
 
 # Decoding --------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_expanded_cache_is_larger():
 
 
 def test_the_sweep_finds_meshes_like_the_reports():
-    base = plan_of(batch=15360, precision="fp8", moment=2, weight=1, schedule="dualpipe")
+    base = plan_of(batch=15360, precision="fp8", moment=2, weight=1, pipeline_schedule="dualpipe")
     candidates = list(meshes(base, 2048))
     assert len({str(p.mesh) for p in candidates}) == len(candidates)
     assert all(p.mesh.devices == 2048 for p in candidates)
@@ -191,7 +191,7 @@ def test_the_sweep_finds_meshes_like_the_reports():
 
 
 def test_json(capsys):
-    plan_command(PlanArgs(mesh="stage=16,data=2,expert=64", precision="fp8", schedule="dualpipe", json=True))
+    plan_command(PlanArgs(mesh="stage=16,data=2,expert=64", precision="fp8", pipeline_schedule="dualpipe", json=True))
     result = json.loads(capsys.readouterr().out)
     best = result["plans"][0]
     assert sum(v for k, v in best["seconds"].items() if k != "hidden_by_compute") == pytest.approx(best["step_seconds"])
