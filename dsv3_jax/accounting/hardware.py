@@ -47,7 +47,7 @@ class Hardware:
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """The one factor of a family: the share of every printed rate, FLOP/s and bytes/s, that a plan counts on."""
+    """The efficiency of a hardware family: the fraction of every rate in its data sheets that a plan assumes."""
 
     value: float
     source: str
@@ -57,13 +57,13 @@ EFFICIENCY = {
     "NVIDIA": Efficiency(
         468 / 989,
         "Megatron-Core 0.9 trains Mixtral 8x7B in bfloat16 at 468 TFLOP/s of H100's 989 (its MoE README); "
-        "taken over for B200",
+        "also used for B200",
     ),
     "TPU v5": Efficiency(
         0.5256,
         "MaxText trains Mixtral 8x7B on v5p-256 at 52.56% (its docs/reference/models/tiering.md); also for v5e",
     ),
-    "TPU v6": Efficiency(0.3523, "MaxText trains Mixtral 8x7B on v6e-256 at 35.23% (the same page); taken over for 7x"),
+    "TPU v6": Efficiency(0.3523, "MaxText trains Mixtral 8x7B on v6e-256 at 35.23% (the same page); also used for 7x"),
 }
 """All three are of another model than the ones that are planned or compared here."""
 

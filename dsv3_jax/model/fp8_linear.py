@@ -89,7 +89,7 @@ def weight_specs(sharding: LogicalSharding, w: QuantisedWeight, logical: Logical
 
 
 def all_gather_blocks(sharding: LogicalSharding, name: str, w: QuantisedWeight, logical: Logical) -> QuantisedWeight:
-    """A weight as a layer uses it: quantised where it is stored, and then gathered, a byte a number.
+    """A weight as a layer uses it: quantised where it is stored, and then gathered, one byte per number.
 
     Raises ConfigError as `weight_specs`.
     """

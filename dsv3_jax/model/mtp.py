@@ -1,4 +1,4 @@
-"""Multi-token prediction: one more block a depth, predicting one token further (report section 2.2, eq. 21 to 23)."""
+"""Multi-token prediction: one more block per depth, predicting one token further (report section 2.2, eq. 21 to 23)."""
 
 from __future__ import annotations
 

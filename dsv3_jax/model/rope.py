@@ -26,7 +26,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians a position for each rotated pair, float32 (qk_rope_head_dim / 2,)."""
+    """Radians per position of each rotated pair, float32 (qk_rope_head_dim / 2,)."""
     dim = config.qk_rope_head_dim
     # float32 throughout, as the reference computes it: at position 100,000 the last bit shows.
     pair = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)

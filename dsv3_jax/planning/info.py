@@ -23,7 +23,7 @@ class InfoArgs:
 
 
 def info(config: ModelConfig) -> dict[str, Any]:
-    """The numbers of `info`, as plain values: counts of parameters, and bytes of bfloat16 cache a token."""
+    """The numbers of `info`, as plain values: counts of parameters, and bytes of bfloat16 cache per token."""
     from dsv3_jax.accounting.parameters import cache_bytes_per_token, count_parameters
 
     return dataclasses.asdict(count_parameters(config)) | {"cache_bytes_per_token": cache_bytes_per_token(config)}

@@ -86,7 +86,7 @@ def _training() -> list[Comparison]:
     rows = []
     for preset, measured in (("v3-671b", 250e9), ("v2-236b", 155e9)):
         flops = model_flops(ModelConfig.preset(preset), 4096, mtp=False).total
-        what = f"training FLOPs a token, {preset} at 4K"
+        what = f"training FLOPs per token, {preset} at 4K"
         rows.append(Comparison(what, "arXiv 2505.09343, table 2", "GFLOP", measured / 1e9, flops / 1e9, "nothing"))
     hours = 1e12 / step_time(report_plan()).tokens_per_device_second / 3600
     missing = "tensor cores given to links (20 of 132 SMs), FP8 scaling and promotion, stragglers, restarts"
@@ -133,7 +133,7 @@ def _v6e_serving() -> list[Comparison]:
         for batch, rate in rates.items():
             # The server puts prompts ahead of decoding: one per sequence that ends, whose place it takes.
             both = step[batch] + batch * prefill_step(serving, 1, 1024) / 1024
-            what = f"a token of each of {batch}, prefill included, {name}"
+            what = f"time per token at {batch} sequences, prefill included, {name}"
             rows.append(Comparison(what, _SGL, "ms", batch * 1e3 / rate, both * 1e3, besides))
     return rows
 
@@ -150,6 +150,6 @@ def markdown() -> str:
             f"| {row.what} [{row.source}] | {row.measured:,.1f} {row.unit} | {row.predicted:,.1f} {row.unit} "
             f"| {row.ratio:.2f}{mark} | {row.missing} |"
         )
-    lines += ["", "One efficiency a family, from measurements of another model:", ""]
+    lines += ["", "One efficiency per family, from measurements of another model:", ""]
     lines += [f"- {name}: {e.value:.1%}. {e.source}." for name, e in EFFICIENCY.items()]
     return "\n".join(lines)

@@ -83,8 +83,8 @@ def _training(console: Console, result: dict[str, Any]) -> None:
 
     price = best["cost"]
     money = _table("cost", "what", "value")
-    money.add_row("model FLOPs a token (no recomputation)", f"{best['model_flops_per_token']:.4g}")
-    money.add_row("FLOPs a token as executed", f"{best['executed_flops_per_token']:.4g}")
+    money.add_row("model FLOPs per token (no recomputation)", f"{best['model_flops_per_token']:.4g}")
+    money.add_row("FLOPs per token as executed", f"{best['executed_flops_per_token']:.4g}")
     money.add_row("model TFLOP/s a device", f"{best['flops_per_device_second'] / 1e12:.1f}")
     money.add_row("device-hours", f"{price['device_hours']:,.0f}")
     money.add_row("days", f"{price['days']:.1f}")

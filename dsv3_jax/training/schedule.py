@@ -24,9 +24,9 @@ class ScheduleConfig:
     steps: int = 1000
     """Optimizer steps in all."""
     batch_size: int = 15360
-    """Sequences a step, once ramped up."""
+    """Sequences per step after the ramp."""
     initial_batch_size: int | None = None
-    """Sequences a step at first; by default no ramp. The report's: 3072."""
+    """Sequences per step at first (3072 in the report); by default there is no ramp."""
     ramp_stages: int = 8
     """Batch sizes that the ramp passes through. One program takes all of them, unless a pipeline cuts the model."""
     ramp_until: float = 469e9 / _PAPER_TOKENS
