@@ -378,7 +378,7 @@ come from the model's own parameters, from hardware sheets, and from the hours t
 <table><thead><tr><th>The article</th><th>Verdict</th><th>What follows</th></tr></thead><tbody>{rows}</tbody></table>
 <h2>Figures</h2>{figures}
 <h2>The rate behind the price</h2>
-<p>FLOP/s sustained = tokens x FLOPs a token / (device-hours x 3,600). With 6 FLOPs for each weight that multiplies a
+<p>FLOP/s sustained = tokens x FLOPs per token / (device-hours x 3,600). With 6 FLOPs for each weight that multiplies a
 token and causal attention over 4,096 tokens, a token takes {n["flops_per_token"] / 1e9:.1f} GFLOP, so that
 2,664K H800-hours mean {n["sustained"] / 1e12:.1f} TFLOP/s a device. MFU = that / 989 TFLOP/s =
 {n["mfu_bf16"]:.1%}; against the FP8 peak, in which most of the products ran, {n["mfu_fp8"]:.1%}. The devices' printed

@@ -581,7 +581,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for kernels.json and kernels.md")
     parser.add_argument("--only", default=",".join(GROUPS), help="groups, separated by commas")
-    parser.add_argument("--limit", type=float, default=80, help="seconds a group may take")
+    parser.add_argument("--limit", type=float, default=80, help="seconds that each group may take")
     parser.add_argument("--total", type=float, default=200, help="seconds all may take")
     parser.add_argument("--group", help=argparse.SUPPRESS)
     args = parser.parse_args()

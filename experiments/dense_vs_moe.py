@@ -93,7 +93,9 @@ def _write(out: Path, rows: list[dict], curves: dict, steps: int, base: TrainCon
     for name, records in curves.items():
         points = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xlabel="step", ylabel="validation loss (nats a byte)", title="sparse against dense, equal activated FLOPs")
+    axes.set(
+        xlabel="step", ylabel="validation loss (nats per byte)", title="sparse against dense, equal activated FLOPs"
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out / "dense_vs_moe.png", dpi=130)
@@ -107,7 +109,7 @@ def _write(out: Path, rows: list[dict], curves: dict, steps: int, base: TrainCon
         f"{tokens:,} tokens of `{base.data.source}`, same order for both. "
         f"Command: `python -m experiments.dense_vs_moe --steps {steps}`",
         "",
-        "| | parameters | training FLOPs a token | validation loss (nats a byte) | training loss | tokens/s (median) |",
+        "| | parameters | training FLOPs per token | validation loss (nats per byte) | training loss | tokens/s (median) |",
         "|---|---|---|---|---|---|",
         *(
             f"| {r['model']} | {r['parameters']:,} | {r['training_flops_per_token']:,.0f} | {r['validation_loss']:.4f} "
@@ -115,7 +117,7 @@ def _write(out: Path, rows: list[dict], curves: dict, steps: int, base: TrainCon
             for r in rows
         ),
         "",
-        f"Validation loss, sparse minus dense: {moe['validation_loss'] - dense['validation_loss']:+.4f} nats a byte. "
+        f"Validation loss, sparse minus dense: {moe['validation_loss'] - dense['validation_loss']:+.4f} nats per byte. "
         f"Largest load violation of a sparse layer at the end: {moe['largest_load_violation']:.3f}. One seed each.",
         "",
         "![validation loss](dense_vs_moe.png)",

@@ -152,7 +152,7 @@ def write(out: Path, size: str, base: TrainConfig, curves: dict[str, dict[int, f
         right.plot(steps, far, label=name, linewidth=1)
     right.axhspan(-0.25, 0.25, alpha=0.15, color="grey")
     right.set(xlabel="step", ylabel=f"loss relative to {BASE}'s, %", ylim=(-1, 1))
-    left.set(xlabel="step", ylabel="loss, smoothed (nats a byte)")
+    left.set(xlabel="step", ylabel="loss, smoothed (nats per byte)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -180,7 +180,7 @@ def write(out: Path, size: str, base: TrainConfig, curves: dict[str, dict[int, f
         f"the same batches in the same order. Command: `python -m experiments.fp8_curve --size {size}`",
         "",
         f"Losses are smoothed over the steps (exponential mean, {SMOOTHING}) and compared with {BASE}'s, whose last is "
-        f"{setting['base_last_smoothed_loss']:.4f} nats a byte. The DeepSeek-V3 report (section 3.3) states a relative "
+        f"{setting['base_last_smoothed_loss']:.4f} nats per byte. The DeepSeek-V3 report (section 3.3) states a relative "
         "error below 0.25%.",
         "",
         "| run | last smoothed loss | difference at the end | mean of its magnitude after warm-up | largest |",

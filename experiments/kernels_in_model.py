@@ -83,7 +83,7 @@ def logits_of_documents(found: dict[str, DeepSeekV3], variables: Any, batch: int
 
 
 def logits_of_decoding(found: dict[str, DeepSeekV3], variables: Any, batch: int, length: int) -> dict[str, Any]:
-    """One token a sequence after up to `length`, in the absorbed form: errors against float32, and time."""
+    """One token per sequence after up to `length`, in the absorbed form: errors against float32, and time."""
     rows: dict[str, Any] = {}
     expected = None
     lengths = jnp.asarray(np.random.default_rng(0).integers(length // 2, length - 1, batch), jnp.int32)

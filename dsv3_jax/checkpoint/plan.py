@@ -138,7 +138,7 @@ class ConversionPlan:
         assert written == sum(math.prod(spec.shape) for spec in self.arrays), "the plan leaves gaps or writes twice"
 
     def table(self) -> Table:
-        """The plan for people: one row an array, and the totals."""
+        """The plan as a table: one row per array, and the totals."""
         tensors = len(self.tensor_names())
         title = (
             f"{self.source.directory}: {tensors:,} tensors, {self.elements:,} numbers "

@@ -69,7 +69,7 @@ def slots_of_experts(held: np.ndarray, experts: int, redundant: int) -> tuple[np
 def place_slots(load: np.ndarray, devices: int, slots: int) -> np.ndarray:
     """Places experts in slots.
 
-    The next slot goes to the expert with the most load a slot, until all are given away; then the busiest slots are
+    The next slot goes to the expert with the most load per slot, until all are given away; then the busiest slots are
     dealt out first, each to the device with the least load that has room, and rather to one without that expert.
 
     Args:

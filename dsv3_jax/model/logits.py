@@ -2,7 +2,7 @@
 
 Logits over a vocabulary of 129,280 are by far the largest array of a training step. `Logits` holds what they are made
 of. Their cross entropy is computed for some tokens at a time, and the backward pass computes these tokens' logits
-again. Where the vocabulary is cut over devices, each has the logits of its part, and a few numbers per token are summed.
+again. If the vocabulary is sharded, each device has the logits of its part, and a few numbers per token are summed.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class MeshShape:
     """Sizes of the axes. What each cuts is a matter of `parallel.rules`.
 
     Experts are spread over `node` x `expert`: `node` is the slow part of that network, which a token crosses at most
-    once a node, and `expert` the fast part inside a node.
+    once per node, and `expert` the fast part inside a node.
     """
 
     stage: int = 1

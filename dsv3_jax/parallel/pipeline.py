@@ -6,7 +6,7 @@ microbatch m is at stage s
 - in tick m + s for its forward pass, whose input is all that is kept of it (on the last stage it is part of the next),
 - in tick m + 2 (S - 1) - s for the gradient, for which the forward pass is computed again,
 
-so that in between every stage does one forward and one backward pass a tick (1F1B). Under `zero_bubble` the second of
+so that in between every stage does one forward and one backward pass per tick (1F1B). Under `zero_bubble` the second of
 these makes the gradient of the stage's input alone, which is what the stage before waits for, and
 
 - in tick m + 2 (S - 1), on all stages, the gradient of the weights follows,

@@ -30,7 +30,7 @@ class Recipe:
 
     def __str__(self) -> str:
         by = "Hopper kernels" if self.implementation == "gpu" else "emulation"
-        scales = {"tiles": "1x128 and 128x128", "block_gradients": "128x128 gradients", "tensor": "one a tensor"}
+        scales = {"tiles": "1x128 and 128x128", "block_gradients": "128x128 gradients", "tensor": "one per tensor"}
         return f"by {by}, scales {scales[self.scales]}{', powers of two' if self.power_of_two else ''}"
 
     def rows(self, x: jax.Array, *, gradient: bool = False, power_of_two: bool = False) -> tuple[jax.Array, jax.Array]:

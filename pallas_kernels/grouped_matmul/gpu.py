@@ -43,7 +43,7 @@ from pallas_kernels.row_blocks import (
 ROWS, COLUMNS, DEPTH = 64, 256, 64  # of a warpgroup's product in one step
 STAGES = 4
 FEW = 96
-"""Rows a group, on average, up to which `gpu_few_rows` is taken: measured faster up to there."""
+"""Rows per group, on average, up to which `gpu_few_rows` is taken: measured faster up to there."""
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 

@@ -112,7 +112,7 @@ def test_dry_run_accounts_for_every_tensor_once(headers, capsys):
 def test_dry_run_of_a_cast_and_without_mtp(headers):
     cast = ConversionPlan(HFCheckpoint(headers, headers_only=True), "bf16")
     assert len(cast.tensor_names()) == TENSORS
-    # Main model and MTP in two bytes a number, but for the routers' biases.
+    # Main model and MTP in two bytes per number, but for the routers' biases.
     assert cast.nbytes == 2 * 682_636_487_424 + 2 * 59 * 256
     plan = ConversionPlan(HFCheckpoint(headers, headers_only=True, mtp=False), "keep")
     assert not any("layers.61." in n for n in plan.tensor_names())

@@ -64,7 +64,7 @@ def reference(x, ids, weights, w):
         ("node=2,expert=4", (4, 1), 100, (75, 150, 600)),  # one group lies in one node
         ("node=8", (4, 2), 100, (75, 600, 600)),  # groups are larger than nodes: K = 4 of 8
         ("expert=8", (4, 2), 100, (100, 75, 600)),  # 4 of 8 devices
-        ("node=2,expert=4", (4, 2), 1, (1, 2, 16)),  # the worst routing of one token a device: 8 devices send 2 rows
+        ("node=2,expert=4", (4, 2), 1, (1, 2, 16)),  # the worst routing of one token per device: 8 devices send 2 rows
         ("expert=2", (4, 2), 100, (100, 100, 600)),  # both devices get all tokens
     ],
 )

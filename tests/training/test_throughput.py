@@ -14,7 +14,7 @@ from dsv3_jax.training.config import TrainConfig
 
 
 def test_rates_and_their_share_of_the_peak(monkeypatch):
-    """Two H100s that train 4096 tokens in 2 s, at 6 FLOPs a token and weight that works for it."""
+    """Two H100s that train 4096 tokens in 2 s, at 6 FLOPs per token and weight that works for it."""
     clock = iter([10.0, 12.0])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(
