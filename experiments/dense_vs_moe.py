@@ -109,7 +109,8 @@ def _write(out: Path, rows: list[dict], curves: dict, steps: int, base: TrainCon
         f"{tokens:,} tokens of `{base.data.source}`, same order for both. "
         f"Command: `python -m experiments.dense_vs_moe --steps {steps}`",
         "",
-        "| | parameters | training FLOPs per token | validation loss (nats per byte) | training loss | tokens/s (median) |",
+        "| | parameters | training FLOPs per token | validation loss (nats per byte) | training loss "
+        "| tokens/s (median) |",
         "|---|---|---|---|---|---|",
         *(
             f"| {r['model']} | {r['parameters']:,} | {r['training_flops_per_token']:,.0f} | {r['validation_loss']:.4f} "

@@ -180,8 +180,8 @@ def write(out: Path, size: str, base: TrainConfig, curves: dict[str, dict[int, f
         f"the same batches in the same order. Command: `python -m experiments.fp8_curve --size {size}`",
         "",
         f"Losses are smoothed over the steps (exponential mean, {SMOOTHING}) and compared with {BASE}'s, whose last is "
-        f"{setting['base_last_smoothed_loss']:.4f} nats per byte. The DeepSeek-V3 report (section 3.3) states a relative "
-        "error below 0.25%.",
+        f"{setting['base_last_smoothed_loss']:.4f} nats per byte. The DeepSeek-V3 report (section 3.3) states a "
+        "relative error below 0.25%.",
         "",
         "| run | last smoothed loss | difference at the end | mean of its magnitude after warm-up | largest |",
         "|---|---|---|---|---|",
