@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from dsv3_jax import cli
 from dsv3_jax.checkpoint.convert import ConvertArgs
-from dsv3_jax.checkpoint.synthetic import write_checkpoint
+from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
 from dsv3_jax.config import PRESETS
 from dsv3_jax.data.command import PrepareArgs
 from dsv3_jax.planning.info import InfoArgs
@@ -95,7 +95,7 @@ def test_data_reads(here):
 def checkpoint(here):
     """A checkpoint in Hugging Face's layout at the paths that the documents name."""
     config = dataclasses.replace(SMALL_CHECKPOINT, n_routed_experts=32, max_position_embeddings=8192)
-    write_checkpoint(Path("path/to/checkpoint"), config, block=None)
+    write_random_checkpoint(Path("path/to/checkpoint"), config, block=None)
     Path("v3.orbax").symlink_to("path/to/checkpoint")
 
 
