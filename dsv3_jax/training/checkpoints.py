@@ -87,11 +87,25 @@ class Checkpoints:
             enable_async_checkpointing=True,
             temporary_path_class=_HashedPath,
         )
+        self._drop_damaged_metadata()
         # The threads of a failed write log their tracebacks before we say in one line what they mean.
         for name in ("absl", "asyncio", "concurrent.futures"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self.good: int | None = max((step for step in self.steps() if self._saved_as_good(step)), default=None)
+
+    def _drop_damaged_metadata(self) -> None:
+        """Removes files of orbax that it stumbles over before anything is restored; it can do without them.
+
+        No hash covers them, since they are written when a checkpoint is complete.
+        """
+        if jax.process_index() == 0 and self.directory.is_dir():
+            for found in ocp.path.step.standard_name_format().find_all(self.directory):
+                try:
+                    _ = found.commit_timestamp
+                except Exception:  # as many kinds as there are ways to be damaged
+                    (Path(found.path) / _ORBAX_METADATA).unlink()
+        all_processes_here()
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""

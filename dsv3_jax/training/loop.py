@@ -27,6 +27,7 @@ from dsv3_jax.training.report import progress, report
 from dsv3_jax.training.setup import Setup
 from dsv3_jax.training.step import TrainState
 from dsv3_jax.training.throughput import Clock
+from dsv3_jax.training.trace import Trace
 
 _HEARTBEAT_SECONDS = 10
 _Show = Callable[[int, dict[str, Any]], None]
@@ -94,10 +95,12 @@ class Loop:
     def _begin(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> TrainState:
         """The state to start from, saved or restored, and the log."""
         config, setup = self.config, self.setup
-        state = self._restore() if resume else setup.first_state(check_hashes=check_hashes)
-        if self.primary:
-            write_config(self.directory, config, tokenizer_path)
-        if not resume:
+        if resume:
+            state = self._restore()
+            if self.primary:
+                write_config(self.directory, config, tokenizer_path)
+        else:
+            state = setup.first_state(check_hashes=check_hashes)
             if config.init_from:
                 self.console.print(f"starting from the weights of {config.init_from}", soft_wrap=True)
             self._save(state)  # that there always is one; and a disk without room is noticed now
@@ -113,12 +116,10 @@ class Loop:
         """Takes steps until the schedule's end or a request to stop, whose state is saved."""
         config, setup, clock = self.config, self.setup, self.clock
         done = first = int(state.step)
-        traced, tracing = traced_steps(config.trace_steps), False
-        with watchdog(config.guard.hang_seconds) as alive:
+        trace = Trace(traced_steps(config.trace_steps), self.directory / "traces")
+        with watchdog(config.guard.hang_seconds) as alive, trace:
             while done < config.schedule.steps:
-                if done + 1 in traced[:1]:
-                    jax.profiler.start_trace(str(self.directory / "traces"))
-                    tracing = True
+                trace.before(done + 1)
                 with clock.spent_on("data"):
                     batch = setup.batch(done)
                 if done == first:
@@ -130,10 +131,7 @@ class Loop:
                     state, metrics = setup.train_step(state, *batch)
                 setup.throughput.add(setup.schedule.batch_size(done) * config.data.sequence_length)
                 done += 1
-                if tracing and (done in traced[-1:] or done == config.schedule.steps):
-                    jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
-                    tracing = False
+                trace.after(done, state)
                 self._judge(state, batch, done, metrics)
                 self._record(state, done, metrics)
                 show(done, self.last)

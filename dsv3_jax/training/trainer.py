@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from dsv3_jax.data import load_tokenizer
 from dsv3_jax.data.pipeline import prepared_tokenizer
 from dsv3_jax.parallel.placement import all_processes_here, any_process
 from dsv3_jax.training.config import TrainConfig
-from dsv3_jax.training.directory import check_config, check_directory, kept_tokenizer, locked
+from dsv3_jax.training.directory import check_config, check_directory, kept_tokenizer, locked, write_config
 from dsv3_jax.training.guard import TrainingError as TrainingError
 from dsv3_jax.training.initial import check_source
 from dsv3_jax.training.loop import Loop
@@ -76,14 +75,19 @@ def train(
     with clock.spent_on("start"):
         setup = Setup(config, tokenizer, tokenizer_path, console)  # a failure to read the data leaves no directory
     all_processes_here()  # before one of them puts something into the directory that the others look at
-    again = functools.partial(check_directory, config, directory, resume=resume)  # another job may have been faster
-    with _held_by_one(directory, console, again):
+
+    def begin() -> None:
+        check_directory(config, directory, resume=resume)  # again: another job may have been faster
+        if not resume:  # before all else: a directory without it is taken for somebody else's
+            write_config(directory, config, tokenizer_path)
+
+    with _held_by_one(directory, console, begin):
         return Loop(setup, directory, console, clock).run(resume, tokenizer_path, check_hashes)
 
 
 @contextlib.contextmanager
-def _held_by_one(directory: Path, console: Console, check: Callable[[], None]) -> Iterator[None]:
-    """Holds the run's directory for this job: its first process does, and calls `check` once it has it.
+def _held_by_one(directory: Path, console: Console, begin: Callable[[], None]) -> Iterator[None]:
+    """Holds the run's directory for this job: its first process does, and calls `begin` once it has it.
 
     The others don't look at the directory again: the first may have put something into it by then.
     """
@@ -94,7 +98,7 @@ def _held_by_one(directory: Path, console: Console, check: Callable[[], None]) -
                 directory.mkdir(parents=True, exist_ok=True)
                 if warning := stack.enter_context(locked(directory)):
                     console.print(f"warning: {warning}")
-                check()
+                begin()
             except (ConfigError, OSError) as error:
                 refused = error
         if any_process(refused is not None):

@@ -85,6 +85,22 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"item_handlers": 7}', b'{"commit_timestamp_nsecs": [1]}', b'{"metrics": "x"}']
+)
+def test_orbax_metadata_that_is_damaged_is_done_without(content, tmp_path):
+    """No hash covers it, and orbax reads it before anything is restored."""
+    directory = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(directory, keep=2)
+    save(checkpoints, 1)
+    checkpoints.close()
+    (directory / "1/_CHECKPOINT_METADATA").write_bytes(content)
+    checkpoints = Checkpoints(directory, keep=2)
+    same(checkpoints.restore_newest(state_of(0))[0], 1)
+    save(checkpoints, 2)
+    checkpoints.close()
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "state/../../../secret", "", "a\0b"])
 def test_a_checkpoint_names_no_file_outside_of_it(tmp_path, name):
     (tmp_path / "secret").write_text("secret")

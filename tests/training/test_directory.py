@@ -15,6 +15,7 @@ from tokenizers.trainers import BpeTrainer
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import load_tokenizer
+from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.directory import (
     check_config,
     check_directory,
@@ -23,6 +24,7 @@ from dsv3_jax.training.directory import (
     locked,
     write_config,
 )
+from dsv3_jax.training.trainer import train
 from tests.parallel.small_run import small_config
 
 
@@ -107,6 +109,22 @@ def test_when_a_run_has_begun(tokenizer, tmp_path, monkeypatch):
     assert has_begun(directory)
     with pytest.raises(ConfigError, match="no checkpoint to go on from"):
         check_directory(config, directory, resume=True)
+
+
+def test_a_run_that_is_killed_before_its_first_state_may_start_again(tmp_path, monkeypatch):
+    """Its config is there before anything else: without it the directory would be taken for somebody else's."""
+    config, directory = small_config("", "single"), tmp_path / "run"
+
+    def killed(checkpoints, folder, *_, **__):
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "__init__", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, directory)
+    assert (directory / "checkpoints").is_dir()
+    assert not has_begun(directory)
+    check_directory(config, directory, resume=False)
 
 
 HOLD = """

@@ -177,3 +177,8 @@ def test_a_spike_is_rolled_back_and_the_run_comes_to_the_same_loss(tmp_path, mon
     records = [json.loads(line) for line in (tmp_path / "rolled/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == list(range(20, 161, 20))
     assert [r["step"] for r in records if "rolled back" in r.get("event", "")] == [100]
+    sequences = [
+        json.loads((tmp_path / name / "checkpoints/160/data/metadata").read_text()) for name in ("plain", "rolled")
+    ]
+    taken_twice = (sum(sequences[1]["taken"]) - sum(sequences[0]["taken"])) / 16
+    assert taken_twice == int(said.getvalue().split("rolled back from step ")[1].split(",")[0]) - 100  # on new data
