@@ -32,8 +32,9 @@ def interpreted_tokamax(generation: str):
     """In its context tokamax's kernels for TPUs run on the CPU as on a generation's chip, on one core.
 
     jax 0.11.2's interpreter knows neither what starts a kernel on several cores nor references that are reshaped or
-    read with a stride of 0. So this takes tokamax's way for one core, and resolves such references itself. What a
-    kernel reads beyond its buffers, and what it never wrote, is NaN.
+    read with a stride of 0. So this takes tokamax's way for one core, and resolves such references itself: in private
+    parts of jax, since `pltpu.InterpretParams` has no place for it. What a kernel reads beyond its buffers, and what it
+    never wrote, is NaN.
     """
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
     from tokamax._src import config
