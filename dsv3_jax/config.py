@@ -1,4 +1,4 @@
-"""The architecture: `ModelConfig` and its presets.
+"""The model configuration, `ModelConfig`, and its presets.
 
 Field names are those of the released `config.json`; the values of fields that only matter in training
 (`initializer_range`, `aux_loss_alpha`) are the technical report's, which the released file contradicts.
@@ -16,7 +16,7 @@ from dsv3_jax.json_input import check_type, show
 
 
 class ConfigError(ValueError):
-    """A configuration that can't be: the message names the field, its value and what would be valid."""
+    """An invalid configuration. The message names the field, its value and what would be valid."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Yarn:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture. Defaults are DeepSeek-V3 671B's (report section 4.2)."""
+    """The architecture of a model. Defaults are those of DeepSeek-V3 671B (report section 4.2)."""
 
     vocab_size: int = 129280
     hidden_size: int = 7168
@@ -75,13 +75,13 @@ class ModelConfig:
     rope_interleave: bool = True
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006
-    """Standard deviation of every weight matrix at init (report section 4.2)."""
+    """Standard deviation of weight matrices at initialisation (report section 4.2)."""
     aux_loss_alpha: float = 1e-4
-    """Factor of the sequence-wise balance loss (report section 4.2, alpha of eq. 17)."""
+    """Factor of the sequence-wise balance loss (alpha in eq. 17; report section 4.2)."""
     bos_token_id: int | None = 0
-    """Token that a text begins with; None for none."""
+    """Token at the beginning of a text; None for none."""
     eos_token_id: int | tuple[int, ...] | None = 1
-    """Token or tokens that end a text."""
+    """Token or tokens at which a text ends."""
 
     # Derived sizes -------------------------------------------------------------------------------------
     @property
@@ -99,7 +99,7 @@ class ModelConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """`eos_token_id` as a tuple: none, one or several."""
+        """`eos_token_id` as a tuple of any length."""
         one = self.eos_token_id
         return () if one is None else one if isinstance(one, tuple) else (one,)
 
@@ -158,7 +158,7 @@ class ModelConfig:
     # Presets -------------------------------------------------------------------------------------------
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
-        """A named configuration, one of `PRESETS`."""
+        """Returns a named configuration, one of `PRESETS`."""
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}")
         return PRESETS[name]
@@ -169,12 +169,12 @@ class ModelConfig:
         """Reads a Hugging Face `config.json`: its path, its directory, or its content.
 
         `model_type` is one of `checkpoint.hf_config.FAMILIES`: DeepSeek-V3 and V2, and models of the same arithmetic.
-        Every field must be known and possible here; `initializer_range` and `aux_loss_alpha` of the file are
-        accepted but not taken, since they contradict the report (0.02 and 0.001 against 0.006 and 1e-4).
+        Every field must be known and supported. `initializer_range` and `aux_loss_alpha` are accepted but ignored,
+        since they contradict the report (0.02 and 0.001 rather than 0.006 and 1e-4).
 
         Raises:
-          ConfigError: a field is unknown, of a wrong type, contradicts another, or asks for what this architecture
-            doesn't have.
+          ConfigError: a field is unknown, has the wrong type, contradicts another, or isn't supported by this
+            architecture.
           FileNotFoundError: there is no such file.
         """
         from dsv3_jax.checkpoint import hf_config  # which makes a ModelConfig, so not before there is one
@@ -182,7 +182,7 @@ class ModelConfig:
         return hf_config.read(source)
 
     def to_hf(self) -> dict[str, Any]:
-        """The fields of a Hugging Face `config.json` for this architecture (`from_hf` reads them back).
+        """Returns the fields of a Hugging Face `config.json`, which `from_hf` reads back.
 
         Raises ConfigError if transformers has no class that computes this model.
         """
@@ -196,7 +196,7 @@ def _is_token_id(value: object) -> bool:
 
 
 _MOST = {"num_hidden_layers": 10_000, "num_nextn_predict_layers": 100}
-"""Limits far beyond any model, of what is listed or built layer by layer. Other sizes must fit in 31 bits."""
+"""Limits, far beyond any model, for sizes that take a Python loop or list. Other sizes must fit in 31 bits."""
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
@@ -206,13 +206,13 @@ def check_fields(config: Any, prefix: str = "") -> None:
 
 
 def build_dataclass(kind: Any, values: Any, what: str = "config", prefix: str = "") -> Any:
-    """Builds a dataclass from what `dataclasses.asdict` and JSON made of it; fields that are dataclasses nest.
+    """Builds a dataclass from the JSON of `dataclasses.asdict`, nested dataclasses included.
 
     Args:
-      what: the file, for errors. prefix: before the fields' names there, as "model.".
+      what: the file, for error messages. prefix: added to the names of fields in them, such as "model.".
 
-    Raises ConfigError, naming the field, if one is unknown, missing or of another type than annotated, and whatever
-    the dataclass itself refuses.
+    Raises ConfigError, naming the field, if one is unknown, missing or of the wrong type, or if the dataclass rejects
+    it.
     """
     hints, built = typing.get_type_hints(kind), dict(check_type(values, dict, what, ConfigError))
     for field in dataclasses.fields(kind):

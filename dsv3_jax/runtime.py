@@ -1,4 +1,4 @@
-"""How a run computes the model: `Runtime`, every choice that leaves the architecture as it is."""
+"""How a run computes the model: `Runtime`, all choices that don't affect the architecture."""
 
 from __future__ import annotations
 
@@ -17,59 +17,68 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """How a run computes the model. None of it changes the parameter tree or, within the dtype, the numbers."""
+    """How a run computes the model. No choice changes the parameter tree, or the results beyond rounding."""
 
     dtype: Dtype = "float32"
-    """Dtype of activations and of weights as they are used; router, softmax, norms and losses stay in float32.
-    In Python any dtype-like is taken, here and below, such as jnp.bfloat16."""
+    """Dtype of activations, and of weights as layers use them; router, softmax, norms and losses stay in float32. In
+    Python any dtype-like is accepted, here and below, such as jnp.bfloat16.
+    """
     param_dtype: Dtype = "float32"
-    """Dtype of the parameters as they are stored and optimised."""
+    """Dtype in which parameters are stored and updated."""
     gradient_dtype: Dtype = "float32"
-    """Dtype in which the gradients of weights are added up over devices; over microbatches it is float32 or wider.
-    `bfloat16` halves what data-parallel devices exchange, and rounds each partial sum."""
+    """Dtype in which the gradients of weights are summed over devices; over microbatches it is float32 or wider.
+    `bfloat16` halves the communication of data-parallel devices, and rounds each partial sum.
+    """
     precision: Literal["dtype", "fp8"] = "dtype"
-    """`dtype` multiplies in `dtype`. `fp8` quantises weights and activations of every linear layer and expert, forward
-    and backward (report section 3.3); embedding, head, router, norms and attention stay as they are. On a Hopper GPU,
-    or emulated on a CPU."""
+    """Precision of linear layers and experts: `dtype`, or `fp8` for weights and activations, forward and backward
+    (report section 3.3). Embedding, head, router, norms and attention are unaffected. Requires a Hopper GPU; emulated
+    on a CPU.
+    """
     fp8_scales: Literal["tiles", "block_gradients", "tensor"] = "tiles"
-    """`tiles` is the report's: 1 x 128 of activations and gradients, 128 x 128 of weights. For experiments: gradients
-    in 128 x 128 too, which diverged in the report's appendix B.2, and one scale for a whole tensor."""
+    """FP8 scales. `tiles` is the report's recipe: one per 1 x 128 of activations and gradients, and per 128 x 128 of
+    weights. For experiments: gradients in 128 x 128 too, which diverged in the report (appendix B.2), and one scale per
+    tensor.
+    """
     fp8_power_of_two: bool = False
     """Whether all FP8 scales are powers of two ("ue8m0", DeepSeek-V3.1). Those of the inputs of experts and of the
-    layer after attention always are."""
+    layer after attention always are.
+    """
     attention_form: Literal["expanded", "absorbed"] = "expanded"
-    """`expanded` makes keys and values per head (training, prefill); `absorbed` attends to the latent (decode)."""
+    """`expanded` computes keys and values per head (training, prefill); `absorbed` attends to the latent (decoding)."""
     attention_impl: Literal[
         "auto", "reference", "blockwise", "pallas_reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret"
     ] = "auto"
-    """`auto`: the fastest that is right here; see `model.auto`. `gpu` and `tpu`: the kernels for Hopper and TPUs,
-    bfloat16. `blockwise`: plain JAX, memory linear in the sequence.
-    `reference`: one einsum. For tests on a CPU: `pallas_reference` takes the same way to the kernels' plain twins,
-    `_interpret` to the kernels, slowly."""
+    """Implementation of attention. `auto`: the fastest that is correct here; see `model.auto`. `gpu` and `tpu`: kernels
+    for Hopper and TPUs, bfloat16. `blockwise`: plain JAX, memory linear in the sequence. `reference`: one einsum. For
+    tests on a CPU: `pallas_reference` calls the kernels' references, `gpu_interpret` and `tpu_interpret` interpret the
+    kernels, slowly.
+    """
     experts_impl: Literal["auto", "reference", "ragged", "blocked", "gpu", "tokamax"] = "auto"
-    """`auto`: the fastest right one. `ragged` is `jax.lax.ragged_dot`; `blocked` loops over blocks of rows, the fast
-    way on a CPU. For bfloat16: `gpu`, our kernel for Hopper, and `tokamax` (TPUs)."""
+    """Implementation of experts. `auto`: the fastest that is correct here. `ragged`: `jax.lax.ragged_dot`. `blocked`: a
+    loop over blocks of rows, fast on a CPU. In bfloat16: `gpu`, our kernel for Hopper, and `tokamax`, for TPUs.
+    """
     remat: Literal["none", "block", "paper"] = "none"
-    """Recomputed in the backward pass: nothing, whole blocks, or norms and up-projections (report section 3.2.3)."""
+    """Rematerialisation: nothing, whole blocks, or norms and up-projections as in the report (section 3.2.3)."""
     sharding: Literal["single", "fsdp", "fsdp_ep", "ep_tp", "pp_ep_dp"] = "single"
-    """Preset of `parallel.rules`: the mesh axes that each logical axis is sharded over."""
+    """Sharding rules, a preset of `parallel.rules`: the mesh axes that each logical axis is sharded over."""
     sharding_overrides: tuple[str, ...] = ()
-    """Changes to the preset, each `NAME=MESH,AXES`, such as `embed=fsdp,data`."""
+    """Changes to the sharding rules, each `NAME=MESH,AXES`, such as `embed=fsdp,data`."""
     dispatch: Literal["all_to_all", "ragged_all_to_all", "all_gather"] = "all_to_all"
-    """How tokens reach experts on other devices: in padded pieces, in exact ones (TPU, GPU), or all to all devices."""
+    """Collective that sends tokens to experts: padded buffers, exact sizes (TPU, GPU), or all tokens to all devices."""
     pipeline: Literal["1f1b", "zero_bubble"] = "1f1b"
-    """The order of work over the mesh axis `stage`; see `parallel.pipeline`."""
+    """Pipeline schedule over the mesh axis `stage`; see `parallel.pipeline`."""
     dispatch_slack: float = 1.2
-    """Room for uneven routing, over even routing's, before the exchange takes its slower way of several rounds."""
+    """Size of dispatch buffers relative to even routing; if routing exceeds it, tokens are sent in several rounds."""
     redundant_experts: int = 0
-    """Slots for experts beyond one each, for serving: `inference.expert_placement` fills them with the busiest."""
+    """Number of redundant experts, for serving: `inference.expert_placement` assigns them to the busiest experts."""
     interleave: int = 1
-    """Shares of a batch that a sparse block computes side by side: one's exchange may hide behind another's attention.
+    """Parts of a batch that a sparse block computes side by side, to overlap the dispatch of one with another's
+    attention.
     """
 
     @classmethod
     def for_backend(cls, backend: str) -> Runtime:
-        """A starting point on `backend` ("cpu", "gpu" or "tpu"): float32 on a CPU, else bfloat16 with recomputation."""
+        """Defaults for a backend: float32 on "cpu"; bfloat16 with rematerialisation on "gpu" and "tpu"."""
         return cls() if backend == "cpu" else cls(dtype="bfloat16", remat="paper")
 
     def __post_init__(self) -> None:
@@ -96,7 +105,7 @@ class Runtime:
 
 
 def _dtype_name(value: Any) -> Any:
-    """The name of any dtype-like; what is none stays as it is."""
+    """Returns the name of a dtype-like; anything else is returned unchanged."""
     try:
         return value if value is None else np.dtype(value).name  # NumPy takes None for float64
     except (TypeError, ValueError):
@@ -105,6 +114,6 @@ def _dtype_name(value: Any) -> Any:
 
 @functools.cache
 def _choices() -> dict[str, tuple[str, ...]]:
-    """The values of each field of `Runtime` that is annotated as a Literal."""
+    """Values of each field of `Runtime` that is annotated as a Literal."""
     hints = typing.get_type_hints(Runtime).items()
     return {name: typing.get_args(hint) for name, hint in hints if typing.get_origin(hint) is Literal}

@@ -109,8 +109,8 @@ def test_engine_generates(checkpoint, capsys):
     names = run_blocks("docs/inference.md")
     names["engine"].close()
     steps = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
-    assert sum(map(len, steps[:-2])) == 100
-    assert [len(tokens) for tokens in steps[-2:]] == [100, 100]
+    assert sum(map(len, steps[:-2])) == 20
+    assert [len(tokens) for tokens in steps[-2:]] == [20, 20]
 
 
 def test_experts_are_placed(checkpoint):

@@ -16,14 +16,14 @@ from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.runtime import Runtime
 
 _PRIME = 1009
-"""A sequence length that divides no width of a model, so that an array's size tells how it grows with the sequence."""
+"""A sequence length that divides no width of a model, so that the size of an array shows how it grows with it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedActivations:
     """Bytes that one block keeps for its backward pass.
 
-    per_token: per token. per_pair: per query and key, which only the reference attention saves, no fused kernel.
+    per_token: per token. per_pair: per pair of query and key; only the reference attention saves these.
     """
 
     per_token: float
@@ -32,7 +32,7 @@ class SavedActivations:
 
 @functools.cache
 def saved_by_block(config: ModelConfig, runtime: Runtime, is_moe: bool) -> SavedActivations:
-    """Residuals of one block under the runtime's policy: `jax.vjp`'s own, of abstract arrays."""
+    """Counts the residuals that `jax.vjp` of one block saves under the runtime's remat policy, on abstract arrays."""
     block = rematerialise(Block, runtime)(config, runtime, is_moe)
     x = jax.ShapeDtypeStruct((1, _PRIME, config.hidden_size), jnp.dtype(runtime.dtype))
 

@@ -1,7 +1,7 @@
-"""FLOPs of matrix products: counted on a traced program, and as closed forms over the model's own parameters.
+"""FLOPs of matmuls: counted in a traced program, and as closed forms over the model's own parameters.
 
-A multiply and an add are two FLOPs. Only matrix products count: norms, softmax and SwiGLU are bound by memory, and
-enter a step's time there.
+A multiply-add is two FLOPs. Only matmuls are counted: norms, softmax and SwiGLU are bound by memory, and `planning`
+accounts for them as memory traffic.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dsv3_jax.runtime import Runtime
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A matrix product of a program, and how often it runs.
+    """A matmul in a program, and how often it runs.
 
     kind: "linear"; "attention", whose operands share batch axes; or "grouped", rows by expert.
     bytes: of both operands and the result.
@@ -38,14 +38,14 @@ class Product:
 
 
 def products(function: Callable[..., Any], *arguments: Any, repeat_loops: bool = True) -> list[Product]:
-    """Every matrix product in `function(*arguments)`, found by tracing it; nothing is computed.
+    """Lists every matmul in `function(*arguments)` by tracing it; nothing is computed.
 
     Args:
       arguments: arrays or `jax.ShapeDtypeStruct`s.
-      repeat_loops: count a scan's body as often as it runs. False counts it once, as XLA's cost analysis does.
+      repeat_loops: count the body of a scan as often as it runs. False counts it once, as XLA's cost analysis does.
 
     Raises:
-      ConfigError: the program has a matrix product in a `while` loop, whose trips a trace doesn't know.
+      ConfigError: the program has a matmul in a `while` loop, whose trip count is unknown while tracing.
     """
     return list(_products(jax.make_jaxpr(function)(*arguments).jaxpr, 1, repeat_loops))
 
@@ -88,7 +88,7 @@ def _dot_flops(eqn: Any) -> int:
 
 
 def _ragged_dot_flops(eqn: Any) -> int:
-    """Each row meets one group's matrix, so that the group axis of the right side costs nothing."""
+    """Each row is multiplied with the matrix of one group, so the group axis of the right side is free."""
     left, right = (tuple[int, ...](v.aval.shape) for v in eqn.invars[:2])
     if len(right) == 3:  # (M, K) x (G, K, N) -> (M, N)
         return 2 * left[0] * right[1] * right[2]
@@ -98,7 +98,7 @@ def _ragged_dot_flops(eqn: Any) -> int:
 def forward_program(
     config: ModelConfig, runtime: Runtime, batch: int, length: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The training forward pass, MTP included, and its abstract arguments."""
+    """Returns the training forward pass, MTP included, and its abstract arguments."""
     from dsv3_jax.model.transformer import DeepSeekV3
 
     model = DeepSeekV3(config, runtime)
@@ -118,10 +118,10 @@ def forward_program(
 
 @dataclasses.dataclass(frozen=True)
 class TokenFlops:
-    """FLOPs per token, by precision: `linear` may be FP8, the rest stays bfloat16.
+    """FLOPs per token by kind of matmul: `linear` may be FP8, the others are bfloat16.
 
-    linear: projections and feed-forwards. head: output head, and its uses by MTP. router: gates.
-    attention: scores and weighted values.
+    linear: projections and feed-forwards. head: the output head, also where MTP uses it. router: gates. attention:
+    scores and weighted values.
     """
 
     linear: float
@@ -138,18 +138,18 @@ class TokenFlops:
         return TokenFlops(*(a + b for a, b in zip(mine, others, strict=True)))
 
     def scaled(self, weights: float, attention: float) -> TokenFlops:
-        """Products with weights times one factor, attention times another."""
+        """Scales the matmuls with weights by one factor, and attention by another."""
         return TokenFlops(self.linear * weights, self.head * weights, self.router * weights, self.attention * attention)
 
 
 def multiplies(variable: Variable) -> bool:
-    """Whether a token is multiplied with `variable`: not so for the embedding, norms and the router's bias."""
+    """Whether a token is multiplied with `variable`: true except for the embedding, norms and the router bias."""
     return variable.collection == "params" and not variable.is_norm and variable.path[-1] != "embed_tokens"
 
 
 @functools.cache
 def _weights(config: ModelConfig, mtp: bool) -> tuple[int, int, int]:
-    """Weights that multiply one token: in linears, in the head, in gates."""
+    """Counts the weights that multiply one token: in linear layers, in the head, in gates."""
     linear = head = router = 0
     for variable in model_variables(config):
         if not multiplies(variable) or (variable.is_mtp and not mtp):
@@ -165,7 +165,8 @@ def _weights(config: ModelConfig, mtp: bool) -> tuple[int, int, int]:
 
 
 def forward_flops(config: ModelConfig, keys: float, *, mtp: bool = False) -> TokenFlops:
-    """One token's forward pass, attending in expanded form to `keys` keys on average (causal: half the sequence).
+    """FLOPs of the forward pass of one token, in expanded form, with `keys` keys on average (causal: half the
+    sequence).
 
     Linears cost 2 FLOPs per weight; scores and values 2 H (N + P + V) per key and layer.
     """
@@ -177,16 +178,17 @@ def forward_flops(config: ModelConfig, keys: float, *, mtp: bool = False) -> Tok
 
 
 def model_flops(config: ModelConfig, length: int, *, mtp: bool = True) -> TokenFlops:
-    """One training token without recomputation: three forward passes, causal attention. MFU is defined by it."""
+    """FLOPs per training token without recomputation, which define MFU: three forward passes, causal attention."""
     return forward_flops(config, length / 2, mtp=mtp).scaled(3, 3)
 
 
 def recomputed_flops(config: ModelConfig, length: int, remat: str, *, mtp: bool = True) -> TokenFlops:
-    """FLOPs per token that the backward pass recomputes under a policy of `Runtime.remat`.
+    """FLOPs per token that the backward pass recomputes under a remat policy (`Runtime.remat`).
 
-    `block` repeats every block but its last products, which no gradient needs: the down-projections of dense and shared
-    feed-forwards (not the routed ones: the router's gradient needs their outputs). `paper` repeats what it doesn't
-    save: the up-projections of queries, keys and values, the scores, the gate, and the routed down-projections.
+    `block` recomputes every block except its last matmuls, which no gradient needs: the down-projections of dense and
+    shared feed-forwards (but not the routed ones, whose outputs the router's gradient needs). `paper` recomputes what
+    it doesn't save: the up-projections of queries, keys and values, the scores, the gate, and the routed
+    down-projections.
     """
     c = config
     everything = forward_flops(c, length / 2, mtp=mtp)
@@ -206,7 +208,7 @@ def recomputed_flops(config: ModelConfig, length: int, remat: str, *, mtp: bool 
 
 
 def decode_flops(config: ModelConfig, context: int) -> TokenFlops:
-    """One decoded token in absorbed form: queries and outputs pass W^UK and W^UV, and attend to the latent itself.
+    """FLOPs per decoded token in absorbed form: queries and outputs are multiplied with W^UK and W^UV.
 
     Scores cost 2 H (R + P) and values 2 H R per cached token and layer.
     """
@@ -218,5 +220,5 @@ def decode_flops(config: ModelConfig, context: int) -> TokenFlops:
 
 
 def matmul_seconds(flops: TokenFlops, bf16: float, linear: float) -> float:
-    """Time of one token's products at two peaks, FLOP/s: the linears' and everything else's."""
+    """Seconds per token at two peak rates in FLOP/s, of linear layers and of everything else."""
     return flops.linear / linear + (flops.head + flops.router + flops.attention) / bf16

@@ -1,4 +1,4 @@
-"""Hardware sheets: vendors' figures with their sources, and the share of them that sparse training sustains."""
+"""Hardware data sheets: vendors' figures with sources, and the fraction of them that sparse training sustains."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dsv3_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """One accelerator, as its vendor states it. Bandwidths are bytes/s in one direction.
+    """Figures of one accelerator from its vendor. Bandwidths are in bytes/s, in one direction.
 
-    flops: dense peak by operand type, FLOP/s. Without "fp8" the matrix units don't take it.
+    flops: dense peak by operand dtype, in FLOP/s; no entry "fp8" means that the matrix units don't support it.
     domain: devices that the fast links join: an NVLink node, a TPU pod.
     links: bytes/s of all fast links of a device together. network: bytes/s per device beyond the domain.
     torus_axes: dimensions of the torus that the links form; 0 behind a switch.
     latency: seconds per hop (torus) or per transfer (switch).
-    matmul_rows: least rows that a matrix unit takes the time of.
+    matmul_rows: fewer rows than this take as long as this many.
     watts: per device, where published. dollars_per_hour: where a published price is part of a claim.
     """
 
@@ -37,7 +37,7 @@ class Hardware:
     sources: tuple[str, ...]
 
     def peak(self, operand: str) -> float:
-        """FLOP/s with operands of this type, or with bfloat16 where the type isn't native."""
+        """Peak FLOP/s with operands of this dtype, or with bfloat16 if the dtype isn't native."""
         return self.flops.get(operand, self.flops["bf16"])
 
     @property
@@ -65,7 +65,7 @@ EFFICIENCY = {
     ),
     "TPU v6": Efficiency(0.3523, "MaxText trains Mixtral 8x7B on v6e-256 at 35.23% (the same page); also used for 7x"),
 }
-"""All three are of another model than the ones that are planned or compared here."""
+"""All three were measured with a different model from those that are planned or compared here."""
 
 _NVIDIA_LATENCY = 3.5e-6  # 64 bytes end to end: NVLink 3.33 us, InfiniBand 2.8 to 3.7 us
 _TPU_HOP = 1e-6
@@ -218,14 +218,14 @@ HARDWARE = {
 
 
 def hardware(name: str) -> Hardware:
-    """A sheet by its name. Raises ConfigError, naming those that exist."""
+    """Returns a data sheet by name. Raises ConfigError, listing the names, if there is none."""
     if name not in HARDWARE:
         raise ConfigError(f"unknown hardware {name!r}: the sheets are {', '.join(HARDWARE)}")
     return HARDWARE[name]
 
 
 def hardware_of(device_kind: str) -> Hardware | None:
-    """The sheet of a device that JAX runs on, by its `device_kind`; None where there is none, as for a CPU."""
+    """Returns the data sheet for a JAX device by its `device_kind`; None if there is none, as for a CPU."""
     name = _DEVICE_KINDS.get(device_kind)
     return HARDWARE[name] if name else None
 

@@ -1,7 +1,6 @@
-"""Parameter counts of a configuration, taken on the model's own abstract variables: no array is made.
+"""Parameter counts of a configuration, taken from the model's own abstract variables: no array is created.
 
-No number comes from a formula beside the model: `jax.eval_shape` runs the real `init`, and the rows below only sort
-its arrays.
+There is no separate formula: `jax.eval_shape` runs the real `init`, and the functions here group its arrays.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ class Variable:
 
     @property
     def is_mtp(self) -> bool:
-        """Whether it belongs to a multi-token prediction module, which inference can drop."""
+        """Whether the array belongs to a multi-token prediction module, which inference can drop."""
         return self.path[0].startswith("mtp_")
 
     @property
     def is_routed(self) -> bool:
-        """Whether it holds the routed experts, of which a token meets only its own."""
+        """Whether the array holds routed experts, of which a token uses only its own."""
         return "experts" in self.path
 
     @property
@@ -48,7 +47,7 @@ class Variable:
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A row of the table: parameters in all, and those that one token's computation uses."""
+    """A row of the table: all parameters, and those that one token uses."""
 
     name: str
     total: int
@@ -57,10 +56,10 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """Counts of one configuration.
+    """Parameter counts of one configuration.
 
-    total, activated: the main model, embedding included. mtp_total, mtp_activated: unique to the MTP modules, which
-    share embedding and head with the main model. components, mtp_components: the same, row by row.
+    total, activated: the main model, embedding included. mtp_total, mtp_activated: of the MTP modules alone, which
+    share embedding and head with the main model. components, mtp_components: the same by component.
     """
 
     total: int
@@ -73,7 +72,7 @@ class Parameters:
 
 @functools.cache
 def model_variables(config: ModelConfig) -> tuple[Variable, ...]:
-    """Every array of the model, from its abstract initialisation."""
+    """Lists every array of the model, from its abstract initialisation."""
     # The key is made inside too: outside, it would start the accelerator.
     tree = jax.eval_shape(lambda: DeepSeekV3(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     paths = ((tuple(str(k.key) for k in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
@@ -81,7 +80,7 @@ def model_variables(config: ModelConfig) -> tuple[Variable, ...]:
 
 
 def activated(variable: Variable, config: ModelConfig) -> int:
-    """Parameters of `variable` that one token uses: all, or K of the E routed experts. The embedding counts whole."""
+    """Parameters of `variable` that one token uses: K of E routed experts, else all; the embedding counts in full."""
     if not variable.is_routed:
         return variable.size
     return variable.size * config.num_experts_per_tok // config.n_routed_experts
@@ -111,7 +110,7 @@ def cache_bytes_per_token(config: ModelConfig, dtype: str = "bfloat16") -> int:
 
 
 def component(variable: Variable) -> str:
-    """The row of the table that `variable` belongs to."""
+    """Returns the row of the table that `variable` belongs to."""
     path, last = variable.path, variable.path[-1]
     if last in ("embed_tokens", "lm_head", "eh_proj"):
         return {"embed_tokens": "embedding", "lm_head": "output head", "eh_proj": "MTP projection"}[last]

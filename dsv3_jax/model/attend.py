@@ -1,9 +1,10 @@
-"""The attention seam: scores, softmax and weighted values (eq. 9 and 10), by the implementation of `model.auto`.
+"""The attention seam: scores, softmax and weighted values (eq. 9 and 10), by the implementation that `model.auto`
+chooses.
 
-`attention` is the reference, in plain `jnp`; `blockwise` computes the same a block at a time. The kernels do so for
-tokens in their order: the expanded form by `mla_prefill`, which wants a sequence's new tokens to be the last of the
-keys; the absorbed form over a cache by `mla_decode`, which takes it in pages. On a
-mesh each device attends for its sequences and its heads.
+`attention` is the reference, in plain `jnp`; `blockwise` computes the same block by block. The kernels require tokens
+in their order: `mla_prefill` for the expanded form, in which a sequence's new tokens must be the last of the keys, and
+`mla_decode` for the absorbed form over a cache, which it reads in pages. On a mesh each device computes its own
+sequences and heads.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _PLAIN = ("reference", "blockwise")
 
 
 def _choose(keys: Keys, where: TokenPositions, config: ModelConfig, runtime: Runtime) -> str:
-    """The implementation for these queries and keys."""
+    """Returns the implementation for these queries and keys."""
     return attention_impl(
         runtime,
         config,
@@ -52,7 +53,7 @@ def _choose(keys: Keys, where: TokenPositions, config: ModelConfig, runtime: Run
 
 
 def arrange(keys: Keys, where: TokenPositions, config: ModelConfig, runtime: Runtime) -> Keys:
-    """Orders a cache's tokens as the implementation of the expanded form wants them."""
+    """Orders the tokens of a cache as the implementation of the expanded form requires."""
     kernel = _choose(keys, where, config, runtime) not in _PLAIN
     return right_align(keys) if kernel and keys.lengths is not None and runtime.attention_form == "expanded" else keys
 
@@ -74,17 +75,17 @@ def attend(
     """Causal attention over decoupled heads.
 
     Args:
-      q_nope, q_rope: (B, T, H, N) and (B, T, H, P), the queries of the tokens at `where`.
-      k_nope, v: (B, S, H, N) and (B, S, H, Vd) of `keys`; or (B, S, 1, R) both, the latents: the absorbed form.
+      q_nope, q_rope: (B, T, H, N) and (B, T, H, P), queries of the tokens at `where`.
+      k_nope, v: (B, S, H, N) and (B, S, H, Vd), of `keys`; in the absorbed form both are the latents, (B, S, 1, R).
       keys: arranged by `arrange`.
       scale: factor of the scores.
-      reference: use the reference whatever the runtime names, as initialising the parameters does.
+      reference: use the reference whatever the runtime says, as during initialisation.
 
     Returns:
       (B, T, H, Vd) of `v`'s dtype.
 
     Raises:
-      ConfigError: the implementation has no kernel for the form.
+      ConfigError: the implementation has no kernel for this form.
     """
     heads = q_nope, q_rope, k_nope, keys.rope_key, v
     name = "reference" if reference else _choose(keys, where, config, runtime)
@@ -123,19 +124,19 @@ def attention(
     k_segments: jax.Array | None = None,
     scale: float,
 ) -> jax.Array:
-    """Causal attention over decoupled heads (eq. 9 and 10), written plainly: the reference of the attention seam.
+    """Causal attention over decoupled heads (eq. 9 and 10): the reference implementation.
 
     Args:
       q_nope, q_rope: (B, T, H, N) and (B, T, H, P).
-      k_nope: (B, S, H, N); or (B, S, 1, N), one key for all heads: the absorbed form, where N = R.
+      k_nope: (B, S, H, N); in the absorbed form (B, S, 1, N), one key for all heads, where N = R.
       k_rope: (B, S, P), shared by all heads.
       v: (B, S, H, Vd), or (B, S, 1, Vd).
-      q_places, k_places: (B, T) and (B, S) int32: a query sees the keys whose place is at most its own.
-      q_segments, k_segments: (B, T) and (B, S) int32 or None: and whose segment is its own.
+      q_places, k_places: (B, T) and (B, S) int32: a query attends to keys whose place is at most its own,
+      q_segments, k_segments: (B, T) and (B, S) int32 or None: and whose segment equals its own.
       scale: factor of the scores.
 
     Returns:
-      (B, T, H, Vd) of `v`'s dtype. The softmax is in float32. A query that sees no key gets the mean of all values.
+      (B, T, H, Vd) of `v`'s dtype. The softmax is in float32. A query without any key gets the mean of all values.
     """
     wide = jnp.promote_types(q_nope.dtype, jnp.float32)
     heads = "h" if k_nope.shape[2] == q_nope.shape[2] else ""
@@ -152,7 +153,7 @@ def attention(
 
 
 def _kernel(name: str, keys: Keys, where: TokenPositions, runtime: Runtime, scale: float) -> Callable[..., jax.Array]:
-    """A kernel as a function of `attention`'s five arrays."""
+    """Wraps a kernel as a function of the five arrays of `attention`."""
     form = runtime.attention_form
     choices = _PREFILL if form == "expanded" else _DECODE
     if name not in choices:
@@ -178,9 +179,9 @@ def _kernel(name: str, keys: Keys, where: TokenPositions, runtime: Runtime, scal
 def _on_each_device(
     attend: Callable[[Any, Any], jax.Array], arrays: tuple[jax.Array, ...], rows: Any, runtime: Runtime
 ) -> jax.Array:
-    """`attend(arrays, rows)`, sharded over the mesh in use by sequences and heads.
+    """Computes `attend(arrays, rows)` with sequences and heads sharded over the current mesh.
 
-    rows: segments (B, S), or pages and lengths (B,), cut by sequences only.
+    rows: segments (B, S), or pages and lengths (B,), sharded by sequences only.
     """
     sharding = current_sharding(runtime)
     if sharding.mesh is None or sharding.manual:
@@ -206,10 +207,10 @@ def _by_pieces(
     order: jax.Array,
     runtime: Runtime,
 ) -> jax.Array:
-    """`attend(arrays, segments)` of sequences that devices share as `parallel.context` deals them out.
+    """Computes `attend(arrays, segments)` for sequences that `parallel.context` shards over devices.
 
-    A device has the queries of two pieces of a sequence and the keys of all. A kernel takes queries that come last: so
-    the keys are rotated until a piece stands at the end, and those that come after it are of another segment.
+    A device has the queries of two pieces of a sequence, and all keys. Kernels require that queries come last, so the
+    keys are rotated to put a piece at the end, and the keys after it get another segment.
     """
     sharding = current_sharding(runtime)
     axes, devices = sharding.axes("sequence"), sharding.size("sequence")
@@ -241,7 +242,7 @@ def _by_pieces(
 
 
 _UNSEEN = -(2**30)
-"""A segment that no document has."""
+"""A segment number that no document has."""
 
 
 def right_align(keys: Keys) -> Keys:
@@ -255,7 +256,7 @@ def right_align(keys: Keys) -> Keys:
 
 
 def _pages(keys: Keys) -> Pages:
-    """Keys of a cache that isn't in pages."""
+    """Returns the keys of a cache that isn't paged."""
     batch, size, _ = keys.latent.shape
     if size % PAGE:
         raise ConfigError(f"MLA decoding by a kernel needs a cache of a multiple of {PAGE} tokens, but it has {size}")
@@ -266,7 +267,7 @@ def _pages(keys: Keys) -> Pages:
 def _decode(
     q_nope: jax.Array, q_rope: jax.Array, pages: Pages, lengths: jax.Array, *, scale: float, implementation: str
 ) -> jax.Array:
-    """`mla_decode` of queries (B, T, H, R) and (B, T, H, P) from one layer's pages."""
+    """Calls `mla_decode` for queries (B, T, H, R) and (B, T, H, P) and the pages of one layer."""
     of_layer = pages.latent.shape[1:-2]
     tables = pages.tables
     if tables is None:

@@ -1,9 +1,9 @@
-"""Multi-head latent attention (report section 2.1.1, eq. 1 to 11), expanded and absorbed.
+"""Multi-head latent attention (report section 2.1.1, eq. 1 to 11), in expanded and absorbed form.
 
 Keys and values are up-projections of one latent vector per token, so a cache holds that latent and one rotated key
 for all heads. `expanded` applies the up-projections to the latent; `absorbed` moves them to the other side of the
-two products, q.(W^UK c) = (W^UK^T q).c and sum_j p_j (W^UV c_j) = W^UV (sum_j p_j c_j), and attends to the
-latent itself: the same function, with more arithmetic and far fewer bytes, which is what decoding wants.
+two products, q.(W^UK c) = (W^UK^T q).c and sum_j p_j (W^UV c_j) = W^UV (sum_j p_j c_j), and attends to the latent
+itself: the same function, with more FLOPs but far fewer bytes, as decoding requires.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from dsv3_jax.model.rope import apply_rope, softmax_scale
 from dsv3_jax.parallel.sharding import constrain
 
 LATENT_NORM_EPS = 1e-6
-"""Epsilon of the two norms inside the attention, which is the reference's whatever `rms_norm_eps` says."""
+"""Epsilon of the two norms inside attention, fixed in the released code whatever `rms_norm_eps` is."""
 
 
 class MultiHeadLatentAttention(Module):
-    """MLA. Parameters carry the released checkpoint's names; `k_b_proj` and `v_b_proj` are the halves of kv_b_proj."""
+    """MLA. Parameters have the released checkpoints' names; `k_b_proj` and `v_b_proj` are the halves of kv_b_proj."""
 
     @nn.compact
     def __call__(
         self, x: jax.Array, where: TokenPositions, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Attends from x (B, T, D), whose tokens are at `where`, to themselves or, with a cache, to all that it holds.
+        """Attends from x (B, T, D), at positions `where`, to itself or, with a cache, to all tokens in it.
 
-        Returns (B, T, D) of the runtime's dtype, and the extended cache. The caller makes sure that it has room.
+        Returns (B, T, D) of the runtime's dtype, and the extended cache, which must have room.
         """
         c = self.config
         d, heads, rank = c.hidden_size, c.num_attention_heads, c.kv_lora_rank

@@ -1,7 +1,7 @@
-"""Automatic choice of implementations: the fastest that is right for the device, dtype and shapes at hand.
+"""Automatic choice of implementations: the fastest that is correct for the device, dtype and shapes.
 
-A runtime that names an implementation gets it, or an error that says what it needs. "auto" never falls back to anything
-whose memory is quadratic in the sequence: where no kernel fits, long sequences are attended to block by block.
+A runtime that names an implementation gets it, or an error that says what it requires. "auto" never falls back to an
+implementation whose memory is quadratic in the sequence: without a suitable kernel, long sequences use `blockwise`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dsv3_jax.runtime import Runtime
 from pallas_kernels.devices import has_tpu_kernels, is_hopper, platform
 
 PAGE = 64
-"""Tokens of a page of a cache, for the kernels that decode: its length must be a multiple."""
+"""Tokens per page of a cache for the decoding kernels, of which the cache's length must be a multiple."""
 TPU_TILE = 128
-"""The prefill kernel for TPUs takes multiples of this many tokens."""
+"""The prefill kernel for TPUs requires multiples of this many tokens."""
 SMALL = 1024 * 1024
-"""Scores of a head, T x S, up to which they are kept whole: faster on a CPU, and memory is no matter."""
+"""Largest number of scores per head, T x S, for `reference`, which is faster on a CPU while memory is no concern."""
 
 
 def kernels(runtime: Runtime) -> str | None:
-    """The device whose kernels the runtime can use, "gpu" (Hopper) or "tpu"; None for others and other dtypes."""
+    """Returns "gpu" (Hopper) or "tpu" if kernels support the device and the runtime's dtype, else None."""
     if runtime.dtype != "bfloat16":
         return None
     return "gpu" if is_hopper() else "tpu" if has_tpu_kernels() else None
@@ -32,11 +32,11 @@ def kernels(runtime: Runtime) -> str | None:
 def attention_impl(
     runtime: Runtime, config: ModelConfig, *, tokens: int, keys: int, cached: bool, in_order: bool = True
 ) -> str:
-    """The runtime's implementation of attention, "auto" resolved.
+    """Returns the runtime's implementation of attention, with "auto" resolved.
 
     Args:
-      tokens, keys: T and S of the call. cached: whether the keys are a cache's. in_order: whether tokens are stored in
-        the order of their sequence.
+      tokens, keys: T and S of the call. cached: whether the keys come from a cache. in_order: whether tokens are stored
+        in the order of their sequence.
     """
     if runtime.attention_impl != "auto":
         return runtime.attention_impl
@@ -55,7 +55,7 @@ def attention_impl(
 
 
 def experts_impl(runtime: Runtime) -> str:
-    """The runtime's implementation of experts, "auto" resolved."""
+    """Returns the runtime's implementation of experts, with "auto" resolved."""
     if runtime.experts_impl != "auto":
         return runtime.experts_impl
     if platform() == "cpu":
@@ -67,7 +67,7 @@ def experts_impl(runtime: Runtime) -> str:
 
 
 def fp8_recipe(runtime: Runtime) -> Recipe:
-    """How the runtime multiplies in FP8. Raises ConfigError where this device can't, or `dtype` doesn't suit it."""
+    """Returns how the runtime multiplies in FP8. Raises ConfigError if the device or `dtype` doesn't support it."""
     implementation = fp8_implementation()
     if implementation == "gpu" and runtime.dtype != "bfloat16":
         raise ConfigError(f"runtime.precision {runtime.precision!r} on a GPU takes dtype bfloat16, not {runtime.dtype}")
@@ -80,7 +80,7 @@ def _has_tokamax() -> bool:
 
 
 def choices(runtime: Runtime, config: ModelConfig, tokens: int) -> str:
-    """One line: the implementations that a forward pass over sequences of `tokens` gets on this device."""
+    """Describes in one line the implementations of a forward pass over sequences of `tokens` on this device."""
     attention = attention_impl(runtime, config, tokens=tokens, keys=tokens, cached=False)
     experts = f"; experts: {experts_impl(runtime)}" if config.num_moe_layers else ""
     precision = runtime.dtype

@@ -1,4 +1,4 @@
-"""A transformer block: latent attention and a feed-forward, each on a normed residual stream."""
+"""A transformer block: latent attention and a feed-forward, each applied to the normalised residual stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dsv3_jax.parallel.sharding import constrain
 
 
 class Block(Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)), the latter dense or a mixture of experts."""
+    """x + attention(norm(x)), then x + ffn(norm(x)), where the feed-forward is dense or a mixture of experts."""
 
     is_moe: bool
 
@@ -29,7 +29,7 @@ class Block(Module):
     def __call__(
         self, x: jax.Array, where: TokenPositions, cache: LayerCache | None
     ) -> tuple[jax.Array, tuple[LayerCache | None, RouterStats | None]]:
-        """x (B, T, D) -> the same, with the extended cache and, of an MoE block, the routing's stats."""
+        """x (B, T, D) -> (B, T, D), with the extended cache and, for an MoE block, routing statistics."""
         c, r = self.config, self.runtime
         before_attention = norm_scale(self, "input_layernorm", c.hidden_size)
         attention = MultiHeadLatentAttention(c, r, name="self_attn")
@@ -56,10 +56,10 @@ def _interleaved(
     where: TokenPositions,
     parts: int,
 ) -> tuple[jax.Array, tuple[LayerCache | None, RouterStats | None]]:
-    """The block on `parts` shares of the batch, none of which waits for another.
+    """Applies the block to `parts` independent parts of the batch.
 
-    So while the tokens of one are on their way to experts, the attention of another can be computed (report section
-    3.4). A share takes every `parts`-th sequence: then it is cut over devices as the batch is.
+    The dispatch of one can then overlap with the attention of another (report section 3.4). A part takes every
+    `parts`-th sequence, so that it is sharded over devices like the batch.
     """
     if x.shape[0] % parts:
         raise ConfigError(f"runtime.interleave is {parts}: it doesn't divide the {x.shape[0]} sequences of a batch")

@@ -1,8 +1,8 @@
-"""The latent cache: the two vectors per token that decoding keeps, and the tokens that queries attend to.
+"""The latent cache: two vectors per token, and the keys that queries attend to.
 
-The caches of all layers of one kind are one pytree with `append`, which passes through the layers whole, so that each
-extends it in place. The model hands it a layer's new tokens and gets back the tokens to attend to; how they lie in
-memory, in pages or padded, is the cache's own matter.
+The caches of all layers of one kind are one pytree with `append`, which is carried through the layers so that each
+extends it in place. The model passes a layer's new tokens and gets back the tokens to attend to; the memory layout,
+paged or padded, is internal to the cache.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class TokenPositions:
 
     positions: (B, T) int32, for RoPE.
     segments: (B, T) int32 or None: tokens attend only within their segment; None for no such mask.
-    order: (T,) int32 or None: each token's place in its sequence, if the tokens aren't stored in this order.
-    cached: (B,) int32 or None: with a cache, tokens that it holds of each sequence before this call.
+    order: (T,) int32 or None: the place of each token in its sequence, if tokens aren't stored in this order.
+    cached: (B,) int32 or None: with a cache, the tokens of each sequence in it before this call.
     """
 
     positions: jax.Array
@@ -38,7 +38,7 @@ class TokenPositions:
 
     @property
     def places(self) -> jax.Array:
-        """(B, T) int32: each token's place in its sequence, those in the cache counted."""
+        """(B, T) int32: the place of each token in its sequence, including the tokens in the cache."""
         batch, tokens = self.positions.shape
         order = jnp.arange(tokens, dtype=jnp.int32) if self.order is None else self.order
         places = jnp.broadcast_to(order, (batch, tokens))
@@ -47,13 +47,13 @@ class TokenPositions:
 
 @struct.dataclass
 class Keys:
-    """The tokens that queries attend to, as latents: of the call itself, or of a cache that the call has extended.
+    """The tokens that queries attend to, as latents: those of the call, or of the cache that the call has extended.
 
-    latent: (B, S, R) after its norm. rope_key: (B, S, P) after rotation.
+    latent: (B, S, R), normalised. rope_key: (B, S, P), rotated.
     places: (B, S) int32, places in the sequence: a query sees the keys whose place is at most its own.
     segments: (B, S) int32 or None: and whose segment is its own.
-    lengths: (B,) int32 or None: of a cache, the tokens that it holds; the keys beyond are padding.
-    pages: the same tokens where they lie, for kernels that read a cache without a copy; None if it isn't in pages.
+    lengths: (B,) int32 or None: the tokens in a cache; keys beyond are padding.
+    pages: the same tokens in place, for kernels that read a cache without copying; None if it isn't paged.
     """
 
     latent: jax.Array
@@ -66,7 +66,7 @@ class Keys:
 
 @struct.dataclass
 class Pages:
-    """A cache as the kernels that decode read it: pages of all L layers, of which a call reads one layer's.
+    """A cache as the decoding kernels read it: the pages of all L layers, of which a call reads one.
 
     latent: (L, B, n, page, R), n pages of each sequence in their order; or (L, pages, page, R), where `tables` says
     which are a sequence's. rope_key: the same with P, or as `pallas_kernels.mla_decode.pack_rope` packs it.
@@ -85,23 +85,22 @@ class LayersCache(Protocol):
     def append(
         self, latent: jax.Array, rope_key: jax.Array, where: TokenPositions, layer: jax.Array
     ) -> tuple[Self, Keys]:
-        """Adds the call's tokens, latent (B, T, R) and rope_key (B, T, P), after the `where.cached` of a layer.
+        """Appends latent (B, T, R) and rope_key (B, T, P) after the `where.cached` tokens of a layer.
 
-        Returns the extended cache, and all tokens that it then holds of this layer, () int32. The caller makes sure
-        that it has room.
+        `layer` is () int32. Returns the extended cache, which must have room, and all tokens of this layer.
         """
         ...
 
 
 @struct.dataclass
 class LayerCache:
-    """The part of one layer, () int32."""
+    """Returns the cache of one layer, () int32."""
 
     layers: LayersCache
     layer: jax.Array | int
 
     def append(self, latent: jax.Array, rope_key: jax.Array, where: TokenPositions) -> tuple[LayerCache, Keys]:
-        """As `LayersCache.append`, of this layer."""
+        """Appends to this layer; see `LayersCache.append`."""
         layers, keys = self.layers.append(latent, rope_key, where, jnp.asarray(self.layer, jnp.int32))
         return LayerCache(layers, self.layer), keys
 
@@ -141,7 +140,7 @@ def _in_pages(x: jax.Array) -> jax.Array:
 
 
 def _write(buffer: jax.Array, new: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
-    """`buffer` (L, B, S, W) with `new` (B, T, W) in a layer, each sequence's from `at` (B,) on."""
+    """Writes `new` (B, T, W) into a layer of `buffer` (L, B, S, W), from `at` (B,) on."""
     batch = jnp.arange(len(at), dtype=jnp.int32)
     index = jnp.stack([jnp.broadcast_to(layer, batch.shape), batch, at], axis=-1)
     windows = jax.lax.ScatterDimensionNumbers(
@@ -180,8 +179,8 @@ def _unpack(rope_key: jax.Array) -> jax.Array:
 class Cache:
     """The latent cache of a batch: R + P numbers per token and layer (report section 2.1.1).
 
-    dense, moe: of the dense and of the sparse layers; None where there are none. mtp: one of one layer per multi-token
-    prediction module in use. length: (B,) int32, tokens held of each sequence.
+    dense, moe: caches of the dense and the sparse layers; None if there are none. mtp: a cache of one layer for each
+    multi-token prediction module in use. length: (B,) int32, tokens of each sequence.
     """
 
     dense: LayersCache | None
@@ -194,8 +193,8 @@ def init_cache(config: ModelConfig, runtime: Runtime, batch: int, length: int, *
     """Makes an empty contiguous cache in the runtime's dtype.
 
     Args:
-      batch: sequences. length: tokens per sequence that there is room for.
-      mtp: whether the multi-token prediction modules have their entries too.
+      batch: sequences. length: capacity in tokens per sequence.
+      mtp: whether to include the multi-token prediction modules.
 
     Raises ValueError if `length` exceeds the RoPE range, `max_position_embeddings`.
     """

@@ -1,4 +1,4 @@
-"""FP8 layers on a mesh: each device quantises and multiplies what it has, as kernels can't be partitioned."""
+"""FP8 layers on a mesh: each device quantises and multiplies its part, since XLA can't partition kernels."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def local(compute: Compute, x: jax.Array, w: QuantisedWeight) -> jax.Array:
 def linear(
     runtime: Runtime, compute: Compute, x: jax.Array, w: QuantisedWeight, logical: Logical, *, whole_sequence: bool
 ) -> jax.Array:
-    """`local` on the mesh in use: x (B, T, *I), w (*I, *O) -> (B, T, *O).
+    """Applies `local` on the current mesh: x (B, T, *I), w (*I, *O) -> (B, T, *O).
 
-    Raises ConfigError where a mesh axis cuts w within a block.
+    Raises ConfigError if a mesh axis splits a block of w.
     """
     sharding = current_sharding(runtime).used()
     if sharding.mesh is None or sharding.manual:
@@ -54,7 +54,7 @@ def linear(
 def swiglu(
     runtime: Runtime, compute: Compute, x: jax.Array, weights: tuple[QuantisedWeight, QuantisedWeight, QuantisedWeight]
 ) -> jax.Array:
-    """`compute` of x (B, T, D) and the weights of gate, up (D, F) and down (F, D) on the mesh in use: (B, T, D)."""
+    """Applies `compute` on the current mesh: x (B, T, D), gate and up (D, F), down (F, D) -> (B, T, D)."""
     sharding = current_sharding(runtime).used()
     flat: Compute = lambda x, *w: compute(x.reshape(-1, x.shape[-1]), *w).reshape(x.shape)
     if sharding.mesh is None or sharding.manual:
@@ -68,9 +68,9 @@ def swiglu(
 
 
 def weight_specs(sharding: LogicalSharding, w: QuantisedWeight, logical: Logical) -> QuantisedWeight:
-    """How the arrays of a weight are cut, scales as the first axes of I and O are.
+    """PartitionSpecs of the arrays of a weight; scales are sharded like the first axes of I and O.
 
-    Raises ConfigError where a mesh axis cuts a block, as it also does an axis other than those.
+    Raises ConfigError if a mesh axis splits a block, as sharding any other axis does.
     """
     spec = sharding.spec("a weight", w.shape, logical)
     stack = w.scales.ndim - 2
@@ -89,7 +89,7 @@ def weight_specs(sharding: LogicalSharding, w: QuantisedWeight, logical: Logical
 
 
 def all_gather_blocks(sharding: LogicalSharding, name: str, w: QuantisedWeight, logical: Logical) -> QuantisedWeight:
-    """A weight as a layer uses it: quantised where it is stored, and then gathered, one byte per number.
+    """Prepares a weight for a layer: quantised where it is stored, then all-gathered at one byte per number.
 
     Raises ConfigError as `weight_specs`.
     """

@@ -1,8 +1,8 @@
 """The linear seam: one call declares a weight, all-gathers it and multiplies with it.
 
-Every product with a weight goes through it: `linear`, `linear_einsum` where heads have matrices of their own,
-`grouped_swiglu` where experts do. What a product takes is a `Weight`, whose form is this file's own matter: so a
-runtime may quantise before the all-gather. `weight` is for the rest, which never quantise: embedding, head, router.
+Every matmul with a weight goes through it: `linear`, `linear_einsum` for matrices per head, `grouped_swiglu` for
+experts. They take a `Weight`, whose representation is private to this file, so that a runtime may quantise before the
+all-gather. `weight` is for what is never quantised: embedding, head, router.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from dsv3_jax.quantization.recipe import Recipe
 from pallas_kernels import grouped_matmul
 
 type Weight = jax.Array | QuantisedWeight
-"""A weight as products take it, all-gathered along `embed`: of numbers of the runtime's dtype, or in FP8 blocks.
+"""A weight ready for matmuls, all-gathered along `embed`: in the runtime's dtype, or in FP8 blocks.
 
-In the first case its own dtype may be wider: that is its gradient's, which isn't rounded where a product makes it.
+In the first case its array may have a wider dtype, that of its gradient, which matmuls then don't round.
 """
 
 
 _Saved = tuple[jax.Array, jax.Array, jax.Array]
-"""x, w in its dtype, and an empty array of w's own."""
+"""Returns x, w in the dtype of x, and an empty array of w's dtype."""
 
 SCALES = "scales"
-"""The Linen collection with the scales of weights that are stored in FP8 blocks, at the weights' paths: float32
-(*stack, ceil(|I| / 128), ceil(|O| / 128)). Without it, weights are stored in the runtime's `param_dtype`."""
+"""The Linen collection of the scales of weights stored in FP8 blocks, at the same paths: float32
+(*stack, ceil(|I| / 128), ceil(|O| / 128)). If it is absent, weights are stored in the runtime's `param_dtype`."""
 
 
 def weight(module: Module, name: str, shape: tuple[int, ...], logical: Logical, dtype: Any = None) -> jax.Array:
@@ -48,8 +48,8 @@ def weight(module: Module, name: str, shape: tuple[int, ...], logical: Logical, 
       shape: input axes first, then output axes.
       logical: the logical axis of each, or None; see `parallel.rules.Rules`.
 
-    Returns it as it is used: rounded to `dtype`, by default the runtime's, all-gathered along `embed` (FSDP), and wide
-    enough for its gradient: in the dtype that it is stored in, if that is wider.
+    Returns it rounded to `dtype`, by default the runtime's, and all-gathered along `embed` (FSDP). The array has the
+    stored dtype if that is wider, so that its gradient isn't rounded.
     """
     stored = module.declare(name, nn.initializers.normal(module.config.initializer_range), shape, logical)
     return _gathered(module, stored, name, logical, dtype or module.runtime.dtype)
@@ -67,12 +67,12 @@ def linear_weight(
 ) -> Weight:
     """Declares a weight as `weight` does, for `multiply`, `weight_einsum` and `grouped_swiglu`.
 
-    In FP8 it is quantised as it is stored and all-gathered after, and its gradient goes to what is stored. Policy
-    `paper` keeps the blocks for the backward pass: recomputation quantises no weight again. One that is
-    stored in FP8 blocks is multiplied as it is or, where the runtime's precision is `dtype`, taken out of them here.
+    In FP8 it is quantised where it is stored and then all-gathered, and its gradient goes to the stored weight. Policy
+    `paper` saves the blocks, so that recomputation doesn't quantise again. A weight stored in FP8 blocks is used as it
+    is or, if the runtime's precision is `dtype`, dequantised here.
 
     Args:
-      contract: number of axes that products contract. stack: number of axes before them, which index matrices.
+      contract: number of axes that matmuls contract. stack: number of leading axes, which index matrices.
     """
     runtime, in_blocks = module.runtime, module.has_variable(SCALES, name)
     if runtime.precision != "fp8" and not in_blocks:
@@ -102,14 +102,14 @@ def linear(
     keep_input: bool = False,
     whole_sequence: bool = False,
 ) -> jax.Array:
-    """Multiplies x (..., *I) with the weight (*I, *O) of `module` that it declares: (..., *O) of the runtime's dtype.
+    """Declares a weight (*I, *O) of `module` and multiplies x (..., *I) with it: (..., *O) of the runtime's dtype.
 
     Args:
       shape: of the weight, input axes first: the transpose of PyTorch's.
       logical: the logical axis of each, or None; see `parallel.rules.Rules`.
       contract: number of axes in I.
-      keep_input: whether policy `paper` keeps x, in FP8 if that is how it multiplies, with scales of powers of two.
-      whole_sequence: whether every device of a sequence has all of x's tokens, (B, S, ...).
+      keep_input: whether policy `paper` saves x; in FP8 it is saved in FP8, with power-of-two scales.
+      whole_sequence: whether every device that shares a sequence has all tokens of x, (B, S, ...).
     """
     with jax.named_scope(name):
         w = linear_weight(module, name, shape, logical, contract=contract)
@@ -151,7 +151,7 @@ def _as_is(x: jax.Array) -> jax.Array:
 def linear_einsum(
     module: Module, name: str, equation: str, x: jax.Array, shape: tuple[int, ...], logical: Logical
 ) -> jax.Array:
-    """The same for other products, by their equation: "bthn,rhn->bthr" takes a head's output axis back to its input."""
+    """Like `linear`, for an einsum: "bthn,rhn->bthr", for example, maps the output axis of a head back to its input."""
     with jax.named_scope(name):
         return weight_einsum(equation, x, linear_weight(module, name, shape, logical))
 
@@ -160,7 +160,7 @@ def linear_einsum(
 def grouped_swiglu(
     x: jax.Array, gate: Weight, up: Weight, down: Weight, group_sizes: jax.Array, *, implementation: str
 ) -> jax.Array:
-    """Experts on the rows sent to them, (M, D) sorted by expert -> (M, D); see `pallas_kernels.grouped_matmul`.
+    """Applies experts to the rows sent to them, (M, D) sorted by expert -> (M, D); see `pallas_kernels.grouped_matmul`.
 
     Args:
       gate, up: (G, D, F). down: (G, F, D).
@@ -175,7 +175,7 @@ def grouped_swiglu(
 
 
 def weight_einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
-    """`jnp.einsum` of x and a weight, which is taken out of its blocks first if it is in FP8."""
+    """`jnp.einsum` of x and a weight, which is dequantised first if it is in FP8."""
     if isinstance(w, QuantisedWeight):
         return jnp.einsum(equation, x, w.dequantise(x.dtype))
     return _einsum(equation, x, w)
@@ -183,7 +183,7 @@ def weight_einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`jnp.einsum` in `x`'s dtype, whose gradient of `w` is a float32 sum. Each axis is in two of the three arrays."""
+    """`jnp.einsum` in the dtype of x, with a float32 gradient of w. Each axis must be in two of the three arrays."""
     return jnp.einsum(equation, x, w.astype(x.dtype))
 
 
@@ -204,7 +204,7 @@ _einsum.defvjp(_einsum_forward, _einsum_backward)
 def multiply(x: jax.Array, w: Weight, *, contract: int = 1) -> jax.Array:
     """Contracts the last `contract` axes of x (..., *I) with as many first axes of w (*I, *O): (..., *O).
 
-    One two-dimensional product of `x`'s dtype whatever the axes, so that every weight quantises alike.
+    A single two-dimensional matmul in the dtype of x whatever the axes, so that all weights are quantised alike.
     """
     if isinstance(w, QuantisedWeight):
         return fp8_linear.local(fp8.linear, x, w)
@@ -215,16 +215,16 @@ def multiply(x: jax.Array, w: Weight, *, contract: int = 1) -> jax.Array:
 
 
 def wide_linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`multiply` whose result isn't rounded: (..., I) and (I, O) -> (..., O), float32 or wider."""
+    """`multiply` without rounding the result: (..., I) and (I, O) -> (..., O), float32 or wider."""
     return _product(x, w, True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: jax.Array, w: jax.Array, wide: bool) -> jax.Array:
-    """(..., I) @ (I, O) in `x`'s dtype or, if `wide`, float32 or wider. The backward pass takes it in `x`'s dtype.
+    """(..., I) @ (I, O) in the dtype of x or, if `wide`, float32 or wider. Cotangents are in the dtype of x.
 
-    The gradient of `w`, a sum over all tokens, is float32 until it is whole: left to itself, XLA rounds partial sums to
-    bfloat16 on a CPU, where a product runs over several axes.
+    The gradient of `w`, a sum over all tokens, is accumulated in float32: by default XLA rounds partial sums to
+    bfloat16 on a CPU, if a matmul contracts several axes.
     """
     return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=_wide(x) if wide else None)
 

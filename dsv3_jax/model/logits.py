@@ -1,8 +1,8 @@
-"""The output head: logits that are computed where they are wanted, and their cross entropy without all of them.
+"""The output head: logits on demand, and their cross entropy without materialising all of them.
 
-Logits over a vocabulary of 129,280 are by far the largest array of a training step. `Logits` holds what they are made
-of. Their cross entropy is computed for some tokens at a time, and the backward pass computes these tokens' logits
-again. If the vocabulary is sharded, each device has the logits of its part, and a few numbers per token are summed.
+Logits over a vocabulary of 129,280 would be by far the largest array of a training step. `Logits` holds the hidden
+states and the head. The cross entropy is computed for a few tokens at a time, and the backward pass recomputes their
+logits. If the vocabulary is sharded, each device has the logits of its part, and a few numbers per token are summed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from dsv3_jax.parallel.sharding import Logical, LogicalSharding, constrain, curr
 from dsv3_jax.runtime import Runtime
 
 PIECE = 2**27
-"""Logits that a device computes at a time: 512 MiB in float32. Up to so many are simply kept for the backward pass.
+"""Logits that a device computes at a time: 512 MiB in float32. If there are no more, they are saved for the backward
+pass.
 
-With each piece the gradient of the whole head is read and written, which takes the more time the smaller pieces are."""
+Each piece reads and writes the gradient of the whole head, so smaller pieces take more time."""
 
 _HIDDEN: Logical = ("batch", "sequence", None)
 _HEAD: Logical = (None, "vocab")
@@ -33,9 +34,10 @@ _TOKENS: Logical = ("batch", "sequence")
 
 @struct.dataclass
 class Logits:
-    """Logits of the next token, yet to be computed.
+    """Logits of the next token, computed on demand.
 
-    hidden: (B, T, D) after the last norm. head: (D, V), of this dtype's numbers, in one that may be wider.
+    hidden: (B, T, D) after the last norm. head: (D, V), rounded to the dtype of `hidden`, in an array whose dtype may
+      be wider.
     """
 
     hidden: jax.Array
@@ -43,13 +45,14 @@ class Logits:
     runtime: Runtime = struct.field(pytree_node=False)
 
     def array(self) -> jax.Array:
-        """All of them: (B, T, V), float32 or wider."""
+        """Returns all logits: (B, T, V), float32 or wider."""
         return constrain(wide_linear(self.hidden, self.head), self.runtime, "batch", "sequence", "vocab")
 
     def cross_entropy(self, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         """-log p(target) in nats, float32 or wider, and whether the target is the most likely token: (B, T) both.
 
-        targets: (B, T) int32. For one outside the vocabulary, as `IGNORE`, it is NaN: that is for the caller to mask.
+        targets: (B, T) int32. The result is NaN for a target outside the vocabulary, such as `IGNORE`; the caller must
+          mask it.
         """
         sharding = current_sharding(self.runtime)
         parts = 1 if sharding.manual else math.prod(map(sharding.size, ("batch", "sequence", "vocab")))
@@ -63,7 +66,7 @@ class Logits:
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-log p(target), in nats: logits (..., V) float, targets (...) int32 -> (...) float32 or wider.
 
-    NaN for a target outside the vocabulary: that is for the caller to mask.
+    NaN for a target outside the vocabulary; the caller must mask it.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     index = jnp.where(targets < 0, logits.shape[-1], targets)  # negative ones would count from the end
@@ -131,7 +134,7 @@ _in_pieces.defvjp(_forward, _backward)
 
 
 class _VocabularyPart:
-    """A device's part of the vocabulary, and what it takes to put the parts together."""
+    """A device's part of the vocabulary, and the collectives that combine the parts."""
 
     def __init__(self, head: jax.Array, sharding: LogicalSharding) -> None:
         self.axes = () if sharding.manual else sharding.axes("vocab")
@@ -155,7 +158,7 @@ class _VocabularyPart:
 def _on_each_device(
     function: Callable[..., Any], sharding: LogicalSharding, takes: tuple[Logical, ...], gives: tuple[Logical, ...]
 ) -> Callable[..., Any]:
-    """`function` of each device's parts of arrays, cut as `takes` says; the identity where they are parts already."""
+    """Applies `function` to each device's parts of arrays, sharded by `takes`. Inside a `shard_map` they already are."""
     if sharding.mesh is None or sharding.manual:
         return function
 
@@ -181,5 +184,5 @@ def _cut(arrays: tuple[jax.Array, ...], pieces: int) -> tuple[jax.Array, ...]:
 
 
 def _join(arrays: tuple[jax.Array, ...], shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    """The opposite of `_cut`, to arrays (B, T, ...) of `shape`."""
+    """The inverse of `_cut`: arrays (B, T, ...) of `shape`."""
     return tuple(x.reshape(-1, *x.shape[2:])[: shape[0] * shape[1]].reshape(shape) for x in arrays)

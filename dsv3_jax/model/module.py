@@ -1,4 +1,4 @@
-"""The base of the model's Flax modules: a parameter's shape, init and logical axes are declared together."""
+"""Base class of the model's Flax modules, which declares a parameter's shape, init and logical axes together."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LAYERS = {nn.PARTITION_NAME: "layers"}
 
 
 class Module(nn.Module):
-    """A part of the model, with its architecture and how it is computed."""
+    """A part of the model, with its config and runtime."""
 
     config: ModelConfig
     runtime: Runtime
 
     @nn.nowrap
     def init(self, *args: Any, **kwargs: Any) -> Any:
-        """Initialises the variables from a key and example inputs: a pytree of plain arrays."""
+        """Initialises the variables from a key and example inputs. Returns a pytree of arrays."""
         return nn.meta.unbox(super().init(*args, **kwargs))
 
     def declare(
@@ -43,9 +43,9 @@ class Module(nn.Module):
 
 
 def logical_axes(module: Module, *args: Any) -> dict[tuple[str, ...], Logical]:
-    """Logical axes of every parameter: from paths below the collection, as ("norm",), to a name or None per axis.
+    """Returns the logical axes of every parameter: from its path, such as ("norm",), to a name or None per axis.
 
-    args: example inputs, as `init` takes them.
+    args: example inputs, as for `init`.
     """
     variables = jax.eval_shape(lambda: nn.Module.init(module, jax.random.key(0), *args))
     boxes = jax.tree_util.tree_leaves_with_path(variables, is_leaf=lambda x: isinstance(x, _Declared))
@@ -54,7 +54,7 @@ def logical_axes(module: Module, *args: Any) -> dict[tuple[str, ...], Logical]:
 
 @struct.dataclass
 class _Declared(nn.meta.AxisMetadata[Any]):
-    """An initialised parameter with its logical axes, as Flax's transforms carry it."""
+    """An initialised parameter with its logical axes, as carried through Flax's transforms."""
 
     value: Any
     logical: Logical = struct.field(pytree_node=False)

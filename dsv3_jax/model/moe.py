@@ -21,11 +21,11 @@ from dsv3_jax.quantization.packed import PackedTiles
 from dsv3_jax.runtime import Runtime
 
 EXPERT_PLACEMENT = "placement"
-"""The Linen collection that says where redundant experts are; see `inference.expert_placement`."""
+"""The Linen collection of the slots of redundant experts; see `inference.expert_placement`."""
 
 
 class ExpertWeights(NamedTuple):
-    """SwiGLU of every expert: gate_proj and up_proj (E, D, F), down_proj (E, F, D)."""
+    """Weights of the experts' SwiGLU: gate_proj and up_proj (E, D, F), down_proj (E, F, D)."""
 
     gate_proj: Weight
     up_proj: Weight
@@ -35,11 +35,11 @@ class ExpertWeights(NamedTuple):
 def experts_reference(
     x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights, rows: int | None = None
 ) -> jax.Array:
-    """Every expert on every token, weighted with zero where it wasn't chosen: E / K times the work, obviously right.
+    """Reference: applies every expert to every token, with weight zero if it wasn't chosen. E / K times the work.
 
     Args:
       x: (N, D). ids: (N, K) int32, E for no expert. weights: (N, K) float32.
-      rows: at most so many ids aren't E; of use only to the other implementation.
+      rows: an upper bound on the number of ids below E, used only by the other implementation.
 
     Returns (N, D) of `x`'s dtype.
     """
@@ -52,7 +52,7 @@ def experts_reference(
 def experts_grouped(
     x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights, rows: int, *, implementation: str
 ) -> jax.Array:
-    """The same without waste: tokens sorted by expert, grouped matmuls, and back. Dropless."""
+    """Sorts tokens by expert, applies grouped matmuls, and restores the order. No token is dropped."""
     tokens, k = ids.shape
     order = jnp.argsort(ids.ravel())[:rows]  # of the N K (token, choice) pairs; those without an expert come last
     sizes = jnp.bincount(ids.ravel(), length=w.gate_proj.shape[0]).astype(jnp.int32)
@@ -77,7 +77,7 @@ def experts(
 def experts_and_rounds(
     x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights, config: ModelConfig, runtime: Runtime
 ) -> tuple[jax.Array, jax.Array]:
-    """`experts`, and for each device whether its tokens' exchange took several rounds, as `spread_experts` says it."""
+    """`experts`, and whether the exchange took several rounds, per device; see `spread_experts`."""
     compute, name = experts_reference, experts_impl(runtime)
     if name != "reference":
         compute = functools.partial(experts_grouped, implementation=name)
@@ -89,7 +89,7 @@ def experts_and_rounds(
 
 
 class FeedForward(Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). The dense layers', and the shared experts' as one of their summed width."""
+    """SwiGLU, down(silu(gate(x)) * up(x)), for dense layers and, as one of their total width, shared experts."""
 
     width: int
 
@@ -100,11 +100,11 @@ class FeedForward(Module):
 
 
 class RoutedExperts(Module):
-    """The parameters of the routed experts, and the seam applied to them."""
+    """The routed experts: their parameters, and the experts seam."""
 
     @nn.compact
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x (B, T, D), ids and weights (B, T, K) -> (B, T, D), and what `experts_and_rounds` says of the exchange."""
+        """x (B, T, D), ids and weights (B, T, K) -> (B, T, D), and whether the exchange took several rounds."""
         c = self.config
         if self.runtime.redundant_experts:
             ids = self._slots(ids)
@@ -117,7 +117,7 @@ class RoutedExperts(Module):
         return experts_and_rounds(x, ids, weights, w, c, self.runtime)
 
     def _slots(self, ids: jax.Array) -> jax.Array:
-        """From experts (B, T, K) to slots that hold them: tokens take an expert's copies in turn."""
+        """Maps experts (B, T, K) to slots; tokens are assigned to the copies of an expert in turn."""
         e, redundant = self.config.n_routed_experts, self.runtime.redundant_experts
         alone = lambda: jnp.broadcast_to(jnp.arange(e, dtype=jnp.int32)[:, None], (e, 1 + redundant))
         slot_of = self.variable(EXPERT_PLACEMENT, "slot_of", alone).value
@@ -131,7 +131,7 @@ class MoE(Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, RouterStats]:
-        """x (B, T, D) of the runtime's dtype -> the same, and the routing's stats."""
+        """x (B, T, D) of the runtime's dtype -> (B, T, D), and routing statistics."""
         c, r = self.config, self.runtime
         ids, weights, stats = Router(c, r, name="gate")(x)
         y, rounds = RoutedExperts(c, r, name="experts")(x, ids, weights)

@@ -15,9 +15,9 @@ from dsv3_jax.model.router import RouterStats
 
 
 class MTPModule(Module):
-    """Depth k: from the hidden states of depth k-1 and the embeddings of the tokens k ahead, those of depth k.
+    """The module of depth k: maps hidden states of depth k-1 and embeddings of the tokens k ahead to those of depth k.
 
-    Two points follow the released weights rather than eq. 21 as printed: the projection's input is
+    Two details follow the released weights rather than eq. 21 as printed: the projection's input is
     [norm(embedding); norm(hidden)] in this order, and a hidden state is taken after its final norm.
     """
 

@@ -18,8 +18,8 @@ def norm_scale(module: Module, name: str, size: int) -> jax.Array:
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """`x / rms(x) * scale` over the last axis: x (..., D), scale (D,) -> (..., D) of `x`'s dtype.
 
-    The mean is taken in float32 (or wider), and the quotient rounded to `x`'s dtype before it is scaled,
-    as the released weights were trained.
+    The mean is taken in float32 or wider, and the quotient is rounded to the dtype of x before it is scaled, as in the
+    released code.
     """
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)

@@ -16,9 +16,9 @@ _SAVED = "saved"
 
 
 def save_activation(x: jax.Array) -> jax.Array:
-    """Marks an activation that policy `paper` saves: results of matmuls other than MLA's up-projections.
+    """Marks an activation that policy `paper` saves: outputs of matmuls other than MLA's up-projections.
 
-    Recomputed are then norms, up-projections, rotations, scores and SwiGLU products.
+    Norms, up-projections, rotations, scores and SwiGLU products are recomputed.
     """
     if x.dtype == jnp.float8_e4m3fn:  # JAX rounds what it saves to a format with infinities, in which 448 is one
         bits = checkpoint_name(lax.bitcast_convert_type(x, jnp.uint8), _SAVED)
@@ -28,7 +28,7 @@ def save_activation(x: jax.Array) -> jax.Array:
 
 
 def rematerialise(module: Callable[..., nn.Module], runtime: Runtime) -> Callable[..., nn.Module]:
-    """`module` under the runtime's policy: `none`, `block` (saves only its input) or `paper` (`save_activation`)."""
+    """Applies the runtime's policy to `module`: `none`, `block` (save only inputs) or `paper` (`save_activation`)."""
     if runtime.remat == "none":
         return module
     policy = jax.checkpoint_policies.save_only_these_names(_SAVED) if runtime.remat == "paper" else None

@@ -17,7 +17,7 @@ def _mscale(factor: float, mscale: float = 1.0) -> float:
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """Factor of q.k before the softmax: 1/sqrt(d_h + d_h^R) (eq. 10), times YaRN's temperature squared."""
+    """Factor of q.k before the softmax: 1/sqrt(d_h + d_h^R) (eq. 10) times the square of YaRN's temperature."""
     scale: float = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     yarn = config.rope_scaling
     if yarn is not None and yarn.mscale_all_dim:
@@ -42,7 +42,7 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def _ramp_ends(config: ModelConfig, yarn: Yarn) -> tuple[float, float]:
-    """The pairs between which YaRN goes over from extrapolation (fast pairs) to interpolation (slow ones)."""
+    """The range of pairs over which YaRN changes from extrapolation (fast pairs) to interpolation (slow ones)."""
     dim = config.qk_rope_head_dim
 
     def pair_of(rotations: float) -> float:  # the pair that turns this often in the original context
@@ -57,7 +57,7 @@ def _ramp_ends(config: ModelConfig, yarn: Yarn) -> tuple[float, float]:
 
 
 def rotation_scale(config: ModelConfig) -> float:
-    """Factor of cos and sin: 1, unless YaRN's temperature isn't carried by the softmax scale alone."""
+    """Factor of cos and sin: 1, unless YaRN's temperature isn't entirely in the softmax scale."""
     yarn = config.rope_scaling
     if yarn is None:
         return 1.0
@@ -73,8 +73,8 @@ def apply_rope(x: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.A
     """Rotates pairs of the last axis by position (eq. 4 and 8).
 
     Args:
-      x: (B, T, H, P), P = qk_rope_head_dim. With `rope_interleave` a pair is two neighbours, as in the
-        released weights; without it, an element of the first half and its twin in the second.
+      x: (B, T, H, P), P = qk_rope_head_dim. With `rope_interleave` a pair is two neighbours, as in the released
+        weights; otherwise, element i of both halves.
       positions: (B, T) int32, in tokens.
 
     Returns:

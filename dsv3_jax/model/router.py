@@ -12,24 +12,24 @@ from dsv3_jax.model.linear import weight
 from dsv3_jax.model.module import Module
 
 ROUTER = "router"
-"""The Linen collection of `e_score_correction_bias`: beside the parameters, where no optimizer or cast reaches it."""
+"""The Linen collection of `e_score_correction_bias`, apart from the parameters: no optimizer or cast affects it."""
 
 CHOICES = "choices"
-"""The Linen collection of the chosen experts, ids (B, T, K) of each gate.
+"""The Linen collection of the chosen experts, ids (B, T, K) per gate.
 
-`model.apply(..., mutable=[CHOICES])` returns those of the call, and variables that hold it replay them: each token goes
-to these experts again, whatever the gate would choose now. Its weights and their gradient stay the gate's.
+`model.apply(..., mutable=[CHOICES])` records the choices, and passing them among the variables replays them: each token
+goes to these experts, whatever the gate would choose. The weights and their gradient are still the gate's.
 """
 
 
 @struct.dataclass
 class RouterStats:
-    """Routing statistics of one MoE layer, for balancing. Float32; B sequences, E experts.
+    """Routing statistics of one MoE layer, for balancing. All are float32.
 
-    load: (B, E) tokens of the sequence that were sent to the expert.
+    load: (B, E), tokens of the sequence sent to the expert.
     fraction: (B, E) f_i of eq. 18: E / (K T) times the tokens whose top K affinities include the expert.
     affinity: (B, E) P_i of eq. 20: the mean over tokens of the normalised affinity.
-    in_rounds: of two axes, for each device that has tokens of its own: 1 if their exchange took several rounds, else 0.
+    in_rounds: two axes, one entry per device that has its own tokens: 1 if their exchange took several rounds, else 0.
     """
 
     load: jax.Array
@@ -39,12 +39,12 @@ class RouterStats:
 
 
 def affinities(logits: jax.Array, config: ModelConfig) -> jax.Array:
-    """s of eq. 15 (sigmoid), or DeepSeek-V2's softmax: float32 (..., E) -> (..., E)."""
+    """Affinities s of eq. 15 (sigmoid), or DeepSeek-V2's softmax: float32 (..., E) -> (..., E)."""
     return jax.nn.sigmoid(logits) if config.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
 
 
 def normalised_affinities(logits: jax.Array, config: ModelConfig) -> jax.Array:
-    """s' of eq. 19, s / sum(s): float32 (..., E) -> (..., E). By logarithms, also where float32 has no such small s."""
+    """s' of eq. 19, s / sum(s): float32 (..., E) -> (..., E). Uses logarithms, since s may underflow in float32."""
     return jax.nn.softmax(jax.nn.log_sigmoid(logits) if config.scoring_func == "sigmoid" else logits, axis=-1)
 
 
@@ -54,13 +54,13 @@ def select_experts(
 ) -> tuple[jax.Array, jax.Array]:
     """Top-K experts of each token under group-limited routing (eq. 14 and 16).
 
-    The bias takes part in the choice and in nothing else. Groups other than the best `topk_group` are masked with
-    -inf: zero would win over a negative biased score.
+    The bias affects only the choice. Groups other than the best `topk_group` are masked with -inf, since zero would win
+    over a negative biased score.
 
     Args:
       scores: (N, E) affinities, float32.
       bias: (E,) e_score_correction_bias, float32, or None (V2).
-      ids: (N, K) int32, experts chosen before, to which the tokens go again.
+      ids: (N, K) int32, experts to use instead of choosing.
 
     Returns:
       ids (N, K) int32 and weights (N, K) float32: affinities, normalised over the K if `norm_topk_prob`,
@@ -81,7 +81,7 @@ def select_experts(
 
 
 def _top_experts(choice: jax.Array, config: ModelConfig) -> jax.Array:
-    """The K highest of the biased affinities (N, E) within the best groups: ids (N, K) int32."""
+    """Returns the K highest of the biased affinities (N, E) within the best groups: ids (N, K) int32."""
     c = config
     if c.n_group > 1:
         grouped = choice.reshape(-1, c.n_group, c.n_routed_experts // c.n_group)
@@ -93,16 +93,16 @@ def _top_experts(choice: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def _count(ids: jax.Array, experts: int) -> jax.Array:
-    """How often each expert occurs in ids (B, T, K): float32 (B, E)."""
+    """Counts how often each expert occurs in ids (B, T, K): float32 (B, E)."""
     return jax.vmap(lambda i: jnp.bincount(i.ravel(), length=experts))(ids).astype(jnp.float32)
 
 
 class Router(Module):
-    """The gate of one MoE layer. In float32 whatever the runtime's dtype: a rounded affinity changes the choice."""
+    """The gate of one MoE layer. It computes in float32, since rounded affinities would change the choice."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, RouterStats]:
-        """x (B, T, D) -> ids (B, T, K) int32, weights (B, T, K) float32, stats."""
+        """x (B, T, D) -> ids (B, T, K) int32, weights (B, T, K) float32, and routing statistics."""
         c = self.config
         (batch, tokens, width), experts, k = x.shape, c.n_routed_experts, c.num_experts_per_tok
         wide = jnp.promote_types(x.dtype, jnp.float32)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3: embedding, dense and sparse blocks, head, and the modules that predict further tokens."""
+"""DeepSeek-V3: embedding, dense and sparse blocks, head, and multi-token prediction modules."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ from dsv3_jax.runtime import Runtime
 class Outputs:
     """Outputs of one forward pass that training needs.
 
-    logits: of the next token; None for a part of the model without the head. mtp_logits: those of each MTP depth.
-    stats: routing of the sparse layers, leading axis L_moe; None without sparse layers. mtp_stats: that of each depth.
+    logits: of the next token; None for a pipeline stage without the head. mtp_logits: for each MTP depth. stats:
+    routing of the sparse layers, with a leading axis of layers; None if there are none. mtp_stats: routing for each
+    depth.
     """
 
     logits: Logits | None
@@ -42,13 +43,13 @@ class Outputs:
 
 
 def router_stats(outputs: Outputs) -> dict[str, RouterStats]:
-    """Routing of all sparse modules, keyed as the `router` collection is: {"moe_layers": ..., "mtp_0": ..., ...}."""
+    """Routing statistics of all sparse modules, keyed as the `router` collection: {"moe_layers": ..., "mtp_0": ...}."""
     stats = {} if outputs.stats is None else {"moe_layers": outputs.stats}
     return stats | {f"mtp_{k}": s for k, s in enumerate(outputs.mtp_stats)}
 
 
 def only_of(outputs: Outputs, real: jax.Array) -> Outputs:
-    """Outputs whose routing is that of the sequences that `real` (B,) bool says: the others sent no token anywhere."""
+    """Restricts the routing statistics to the sequences selected by `real`, (B,) bool."""
 
     def only(stats: RouterStats) -> RouterStats:
         mask = real[:, None]
@@ -61,14 +62,14 @@ def only_of(outputs: Outputs, real: jax.Array) -> Outputs:
 
 
 def expert_load(outputs: Outputs) -> dict[str, jax.Array]:
-    """Tokens of the batch sent to each expert: {"moe_layers": (L, E), "mtp_0": (E,), ...}, float32."""
+    """Counts tokens of the batch sent to each expert: {"moe_layers": (L, E), "mtp_0": (E,), ...}, float32."""
     return {name: jnp.sum(s.load, axis=-2) for name, s in router_stats(outputs).items()}
 
 
 def exchanges(outputs: Outputs) -> jax.Array:
-    """(2,) float32: exchanges of tokens between experts' devices that took several rounds, and all of them.
+    """(2,) float32: the number of token exchanges that took several rounds, and of all exchanges.
 
-    Counted once for each sparse layer that has tokens, on each device.
+    Each counts once per sparse layer and device that has tokens.
     """
     counts = jnp.zeros((2,), jnp.float32)
     for stats in router_stats(outputs).values():
@@ -90,7 +91,7 @@ class DeepSeekV3(Module):
 
     runtime: Runtime = Runtime()
     source: str | None = None
-    """Directory of the checkpoint that `load_pretrained` read the variables from, whose tokenizer `generate` takes."""
+    """Directory of the checkpoint that `load_pretrained` read, whose tokenizer `generate` uses."""
 
     def setup(self) -> None:
         c, r = self.config, self.runtime
@@ -119,8 +120,8 @@ class DeepSeekV3(Module):
           (B, T, V) float32.
 
         Raises:
-          ValueError: T exceeds `max_position_embeddings`, or `tokens` holds an id outside the vocabulary. Under
-            `jit` ids can't be looked at: there, one outside the vocabulary turns its logits to NaN.
+          ValueError: T exceeds `max_position_embeddings`, or `tokens` holds an id outside the vocabulary. Under `jit`,
+            where values can't be inspected, the logits of such a token are NaN instead.
         """
         where = self.token_positions(tokens, positions, segments)
         hidden, _, _ = self._trunk(tokens, where, None)
@@ -138,13 +139,13 @@ class DeepSeekV3(Module):
         order: jax.Array | None = None,
         detach_mtp: bool = False,
     ) -> Outputs:
-        """Everything that training needs: also the further predictions and the routing.
+        """Computes everything that training needs: logits, MTP predictions and routing statistics.
 
         Args:
           tokens, positions, segments: as in `__call__`.
           further_tokens: for each MTP depth k in use, (B, T) int32: `tokens` shifted k to the left.
-          order: (T,) int32, each token's place in its sequence, if they don't stand in this order.
-          detach_mtp: no gradient passes from the further predictions to what isn't of the MTP modules.
+          order: (T,) int32, the place of each token in its sequence, if they aren't in this order.
+          detach_mtp: stop the gradient of the MTP predictions at the MTP modules.
         """
         where = self.token_positions(tokens, positions, segments, order)
         hidden, _, stats = self._trunk(tokens, where, None)
@@ -155,23 +156,23 @@ class DeepSeekV3(Module):
         return Outputs(self._head(hidden), mtp_logits, stats, mtp_stats)
 
     def first_stage(self, tokens: jax.Array, **where: jax.Array | None) -> jax.Array:
-        """The part of `forward` before the sparse layers, (B, T, D): the first stage's of a pipeline."""
+        """The part of `forward` before the sparse layers, for the first pipeline stage: returns (B, T, D)."""
         x, layers = self._embed(tokens), self.config.num_dense_layers
         return _through(self.dense_layers, layers, x, self.token_positions(tokens, **where), None)[0] if layers else x
 
     def last_stage(self, x: jax.Array, further_tokens: tuple[jax.Array, ...], **where: jax.Array | None) -> Outputs:
-        """The part of `forward` after the sparse layers, whose x (B, T, D) is: the last stage's of a pipeline."""
+        """The part of `forward` after the sparse layers, for the last pipeline stage: takes x (B, T, D)."""
         hidden = rms_norm(x, self.norm, self.config.rms_norm_eps)
         further, stats = self._predict_further(hidden, further_tokens, self.token_positions(x[:, :, 0], **where))
         return Outputs(self._head(hidden), tuple(self._head(h) for h in further), None, stats)
 
     def decode(self, tokens: jax.Array, cache: Cache, at: jax.Array | None = None) -> tuple[jax.Array, Cache]:
-        """Continues sequences: the next T tokens of each, T >= 1, after those in the cache.
+        """Computes logits of the next T >= 1 tokens of each sequence, which follow those in the cache.
 
         Args:
           tokens: (B, T) int32.
-          cache: as `init_cache` makes it. The caller makes sure that it has room for T more.
-          at: (B, N) int32, from 0 to T - 1: the tokens of each sequence whose logits are wanted; by default all.
+          cache: as from `init_cache`. It must have room for T more tokens.
+          at: (B, N) int32, from 0 to T - 1: the tokens of each sequence whose logits to return; by default all.
 
         Returns:
           logits (B, N, V) float32, by default (B, T, V), and the extended cache.
@@ -189,16 +190,16 @@ class DeepSeekV3(Module):
         return hidden, extended
 
     def draft(self, hidden: jax.Array, following: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Applies the first MTP module after a cache's tokens, as speculative decoding does (report section 5.4.3).
+        """Applies the first MTP module to the tokens after those in the cache, for speculative decoding (report section
+        5.4.3).
 
         Args:
-          hidden: (B, T, D), of T tokens after the `cache.length` that the module's cache holds: `extend`'s, or this
-            function's, for one further token.
+          hidden: (B, T, D), of the T tokens after `cache.length`: from `extend` or, for a further token, from this
+            method.
           following: (B, T) int32, the token after each.
 
-        Returns:
-          hidden states (B, T, D), of which `head` makes the logits of the token after the following one; and the cache
-          with the module's entry extended, its length as it was.
+        Returns: hidden states (B, T, D), from which `head` computes the logits of the token after `following`; and the
+          cache with the module's entry extended and `length` unchanged.
         """
         positions = cache.length[:, None] + jnp.arange(following.shape[1], dtype=jnp.int32)
         where = TokenPositions(positions, cached=cache.length)
@@ -218,7 +219,7 @@ class DeepSeekV3(Module):
         segments: jax.Array | None = None,
         order: jax.Array | None = None,
     ) -> TokenPositions:
-        """Where tokens (B, T) stand, as `forward` says it; raises as `__call__` does."""
+        """Positions of tokens (B, T), with the arguments of `forward`. Raises as `__call__`."""
         limit = self.config.max_position_embeddings
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tokens.shape}: they must be (batch, sequence)")
@@ -237,7 +238,7 @@ class DeepSeekV3(Module):
     def _trunk(
         self, tokens: jax.Array, where: TokenPositions, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
-        """Hidden states (B, T, D) after the final norm, the extended cache, the routing of the sparse layers."""
+        """Returns hidden states (B, T, D) after the final norm, the extended cache, and the sparse layers' routing."""
         x, stats = self._embed(tokens), None
         dense, moe = (cache.dense, cache.moe) if cache is not None else (None, None)
         if self.config.num_dense_layers:
@@ -256,7 +257,7 @@ class DeepSeekV3(Module):
         *,
         detach: bool = False,
     ) -> tuple[list[jax.Array], tuple[RouterStats, ...]]:
-        """The chain of eq. 21 and 22: each depth's normed hidden states (B, T, D), and its routing."""
+        """Eq. 21 and 22: returns the normalised hidden states (B, T, D) of each depth, and its routing."""
         further, stats = [], []
         for module, ahead in zip(self.mtp, further_tokens, strict=False):
             embedded = self._embed(ahead)
@@ -271,14 +272,14 @@ class DeepSeekV3(Module):
 
 @functools.cache
 def parameter_axes(model: DeepSeekV3) -> Mapping[tuple[str, ...], Logical]:
-    """Logical axes of the model's parameters, by their paths below the collection."""
+    """Returns the logical axes of the model's parameters, by path."""
     # Of one token, which no mesh cuts: also where one is in use.
     alone = dataclasses.replace(model.runtime, sharding="single", sharding_overrides=())
     return logical_axes(model.clone(runtime=alone), jnp.zeros((1, 1), jnp.int32))
 
 
 def check_token_ids(tokens: jax.Array | np.ndarray, vocab_size: int) -> None:
-    """Raises ValueError if a token id is outside the vocabulary. Under `jit` there are no values to check."""
+    """Raises ValueError if a token id is outside the vocabulary. Does nothing under `jit`."""
     if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True) or not tokens.size:
         return
     values = np.asarray(tokens)  # not jnp, which would trace inside another function's jit
@@ -292,10 +293,10 @@ def check_token_ids(tokens: jax.Array | np.ndarray, vocab_size: int) -> None:
 def _through(
     block: nn.Module, layers: int, x: jax.Array, where: TokenPositions, cache: LayersCache | None
 ) -> tuple[jax.Array, LayersCache | None, RouterStats | None]:
-    """x (B, T, D) through `layers` blocks of one kind, the extended cache, the routing with a leading axis of layers.
+    """Applies `layers` blocks of one kind to x (B, T, D). Returns x, the extended cache, and the routing of each layer.
 
-    Scanned: parameters have a leading axis of layers, and compile time doesn't grow with it. The cache of all layers is
-    carried, not cut and put together again: so each layer extends it in place.
+    Blocks are scanned: parameters have a leading axis of layers, and compile time doesn't grow with depth. The cache of
+    all layers is carried rather than split and stacked, so that each layer extends it in place.
     """
 
     def layer(block: Any, carry: Any, where: TokenPositions, index: jax.Array) -> tuple[Any, RouterStats | None]:
