@@ -158,7 +158,7 @@ class _VocabularyPart:
 def _on_each_device(
     function: Callable[..., Any], sharding: LogicalSharding, takes: tuple[Logical, ...], gives: tuple[Logical, ...]
 ) -> Callable[..., Any]:
-    """Applies `function` to each device's parts of arrays, sharded by `takes`. Inside a `shard_map` they already are."""
+    """Applies `function` to each device's parts of arrays, sharded by `takes` unless a `shard_map` has done so."""
     if sharding.mesh is None or sharding.manual:
         return function
 
