@@ -1,4 +1,4 @@
-"""Compiles the real training step for TPUs that needn't be there, and sets the estimates beside the compiler's."""
+"""Compiles the real training step for a TPU topology without the hardware, and compares the planner's estimates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GIB = 2**30
 
 
 def topology_devices(name: str) -> Any:
-    """Devices of a TPU topology such as `v5p:2x2x1`, described by libtpu without any TPU.
+    """Returns the devices of a TPU topology such as `v5p:2x2x1`, described by libtpu without any TPU.
 
     Raises ConfigError if libtpu isn't installed or doesn't know the topology.
     """
@@ -29,9 +29,9 @@ def topology_devices(name: str) -> Any:
 
 
 def aot_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
-    """Compiles the step that `args` describes for the topology `args.aot` and mesh `args.mesh`, and compares.
+    """Compiles the step that `args` describes for the topology `args.aot` and the mesh `args.mesh`, and compares.
 
-    Without a mesh it is the step of one chip.
+    Without a mesh, the step is that of one chip.
 
     Raises ConfigError if mesh, topology, batch and microbatch don't fit together.
     """

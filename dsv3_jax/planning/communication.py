@@ -1,4 +1,4 @@
-"""Bytes received per device in a training step, by mesh axis, and the time that the links take for them."""
+"""Bytes received per device in a training step, by mesh axis, and the time that they take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsv3_jax.planning.training_plan import TrainingPlan
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Traffic along one axis in a step. received: bytes per device. seconds: at printed rates. hidden: by compute."""
+    """Traffic along one axis per step. received: bytes per device. seconds: at data-sheet rates. hidden: by compute."""
 
     axis: str
     what: str
@@ -24,15 +24,15 @@ class Traffic:
 
 
 def ring(size: int) -> float:
-    """Part of an array that a device receives when the array is gathered from, or reduced over, `size` devices."""
+    """Fraction of an array that a device receives when the array is gathered or reduced over `size` devices."""
     return (size - 1) / size
 
 
 def rate(sheet: Hardware, mesh: MeshShape, axis: str) -> float:
-    """Bytes/s that a device receives in a gather or reduction over an axis.
+    """Bandwidth in bytes/s per device in a gather or reduction over an axis.
 
-    Behind switches: the fast links while the axis and those inside it fit into a node, else the network. On a torus:
-    the dimensions that the axis fills, taken as its share of the mesh, at least one.
+    Behind switches: that of the fast links if the axis and those inside it fit into a node, otherwise of the network.
+    On a torus: of the dimensions that the axis fills, assumed from its share of the mesh, at least one.
     """
     inner = AXES[AXES.index(axis) :]
     span = math.prod(getattr(mesh, name) for name in inner)
@@ -45,10 +45,10 @@ def rate(sheet: Hardware, mesh: MeshShape, axis: str) -> float:
 
 
 def exchange_seconds(sheet: Hardware, config: ModelConfig, mesh: MeshShape, tokens: float, per_copy: float) -> float:
-    """Time to send each of a device's `tokens` to its experts' devices, `per_copy` bytes each.
+    """Seconds to send each of a device's `tokens` to the devices of its experts, at `per_copy` bytes each.
 
-    Behind switches a token crosses to each node once and is forwarded inside it, and routing reaches `topk_group`
-    groups at most (report section 3.2.2). On a torus every copy travels a quarter of each ring it crosses.
+    Behind switches a token is sent to each node once and forwarded within it, and routing is limited to `topk_group`
+    groups (report section 3.2.2). On a torus each copy travels a quarter of each ring that it crosses.
     """
     group, k = mesh.expert_parallel, config.num_experts_per_tok
     if group == 1:
@@ -66,14 +66,14 @@ def exchange_seconds(sheet: Hardware, config: ModelConfig, mesh: MeshShape, toke
 
 
 def nodes_reached(config: ModelConfig, nodes: int) -> float:
-    """Nodes that hold some expert of a token: as many as K uniform draws hit, and no more than routing allows."""
+    """Expected number of nodes with an expert of a token, for K uniform draws, within the limit of routing."""
     drawn = nodes * (1 - (1 - 1 / nodes) ** config.num_experts_per_tok)
     limit = config.topk_group * max(1.0, nodes / config.n_group)
     return min(drawn, limit)
 
 
 def traffic(plan: TrainingPlan) -> list[Traffic]:
-    """Traffic of every mesh axis that carries any, on the stage that carries most."""
+    """Traffic of each mesh axis that has any, on the busiest stage."""
     m, c, sheet = plan.mesh, plan.config, plan.hardware
     busiest = max(stage_shares(plan), key=lambda s: s.dense + s.moe)
     fullest = max(stage_shares(plan), key=lambda s: sum(parameters_per_device(plan, s)))
@@ -111,6 +111,6 @@ def traffic(plan: TrainingPlan) -> list[Traffic]:
 
 
 def _moe_layers(plan: TrainingPlan) -> int:
-    """Most sparse layers of any stage; MTP's counts on the stage that has it."""
+    """Largest number of sparse layers of any stage, counting MTP modules."""
     extra = plan.config.num_nextn_predict_layers if plan.mtp else 0
     return max(s.moe + (extra if s.ends else 0) for s in stage_shares(plan))

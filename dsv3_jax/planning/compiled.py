@@ -1,4 +1,4 @@
-"""Memory, FLOPs, bytes and collectives of a compiled program, read from the compiler's report."""
+"""Memory, FLOPs, bytes and collectives of a compiled program, as reported by the compiler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dsv3_jax.config import ConfigError, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """XLA's cost analysis of one device's program: FLOPs (elementwise ones included) and bytes accessed."""
+    """XLA's cost analysis of the program of one device: FLOPs (elementwise ones included) and bytes accessed."""
 
     flops: float
     bytes: float
@@ -23,7 +23,7 @@ class Costs:
 
 
 def costs(compiled: Any) -> Costs:
-    """Reads a `jax.stages.Compiled`. A loop's body counts once, whatever its trip count."""
+    """Reads a `jax.stages.Compiled`. The body of a loop counts once, whatever its trip count."""
     analysis = compiled.cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     return Costs(float(analysis["flops"]), float(analysis["bytes accessed"]))
@@ -40,11 +40,10 @@ def device_bytes(compiled: Any) -> int:
 
 
 def costs_of_all_layers(compile_with: Callable[[ModelConfig], Any], config: ModelConfig) -> Costs:
-    """Costs of a program whose layers are scanned, each layer counted.
+    """Costs of a program with scanned layers, in which each layer is counted.
 
-    The compiler counts a loop's body once, and dissolves a loop that runs once. So three programs of at most one
-    layer of each kind are compiled, and their differences are one layer of each kind and the rest, which is all that
-    changes with the number of layers.
+    The compiler counts the body of a loop once, and removes loops that run once. Three programs with at most one layer
+    of each kind are therefore compiled, whose differences are the costs of one layer of each kind and of the rest.
 
     Args:
       compile_with: compiles the program of a configuration.
@@ -70,7 +69,7 @@ class Collective:
 
     kind: as in HLO, such as "all-gather". bytes: of its result on one device. axes: the mesh axes that it runs along,
     where the program still names them, else (). times: how often it runs, where the compiler knows, in one call.
-    where: the path of the operation in the traced function. dtypes: of its arrays. loops: how many it is inside.
+    where: the path of the operation in the traced function. dtypes: of its arrays. loops: nesting depth.
     """
 
     kind: str
@@ -124,7 +123,7 @@ def collectives(compiled: Any) -> list[Collective]:
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """An asynchronous collective of a compiled schedule, and the matrix products that run before it is waited for.
+    """An asynchronous collective in a compiled program, and the matmuls scheduled while it is in flight.
 
     kind, bytes, where: as in `Collective`. products: their paths in the traced function.
     """
@@ -140,7 +139,7 @@ _PRODUCT = re.compile(r'op_name="([^"]*(?:dot_general|ragged_dot)[^"]*)"')
 
 
 def overlaps(compiled: Any) -> list[Overlap]:
-    """Lists the asynchronous collectives of a `jax.stages.Compiled` and the products scheduled beside each."""
+    """Lists the asynchronous collectives of a `jax.stages.Compiled` and the matmuls that overlap with each."""
     found: list[Overlap] = []
     lines = compiled.as_text().splitlines()
     for i, line in enumerate(lines):
@@ -163,7 +162,7 @@ def _bytes(types: str) -> list[int]:
 
 
 def _rounds(instructions: dict[str, list[str]], loop: str) -> int:
-    """How often a while loop runs: what its condition compares the counter with; 1 where that isn't to be seen."""
+    """Trip count of a while loop, from the constant in its condition; 1 if there is none."""
     condition = re.search(r"condition=%([\w.-]+)", loop)
     lines = instructions.get(condition[1], []) if condition else []
     limits = [int(m[1]) for line in lines if (m := re.search(r"= s32\[\]\S* constant\((\d+)\)", line))]

@@ -1,4 +1,4 @@
-"""From device-hours to days, money and energy, and back."""
+"""Conversions between device-hours, days, price and energy."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """device_hours: all devices together. days: of the wall clock. dollars, megawatt_hours: None where no price or
-    power is given; energy is the devices' printed power alone, without hosts, network or cooling."""
+    """device_hours: over all devices. days: of wall time. dollars, megawatt_hours: None if the price or power is
+    unknown; energy is the rated power of the devices alone, without hosts, network or cooling.
+    """
 
     device_hours: float
     days: float
@@ -27,15 +28,15 @@ def cost(device_hours: float, devices: int, dollars_per_hour: float | None, watt
 
 
 def training_hours(tokens: float, flops_per_token: float, peak: float, mfu: float) -> float:
-    """Device-hours to train on `tokens`: tokens x FLOPs per token / (peak x MFU), in hours."""
+    """Device-hours to train on `tokens`: tokens x FLOPs per token / (peak x MFU)."""
     return tokens * flops_per_token / (peak * mfu) / 3600
 
 
 def sustained_flops(tokens: float, flops_per_token: float, device_hours: float) -> float:
-    """FLOP/s that a device sustained if `tokens` took `device_hours`: the same formula, solved for the rate."""
+    """Sustained FLOP/s per device if training on `tokens` took `device_hours`."""
     return tokens * flops_per_token / (device_hours * 3600)
 
 
 def tokens_for(dollars: float, dollars_per_hour: float, flops_per_token: float, sustained: float) -> float:
-    """Tokens that a sum trains at a price and a sustained rate."""
+    """Number of tokens that a budget trains at a price and a sustained rate."""
     return dollars / dollars_per_hour * 3600 * sustained / flops_per_token

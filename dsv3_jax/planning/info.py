@@ -12,7 +12,7 @@ from dsv3_jax.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class InfoArgs:
-    """Parameters and cache bytes of a configuration, counted on the model itself without making any array."""
+    """Print parameters and cache bytes of a configuration, counted on the model itself without creating any array."""
 
     preset: str = "v3-671b"
     """tiny, v3-mini, v2-lite-16b, v2-236b, v3-671b, moonlight-16b, glm-4.7-flash or kimi-k2-1t."""
@@ -23,14 +23,14 @@ class InfoArgs:
 
 
 def info(config: ModelConfig) -> dict[str, Any]:
-    """The numbers of `info`, as plain values: counts of parameters, and bytes of bfloat16 cache per token."""
+    """Returns the numbers of `info`: parameter counts, and bytes of bfloat16 cache per token."""
     from dsv3_jax.accounting.parameters import cache_bytes_per_token, count_parameters
 
     return dataclasses.asdict(count_parameters(config)) | {"cache_bytes_per_token": cache_bytes_per_token(config)}
 
 
 def info_command(args: InfoArgs) -> None:
-    """Prints the table, or with `args.json` the object."""
+    """Prints the table, or a JSON object with `args.json`."""
     config = ModelConfig.preset(args.preset) if args.config is None else ModelConfig.from_hf(args.config)
     name, facts = args.preset if args.config is None else str(args.config), info(config)
     if args.json:

@@ -17,8 +17,8 @@ from dsv3_jax.planning.training_plan import TrainingPlan
 class Memory:
     """Bytes on the fullest device.
 
-    weights: master copy and compute copy. gradients, moments: the optimizer's. activations: saved for the backward
-    pass. working: the largest of one block's own arrays and the logits. gathered: two whole weights on an fsdp axis.
+    weights: master copy and compute copy. moments: of the optimizer. activations: saved for the backward pass. working:
+    the larger of one block's temporary arrays and the logits. gathered: two all-gathered weights with fsdp.
     """
 
     weights: float
@@ -34,7 +34,7 @@ class Memory:
 
 
 def in_one_piece(variable: Variable) -> bool:
-    """Whether `tensor` leaves an array whole: MLA's down-projections, norms and gates, which every head needs."""
+    """Whether an array is replicated over `tensor`: MLA's down-projections, norms and gates, which every head needs."""
     return (
         variable.is_norm
         or variable.path[-1] in ("q_a_proj", "kv_a_proj_with_mqa", "eh_proj")
@@ -44,9 +44,9 @@ def in_one_piece(variable: Variable) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Parameters of a part of the model: those that stay whole, those cut over tensor, the routed experts'.
+    """Parameters of a part of the model: replicated over tensor, sharded over tensor, and of routed experts.
 
-    largest_plain, largest_routed: of one array, the latter of all experts.
+    largest_plain, largest_routed: of the largest single array; the latter includes all experts.
     """
 
     whole: int
@@ -58,7 +58,7 @@ class Sizes:
 
 @functools.cache
 def _parts(config: ModelConfig) -> dict[str, Sizes]:
-    """Sizes of one dense block, one sparse block, all MTP modules, and the rest (embedding, head, last norm)."""
+    """Sizes of one dense block, one sparse block, all MTP modules, and the rest (embedding, head, final norm)."""
     groups: dict[str, list[Variable]] = {"dense_layers": [], "moe_layers": [], "mtp": [], "rest": []}
     for variable in model_variables(config):
         if variable.path[0] in groups:
@@ -84,9 +84,9 @@ class StageShare:
 
 
 def stage_shares(plan: TrainingPlan) -> list[StageShare]:
-    """Blocks spread evenly, dense ones first. Embedding, head and MTP sit on one device of the last stage's.
+    """Distributes blocks evenly, dense ones first; embedding, head and MTP are on a device of the last stage.
 
-    MTP modules count as sparse blocks when blocks are spread, so that the last stage gets fewer of the others.
+    MTP modules count as sparse blocks, so that the last stage gets fewer of the others.
     """
     c, n = plan.config, plan.mesh.stage
     extra = c.num_nextn_predict_layers if plan.mtp else 0
@@ -101,7 +101,7 @@ def stage_shares(plan: TrainingPlan) -> list[StageShare]:
 
 
 def parameters_per_device(plan: TrainingPlan, stage: StageShare) -> tuple[float, float]:
-    """Parameters per device of a stage: (not routed, routed)."""
+    """Parameters per device of a stage: (not routed, routed experts)."""
     m, parts = plan.mesh, _parts(plan.config)
     held = [(parts["dense_layers"], stage.dense), (parts["moe_layers"], stage.moe)]
     if stage.ends:
@@ -112,7 +112,7 @@ def parameters_per_device(plan: TrainingPlan, stage: StageShare) -> tuple[float,
 
 
 def memory(plan: TrainingPlan) -> Memory:
-    """Memory per device of the stage that needs most."""
+    """Memory per device on the stage that needs most."""
     return max((_stage_memory(plan, s, i) for i, s in enumerate(stage_shares(plan))), key=lambda m: m.total)
 
 
@@ -148,7 +148,7 @@ def _stage_memory(plan: TrainingPlan, stage: StageShare, index: int) -> Memory:
 
 
 def _activations(plan: TrainingPlan) -> tuple[float, float]:
-    """Bytes per token, and per query and key, that an average block saves on one device."""
+    """Bytes that an average block saves on one device, per token and per pair of query and key."""
     c, tensor = plan.config, plan.mesh.tensor
     moe = saved_by_block(c, plan.runtime, True) if c.num_moe_layers else None
     dense = saved_by_block(c, plan.runtime, False) if c.num_dense_layers else None
@@ -161,14 +161,14 @@ def _activations(plan: TrainingPlan) -> tuple[float, float]:
 
 
 def _largest_block(plan: TrainingPlan) -> tuple[float, float]:
-    """Bytes per token, and per query and key, while one block is differentiated: its arrays and their gradients."""
+    """Temporary bytes of one block's backward pass, per token and per pair: its activations and their gradients."""
     runtime = dataclasses.replace(plan.runtime, remat="none")
     kept = saved_by_block(plan.config, runtime, bool(plan.config.num_moe_layers))
     return 2 * kept.per_token / plan.mesh.tensor, 2 * kept.per_pair
 
 
 def _gathered(plan: TrainingPlan) -> float:
-    """The largest weight and the next one, gathered over fsdp in bfloat16."""
+    """Bytes of the two largest weights, all-gathered over fsdp in bfloat16."""
     m, parts = plan.mesh, _parts(plan.config).values()
     if m.fsdp == 1:
         return 0.0

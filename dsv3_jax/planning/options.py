@@ -12,9 +12,9 @@ from dsv3_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class PlanArgs:
-    """Predict memory, time and cost of training a configuration, or with `--serve` of decoding with it.
+    """Estimate memory, time and cost of training a configuration or, with `--serve`, of decoding.
 
-    Without `--mesh` all meshes are tried and the best few that fit are shown.
+    Without `--mesh`, all meshes are tried, and the fastest that fit are shown.
     """
 
     preset: str = "v3-671b"
@@ -28,44 +28,45 @@ class PlanArgs:
     tokens: float = 14.8e12
     """Tokens to train on."""
     batch: int = 15360
-    """Sequences per step (training), or sequences served at a time (--serve)."""
+    """Sequences per training step; with --serve, sequences decoded at a time."""
     length: int = 4096
     """Tokens per sequence; with --serve, tokens already cached."""
     microbatch_size: int = 1
-    """Sequences per device and microbatch."""
+    """Sequences per device in a microbatch."""
     mesh: str = ""
-    """Sizes of mesh axes, as stage=16,data=2,expert=64; empty tries them all."""
+    """Mesh axes, such as stage=16,data=2,expert=64; if empty, all meshes are tried."""
     precision: Literal["bf16", "fp8"] = "bf16"
     """Dtype of the operands of linear layers."""
     remat: Literal["none", "block", "paper"] = "paper"
-    """Activations that the backward pass recomputes, as runtime.remat."""
+    """Rematerialisation policy, as in runtime.remat."""
     pipeline_schedule: Literal["1f1b", "dualpipe"] = "1f1b"
     """Pipeline schedule; dualpipe hides the exchange of tokens between experts."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Dtype of Adam's two moments."""
     mtp: bool = True
-    """Train the multi-token prediction modules too."""
+    """Include the multi-token prediction modules."""
     efficiency: float | None = None
-    """Share of the printed rates that is sustained; by default the hardware family's."""
+    """Sustained fraction of the data-sheet rates; by default that of the hardware family."""
     dollars_per_hour: float | None = None
-    """Price per device; by default the hardware's, where a published claim has one."""
+    """Price per device-hour; by default that of a published claim about the hardware, if any."""
     serve: bool = False
     """Plan decoding instead of training."""
     attention_data: int = 0
-    """With --serve: groups of devices that serve different sequences; 0 picks the fastest that fits."""
+    """With --serve: number of device groups that serve different sequences; 0 selects the fastest that fits."""
     aot: str | None = None
-    """Compile the real training step for a TPU topology that needn't be there, as v5p:8x16x16, over --mesh (one chip
-    without it), and report the compiler's memory, FLOPs and communication."""
+    """Compile the real training step for a TPU topology, such as v5p:8x16x16, without the hardware, over --mesh (by
+    default one chip), and report the compiler's memory, FLOPs and communication.
+    """
     validate: bool = False
-    """Print predictions beside published measurements instead, as a markdown table."""
+    """Print a markdown table of predictions and published measurements instead."""
     top: int = 5
-    """How many meshes to show."""
+    """Number of meshes to show."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
 
 def check(args: PlanArgs) -> None:
-    """Raises ConfigError, naming the field, for numbers that no plan can have."""
+    """Raises ConfigError, naming the field, for invalid numbers."""
     for name in ("devices", "tokens", "batch", "length", "microbatch_size", "top"):
         value = getattr(args, name)
         if not (value > 0 and math.isfinite(value)):

@@ -1,4 +1,4 @@
-"""The message of a training run that ran out of device memory: the planner's estimate, and options that shrink it."""
+"""The error message for a training run out of device memory: the planner's estimate, and options that reduce it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dsv3_jax.training.config import TrainConfig
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is XLA's error about an allocation that failed."""
+    """Whether an error is XLA's about a failed allocation."""
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def out_of_memory(config: TrainConfig) -> str:
-    """One line: what is large on the fullest device, by the planner's formulas, and which option shrinks it."""
+    """Describes in one line what is large on the fullest device, as estimated, and which option reduces it."""
     try:
         parts = memory_parts(config)
     except ConfigError as error:  # nothing that training refuses, but the planner counts whole sequences
@@ -34,7 +34,7 @@ def out_of_memory(config: TrainConfig) -> str:
 
 
 def memory_parts(config: TrainConfig) -> dict[str, float]:
-    """Bytes on the fullest device by what they are for, as `planning.memory.Memory` has them."""
+    """Bytes on the fullest device by purpose, with the fields of `planning.memory.Memory`."""
     length, runtime = config.data.sequence_length, config.runtime
     pieces = config.mesh.replicas * config.microbatches
     size = -(-config.schedule.batch_size // pieces)

@@ -1,4 +1,4 @@
-"""`python -m dsv3_jax plan`: what training costs, where it fits, how fast it will be; and the same for serving."""
+"""`python -m dsv3_jax plan`: memory, step time and cost of training or serving."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsv3_jax.planning.options import PlanArgs, check
 
 
 def plan_command(args: PlanArgs) -> None:
-    """Prints the plan as tables, or with `args.json` as one object."""
+    """Prints the plan as tables, or as a JSON object with `args.json`."""
     check(args)
     if args.validate:
         from dsv3_jax.planning import published
@@ -41,7 +41,7 @@ def plan_command(args: PlanArgs) -> None:
 
 
 def training_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
-    """The plan as plain values: the mesh that was asked for, or the best of all that fit."""
+    """Returns the plan as plain values, for the requested mesh or for the fastest that fit."""
     from dsv3_jax.accounting.hardware import hardware
     from dsv3_jax.parallel.mesh import MeshShape
     from dsv3_jax.planning.training_plan import TrainingPlan, meshes
@@ -126,7 +126,7 @@ def _training_row(plan: Any, args: PlanArgs) -> dict[str, Any]:
 
 
 def serving_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
-    """Decoding at `args.batch` sequences of `args.length` cached tokens; FP8 weights take 1 byte, bfloat16 2."""
+    """Plans decoding of `args.batch` sequences of `args.length` cached tokens, in 1 byte (FP8) or 2 per weight."""
     from dsv3_jax.accounting.hardware import hardware
     from dsv3_jax.planning.serving import (
         Serving,

@@ -1,4 +1,4 @@
-"""Predictions beside published measurements. None of them went into a constant of the planner."""
+"""Comparison with published measurements, none of which was used to set a constant of the planner."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsv3_jax.planning.training_plan import TrainingPlan
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One published figure. predicted and measured are in `unit`, less is better. missing: what isn't modelled."""
+    """A published figure. predicted and measured are in `unit`, less is better. missing: what isn't modelled."""
 
     what: str
     source: str
@@ -50,12 +50,12 @@ JLE_DECODE = (
 
 
 def compare() -> list[Comparison]:
-    """Every published figure that the planner is held against."""
+    """Returns all published figures with their predictions."""
     return [*_training(), *_v5e_decoding(), *_v6e_serving()]
 
 
 def report_plan() -> TrainingPlan:
-    """Pre-training as the report has it: PP16, EP64, ZeRO-1, FP8, DualPipe, Adam's moments in bfloat16."""
+    """Pre-training as in the report: PP16, EP64, ZeRO-1, FP8, DualPipe, Adam's moments in bfloat16."""
     config, mesh = ModelConfig.preset("v3-671b"), MeshShape(stage=16, data=2, expert=64)
     return TrainingPlan(
         config, hardware("h800"), mesh, 15360, precision="fp8", moment=2, weight=1, pipeline_schedule="dualpipe"
@@ -75,7 +75,7 @@ def extension_plans() -> list[TrainingPlan]:
 
 
 def maxtext_plan() -> TrainingPlan:
-    """MaxText's recipe for 512 v5p: FSDP, 6 sequences of 8,192 a device, no MTP, blocks recomputed."""
+    """MaxText's recipe for 512 v5p: FSDP, 6 sequences of 8,192 per device, no MTP, blocks recomputed."""
     config = dataclasses.replace(ModelConfig.preset("v3-671b"), num_nextn_predict_layers=0)
     return TrainingPlan(
         config, hardware("v5p"), MeshShape(fsdp=512), 6 * 512, 8192, 6, remat="block", weight=0, mtp=False
@@ -106,7 +106,7 @@ def _training() -> list[Comparison]:
 
 
 def _v5e_decoding() -> list[Comparison]:
-    """Heads over all 64 chips, experts over 8 x their width over 8, every token everywhere, int8, keys per head."""
+    """Heads over all 64 chips, experts over 8 and their width over 8, tokens replicated, int8, keys per head."""
     config, sheet = ModelConfig.preset("v3-671b"), hardware("v5e")
     serving = Serving(config, sheet, 64, 1, 8, "all_reduce", weight=1, cache=1, expanded_cache=True)
     rows = []
@@ -139,7 +139,7 @@ def _v6e_serving() -> list[Comparison]:
 
 
 def markdown() -> str:
-    """The comparison as a markdown table, with the efficiencies that it rests on."""
+    """Formats the comparison as a markdown table, with the efficiencies used."""
     lines = [
         "| what | published | predicted | predicted / published | not in the model |",
         "|---|---:|---:|---:|---|",

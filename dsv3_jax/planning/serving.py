@@ -1,4 +1,4 @@
-"""Serving: time of a decoding step and sequences that fit, from weights, cache, routing and links."""
+"""Serving: time of a decoding step and the number of sequences that fit."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.planning.communication import nodes_reached, ring
 
 _USABLE = 0.9
-"""Part of a device's memory for weights and cache; the rest is for activations and the compiler."""
+"""Fraction of a device's memory for weights and cache; the rest is for activations and the compiler."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
     """A deployment of the main model.
 
-    devices: in all. attention_data: groups of devices that serve different sequences; the devices of a group split the
-    heads of each layer. expert_groups: into how many groups the experts are dealt, by default as many as devices; the
-    devices of a group split each expert's width. exchange: `all_to_all` sends tokens to their experts' devices,
-    `all_reduce` gives every device every token, sorts them all by expert, masks those of other devices' and sums.
+    devices: in total. attention_data: number of device groups that serve different sequences; the devices of a group
+    split the heads of each layer. expert_groups: number of device groups that the experts are split over, by default
+    one per device; the devices of a group split the width of each expert. exchange: `all_to_all` sends tokens to their
+    experts' devices, `all_reduce` gives every device every token, sorts them all by expert, masks those of other
+    devices' and sums.
     weight, cache: bytes per parameter and per cached number. expanded_cache: keys and values per head instead of the
     latent. redundant: extra copies of experts of each layer, one more slot on that many devices. overlap: prefill
     alternates two microbatches, one's links behind the other's products.
@@ -56,7 +57,7 @@ class Serving:
 
     @property
     def tensor(self) -> int:
-        """Devices that split the heads of one sequence."""
+        """Number of devices that split the heads of one sequence."""
         return self.devices // self.attention_data
 
     @property
@@ -66,10 +67,10 @@ class Serving:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeStep:
-    """Seconds of one decoding step of all layers, at the hardware's efficiency, and what follows from it.
+    """Seconds of one decoding step over all layers, at the hardware's efficiency.
 
     attention: weights and cache of attention. experts: routed ones on the busiest device. other: dense and shared
-    feed-forwards, gate, head. links: bytes of exchanges. latency: of their hops, which no efficiency scales.
+    feed-forwards, gate, head. links: communication. latency: of its hops, independent of the efficiency.
     """
 
     attention: float
@@ -86,7 +87,7 @@ class DecodeStep:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second of all sequences together, one token each per step."""
+        """Tokens per second over all sequences, at one token per step."""
         return self.batch / self.total
 
     @property
@@ -96,10 +97,10 @@ class DecodeStep:
 
 @functools.cache
 def busiest_group(experts: int, groups: int, tokens: int, k: int) -> tuple[float, float]:
-    """Expected maximum over groups of (distinct experts in use, tokens received), for uniform routing.
+    """Expected maximum over groups of (distinct experts used, tokens received), for uniform routing.
 
-    Drawn with a fixed seed: each of tokens >= 1 picks k of the experts. Beyond 4096 tokens, where a draw tells nothing,
-    all experts are in use and the load is even.
+    Simulated with a fixed seed: each of tokens >= 1 picks k of the experts. Beyond 4096 tokens, all experts are assumed
+    to be used and the load to be even.
     """
     if tokens > 4096:
         return float(-(-experts // groups)), tokens * k / groups
@@ -116,10 +117,10 @@ def busiest_group(experts: int, groups: int, tokens: int, k: int) -> tuple[float
 
 
 def decode_step(serving: Serving, batch: int, context: int, efficiency: float | None = None) -> DecodeStep:
-    """Predicts a step in which `batch` sequences (over all devices) of `context` cached tokens get one token each.
+    """Predicts a decoding step for `batch` sequences (over all devices) with `context` cached tokens each.
 
-    Each product takes the longer of reading its operands and multiplying; a matrix unit works on at least
-    `matmul_rows` rows.
+    Each matmul takes the longer of reading its operands and multiplying; a matrix unit processes at least `matmul_rows`
+    rows.
     """
     if batch < 1 or context < 0:
         raise ConfigError(
@@ -134,15 +135,15 @@ def decode_step(serving: Serving, batch: int, context: int, efficiency: float | 
 
 
 def _product_seconds(serving: Serving, tokens: int, local: int, sampled: int) -> tuple[float, float, float]:
-    """Seconds of the products with weights over all layers: attention's, routed experts', others.
+    """Seconds of the matmuls with weights over all layers: attention, routed experts, others.
 
-    Of tokens in all, `local` of them a device's group's, `sampled` of which go through the head.
+    tokens: in total, of which `local` belong to the device's group, and `sampled` of these go through the head.
     """
     c, s, sheet = serving.config, serving, serving.hardware
     operand = sheet.peak("fp8" if s.weight <= 1 else "bf16")
 
     def product(weights: float, n: float) -> float:
-        """Seconds to pass n rows through that many weights, stored on one device."""
+        """Seconds to multiply n rows with that many weights on one device."""
         rows = -(-n // sheet.matmul_rows) * sheet.matmul_rows
         return max(weights * s.weight / sheet.bandwidth, 2 * weights * rows / operand)
 
@@ -174,7 +175,7 @@ def _product_seconds(serving: Serving, tokens: int, local: int, sampled: int) ->
 
 
 def _cache_seconds(serving: Serving, local: int, context: int) -> float:
-    """One layer's scores and values: the longer of reading the cache and multiplying it."""
+    """Seconds of scores and values in one layer: the longer of reading the cache and multiplying."""
     c, s, sheet = serving.config, serving, serving.hardware
     heads = c.num_attention_heads // s.tensor
     if s.expanded_cache:
@@ -188,10 +189,10 @@ def _cache_seconds(serving: Serving, local: int, context: int) -> float:
 
 
 def _masked_bytes(serving: Serving) -> float:
-    """Bytes that a device moves over all layers for a token, under `all_reduce`, its own experts' or not.
+    """Bytes that a device moves over all layers per token under `all_reduce`, whether it holds the experts or not.
 
-    K rows of the width are written in the order of experts, as the products' result (zeros where others' are), read
-    and written in the order of tokens, and read to be summed; SwiGLU reads two rows of the experts' width, writes one.
+    K rows are written in the order of experts, as the result of matmuls (zeros for other devices' experts), read and
+    written in the order of tokens, and read to be summed. SwiGLU reads two rows of the experts' width and writes one.
     """
     c, s = serving.config, serving
     if s.exchange != "all_reduce":
@@ -201,7 +202,7 @@ def _masked_bytes(serving: Serving) -> float:
 
 
 def _exchange(serving: Serving, tokens: int, local: int) -> tuple[float, float]:
-    """Seconds that links need for their bytes, and for their hops, over all layers."""
+    """Seconds of communication over all layers: for bandwidth, and for latency."""
     c, s, sheet = serving.config, serving, serving.hardware
     links = latency = 0.0
     width = 2 * c.hidden_size
@@ -233,9 +234,9 @@ def _exchange(serving: Serving, tokens: int, local: int) -> tuple[float, float]:
 
 
 def prefill_step(serving: Serving, prompts: int, length: int, efficiency: float | None = None) -> float:
-    """Seconds in which `prompts` prompts (over all devices) of `length` tokens pass, in expanded form.
+    """Seconds to process `prompts` prompts (over all devices) of `length` tokens, in expanded form.
 
-    Few prompts leave groups of devices without attention to compute, and read all experts for little work.
+    With few prompts, some groups of devices have no attention to compute, and all experts are read for little work.
     """
     if prompts < 1 or length < 1:
         raise ConfigError(f"prompts {prompts}, length {length}: both must be >= 1")
@@ -249,9 +250,9 @@ def prefill_step(serving: Serving, prompts: int, length: int, efficiency: float 
 
 
 def prefill_tokens_per_second(serving: Serving, length: int, efficiency: float | None = None) -> float:
-    """Prompt tokens per second over all devices, in expanded form, of prompts of `length` tokens.
+    """Prompt tokens per second over all devices, for prompts of `length` tokens in expanded form.
 
-    Products at their peak, and the links for as many tokens: behind the products with `overlap`, after them without.
+    Matmuls run at their peak rate; communication is hidden behind them with `overlap`, and follows them without.
     """
     sheet = serving.hardware
     e = sheet.efficiency if efficiency is None else efficiency
@@ -264,7 +265,7 @@ def prefill_tokens_per_second(serving: Serving, length: int, efficiency: float |
 
 
 def hops(sheet: Hardware, size: int) -> float:
-    """Hops in a row when `size` devices gather: along each dimension of a torus, one behind a switch."""
+    """Number of sequential hops when `size` devices gather: along each dimension of a torus; one behind a switch."""
     if not sheet.torus_axes:
         return 1.0 if size <= sheet.domain else 2.0
     side: float = size ** (1 / sheet.torus_axes)
@@ -275,7 +276,7 @@ def hops(sheet: Hardware, size: int) -> float:
 
 
 def weight_bytes(serving: Serving) -> float:
-    """Bytes of weights on the fullest device: experts over all devices, attention over a group's."""
+    """Bytes of weights on the fullest device: experts are split over all devices, attention over a group."""
     c, s = serving.config, serving
     total = 0.0
     for variable in model_variables(c):
@@ -295,7 +296,7 @@ def weight_bytes(serving: Serving) -> float:
 
 
 def cache_bytes(serving: Serving) -> float:
-    """Bytes that one cached token takes on a device that holds its sequence."""
+    """Bytes per cached token on a device that holds its sequence."""
     c, s = serving.config, serving
     if not s.expanded_cache:
         return cache_bytes_per_token(c, "bfloat16") / 2 * s.cache
@@ -304,6 +305,6 @@ def cache_bytes(serving: Serving) -> float:
 
 
 def largest_batch(serving: Serving, context: int) -> int:
-    """Sequences of `context` tokens that fit, over all devices; 0 if the weights alone don't."""
+    """Number of sequences of `context` tokens that fit over all devices; 0 if the weights alone don't fit."""
     room = _USABLE * serving.hardware.memory - weight_bytes(serving)
     return max(0, int(room // (cache_bytes(serving) * max(1, context)))) * serving.attention_data

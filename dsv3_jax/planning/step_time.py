@@ -1,4 +1,4 @@
-"""Time of a training step: a roofline for compute and memory, links behind or beside it, the pipeline bubble."""
+"""Time of a training step: a roofline for compute and memory, communication, and the pipeline bubble."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dsv3_jax.runtime import Runtime
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step on the busiest device, each already at the hardware's efficiency.
+    """Seconds of one step on the busiest device, at the hardware's efficiency.
 
-    matmuls: products at the peak of their operands. elementwise: memory traffic between products.
-    optimizer: the update, and gradients accumulated over microbatches. exchange: links that compute can't hide.
-    bubble: a pipeline's idle time. hidden: link time behind compute, not part of the total.
+    matmuls: at the peak rate of their operands. elementwise: memory traffic between matmuls. optimizer: the update, and
+    gradient accumulation over microbatches. exchange: communication that isn't hidden. bubble: idle time of a pipeline.
+    hidden: communication behind compute, not part of the total.
     model_flops: the whole step's, without recomputation. traffic: by axis.
     """
 
@@ -45,20 +45,20 @@ class StepTime:
 
     @property
     def flops_per_device_second(self) -> float:
-        """Model FLOP/s that a device sustains."""
+        """Sustained model FLOP/s per device."""
         return self.model_flops / self.total / self.devices
 
     @property
     def mfu(self) -> float:
-        """The share of the bfloat16 peak, whatever the precision."""
+        """Fraction of the bfloat16 peak, whatever the precision."""
         return self.flops_per_device_second / self.peak
 
 
 def elementwise_bytes(plan: TrainingPlan) -> float:
-    """Bytes moved per token between products, summed over blocks.
+    """Bytes moved per token between matmuls, summed over blocks.
 
-    Activations saved without recomputation stand for the tensors between products: each is written and read forward,
-    its gradient written and read backward, and with recomputation the first pair happens once more.
+    The activations saved without rematerialisation stand for the tensors between matmuls: each is written and read in
+    the forward pass, its gradient is written and read in the backward pass, and recomputation repeats the former.
     """
     c, runtime = plan.config, Runtime(dtype="bfloat16", remat="none", experts_impl=plan.experts_impl)
     moe = c.num_moe_layers + (c.num_nextn_predict_layers if plan.mtp else 0)
@@ -69,7 +69,7 @@ def elementwise_bytes(plan: TrainingPlan) -> float:
 
 
 def step_time(plan: TrainingPlan, efficiency: float | None = None) -> StepTime:
-    """Predicts a step. `efficiency` replaces the hardware family's."""
+    """Predicts a step. `efficiency` overrides that of the hardware family."""
     m, sheet = plan.mesh, plan.hardware
     e = sheet.efficiency if efficiency is None else efficiency
     blocks = [s.dense + s.moe + (1 if s.ends and plan.mtp and m.stage > 1 else 0) for s in stage_shares(plan)]
@@ -108,7 +108,7 @@ def step_time(plan: TrainingPlan, efficiency: float | None = None) -> StepTime:
 
 
 def bubble(plan: TrainingPlan) -> float:
-    """Idle time of a pipeline over its busy time.
+    """Ratio of a pipeline's idle time to its busy time.
 
     1F1B idles for stage - 1 passes (forward and backward). DualPipe for stage / 2 - 1 times the passes F&B + B - 3 W
     of the report's table 2: with F : B : W as 1 : 2 : 1 and F&B as 3, two thirds of a pass.

@@ -1,4 +1,4 @@
-"""A training plan: model, hardware, mesh, batch and precision, checked against each other."""
+"""A training plan: model, hardware, mesh, batch and precision, validated together."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dsv3_jax.runtime import Runtime
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """One training step to be planned.
+    """The training step to plan.
 
     batch: sequences per step, over all devices. microbatch_size: sequences per device at a time.
-    precision: dtype of the linears' operands; everything else computes in bfloat16.
+    precision: dtype of the operands of linear layers; everything else computes in bfloat16.
     stored, gradient, moment: bytes per parameter of the master copy, the gradient, and each of Adam's two moments.
-    weight: bytes of the copy that a device computes with, 0 where the master copy is cast on the fly.
-    zero1: the optimizer's state is split over data and expert too. fused_attention: no scores are saved.
+    weight: bytes per parameter of the compute copy, 0 if the master copy is cast on the fly.
+    zero1: the optimizer state is sharded over data and expert too. fused_attention: no scores are saved.
     pipeline_schedule: `dualpipe` holds two copies of the weights and fills most of the bubble.
     """
 
@@ -53,12 +53,12 @@ class TrainingPlan:
 
     @property
     def microbatches(self) -> int:
-        """Microbatches per step: passes of each device."""
+        """Microbatches per step and device."""
         return self.batch // (self.mesh.replicas * self.microbatch_size)
 
     @property
     def microbatch_tokens(self) -> int:
-        """Tokens per device and microbatch."""
+        """Tokens per device in a microbatch."""
         return self.microbatch_size * self.length // self.mesh.context
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class TrainingPlan:
 
 
 def meshes(plan: TrainingPlan, devices: int) -> Iterator[TrainingPlan]:
-    """Yields `plan` on every mesh of `devices` that its sizes allow: tensor up to 8, no context below 16K tokens."""
+    """Yields `plan` on every valid mesh of `devices`, with tensor up to 8 and no context below 16K tokens."""
     c, sheet = plan.config, plan.hardware
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]
 

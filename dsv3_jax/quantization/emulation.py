@@ -1,8 +1,9 @@
-"""FP8 products in plain `jnp`, exact about rounding, scales and the order of sums: the CPU's way, and every oracle.
+"""FP8 matmuls in plain `jnp`, exact in rounding, scales and order of summation: used on CPUs, and as reference in
+tests.
 
-The matrix units multiply e4m3 numbers and add up 128 products; what they give is scaled and added to a float32 sum
-(report section 3.3.2). E4m3 numbers are exact in every wider dtype that a device multiplies in, so that only sums
-round here. Groups are consecutive rows, each with its own matrix, as experts have; without them there is one matrix.
+The matrix units multiply e4m3 numbers and sum 128 products, which are then scaled and added to a float32 accumulator
+(report section 3.3.2). Since e4m3 numbers are exact in every wider dtype, only sums round here. Groups are consecutive
+rows, each with its own matrix, as for experts; without groups there is a single matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 def multiply(
     x: jax.Array, x_scales: jax.Array, w: jax.Array, w_scales: jax.Array, group_sizes: jax.Array | None = None
 ) -> jax.Array:
-    """Multiplies FP8 rows with FP8 matrices: (M, N) float32. Rows past the last group are zero.
+    """Multiplies FP8 rows with FP8 matrices: (M, N) float32. Rows after the last group are zero.
 
     Args:
       x: (M, K) e4m3. x_scales: (M, ceil(K / 128)) float32.
@@ -52,7 +53,7 @@ def weight_gradient(
     Args:
       x: (M, K) e4m3, M a multiple of 128. x_scales: (M / 128, K): of tiles of 128 rows x 1.
       dy: (M, N). dy_scales: (M / 128, N).
-      group_steps: (G,) int32: how many times 128 rows belong to each group. Rows past the last group count nothing.
+      group_steps: (G,) int32: rows of each group, in units of 128. Rows after the last group are ignored.
     """
     shape = (x.shape[1], dy.shape[1])
     group = (

@@ -1,7 +1,7 @@
-"""FP8 (e4m3) with one float32 scale a group: 1x128 tiles of activations, 128x128 blocks of weights (report, 3.3.2).
+"""FP8 (e4m3) with float32 scales: per 1x128 tile of activations, per 128x128 block of weights (report section 3.3.2).
 
-Every function takes NumPy arrays or JAX arrays (also under `jit`) and returns the same. A quantised number times its
-scale is the number; `weight_scale_inv` of the released files is this scale, whatever its name says.
+Every function takes NumPy or JAX arrays (also under `jit`) and returns the same kind. The original number is the
+quantised number times its scale; `weight_scale_inv` in the released files is this scale, despite its name.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy as np
 type Array = np.ndarray | jax.Array
 
 FP8_MAX = 448.0
-"""Largest finite e4m3 number. The format has no infinity: what doesn't fit would become NaN."""
+"""Largest finite e4m3 number. The format has no infinity: larger numbers would become NaN."""
 
 TILE = 128
 BLOCK = (128, 128)
 
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
-"""A float32 below it is denormal, and processors that flush denormals to zero would divide by zero."""
+"""Smallest normal float32. Smaller scales would be divisions by zero on processors that flush denormals."""
 ACTIVATION_FLOOR = 1e-4
-"""Least maximum of an activation tile, as in the released kernels."""
+"""Minimum for the largest magnitude of an activation tile, as in the released kernels."""
 
 
 def quantise_blocks[A: (np.ndarray, jax.Array)](
@@ -36,16 +36,16 @@ def quantise_blocks[A: (np.ndarray, jax.Array)](
     Args:
       weight: (..., M, N) of any float dtype; M and N need not be multiples of the block.
       block: rows and columns of a block.
-      power_of_two: round scales up to powers of two ("ue8m0", DeepSeek-V3.1), so that scaling rounds nothing.
-      floor: least maximum of a block.
+      power_of_two: round scales up to powers of two ("ue8m0", DeepSeek-V3.1), so that scaling doesn't round.
+      floor: minimum for the largest magnitude of a block.
 
     Returns:
       values (..., M, N) float8_e4m3fn, scales (..., ceil(M / rows), ceil(N / columns)) float32. A block of zeros has
       the smallest normal float32 as its scale, if there is no floor.
 
     Raises:
-      ValueError: NumPy input isn't finite. JAX input can't be looked at: there, a block with a NaN or an infinity
-        has NaN as its scale.
+      ValueError: NumPy input isn't finite. With JAX input, a block that contains NaN or infinity gets a scale of NaN
+        instead.
     """
     xp = _module(weight)
     _check_finite(weight)
@@ -60,9 +60,9 @@ def quantise_blocks[A: (np.ndarray, jax.Array)](
 def dequantise_blocks[A: (np.ndarray, jax.Array)](
     values: A, scales: A, block: tuple[int, int] = BLOCK, dtype: np.dtype | type = np.float32
 ) -> A:
-    """The matrices (..., M, N) that FP8 values and scale grids stand for: the product in float32, then `dtype`.
+    """Dequantises matrices (..., M, N): FP8 values times scale grids, in float32, then cast to `dtype`.
 
-    Raises ValueError if a grid isn't (ceil(M / rows), ceil(N / columns)): its size never decides the block's.
+    Raises ValueError if a grid isn't (ceil(M / rows), ceil(N / columns)): it never determines the block size.
     """
     grid = values.shape[:-2] + tuple(-(-size // b) for size, b in zip(values.shape[-2:], block, strict=True))
     if scales.shape != grid:
@@ -74,11 +74,12 @@ def dequantise_blocks[A: (np.ndarray, jax.Array)](
 def quantise_tiles[A: (np.ndarray, jax.Array)](
     x: A, tile: int = TILE, *, power_of_two: bool = False, floor: float = ACTIVATION_FLOOR
 ) -> tuple[A, A]:
-    """Activations in FP8 tiles of 1 x `tile` along the last axis (report section 3.3.2).
+    """Quantises activations in FP8 tiles of 1 x `tile` along the last axis (report section 3.3.2).
 
     Args:
       x: (..., N) of any float dtype. `power_of_two` as in `quantise_blocks`.
-      floor: least maximum of a tile, by default the released kernels'. Gradients may all be smaller, and take none.
+      floor: minimum for the largest magnitude of a tile, by default as in the released kernels. Use 0 for gradients,
+        all of which may be smaller.
 
     Returns: values (..., N) float8_e4m3fn, scales (..., ceil(N / tile)) float32: max(largest, floor) / 448.
     Raises: as `quantise_blocks`.
@@ -113,7 +114,7 @@ def _scale(xp: ModuleType, largest: Array, power_of_two: bool) -> Any:
 
 
 def _encode(xp: ModuleType, x: Any) -> Any:
-    """To the nearest e4m3, ties to even. Division may end one rounding above the largest number: hence the clip."""
+    """Rounds to the nearest e4m3, ties to even. Clips, since a division may round to more than the largest number."""
     return xp.clip(x, np.float32(-FP8_MAX), np.float32(FP8_MAX)).astype(ml_dtypes.float8_e4m3fn)
 
 

@@ -1,7 +1,7 @@
-"""Layers whose products are FP8 forward and backward, and whose saved activations are FP8 (report section 3.3).
+"""Layers that multiply in FP8, forward and backward, and save activations in FP8 (report section 3.3).
 
-The gradient of a weight is float32 and goes to its master, which the products themselves never read. The backward
-pass reads activations as they were saved, in tiles of 1 x 128, and quantises them again in tiles of 128 x 1.
+The gradient of a weight is float32 and goes to its master, which the matmuls themselves never read. The backward pass
+reads the saved activations, in tiles of 1 x 128, and quantises them again in tiles of 128 x 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class QuantisedWeight:
     """A weight in FP8 blocks.
 
     values: e4m3 (*stack, *I, *O), input axes first. scales: (*stack, ceil(|I| / 128), ceil(|O| / 128)) float32.
-    master: the weight that they were made of, to which the gradient goes; None if FP8 is how it is stored.
+    master: the weight before quantisation, which receives the gradient; None if the weight is stored in FP8.
     recipe: how it multiplies. contract: the number of axes in I.
     """
 
@@ -39,7 +39,7 @@ class QuantisedWeight:
 
     @classmethod
     def of(cls, w: jax.Array, recipe: Recipe, *, contract: int = 1, stack: int = 0) -> QuantisedWeight:
-        """Quantises a weight (*stack, *I, *O), of which `contract` axes are in I and `stack` index matrices."""
+        """Quantises a weight (*stack, *I, *O), where `contract` axes are in I and `stack` axes index matrices."""
         axes = w.shape[stack:]
         matrices = w.reshape(*w.shape[:stack], math.prod(axes[:contract]), math.prod(axes[contract:]))
         values, scales = recipe.matrices(jax.lax.stop_gradient(matrices))
@@ -53,7 +53,7 @@ class QuantisedWeight:
         return len(self.values)
 
     def dequantise(self, dtype: Any) -> jax.Array:
-        """The weight in `dtype`; its gradient goes to the master as it is."""
+        """Returns the weight in `dtype`. Its gradient goes to the master unchanged."""
         w = self.matrix()
         return _dequantise(dtype, w.master, w.values, w.scales).reshape(self.shape)
 
@@ -79,8 +79,9 @@ def linear(x: jax.Array, w: QuantisedWeight, *, power_of_two: bool = False, keep
     """Multiplies x (M, K) with a matrix (K, N): (M, N) of `x`'s dtype.
 
     Args:
-      power_of_two: of `x`'s scales: they then change by no rounding between tiles of 1 x 128 and of 128 x 1.
-      keep: applied to what is saved of `x`, for a name that a rematerialisation policy knows.
+      power_of_two: whether the scales of x are powers of two, so that requantising from tiles of 1 x 128 to 128 x 1 is
+        exact.
+      keep: applied to the saved form of x, to name it for a rematerialisation policy.
     """
     return _linear(_How(w.recipe, power_of_two, keep), x, w.master, w.values, w.scales)
 
@@ -119,12 +120,12 @@ def swiglu(
 ) -> jax.Array:
     """Computes down(silu(gate(x)) * up(x)): x (M, D) -> (M, D) of its dtype.
 
-    Saved are x and what gate and up make, in FP8; their product is computed again in the backward pass (report 3.3.3).
+    Saves x and the outputs of gate and up in FP8; the backward pass recomputes their product (report section 3.3.3).
 
     Args:
       gate, up: (D, F), or (G, D, F) with groups. down: (..., F, D).
-      group_sizes: (G,) int32, rows of each expert. Rows past the last group give zero.
-      keep: applied to what is saved of gate's and up's results.
+      group_sizes: (G,) int32, rows of each expert. Rows after the last group give zero. keep: applied to the saved
+      outputs of gate and up.
     """
     how = _How(gate.recipe, group_sizes is not None, keep)
     weights = tuple((w.master, w.values, w.scales) for w in (gate, up, down))
@@ -193,5 +194,5 @@ _dequantise.defvjp(
 
 
 def _like(x: Any) -> Any:
-    """An empty array of `x`'s dtype, which is all that the backward pass needs of it."""
+    """Returns an empty array of the dtype of x, which is all that the backward pass needs of it."""
     return None if x is None else jnp.zeros((0,), x.dtype)

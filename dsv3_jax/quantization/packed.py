@@ -1,4 +1,4 @@
-"""Rows as devices send them to each other: e4m3 and the scales of their tiles in one array of bytes."""
+"""Rows packed for communication: e4m3 numbers and the scales of their tiles in one array of bytes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SCALE_BYTES = 4
 
 @dataclasses.dataclass(frozen=True)
 class PackedTiles:
-    """Tokens on their way to experts, and the gradients that go the same way (report section 3.3.3).
+    """Tokens sent to experts, and the gradients sent the same way (report section 3.3.3).
 
-    Scales of tokens are powers of two: then an expert that quantises them again gets the same numbers.
+    The scales of tokens are powers of two, so that quantising them again is exact.
     """
 
     def pack(self, x: jax.Array, *, gradient: bool = False) -> jax.Array:
@@ -27,7 +27,7 @@ class PackedTiles:
         return jnp.concatenate(as_bytes, axis=1)
 
     def unpack(self, packed: jax.Array, width: int, dtype: jnp.dtype) -> jax.Array:
-        """The rows (M, `width`) of `dtype` that bytes stand for. Bytes of zeros are rows of zeros."""
+        """Unpacks rows (M, `width`) of `dtype`. Zero bytes are zero rows."""
         values = lax.bitcast_convert_type(packed[:, :width], jnp.float8_e4m3fn)
         scales = packed[:, width:].reshape(len(packed), -(-width // TILE), _SCALE_BYTES)
         return dequantise_tiles(values, lax.bitcast_convert_type(scales, jnp.float32), dtype=dtype)

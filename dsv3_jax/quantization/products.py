@@ -1,4 +1,4 @@
-"""The three products of a layer in FP8, Fprop, Dgrad and Wgrad, by the recipe's implementation."""
+"""The three matmuls of a layer in FP8, Fprop, Dgrad and Wgrad, by the recipe's implementation."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def multiply(
     """Multiplies rows with a matrix, or each group of rows with its own (Fprop; transposed, Dgrad).
 
     Args:
-      x: rows (M, K) in tiles along K, as `Recipe.rows` makes them.
-      w: matrices (K, N), or (G, K, N) with groups, as `Recipe.matrices` makes them; transposed, (..., N, K).
-      group_sizes: (G,) int32, rows of each group. Rows past the last group give zero.
+      x: rows (M, K) in tiles along K, from `Recipe.rows`.
+      w: matrices (K, N), or (G, K, N) with groups, from `Recipe.matrices`; transposed, (..., N, K).
+      group_sizes: (G,) int32, rows of each group. Rows after the last group give zero.
 
     Returns (M, N), float32 (the emulation) or bfloat16 (the kernels).
     """
@@ -53,8 +53,8 @@ def weight_gradient(
 ) -> jax.Array:
     """Sums x^T dy over rows (Wgrad): x (M, K), dy (M, N) of any float dtype -> (K, N), or (G, K, N), float32.
 
-    Both are quantised here in tiles of 128 rows x 1, which begin anew with each group: then no group's scales depend
-    on another's rows.
+    Both are quantised here in tiles of 128 rows x 1, which start anew for each group, so that the scales of a group
+    don't depend on other rows.
     """
     group_steps = None
     if group_sizes is not None:
@@ -73,7 +73,7 @@ def weight_gradient(
 
 
 def _align(group_sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Places every group at a multiple of 128 rows: each place's row (`rows` for none), and each group's 128s."""
+    """Aligns groups to multiples of 128 rows: the row of each place (`rows` for none), and units of 128 per group."""
     steps = (group_sizes + TILE - 1) // TILE
     last, ends = jnp.cumsum(steps), jnp.cumsum(group_sizes)
     step = jnp.arange(rows // TILE + len(group_sizes))
@@ -84,5 +84,5 @@ def _align(group_sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _whole(a: jax.Array, axis: int) -> jax.Array:
-    """Filled up with zeros to a multiple of 128 along an axis."""
+    """Pads an axis with zeros to a multiple of 128."""
     return jnp.pad(a, [(0, -n % TILE if i == axis else 0) for i, n in enumerate(a.shape)])

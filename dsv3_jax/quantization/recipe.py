@@ -1,4 +1,4 @@
-"""How FP8 is trained and run: the report's recipe, its variants, and the device's implementation."""
+"""FP8 recipes: the report's, its variants, and the implementation for the device."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from dsv3_jax.quantization.fp8 import ACTIVATION_FLOOR, TILE, quantise_blocks
 from pallas_kernels.devices import is_hopper, platform
 
 Scales = Literal["tiles", "block_gradients", "tensor"]
-"""`tiles` is the report's recipe. The others are experiments: gradients in 128 x 128 blocks as weights (its appendix
-B.2), and one scale for a whole tensor."""
+"""`tiles` is the report's recipe. The others are experiments: gradients in 128 x 128 blocks like weights (appendix
+B.2), and one scale per tensor.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Choices of an FP8 product.
+    """The choices for an FP8 matmul.
 
-    power_of_two: of all scales; those of the input after attention and of experts always are (report 3.3.2, 3.3.3).
+    power_of_two: for all scales; those of the inputs of experts and of the layer after attention always are (report
+      sections 3.3.2, 3.3.3).
     """
 
     implementation: Literal["emulation", "gpu"] = "emulation"
@@ -46,7 +48,7 @@ class Recipe:
     def _quantise(
         self, x: jax.Array, tile: tuple[int, int], gradient: bool, power_of_two: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Quantises (M, K); a scale of more than a tile is repeated for each of its tiles."""
+        """Quantises (M, K); a scale that covers several tiles is repeated for each of them."""
         block = tile
         if self.scales == "block_gradients" and gradient:
             block = (TILE, TILE)
@@ -69,9 +71,9 @@ class Recipe:
 
 
 def fp8_implementation() -> Literal["emulation", "gpu"]:
-    """The device's implementation: our kernels on Hopper, the emulation on a CPU.
+    """Returns the implementation for the device: our kernels on Hopper, the emulation on a CPU.
 
-    Raises ConfigError on any other device: there it would be slower than bfloat16, which is what there is.
+    Raises ConfigError on other devices, where it would be slower than bfloat16.
     """
     if platform() == "cpu":
         return "emulation"
