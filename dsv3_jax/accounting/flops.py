@@ -120,8 +120,8 @@ def forward_program(
 class TokenFlops:
     """FLOPs per token by kind of matmul: `linear` may be FP8, the others are bfloat16.
 
-    linear: projections and feed-forwards. head: the output head, also where MTP uses it. router: gates. attention:
-    scores and weighted values.
+    linear: projections and feed-forwards. head: the output head, also where MTP uses it. router: gates.
+    attention: scores and weighted values.
     """
 
     linear: float

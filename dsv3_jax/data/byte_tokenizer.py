@@ -1,4 +1,4 @@
-"""Bytes as tokens: no file is needed, and none is trained."""
+"""Bytes as tokens: no file and no training is needed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dsv3_jax.data.tokenizer import valid_unicode
 
 
 class ByteTokenizer(HuggingFaceTokenizer):
-    """Ids 0 to 255 are the bytes of UTF-8; bos, eos and pad follow.
+    """Ids 0 to 255 are UTF-8 bytes, followed by bos, eos and pad.
 
-    It is also a byte-level BPE without merges, which is what `save` writes.
+    `save` writes it as a byte-level BPE without merges.
     """
 
     vocab_size, bos_id, eos_id, pad_id = 259, 256, 257, 258

@@ -19,9 +19,9 @@ from dsv3_jax.data.tokenize import Conversation
 
 @dataclasses.dataclass(frozen=True)
 class PrepareArgs:
-    """Tokenise texts into a directory that `train --data.source DST` reads, in memory that doesn't grow with them.
+    """Tokenise texts into a directory that `train --data.source DST` reads, in bounded memory.
 
-    Interrupted, the same command goes on; the directory appears when all is done.
+    The directory appears when everything is done; after an interruption, the same command continues.
     """
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE... DST")]
@@ -29,16 +29,17 @@ class PrepareArgs:
     Face Hub as OWNER/NAME, OWNER/NAME:CONFIG or OWNER/NAME:CONFIG@SPLIT; and the directory to make."""
     options: Annotated[PrepareOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=PrepareOptions)
     workers: int = os.cpu_count() or 1
-    """Processes that tokenise."""
+    """Number of worker processes."""
     chat: bool = False
-    """Sources are JSONL of conversations (`messages`): only what the assistant writes is to be predicted. Renders with
-    the chat template beside the tokenizer."""
+    """Sources are JSONL of conversations (`messages`), rendered with the chat template beside the tokenizer; only what
+    the assistant writes is a target.
+    """
     check: bool = False
-    """Instead, compare the shards of DST with the hashes in its index."""
+    """Compare the shards of DST with the hashes in its index instead."""
 
 
 def prepare_command(args: PrepareArgs, chat_template: Callable[[str | None], Callable[[], Conversation]]) -> None:
-    """Runs `prepare`. chat_template: from a tokenizer's path to what makes its template. Raises ConfigError."""
+    """Runs `prepare`. chat_template: from a tokenizer's path to a factory of its chat template. Raises ConfigError."""
     *sources, last = args.paths or ("",)
     destination = Path(last)
     if args.check:

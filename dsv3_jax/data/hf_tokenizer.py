@@ -1,4 +1,4 @@
-"""A Hugging Face `tokenizer.json`, and what `tokenizer_config.json` beside it says of bos and eos."""
+"""Tokenizers from a Hugging Face `tokenizer.json`, with bos and eos from the `tokenizer_config.json` beside it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dsv3_jax.json_input import check_type, read_json
 
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-"""Where older versions of transformers wrote the special tokens, and those alone."""
+"""File in which older versions of transformers wrote the special tokens."""
 
 _USUAL = {
     "bos": (
@@ -38,11 +38,11 @@ class HuggingFaceTokenizer:
     """A tokenizer of the `tokenizers` library.
 
     Args:
-      tokenizer: the library's object, which isn't to be used elsewhere afterwards.
-      config: the fields of a tokenizer_config.json. bos and eos are those that it names, or else the usual names that
-        the vocabulary holds. Without a bos, eos stands for it, as in GPT-2. A prompt begins with bos if `add_bos_token`
-        says so; if it says nothing, with what tokenizer.json puts before a text.
-      name: what errors call it.
+      tokenizer: the library's object, which must not be used elsewhere afterwards.
+      config: the fields of a tokenizer_config.json. bos and eos are those that it names, or else the usual names in the
+        vocabulary. Without a bos, eos is used for it, as in GPT-2. A prompt begins with bos if `add_bos_token` says so;
+        if it is missing, with what tokenizer.json adds before a text.
+      name: the name in error messages.
 
     Raises:
       ConfigError: there is no eos, or bos or eos isn't in the vocabulary.
@@ -134,7 +134,7 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _for_prompts(self) -> tuple[RustTokenizer, list[int]]:
-        """A tokenizer that knows special tokens by their names, and what goes before a prompt."""
+        """A tokenizer with special tokens by name, and the tokens before a prompt."""
         tokenizer = RustTokenizer.from_str(self._tokenizer.to_str())
         adds = self._config.get("add_bos_token")
         if adds is not None:
@@ -145,10 +145,10 @@ class HuggingFaceTokenizer:
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
-    """The fields of a directory's tokenizer_config.json, if there is one, bos and eos as text.
+    """Reads the fields of a directory's tokenizer_config.json, if there is one, with bos and eos as text.
 
     Raises:
-      ConfigError: it isn't JSON, or one of the fields that are used here is of another type than it must be.
+      ConfigError: it isn't JSON, or a field that is used here has the wrong type.
     """
     config: dict[str, Any] = {}
     for path in (directory / SPECIAL_TOKENS_MAP, directory / TOKENIZER_CONFIG):
@@ -161,7 +161,7 @@ def read_tokenizer_config(directory: Path) -> dict[str, Any]:
 
 
 def declared_token(config: dict[str, Any], kind: str) -> str | None:
-    """The text of "bos" or "eos" as a tokenizer_config.json has it: plain, or the fields of an AddedToken."""
+    """Returns the text of "bos" or "eos" in a tokenizer_config.json: a string, or the fields of an AddedToken."""
     token = config.get(f"{kind}_token")
     return (token["content"] if isinstance(token, dict) else token) or None
 

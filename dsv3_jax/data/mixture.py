@@ -1,4 +1,4 @@
-"""Which source each sequence is from: exact shares at every point of a run, without chance."""
+"""The source of each sequence in a mixture: exact shares at every point of a run, deterministically."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from fractions import Fraction
 
 
 class Mixture:
-    """Assigns sequences 0, 1, 2, ... to sources so that at every point each has had its share, to less than one.
+    """Assigns sequences 0, 1, 2, ... to sources such that each is always within one sequence of its share.
 
-    Tijdeman, "The chairman assignment problem" (Discrete Mathematics 32, 1980): of K sources, none is ever more than
-    1 - 1 / (2K - 2) sequences away from its share, however the shares change.
+    Tijdeman, "The chairman assignment problem" (Discrete Mathematics 32, 1980): with K sources, none is ever more than
+    1 - 1 / (2K - 2) sequences from its share, even if shares change.
 
     Args:
-      stages: (first sequence, weights of the sources), from sequence 0 on; weights needn't add up to 1.
+      stages: (first sequence, weights of the sources), starting at sequence 0; weights needn't add up to 1.
     """
 
     def __init__(self, stages: Sequence[tuple[int, Sequence[Fraction]]]) -> None:
@@ -31,11 +31,11 @@ class Mixture:
         self._slack = max(2 * self.sources - 2, 1)
 
     def due(self, source: int, sequences: int) -> Fraction:
-        """Its share of the first so many sequences."""
+        """Returns the source's share of the first sequences."""
         return Fraction(self._due(source, sequences), self._unit)
 
     def next(self, sequence: int, taken: Sequence[int]) -> int:
-        """The source of a sequence, when of those before it `taken` were from each source."""
+        """Returns the source of the next sequence, given how many were taken from each."""
         if self.sources == 1:
             return 0
         best, deadline = -1, math.inf
@@ -54,7 +54,7 @@ class Mixture:
         return self._before[stage][source] + (sequences - self._starts[stage]) * self._shares[stage][source]
 
     def _when(self, source: int, scaled: int) -> float:
-        """After how many sequences the source is due more than `scaled` / slack units; inf for never."""
+        """Number of sequences after which the source is due more than `scaled` / slack units; inf for never."""
         for stage in reversed(range(len(self._starts))):
             share = self._shares[stage][source]
             missing = scaled - self._before[stage][source] * self._slack

@@ -1,4 +1,4 @@
-"""Documents into sequences of one length: one after another (report section 4.1), or whole, by best fit."""
+"""Packing of documents into sequences of one length: concatenated (report section 4.1), or whole by best fit."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.data.shards import Documents
 
 IGNORE = -100
-"""The target where nothing is to be predicted."""
+"""The target at masked positions."""
 
 
 class PackedSequences(grain.MapDataset):  # type: ignore[misc]  # grain has no types
     """Sequences of T tokens by index; index `epoch * len(self) + i` is sequence i of that epoch.
 
-    An epoch puts blocks of documents, and the documents of each, into a new order, and cuts them into sequences that
-    overlap by one token: the last target of one is the first token of the next. So every token but the first is a
-    target once, except for the fewer than T tokens at the epoch's end.
+    Each epoch permutes blocks of documents, and the documents within each block, and cuts the stream into sequences
+    that overlap by one token: the last target of one is the first token of the next. So every token but the first is a
+    target once, except for fewer than T tokens at the end of the epoch.
 
     Elements are dicts of (T,) int32: `tokens`; `targets`, one token ahead; `segments`, the number of the token's
     document within the sequence, from 1; `positions`, the token's index within its segment. With `mask_documents`, a
-    last target that is of another document is -100: the sequence's segments can't tell. So are targets that the
-    assistant didn't write, of chats.
+    last target in another document is -100, since the segments of the sequence don't show it. In chats, targets that
+    the assistant didn't write are -100.
 
     Memory grows with the number of blocks: 24 bytes for `BLOCK` documents.
 
@@ -76,7 +76,7 @@ class PackedSequences(grain.MapDataset):  # type: ignore[misc]  # grain has no t
         return element
 
     def _blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The blocks' order, and where in the epoch each begins."""
+        """Returns the order of blocks, and where in the epoch each begins."""
         cached = self._epoch  # read once: another thread may replace it
         if cached is None or cached[0] != epoch:
             tokens = self._documents.block_tokens
@@ -90,7 +90,7 @@ class PackedSequences(grain.MapDataset):  # type: ignore[misc]  # grain has no t
 
 @functools.lru_cache(maxsize=128)
 def _shuffled_block(documents: Documents, seed: int, epoch: int, block: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """The shard of a block, and its documents' lengths and places there, in the epoch's order."""
+    """Returns the shard of a block, and the lengths and places of its documents, in the epoch's order."""
     shard, bounds = documents.block(block)
     order = np.random.default_rng([seed, epoch, block]).permutation(len(bounds) - 1)
     return shard, np.diff(bounds)[order], bounds[order]
@@ -99,10 +99,10 @@ def _shuffled_block(documents: Documents, seed: int, epoch: int, block: int) -> 
 class BestFitSequences(grain.MapDataset):  # type: ignore[misc]  # grain has no types
     """Sequences of whole documents by index, as in `PackedSequences`; a longer document is cut at T targets.
 
-    Documents of a block go by best fit, the longest first (Ding et al., "Fewer Truncations Improve Language Modeling",
-    2024): each into the sequence with the least room that takes it. The rest of a sequence is padding: tokens 0,
-    targets -100, segment 0. A document's first token is no target: nothing comes before it. Its last one stands in the
-    sequence too, with target -100: a target whose next place is of another segment wouldn't be trained.
+    The documents of a block are packed by best fit, longest first (Ding et al., "Fewer Truncations Improve Language
+    Modeling", 2024): each into the sequence with the least room that fits it. The rest of a sequence is padding: tokens
+    0, targets -100, segment 0. A document's first token isn't a target. Its last token is also an input, with target
+    -100, since a target is masked if the next position belongs to another segment.
     """
 
     def __init__(self, documents: Documents, sequence_length: int, seed: int) -> None:
@@ -139,8 +139,9 @@ class BestFitSequences(grain.MapDataset):  # type: ignore[misc]  # grain has no 
 
 @functools.lru_cache(maxsize=128)
 def _best_fit(documents: Documents, block: int, length: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """The sequences of a block: its shard; (n, 2) spans of tokens, each with one more than it has targets; and of each
-    sequence the first span, (sequences + 1,)."""
+    """Packs a block: its shard; (n, 2) spans of tokens, each with one more than its targets; and the first span of each
+    sequence, (sequences + 1,).
+    """
     shard, bounds = documents.block(block)
     targets = np.diff(bounds) - 1
     pieces = -(-targets // length)
@@ -164,7 +165,7 @@ def _best_fit(documents: Documents, block: int, length: int) -> tuple[int, np.nd
 
 
 def _element(tokens: Any, targets: Any, segments: Any, positions: Any) -> dict[str, np.ndarray]:
-    """A row; negative tokens are complements of those that aren't to be predicted."""
+    """Builds a row. Negative tokens are the complements of masked ones."""
     return {
         "tokens": np.where(tokens < 0, ~tokens, tokens).astype(np.int32),
         "targets": np.where(targets < 0, IGNORE, targets).astype(np.int32),

@@ -1,4 +1,4 @@
-"""From a `DataConfig` to batches: endless for training, with a position to save; the same few for validation."""
+"""Batches from a `DataConfig`: endless for training, with a position to save; a fixed set for validation."""
 
 from __future__ import annotations
 
@@ -30,38 +30,41 @@ from dsv3_jax.json_input import check_type, field
 
 _PREFETCH = 2
 _INLINE = 1 << 26
-"""Bytes of text up to which starting processes to tokenise takes longer than it saves."""
+"""Bytes of text up to which worker processes take longer to start than they save."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Data that a run reads."""
+    """The data of a run."""
 
     source: str = "stdlib"
-    """A directory that `prepare` made; or "stdlib" for the text and code of Python's standard library, or a file or
-    folder (.txt, .md, .rst, .py, .jsonl, .parquet), which is prepared first."""
+    """A directory made by `prepare`; or "stdlib", the text and code of Python's standard library; or a file or folder
+    (.txt, .md, .rst, .py, .jsonl, .parquet), which is prepared first.
+    """
     sources: tuple[str, ...] = ()
-    """Instead of `source`, a mixture: NAME=SOURCE:WEIGHT of each."""
+    """A mixture instead of `source`: NAME=SOURCE:WEIGHT for each source."""
     reweight: tuple[str, ...] = ()
-    """Other weights of the mixture from a number of trained tokens on: TOKENS:NAME=WEIGHT,NAME=WEIGHT."""
+    """Weights of the mixture after a number of trained tokens: TOKENS:NAME=WEIGHT,NAME=WEIGHT."""
     tokenizer: str | None = None
     """A Hugging Face tokenizer.json; by default that of the prepared data, else bytes."""
     sequence_length: int = 4096
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     packing: Literal["concatenate", "best_fit"] = "concatenate"
-    """Documents one after another, cut where a sequence ends (report section 4.1); or whole, with padding."""
+    """`concatenate` cuts documents where a sequence ends (report section 4.1); `best_fit` keeps them whole, with
+    padding.
+    """
     mask_documents: bool = False
-    """Whether tokens attend within their own document only. The report packs without such a mask (section 4.1)."""
+    """Whether tokens attend only within their own document. The report doesn't use such a mask (section 4.1)."""
     validation_fraction: float = 0.05
-    """The share of documents held out for validation, chosen by a hash of their text. Prepared data has its own."""
+    """Fraction of documents held out for validation, chosen by a hash of their text. Prepared data has its own."""
     seed: int = 0
-    """Seed of the order of documents and sequences."""
+    """Seed for the order of documents and sequences."""
     text_field: str = "text"
-    """The field of JSONL objects, or column of parquet files, that holds the text."""
+    """Field of JSONL objects, or column of parquet files, that contains the text."""
     max_document_characters: int | None = None
-    """Cut longer documents into pieces of at most this length; for a corpus of few long files."""
+    """Split documents into pieces of at most this length, for a corpus of few long files."""
     workers: int = 0
-    """Processes that read batches ahead; with 0 a thread does, which reads millions of tokens per second."""
+    """Number of processes that read batches ahead. With 0 a thread does, at millions of tokens per second."""
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
@@ -78,11 +81,11 @@ class DataConfig:
         self.mixture()
 
     def parts(self) -> dict[str, str]:
-        """Names and places of the sources; one source alone has the name "data"."""
+        """Names and paths of the sources; a single source is named "data"."""
         return {name: place for name, place, _ in map(_part, self.sources)} or {"data": self.source}
 
     def mixture(self) -> Mixture:
-        """The sources' shares over the run. Raises ConfigError."""
+        """Returns the shares of the sources over the run. Raises ConfigError."""
         names = list(self.parts())
         if len(names) < len(self.sources):
             raise ConfigError(f"data.sources is {' '.join(self.sources)}: two have one name")
@@ -137,7 +140,7 @@ def _weight(text: str, what: str) -> Fraction:
 
 
 def prepared_tokenizer(config: DataConfig) -> str | None:
-    """Where a run's tokenizer is: as the config says, else with its prepared data; None for bytes."""
+    """Returns the path of a run's tokenizer: from the config, else that of the prepared data; None for bytes."""
     if config.tokenizer is not None:
         return config.tokenizer
     for place in config.parts().values():
@@ -152,13 +155,13 @@ def open_sources(
     tokenizer_path: str | Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Prepared]:
-    """Opens each source by its name; texts are prepared first, into a cache by their content.
+    """Opens each source by name. Texts are first prepared into a cache, keyed by their content.
 
     Args:
-      tokenizer_path: where `tokenizer` is from, if it isn't where the config says.
+      tokenizer_path: the path of `tokenizer`, if it differs from the config's.
 
     Raises:
-      ConfigError: unreadable data, or data of another tokenizer.
+      ConfigError: the data can't be read, or was prepared with another tokenizer.
     """
     mine, opened = identity(tokenizer), {}
     for name, place in config.parts().items():
@@ -173,12 +176,12 @@ def open_sources(
 
 
 def cache_directory() -> Path:
-    """Where texts that a run names are prepared: `dsv3_jax/data` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
+    """Returns the directory of prepared texts: `dsv3_jax/data` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax" / "data"
 
 
 def holds_out(opened: dict[str, Prepared]) -> list[str]:
-    """Names of the sources that hold out documents for validation."""
+    """Returns the names of the sources that hold out documents for validation."""
     return [name for name, prepared in opened.items() if prepared.index["options"]["validation_fraction"]]
 
 
@@ -200,7 +203,7 @@ def _prepare_texts(
 
 
 def _pack(prepared: Prepared, split: str, config: DataConfig) -> grain.MapDataset:
-    """The sequences of one split, by index, in an order that each epoch has anew."""
+    """Returns the sequences of one split by index, in a new order each epoch."""
     documents = prepared.split(split)
     if not documents.documents:
         raise ConfigError(
@@ -226,7 +229,7 @@ def _pack(prepared: Prepared, split: str, config: DataConfig) -> grain.MapDatase
 
 @dataclasses.dataclass
 class _Rows:
-    """Reads rows of batches; goes to worker processes whole."""
+    """Reads rows of batches. Pickled to worker processes."""
 
     sources: list[grain.MapDataset]
 
@@ -235,22 +238,21 @@ class _Rows:
 
 
 _Read = tuple[list[int], Future[dict[str, np.ndarray]]]
-"""How many were taken of each source, up to a batch and with it; and the batch."""
+"""The number of sequences taken from each source before and after a batch, and the batch."""
 
 
 class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has no types
-    """Batches without end, from the sequences of one or more sources in one global order.
+    """An endless iterator of batches, from the sequences of one or more sources in one global order.
 
-    A batch takes the next sequences of that order. What is saved is only how many were taken, of each source: a
-    restored iterator goes on at once, with any batch size and in any number of processes.
+    A batch takes the next sequences in that order. The state is only the number taken from each source: a restored
+    iterator continues immediately, with any batch size and number of processes.
 
-    Batches are dicts of (B, T) int32, as `PackedSequences` describes them. The next ones, of the same size, are read
-    ahead.
+    Batches are dicts of (B, T) int32; see `PackedSequences`. The next batches of the same size are read ahead.
 
     Args:
-      sources: by name; element `epoch * len + i` is sequence i of an epoch.
-      workers: processes that read; with 0 a thread does.
-      ahead: how many batches are read ahead.
+      sources: by name; element `epoch * len + i` is sequence i of that epoch.
+      workers: number of reading processes; with 0 a thread reads.
+      ahead: number of batches to read ahead.
     """
 
     def __init__(
@@ -273,7 +275,7 @@ class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has n
         self._waited, self._since = 0.0, time.perf_counter()
 
     def next_batch(self, batch_size: int, rows: Iterable[int] | None = None) -> dict[str, np.ndarray]:
-        """The next `batch_size` sequences; of them only `rows`, by default all: what this process's devices hold."""
+        """Returns the next `batch_size` sequences, or only `rows` of them, those that this process's devices hold."""
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}: it must be at least 1")
         wanted = (batch_size, tuple(range(batch_size) if rows is None else map(int, rows)))
@@ -289,7 +291,7 @@ class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has n
         return found
 
     def _read(self, wanted: tuple[int, tuple[int, ...]], before: Future[_Read] | None, taken: list[int]) -> _Read:
-        """Plans a batch and starts to read it, in the thread: after the one `before`, else where `taken` says."""
+        """Plans a batch and starts to read it in the thread: after the batch `before`, else from `taken`."""
         taken = list(before.result()[0]) if before else taken
         first, sequences = sum(taken), []
         for i in range(wanted[0]):
@@ -307,7 +309,7 @@ class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has n
         return self.next_batch(self._batch_size)
 
     def metrics(self) -> dict[str, float]:
-        """`data_wait`: the share of time since the last call spent waiting for batches; `epochs/NAME` of sources."""
+        """`data_wait`, the fraction of time since the last call spent waiting for batches, and `epochs/NAME`."""
         now = time.perf_counter()
         wait = self._waited / max(now - self._since, 1e-9)
         self._waited, self._since = 0.0, now
@@ -318,17 +320,17 @@ class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has n
         }
 
     def stop(self) -> None:
-        """Ends what reads ahead."""
+        """Stops reading ahead."""
         self._forget()
         self._workers.close()
         self._thread.shutdown()
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-serialisable, and the same in every process."""
+        """Returns the position, JSON-serialisable and the same in every process."""
         return {"taken": list(self._taken), "fingerprint": self._fingerprint}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where `get_state` was called. Raises ConfigError if the data isn't what it was then."""
+        """Restores the position of `get_state`. Raises ConfigError if the data has changed."""
         what = "the data's position"
         fingerprint = field(check_type(state, dict, what, ConfigError), "fingerprint", str, what, ConfigError)
         taken = field(state, "taken", list[int], what, ConfigError)
@@ -346,14 +348,14 @@ class TrainIterator(grain.DatasetIterator):  # type: ignore[misc]  # grain has n
 def train_iterator(
     config: DataConfig, tokenizer: Tokenizer, batch_size: int, *, opened: dict[str, Prepared] | None = None
 ) -> TrainIterator:
-    """Batches of the training documents, without end; each epoch is in a new order.
+    """Returns an endless iterator over batches of training documents, in a new order each epoch.
 
     Args:
-      batch_size: sequences of a batch; `next_batch` takes another.
-      opened: what `open_sources` returned, if it has been called.
+      batch_size: sequences per batch; `next_batch` takes any other.
+      opened: the result of `open_sources`, if it has been called.
 
     Raises:
-      ConfigError: unreadable data, or too little of it for one sequence.
+      ConfigError: the data can't be read, or is too little for one sequence.
     """
     opened = opened or open_sources(config, tokenizer)
     sources = {name: _pack(prepared, "training", config) for name, prepared in opened.items()}
@@ -373,14 +375,14 @@ def validation_batches(
     multiple_of: int = 1,
     opened: dict[str, Prepared] | None = None,
 ) -> list[dict[str, np.ndarray]]:
-    """The same batches of held-out documents at every call; of a mixture, in its first shares.
+    """Returns the same batches of held-out documents at every call, for a mixture in its initial shares.
 
     Args:
-      multiple_of: what a batch's size must be a multiple of, as `batch_size` is: parts that devices take.
+      multiple_of: the number of parts that devices take, of which every batch size must be a multiple.
 
     Returns:
-      `count` batches of (batch_size, T), or as many full ones as there are; a single smaller one if there is not
-      even one full batch.
+      `count` batches of (batch_size, T), or as many full ones as there are; a single smaller one if there is no full
+      batch.
 
     Raises:
       ConfigError: no documents are held out, or too few for one sequence, or for `multiple_of`.

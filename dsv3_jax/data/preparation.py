@@ -1,7 +1,7 @@
-"""Preparing data: sources -> tokens in shards on disk, as a stream, in many processes, to the same bytes every time.
+"""Data preparation: sources -> tokens in shards on disk, streamed, in several processes, reproducible to the byte.
 
-Work happens in `DST.partial`, which becomes `DST` when all is done. When a shard is full, both splits' files are closed
-and the place in the sources is written down: interrupted work goes on from there.
+Work happens in `DST.partial`, which is renamed to `DST` when everything is done. When a shard is full, the files of
+both splits are closed and the position in the sources is recorded, from which interrupted work continues.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ from dsv3_jax.json_input import read_json
 _PROGRESS, _HASHES, _LOCK = "progress.json", "hashes", "lock"
 _PIECE = 1 << 20
 _NAMED = 100
-"""How many documents that can't be used the index names."""
+"""Number of unusable documents that the index names."""
 _ENOUGH = 1000
-"""Documents after which a share of them tells something."""
+"""Number of documents after which the fraction of bad ones is checked."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareOptions:
-    """Choices of what documents become."""
+    """Options that determine the tokens of a document."""
 
     tokenizer: str | None = None
-    """A Hugging Face tokenizer.json, tiktoken.model, or the folder that holds one; bytes without one."""
+    """A Hugging Face tokenizer.json, a tiktoken.model, or a folder that contains one; by default bytes."""
     text_field: str = "text"
-    """The field of JSONL objects, or column of parquet files, that holds the text."""
+    """Field of JSONL objects, or column of parquet files, that contains the text."""
     validation_fraction: float = 0.005
-    """The share of documents held out for validation, chosen by a hash of their text."""
+    """Fraction of documents held out for validation, chosen by a hash of their text."""
     max_document_characters: int | None = None
-    """Cut longer documents into pieces of at most this length; for a corpus of few long files."""
+    """Split documents into pieces of at most this length, for a corpus of few long files."""
     deduplicate: bool = False
-    """Keep one of documents of equal text. Takes about 100 bytes of memory per document."""
+    """Keep only the first of documents with equal text. Takes about 100 bytes of memory per document."""
     max_bad_fraction: float = 0.001
-    """Stop when more than this share of documents can't be used: broken JSON, no text, not UTF-8."""
+    """Stop if more than this fraction of documents can't be used: invalid JSON, no text, not UTF-8."""
     fim_rate: float = 0.0
-    """The share of documents rearranged to fill in the middle; the report's is 0.1 (section 4.1)."""
+    """Fraction of documents rearranged for fill-in-the-middle; 0.1 in the report (section 4.1)."""
     split_rate: float = 0.0
-    """The share of tokens joining punctuation and line ends that are split in two (section 4.1 gives no number)."""
+    """Fraction of tokens combining punctuation and line ends that are split (section 4.1 gives no number)."""
     seed: int = 0
-    """Seed of the last two."""
+    """Seed for fim_rate and split_rate."""
     shard_tokens: int = 2**27
-    """Tokens after which a shard ends; it ends with a document."""
+    """Tokens per shard, up to the end of a document."""
 
     def __post_init__(self) -> None:
         for name in ("validation_fraction", "max_bad_fraction", "fim_rate", "split_rate"):
@@ -89,18 +89,18 @@ def prepare(
     console: Console | None = None,
     files: Sequence[File] | None = None,
 ) -> Prepared:
-    """Tokenises sources into a directory, or goes on with what was interrupted there. The result is the same bytes.
+    """Tokenises sources into a directory, or continues what was interrupted there, with the same result.
 
     Args:
-      sources: as `find_files` takes them.
-      destination: the directory to be. What isn't finished is in the same name with `.partial` added.
-      workers: processes that tokenise; with 0 this one does, on all cores where the tokenizer does so.
+      sources: as for `find_files`.
+      destination: the new directory. Unfinished work is in the same name with `.partial` appended.
+      workers: number of worker processes; with 0 this process does the work, on all cores if the tokenizer supports it.
       chat: makes a chat template, in each process; the sources are then JSONL files of conversations (`messages`).
       console: where progress and warnings go.
       files: of the sources, if they have been found already.
 
     Raises:
-      ConfigError: there is such a directory, another job is unfinished there, a source can't be read, or too many
+      ConfigError: the directory exists, a different job is unfinished there, a source can't be read, or too many
         documents can't be used.
     """
     if (destination / INDEX).exists():
@@ -128,7 +128,7 @@ def prepare(
 
 
 class _Piece(NamedTuple):
-    """A part of a long document. bytes: of the whole text. after: None but for the last."""
+    """A part of a long document. bytes: of the whole text. after: None except for the last part."""
 
     place: tuple[int, int]
     digest: bytes
@@ -139,7 +139,7 @@ class _Piece(NamedTuple):
 
 
 class _Job:
-    """One preparation: `state` is all that going on takes."""
+    """One preparation. `state` is all that is needed to continue it."""
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class _Job:
         }
 
     def run(self, workers: int) -> None:
-        """Does what is left."""
+        """Does the remaining work."""
         self._load()
         while True:
             self._stream(workers)
@@ -352,7 +352,7 @@ class _Job:
     # What is on disk ---------------------------------------------------------------------------------------
 
     def _close_part(self, position: Position) -> None:
-        """Closes the shards, and writes down where the next ones begin."""
+        """Closes the shards, and records where the next ones begin."""
         for split, writer in self.writers.items():
             self.state["shards"][split].append(writer.close())
         self.writers = {}
@@ -401,7 +401,7 @@ class _Job:
                 path.unlink()
 
     def finish(self, destination: Path) -> None:
-        """Writes the index and gives the directory its name."""
+        """Writes the index and renames the directory."""
         for name, file in tokenizer_sources(self.options.tokenizer).items():
             shutil.copyfile(file, self.partial / name)
         tokenizer = self.tokenizer
@@ -446,7 +446,7 @@ def _hash_long(long: LongDocument) -> tuple[bytes, int, bool]:
 
 
 def _with_next[T](values: Iterable[T]) -> Iterator[tuple[T, T | None]]:
-    """Each value and the one after it, None after the last."""
+    """Yields each value with the next one, None after the last."""
     iterator = iter(values)
     value = next(iterator, None)
     while value is not None:
@@ -463,7 +463,7 @@ def _failed(why: str) -> Future[Any]:
 
 
 class _progress:
-    """A bar with rates; nothing on a console that isn't a terminal."""
+    """Returns a progress bar with rates; nothing on a console that isn't a terminal."""
 
     def __init__(self, console: Console, total: int) -> None:
         columns = (TextColumn("preparing"), BarColumn(), TextColumn("{task.fields[rates]}"), TimeRemainingColumn())

@@ -1,8 +1,8 @@
-"""Prepared data on disk: shards of tokens in ArrayRecord files, and the index that says what is in them.
+"""Prepared data on disk: shards of tokens in ArrayRecord files, and an index.
 
 A directory holds `index.json`, the tokenizer's files, and shards of two splits, as `training-00000.array_record`.
-A shard is a stream of documents' tokens in records of `CHUNK` tokens, then the places where documents end in records of
-`BLOCK` documents. Records carry checksums of their own: a flipped bit is noticed when it is read.
+A shard contains the concatenated tokens of documents in records of `CHUNK` tokens, then the positions where documents
+end in records of `BLOCK` documents. Records have checksums, so that corruption is detected on reading.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from dsv3_jax.json_input import check_type, field, read_json
 INDEX = "index.json"
 FORMAT = 2
 CHUNK = 8192
-"""Tokens of a record."""
+"""Tokens per record."""
 BLOCK = 1024
-"""Documents of a block, the unit whose lengths are read together."""
+"""Documents per block, the unit whose lengths are read together."""
 SPLITS = ("training", "validation")
 
 _OPEN_FILES = 512
@@ -38,8 +38,8 @@ _OPEN_FILES = 512
 class ShardWriter:
     """Writes one shard.
 
-    dtype: uint16, or int32 for larger vocabularies and for chats, in which a token that isn't to be predicted is stored
-    as its complement, a negative number. Raises ConfigError where the disk takes no more.
+    dtype: uint16, or int32 for larger vocabularies and for chats, in which masked tokens are stored as their
+    complements, negative numbers. Raises ConfigError if writing fails.
     """
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
@@ -50,7 +50,7 @@ class ShardWriter:
         self._ends: list[int] = []
 
     def add(self, tokens: np.ndarray, *, last: bool = True) -> None:
-        """Appends a document's tokens; those of a long one in pieces, of which one is the `last`."""
+        """Appends the tokens of a document, or of a piece of a long one, of which one is the `last`."""
         self._pending.append(tokens)
         self.tokens += len(tokens)
         if self.tokens // CHUNK > (self.tokens - sum(map(len, self._pending))) // CHUNK:
@@ -77,7 +77,7 @@ class ShardWriter:
             raise ConfigError(f"can't write {self.path}: {' '.join(str(error).split())[:200]}") from None
 
     def close(self) -> dict[str, Any]:
-        """Puts the shard on disk. Returns its entry of the index."""
+        """Flushes the shard to disk. Returns its entry for the index."""
         if self._pending:
             self._write_chunks(all_of_them=True)
         ends = np.array(self._ends, "<i8")
@@ -98,14 +98,14 @@ class ShardWriter:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Prepared data: its directory and its index, read and checked. Raises ConfigError for what is none."""
+    """A directory of prepared data, with its index read and validated. Raises ConfigError if it isn't one."""
 
     directory: Path
     index: dict[str, Any]
 
     @classmethod
     def open(cls, directory: Path) -> Prepared:
-        """Reads the index. Files are looked at for their size only: their records carry checksums."""
+        """Reads the index. Only the sizes of files are checked, since records have checksums."""
         path = directory / INDEX
         index = check_type(read_json(path, ConfigError), dict, str(path), ConfigError)
         version = field(index, "format", int, str(path), ConfigError)
@@ -134,7 +134,7 @@ class Prepared:
         return cls(directory, index)
 
     def split(self, name: str) -> Documents:
-        """The documents of "training" or "validation"."""
+        """Returns the documents of "training" or "validation"."""
         return Documents(self.directory, self.index[name], self.index["dtype"])
 
     def check_tokenizer(self, identity: str) -> None:
@@ -148,12 +148,12 @@ class Prepared:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Equal for equal tokens of equal documents in equal order, and else not."""
+        """A fingerprint of the tokens of all documents, in order."""
         kept = {split: [[s["xxh3_128"], s["tokens"]] for s in self.index[split]] for split in SPLITS}
         return xxhash.xxh3_128_hexdigest(json.dumps([kept, self.index["dtype"]]).encode())
 
     def check_hashes(self) -> None:
-        """Reads every shard. Raises ConfigError, naming the first that isn't what was written."""
+        """Reads every shard. Raises ConfigError, naming the first one that is corrupt."""
         for split in SPLITS:
             for shard in self.index[split]:
                 if hash_file(self.directory / shard["file"])[1] != shard["xxh3_128"]:
@@ -161,7 +161,7 @@ class Prepared:
 
 
 class Documents:
-    """The tokens of documents, by block and place, read from disk. May be pickled, and shared by threads.
+    """The tokens of documents by block and position, read from disk. Can be pickled, and shared between threads.
 
     `block_tokens` (blocks,) int64: tokens of each block of at most `BLOCK` documents.
     """
@@ -182,13 +182,13 @@ class Documents:
         return self.__dict__ | {"_readers": OrderedDict()}
 
     def block(self, block: int) -> tuple[int, np.ndarray]:
-        """(shard, bounds): document i of the block is tokens bounds[i] to bounds[i + 1] of that shard, int64."""
+        """Returns (shard, bounds): document i of the block is tokens bounds[i] to bounds[i + 1] of the shard, int64."""
         shard = int(np.searchsorted(self._first_blocks, block, side="right")) - 1
         (record,) = self._read(shard, [self._chunks[shard] + block - int(self._first_blocks[shard])])
         return shard, np.concatenate([self._block_starts[block : block + 1], np.frombuffer(record, "<i8")])
 
     def read(self, shard: int, spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """Tokens start to stop of a shard, for each (start, stop) of `spans`, in one access."""
+        """Reads tokens start to stop of a shard, for each (start, stop) in `spans`, in one access."""
         chunks = [range(start // CHUNK, (stop - 1) // CHUNK + 1) for start, stop in spans]
         wanted = sorted(set().union(*chunks))
         records = dict(zip(wanted, self._read(shard, wanted), strict=True)) if wanted else {}

@@ -1,6 +1,6 @@
-"""Where documents come from: files, folders, Python's own library, the Hub. Read as a stream, from any place on.
+"""Sources of documents: files, folders, Python's standard library, the Hub. Read as a stream, from any position.
 
-Nothing here parses or decodes more than it must: lines and texts go on as bytes, to the processes that tokenise.
+Parsing and decoding is left to the worker processes where possible: lines and texts are passed on as bytes.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _SKIPPED_PACKAGES |= {"encodings", "pydoc_data"}
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 
 _BATCH = 1 << 20
-"""Bytes or characters of documents that go to a process together."""
+"""Bytes or characters of documents that are sent to a process together."""
 _LONG = 1 << 21
-"""Bytes or characters from which a document is tokenised in pieces, in memory that doesn't grow with it."""
+"""Bytes or characters above which a document is tokenised in pieces, in bounded memory."""
 _PIECE = 1 << 20
 
 
 class Position(NamedTuple):
-    """A place between two documents. offset: bytes of a file after decompression, or rows. number: lines or rows."""
+    """A position between two documents. offset: in bytes after decompression, or rows. number: of lines or rows."""
 
     file: int = 0
     offset: int = 0
@@ -52,13 +52,13 @@ class Position(NamedTuple):
 
 
 class LongDocument(NamedTuple):
-    """A document's text in pieces, from the start at each call. Raises ValueError where there is none."""
+    """Yields a document's text in pieces, from the start at each call. Raises ValueError if there is none."""
 
     pieces: Callable[[], Iterator[str]]
 
 
 class Record(NamedTuple):
-    """One document as it was found. data: a text file's bytes, a line of JSON (`is_json`), or text."""
+    """One document as read. data: the bytes of a text file, a line of JSON (`is_json`), or text."""
 
     data: bytes | str | LongDocument
     is_json: bool
@@ -69,8 +69,7 @@ class Record(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Documents that are next to each other. places: (file, line or row; 0 for a whole file) of each. after: None if
-    more of the last document follows."""
+    """Adjacent documents. places: (file, line or row; 0 for a whole file). after: None if the last one continues."""
 
     records: list[bytes | str]
     is_json: list[bool]
@@ -82,35 +81,36 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file of documents, or what stands for one. size: bytes on disk, 0 if unknown. source: which of the sources."""
+    """A file of documents, or its equivalent. size: bytes on disk, 0 if unknown. source: index of the source."""
 
     name: str
     size: int
     source: int
     records: Callable[[int, int], Iterator[Record]]
-    """From (offset, number) on."""
+    """Yields documents from (offset, number) on."""
     state: str
-    """Differs when the file has been changed."""
+    """A fingerprint that changes with the file."""
 
     def where(self, number: int) -> str:
-        """The name of a document, for messages."""
+        """Returns the name of a document for messages."""
         if not number:
             return self.name
         return f"{self.name}, {'line' if '.jsonl' in self.name.lower() else 'row'} {number}"
 
 
 def find_files(sources: Sequence[str], text_field: str) -> list[File]:
-    """Lists the files of sources, in an order that depends on nothing but them.
+    """Lists the files of sources, in a deterministic order.
 
     Args:
       sources: each "stdlib" for the reference texts and modules of Python's standard library; or a file or folder, in
         which each `.txt`, `.md`, `.rst` or `.py` file is a document, each line of a `.jsonl` file (`.gz` and `.zst`
         too), each row of a `.parquet` file; or OWNER/NAME, with :CONFIG and @SPLIT if need be, a data set of the
-        Hugging Face Hub. Folders are searched in depth, in sorted order, without hidden entries and links to folders.
+        Hugging Face Hub. Folders are searched recursively, in sorted order, without hidden entries and links to
+        folders.
       text_field: the column of parquet files and of the Hub.
 
     Raises:
-      ConfigError: no such source, or none of its files can be read.
+      ConfigError: a source doesn't exist, or has no readable file.
     """
     files = []
     for number, source in enumerate(sources):
@@ -127,7 +127,7 @@ def find_files(sources: Sequence[str], text_field: str) -> list[File]:
 
 
 def content_hash(files: Sequence[File]) -> str:
-    """Equal for sources of equal files in equal order, wherever they lie."""
+    """A fingerprint of the files of sources in order, independent of their location."""
     digest = xxhash.xxh3_128()
     for file in files:
         path = Path(file.name)
@@ -142,7 +142,7 @@ def content_hash(files: Sequence[File]) -> str:
 
 
 def read_batches(files: Sequence[File], start: Position) -> Iterator[Batch]:
-    """The documents from `start` on. Batches depend on that place alone."""
+    """Yields the documents from `start` on, in batches that depend only on that position."""
     records: list[bytes | str] = []
     is_json: list[bool] = []
     places: list[tuple[int, int]] = []
@@ -170,10 +170,10 @@ def read_batches(files: Sequence[File], start: Position) -> Iterator[Batch]:
 
 
 def cut(pieces: Iterable[str], limit: int, *, between_words: bool = False) -> Iterator[str]:
-    """The same text in pieces of at most `limit` characters, cut at line ends where there are any.
+    """Splits text into pieces of at most `limit` characters, at line ends if there are any.
 
-    between_words: cut only where a line that begins without space follows, since tokenizers join spaces to what comes
-      before and after them; without such a place, before a space.
+    between_words: split only before a line that doesn't begin with a space, since tokenizers merge spaces with their
+      neighbours; if there is none, before a space.
     """
     rest = ""
     for piece in pieces:
@@ -300,7 +300,7 @@ def _skip(file: Any, offset: int, plain: bool) -> None:
 
 
 def _lines(file: Any, offset: int) -> Iterator[tuple[bytes, int]]:
-    """Lines without their ends, each with the place after it."""
+    """Yields lines without their ends, each with the position after it."""
     rest = bytearray()
     while block := file.read1(1 << 20):  # what there is: an error then comes after the last line that is whole
         first, *others = block.split(b"\n")
@@ -319,7 +319,7 @@ _HIGH_SURROGATE = re.compile(rb"\\u[dD][89abAB]..\Z", re.DOTALL)
 
 
 def json_text(line: bytes, name: str) -> Iterator[str]:
-    """The text of a field of a JSON object, in pieces, without a copy of the whole. Raises ValueError."""
+    """Yields the text of a field of a JSON object in pieces, without copying the whole. Raises ValueError."""
     start, stop = _json_string(line, name)
     while start < stop:
         end = min(start + _PIECE, stop)
@@ -337,7 +337,7 @@ def json_text(line: bytes, name: str) -> Iterator[str]:
 
 
 def _json_string(line: bytes, name: str) -> tuple[int, int]:
-    """Where the text of a top-level field stands, without its quotes."""
+    """Returns the position of the text of a top-level field, without its quotes."""
     depth, key, found, place, expects_key = 0, None, None, 0, False
     while token := _JSON_TOKEN.match(line, place):
         place, first = token.end(), line[token.start(1)]
@@ -416,7 +416,7 @@ def _stdlib_file(source: int) -> File:
 
 
 def _stdlib() -> Iterator[str]:
-    """The language reference by topic, as `help()` shows it, then the modules' source."""
+    """Yields the language reference by topic, as shown by `help()`, then the source of modules."""
     with contextlib.suppress(ImportError):  # a Python without its documentation still has modules
         from pydoc_data.topics import topics
 
@@ -430,7 +430,7 @@ def _stdlib() -> Iterator[str]:
 
 
 def decode(data: bytes) -> str:
-    """The text of a file: UTF-8, any line ends. Raises UnicodeDecodeError."""
+    """Decodes the text of a file: UTF-8, any line ends. Raises UnicodeDecodeError."""
     return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
 
 

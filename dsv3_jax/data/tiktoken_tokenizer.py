@@ -1,8 +1,8 @@
 """The `tiktoken.model` of Moonlight and Kimi, read by the tiktoken library.
 
-Such a file holds only the ranks of a BPE. The pattern that cuts text into words and the places of special tokens are in
-the Python file that comes with it, `tokenization_moonshot.py` or `tokenization_kimi.py`; they are the same in both, and
-are repeated here, since a checkpoint's code isn't run.
+Such a file contains only the ranks of a BPE. The pattern that splits text into words and the ids of special tokens are
+in the Python file that comes with it, `tokenization_moonshot.py` or `tokenization_kimi.py`; they are the same in both,
+and are repeated here, since code from checkpoints isn't executed.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _PATTERN = "|".join(
 )
 
 _SPECIAL_TOKENS = 256
-"""Ids after the ranks. Their code counts two more, which lie beyond the models' vocabularies and have no names."""
+"""Number of ids after the ranks. The original code has two more, without names and beyond the models' vocabularies."""
 
 _CHUNK, _RUN = 400_000, 25_000
-"""Characters, as in their code: text is cut into chunks, and these within longer runs of spaces or of anything else."""
+"""In characters, as in the original code: text is split into chunks, and within longer runs of spaces or non-spaces."""
 
 
 class TiktokenTokenizer:
@@ -50,7 +50,7 @@ class TiktokenTokenizer:
 
     Args:
       path: of the file.
-      config: the fields of its tokenizer_config.json.
+      config: the fields of the tokenizer_config.json.
 
     bos and eos are `[BOS]` and `[EOS]` unless that file says otherwise. A prompt begins with bos only if
     `add_bos_token` says so.
@@ -126,7 +126,7 @@ class TiktokenTokenizer:
 
 
 def _check_kind(path: Path, config: dict[str, Any]) -> None:
-    """Refuses files whose pattern isn't known to be the one above: another gives other tokens, in silence."""
+    """Rejects files unless their pattern is known to be the one above: another would silently give other tokens."""
     classes = config.get("auto_map", {})
     classes = classes.get("AutoTokenizer") if isinstance(classes, dict) else None
     named = [str(c).rpartition("--")[2] for c in (classes if isinstance(classes, list) else [classes]) if c]
@@ -139,7 +139,7 @@ def _check_kind(path: Path, config: dict[str, Any]) -> None:
 
 
 def _special_tokens(first: int, config: dict[str, Any]) -> dict[str, int]:
-    """The ids after the ranks under the names that `added_tokens_decoder` gives them; reserved ones without."""
+    """Names the ids after the ranks as in `added_tokens_decoder`; others are reserved tokens."""
     named = {key: token.get("content") for key, token in (config.get("added_tokens_decoder") or {}).items()}
     places = range(first, first + _SPECIAL_TOKENS)
     return {str(named.get(str(i)) or f"<|reserved_token_{i}|>"): i for i in places}

@@ -1,4 +1,4 @@
-"""The bytes of each token of a tokenizer.json, by its decoder."""
+"""The bytes of each token in a tokenizer.json, from its decoder."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def byte_level_alphabet() -> list[str]:
-    """The character of each byte in a byte-level BPE: the byte's own where it can be seen, else one from U+0100 on."""
+    """The character of each byte in a byte-level BPE: its own if that is printable, else one from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = iter(range(0x100, 0x200))
     return [chr(byte if byte in visible else next(hidden)) for byte in range(256)]
 
 
 def bytes_reader(decoder: Any) -> Callable[[str], bytes]:
-    """A function from a token to the bytes that it adds within a text.
+    """Returns a function from a token to the bytes that it adds within a text.
 
-    What a decoder does at the ends of a text alone, as stripping a first space, is left out.
+    What a decoder does only at the ends of a text, such as stripping a leading space, is ignored.
 
     Args:
       decoder: the field `decoder` of a tokenizer.json, parsed.
 
     Raises:
-      ConfigError: the decoder joins tokens in another way than one after another.
+      ConfigError: the decoder doesn't simply concatenate tokens.
     """
     decoder = decoder or {"type": None}
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]

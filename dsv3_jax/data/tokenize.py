@@ -1,4 +1,4 @@
-"""Documents as they were found -> tokens: parsed, checked, rearranged for FIM. Runs in the processes of `prepare`."""
+"""Documents as read -> tokens: parsed, validated, rearranged for FIM. Runs in the worker processes of `prepare`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _PUNCTUATION_AND_LINES = re.compile(rb"([ -/:-@\[-`{-~]*[!-/:-@\[-`{-~])([\r\n]+
 
 
 class Tokenized(NamedTuple):
-    """Tokens of documents one after another, and (n, 16) uint8 hashes of their texts. sizes: bytes of UTF-8.
+    """Concatenated tokens of documents, and (n, 16) uint8 hashes of their texts. sizes: in bytes of UTF-8.
 
-    errors: (record, what is wrong with it). records: which record each document is from.
+    errors: (record, message). records: the record of each document.
     """
 
     tokens: np.ndarray
@@ -44,19 +44,20 @@ class Tokenized(NamedTuple):
 
 
 class Conversation(Protocol):
-    """Renders chats: a chat template, as in `serving.chat`."""
+    """Renders chats; a chat template from `serving.chat`."""
 
     def render(self, messages: Any, tools: Any = None, *, add_generation_prompt: bool = True) -> Any: ...
 
 
 @dataclasses.dataclass
 class Tokenize:
-    """Makes tokens of a batch of documents. Pickled once for each process; reads its tokenizer there.
+    """Tokenises batches of documents. Pickled once per process; loads the tokenizer there.
 
-    A document is bos, text, eos; only eos and text where the two are one token. With `fim_rate`, that share of
-    documents is bos, begin, prefix, hole, suffix, end, middle, eos, of a text cut at two random places (report section
-    4.1: PSM). With `split_rate`, that share of tokens that join punctuation and line ends is two tokens. Chance follows
-    from `seed` and the text. With `chat`, which makes a template, records are conversations; see `_chat`.
+    A document is bos, text, eos, without the last if both are one token. With `fim_rate`, that fraction of documents is
+    bos, begin, prefix, hole, suffix, end, middle, eos, of a text split at two random positions (report section 4.1:
+    PSM). With `split_rate`, that fraction of the tokens that combine punctuation and line ends is split in two.
+    Randomness is determined by `seed` and the text. With `chat`, a factory of a template, records are conversations;
+    see `_chat`.
     """
 
     tokenizer_path: str | None
@@ -109,7 +110,7 @@ class Tokenize:
         return self._pack(encoded, hashes, data, found, errors)
 
     def piece(self, text: str, first: bool, last: bool) -> np.ndarray:
-        """Tokens of a piece of a long document."""
+        """Tokenises a piece of a long document."""
         bos, eos = self._ends
         ids = self._ids([valid_unicode(text)])[0]
         return np.concatenate([bos if first else [], ids, eos if last else []]).astype(np.int32)
@@ -188,7 +189,7 @@ class Tokenize:
 
     @functools.cached_property
     def _halves(self) -> dict[int, list[int]]:
-        """Tokens that join punctuation and line ends, each with the tokens of the two."""
+        """Maps tokens that combine punctuation and line ends to the tokens of the two."""
         found = {}
         special = self.tokenizer.special_ids()
         for i, data in enumerate(self.tokenizer.token_bytes()):
@@ -215,10 +216,10 @@ class Tokenize:
         return self.chat()
 
     def _chat(self, record: bytes | str) -> np.ndarray:
-        """Tokens of a conversation, those that the assistant didn't write as their complements (~token).
+        """Tokenises a conversation; tokens that the assistant didn't write are complements (~token).
 
-        What the assistant writes is what the template adds for its message after the generation prompt, the token that
-        ends the message among it.
+        The assistant writes what the template adds for its message after the generation prompt, including the token
+        that ends the message.
         """
         value = _parse(record)
         messages = value.get("messages") if isinstance(value, dict) else None

@@ -12,74 +12,74 @@ import xxhash
 
 
 class Tokenizer(Protocol):
-    """A tokenizer, as the pipeline and the command line use it."""
+    """The tokenizer protocol of the pipeline and the command line."""
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id; a model's vocabulary must be at least as large."""
+        """The largest id plus one; a model's vocabulary must be at least as large."""
         ...
 
     @property
     def bos_id(self) -> int:
-        """Token that a document begins with."""
+        """Token at the beginning of a document."""
         ...
 
     @property
     def eos_id(self) -> int:
-        """Token that a document ends with."""
+        """Token at the end of a document."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """(n,) int32, without bos and eos. Text can't forge special tokens: their names are encoded as text.
+        """Encodes text to (n,) int32, without bos and eos. Names of special tokens are encoded as ordinary text.
 
-        Lone surrogates, which a Python string can hold and UTF-8 can't, count as U+FFFD.
+        Lone surrogates, which Python strings allow but UTF-8 doesn't, become U+FFFD.
         """
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text, on all cores where that helps."""
+        """Encodes each text, on all cores if that helps."""
         ...
 
     def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
-        """(n,) int32: a text for a model to continue, with what the tokenizer puts before a text, but nothing after.
+        """Encodes a prompt to (n,) int32, with the tokens that the tokenizer adds before a text, but none after.
 
-        Names of special tokens become those tokens, as in transformers. At least one token: bos if there is no other.
-        Without `add_special_tokens` nothing is put before the text, and an empty one has no tokens.
+        Names of special tokens become those tokens, as in transformers. There is at least one token, bos if necessary.
+        Without `add_special_tokens` nothing is added, and an empty text has no tokens.
         """
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`, without special tokens. Never fails, whatever the ids."""
+        """Decodes `ids` to text without special tokens. Accepts any ids."""
         ...
 
     def token_bytes(self) -> list[bytes]:
-        """The UTF-8 bytes that each id below `vocab_size` adds within a text; b"" for an id without a token.
+        """Returns the UTF-8 bytes that each id below `vocab_size` adds within a text; b"" for an id without a token.
 
-        Special tokens add their names. A character may be spread over several tokens.
+        Special tokens add their names. A character may span several tokens.
 
         Raises:
-          ConfigError: text isn't made of tokens one after another, as in WordPiece.
+          ConfigError: text isn't the concatenation of its tokens, as in WordPiece.
         """
         ...
 
     def special_ids(self) -> frozenset[int]:
-        """Tokens that `decode` leaves out."""
+        """Tokens that `decode` omits."""
         ...
 
     def token_id(self, name: str) -> int | None:
-        """The id of a token by its name, or None."""
+        """Returns the id of a token by name, or None."""
         ...
 
     def save(self, directory: Path) -> None:
-        """Writes the files by which `load_tokenizer(directory)` and transformers make this tokenizer again.
+        """Writes files from which `load_tokenizer(directory)` and transformers load an equal tokenizer.
 
-        Its prompts then begin with bos, as documents do in training.
+        Its prompts begin with bos, as documents do in training.
         """
         ...
 
 
 def identity(tokenizer: Tokenizer) -> str:
-    """Equal for tokenizers that make equal tokens of documents, whatever files they come from."""
+    """A fingerprint that is equal for tokenizers that encode documents equally, whatever their files."""
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save(Path(directory))
         files = [
@@ -92,7 +92,7 @@ def identity(tokenizer: Tokenizer) -> str:
 
 
 def valid_unicode(text: str) -> str:
-    """`text` with U+FFFD for lone surrogates, which JSON's escapes and a terminal's odd bytes leave in strings."""
+    """Replaces lone surrogates, from JSON escapes or invalid bytes on a terminal, by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Tokenizers by path: bytes, a `tokenizer.json`, a `tiktoken.model`, or the folder that holds one."""
+"""Tokenizers by path: bytes, a `tokenizer.json`, a `tiktoken.model`, or a folder that contains one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dsv3_jax.data.tokenizer import Tokenizer
 
 BYTES = "bytes"
 CHAT_TEMPLATE = "chat_template.jinja"
-"""Where newer versions of transformers write the chat template, which tokenizer_config.json had."""
+"""File in which newer versions of transformers write the chat template, formerly in tokenizer_config.json."""
 BESIDE_TOKENIZER = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, CHAT_TEMPLATE)
-"""Files that are read beside a tokenizer's own."""
+"""Companion files of a tokenizer."""
 TOKENIZER_FILES = (TOKENIZER_JSON, TIKTOKEN_MODEL, *BESIDE_TOKENIZER)
-"""Files of a tokenizer that runs and prepared data keep, under the names that a Hugging Face checkpoint uses."""
+"""Files of a tokenizer that runs and prepared data store, under the names in Hugging Face checkpoints."""
 
 _NAMES = (TOKENIZER_JSON, TIKTOKEN_MODEL)
 _ELSEWHERE = {
@@ -25,19 +25,19 @@ _ELSEWHERE = {
     "vocab.json": "the older format, of two files",
     "vocab.txt": "WordPiece",
 }
-"""Other formats of tokenizers, which transformers turns into a tokenizer.json."""
+"""Unsupported tokenizer formats, which transformers can convert to tokenizer.json."""
 
 
 def load_tokenizer(path: str | Path | None = None, *, add_bos_token: bool | None = None) -> Tokenizer:
-    """Makes a tokenizer: bytes for None or "bytes", else what is in a file or folder.
+    """Loads a tokenizer: bytes for None or "bytes", else from a file or folder.
 
     Args:
-      path: a `tokenizer.json` or `tiktoken.model`, or the folder that holds one; `tokenizer_config.json` beside it
+      path: a `tokenizer.json` or `tiktoken.model`, or a folder that contains one; `tokenizer_config.json` beside it
         names bos and eos.
-      add_bos_token: whether prompts begin with bos; by default as the files say.
+      add_bos_token: whether prompts begin with bos; by default as in the files.
 
     Raises:
-      ConfigError: there is no such file, it can't be read, or has no end-of-document token.
+      ConfigError: the file doesn't exist, can't be read, or has no end-of-document token.
     """
     if path is None or str(path) == BYTES:
         return ByteTokenizer()
@@ -50,12 +50,12 @@ def load_tokenizer(path: str | Path | None = None, *, add_bos_token: bool | None
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory holds a tokenizer that `load_tokenizer` reads."""
+    """Whether a directory contains a tokenizer for `load_tokenizer`."""
     return any((directory / name).is_file() for name in _NAMES)
 
 
 def tokenizer_sources(path: str | Path | None) -> dict[str, Path]:
-    """Maps names of copies to the files of the tokenizer at `path`, a file or a folder: none for bytes."""
+    """Maps names of copies to the files of the tokenizer at `path`, a file or folder. Empty for bytes."""
     if path is None or str(path) == BYTES:
         return {}
     path = Path(path)

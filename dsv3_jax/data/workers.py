@@ -1,6 +1,6 @@
-"""Processes that work on one object. They start from nothing, without fork and without the caller's `__main__`.
+"""Worker processes for one object, started without fork and without importing the caller's `__main__`.
 
-multiprocessing would import the caller's script anew, which trains a second time if the script isn't guarded.
+multiprocessing would import the caller's script again, which would start a second training if it isn't guarded.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _LENGTH = 8
 
 
 class Workers:
-    """`count` processes that call methods of `target`, which is pickled once for each; with 0 the caller's thread does.
+    """`count` processes that call methods of `target`, pickled once for each; with 0 the calling thread does.
 
-    An exception of the method is raised by its future.
+    Exceptions are raised by the returned future.
     """
 
     def __init__(self, count: int, target: object) -> None:
@@ -38,7 +38,7 @@ class Workers:
         return future
 
     def close(self) -> None:
-        """Ends the processes, whatever they do."""
+        """Terminates the processes."""
         for process in self._processes:
             process.kill()
         if self._threads is not None:
@@ -81,7 +81,7 @@ class Workers:
 
 
 def send(pipe: IO[bytes] | None, value: Any) -> None:
-    """Writes a pickle with its length before it."""
+    """Writes a pickle, preceded by its length."""
     assert pipe is not None
     data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
     pipe.write(len(data).to_bytes(_LENGTH, "little"))
@@ -90,7 +90,7 @@ def send(pipe: IO[bytes] | None, value: Any) -> None:
 
 
 def receive(pipe: IO[bytes] | None) -> Any:
-    """Reads what `send` wrote. Raises EOFError when the other side is gone."""
+    """Reads what `send` wrote. Raises EOFError if the other side has closed."""
     assert pipe is not None
     head = pipe.read(_LENGTH)
     size = int.from_bytes(head, "little")

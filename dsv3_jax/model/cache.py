@@ -179,8 +179,8 @@ def _unpack(rope_key: jax.Array) -> jax.Array:
 class Cache:
     """The latent cache of a batch: R + P numbers per token and layer (report section 2.1.1).
 
-    dense, moe: caches of the dense and the sparse layers; None if there are none. mtp: a cache of one layer for each
-    multi-token prediction module in use. length: (B,) int32, tokens of each sequence.
+    dense, moe: caches of the dense and the sparse layers; None if there are none.
+    mtp: a cache of one layer for each multi-token prediction module in use. length: (B,) int32, tokens per sequence.
     """
 
     dense: LayersCache | None

@@ -31,9 +31,9 @@ from dsv3_jax.runtime import Runtime
 class Outputs:
     """Outputs of one forward pass that training needs.
 
-    logits: of the next token; None for a pipeline stage without the head. mtp_logits: for each MTP depth. stats:
-    routing of the sparse layers, with a leading axis of layers; None if there are none. mtp_stats: routing for each
-    depth.
+    logits: of the next token; None for a pipeline stage without the head. mtp_logits: for each MTP depth.
+    stats: routing of the sparse layers, with a leading axis of layers; None if there are none.
+    mtp_stats: routing for each MTP depth.
     """
 
     logits: Logits | None

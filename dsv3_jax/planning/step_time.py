@@ -16,9 +16,9 @@ from dsv3_jax.runtime import Runtime
 class StepTime:
     """Seconds of one step on the busiest device, at the hardware's efficiency.
 
-    matmuls: at the peak rate of their operands. elementwise: memory traffic between matmuls. optimizer: the update, and
-    gradient accumulation over microbatches. exchange: communication that isn't hidden. bubble: idle time of a pipeline.
-    hidden: communication behind compute, not part of the total.
+    matmuls: at the peak rate of their operands. elementwise: memory traffic between matmuls.
+    optimizer: the update, and gradient accumulation over microbatches. exchange: communication that isn't hidden.
+    bubble: idle time of a pipeline. hidden: communication behind compute, not part of the total.
     model_flops: the whole step's, without recomputation. traffic: by axis.
     """
 
