@@ -124,8 +124,8 @@ def swiglu(
 
     Args:
       gate, up: (D, F), or (G, D, F) with groups. down: (..., F, D).
-      group_sizes: (G,) int32, rows of each expert. Rows after the last group give zero. keep: applied to the saved
-      outputs of gate and up.
+      group_sizes: (G,) int32, rows of each expert. Rows after the last group give zero.
+      keep: applied to the saved outputs of gate and up.
     """
     how = _How(gate.recipe, group_sizes is not None, keep)
     weights = tuple((w.master, w.values, w.scales) for w in (gate, up, down))
