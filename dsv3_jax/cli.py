@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 @functools.cache
 def _quiet_failed_writes() -> None:
-    """Silences other threads' tracebacks of a failed write: the main thread says in one line what stopped it.
+    """Silences tracebacks of a failed write in other threads, since the main thread reports it in one line.
 
-    Those are a thread that writes metrics, and tensorstore's, which report to an event loop that orbax has closed.
+    These are the metrics thread, and tensorstore's threads, which report to an event loop that orbax has closed.
     """
     report, unraisable = threading.excepthook, sys.unraisablehook
     threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else report(error)
@@ -99,7 +99,7 @@ def _parse(kind: Any, command: str, arguments: list[str], default: Any = None) -
 
 
 def _one_line(box: str) -> str:
-    """Joins a framed message of several lines into one, without its frame and its hint at --help."""
+    """Joins a framed message of several lines into one, without the frame and the hint about --help."""
     lines = [re.sub(r"[\u2500-\u257f]", " ", line).strip() for line in box.splitlines()]
     return " ".join(" ".join(line for line in lines if line and "--help" not in line).split())
 
@@ -166,7 +166,7 @@ def _train(arguments: list[str], command: str = "train") -> None:
 
 @contextlib.contextmanager
 def _explained(config: Any) -> Iterator[None]:
-    """Says of a run that needs more memory than its device has what is large, and what shrinks it."""
+    """Reports for a run out of device memory what is large, and which option reduces it."""
     import jax
 
     from dsv3_jax.planning.out_of_memory import is_out_of_memory, out_of_memory
@@ -181,7 +181,7 @@ def _explained(config: Any) -> Iterator[None]:
 
 
 def _with_yarn(model: ModelConfig) -> ModelConfig:
-    """The model with a YaRN whose fields options can set: that of the report's form, of a factor yet to be given."""
+    """Returns the model with a YaRN config whose fields can be set by options; the factor is yet to be given."""
     if model.rope_scaling is not None:
         return model
     yarn = Yarn(1.0, model.max_position_embeddings, mscale=1.0, mscale_all_dim=1.0)

@@ -1,4 +1,4 @@
-"""Compiled programs, kept in the user's cache directory: a command that was run before starts in seconds."""
+"""A cache of compiled programs in the user's cache directory, so that a repeated command starts in seconds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import jax
 
 _LARGEST = 8 << 30
-"""Bytes, above which programs that weren't used for longest are deleted."""
+"""Size of the cache in bytes, above which the least recently used programs are deleted."""
 
 
 def keep_compiled_programs() -> str:
-    """Has JAX keep the programs that it compiles, where the user hasn't chosen otherwise. Says in one line where."""
+    """Enables JAX's compilation cache, unless the user has configured it. Returns a line that says where it is."""
     if not jax.config.jax_enable_compilation_cache:
         return "compiled programs aren't kept (JAX_ENABLE_COMPILATION_CACHE)"
     if jax.config.jax_compilation_cache_dir is None:

@@ -1,6 +1,6 @@
-"""Files that are what was written: hashes of files, seals of descriptions, and content that has reached the disk.
+"""Integrity of files: hashes of files, seals of JSON descriptions, and flushing to disk.
 
-A file's hash is xxh3_128 of its bytes. A description, a JSON object, ends with the hash of its other fields.
+The hash of a file is xxh3_128 of its bytes. A sealed JSON object ends with the hash of its other fields.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SEAL = "seal"
 
 
 def hash_file(file: Path) -> FileHash:
-    """Hash of a file's bytes, streamed."""
+    """Hashes the bytes of a file in a stream."""
     digest, buffer, size = xxhash.xxh3_128(), bytearray(1 << 18), 0
     with file.open("rb", buffering=0) as opened:
         while n := opened.readinto(buffer):
@@ -32,12 +32,12 @@ def hash_file(file: Path) -> FileHash:
 
 
 def seal(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the hash of all fields as the last one."""
+    """Adds the hash of all fields as the last field."""
     return {**fields, SEAL: _hash_fields(fields)}
 
 
 def unseal(fields: Mapping[str, Any], file: Path, error: Raise) -> dict[str, Any]:
-    """Returns what `seal` was given. Raises `error` if a field isn't what it was."""
+    """Returns the argument of `seal`. Raises `error` if a field has changed."""
     kept = {name: value for name, value in fields.items() if name != SEAL}
     if fields.get(SEAL) != _hash_fields(kept):
         raise error(f"{file} isn't what was written: it is damaged or was changed, and its field {SEAL!r} doesn't fit")
@@ -49,7 +49,7 @@ def _hash_fields(fields: Mapping[str, Any]) -> str:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's or directory's content is on disk."""
+    """Waits until the content of a file or directory is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""JSON that others wrote: parsed strictly, every value held to a type, each error one line that names file and field.
+"""Strict parsing of JSON input, with type-checked values and one-line errors that name the file and field.
 
-`kind` is a type as annotations write it: int, float, str, bool, list[int], tuple[int, int], dict[str, float], `int |
-None`, Literal, Any. `error` is the exception to raise, called with the message.
+`kind` is a type annotation: int, float, str, bool, list[int], tuple[int, int], dict[str, float], `int |
+None`, Literal, Any. `error` is the exception type to raise, called with the message.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NAMES = {
 
 
 def read_json(path: Path, error: Raise) -> dict[str, Any]:
-    """The object in a file. Raises `error`, or FileNotFoundError."""
+    """Reads the object in a file. Raises `error`, or FileNotFoundError."""
     try:
         return parse_json(path.read_bytes(), str(path), error)
     except (FileNotFoundError, NotADirectoryError):
@@ -37,10 +37,10 @@ def read_json(path: Path, error: Raise) -> dict[str, Any]:
 
 
 def parse_json(text: bytes | str, what: str, error: Raise) -> dict[str, Any]:
-    """A JSON object, in UTF-8, that Python's reader and stricter ones read the same.
+    """Parses a JSON object in UTF-8, strictly enough that all parsers agree on it.
 
-    Refused: a name that comes twice in an object, NaN and infinities, halves of surrogate pairs, nesting or integers
-    beyond Python's limits. what: the file's name for the message.
+    Rejects duplicate names, NaN and infinities, lone surrogates, and nesting or integers beyond Python's limits. what:
+    the name of the file for messages.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -73,11 +73,12 @@ def parse_json(text: bytes | str, what: str, error: Raise) -> dict[str, Any]:
 
 
 def check_type(value: Any, kind: Any, what: str, error: Raise) -> Any:
-    """`value`, if it is of `kind`; raises `error` otherwise.
+    """Returns `value` if it is of `kind`; raises `error` otherwise.
 
-    An integer is a float too if a float can hold it; true and false are no integers; integers have at most 64 bits.
+    An integer is also a float if a float can represent it; true and false aren't integers; integers have at most 64
+    bits.
 
-    what: the field's name for the message, with the file's where that isn't clear: "config.json: vocab_size".
+    what: the name of the field for messages, with the file's if that isn't clear: "config.json: vocab_size".
     """
     if not is_type(value, kind):
         raise error(f"{what} is {show(value)}: it must be {describe(kind)}")
@@ -85,14 +86,14 @@ def check_type(value: Any, kind: Any, what: str, error: Raise) -> Any:
 
 
 def field(values: Mapping[str, Any], name: str, kind: Any, what: str, error: Raise) -> Any:
-    """The value of a field that must be there and of `kind`. what: whose field it is, usually the file."""
+    """Returns the value of a required field of `kind`. what: the owner of the field, usually the file."""
     if name not in values:
         raise error(f"{what} has no {name}: it must be {describe(kind)}")
     return check_type(values[name], kind, f"{what}: {name}", error)
 
 
 def is_type(value: Any, kind: Any) -> bool:
-    """Whether a parsed JSON value is of `kind`; tuples are lists there."""
+    """Whether a parsed JSON value is of `kind`. Tuples are lists in JSON."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True
@@ -116,7 +117,7 @@ def is_type(value: Any, kind: Any) -> bool:
 
 
 def describe(kind: Any) -> str:
-    """A kind in words."""
+    """Describes a kind in words."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(k) for k in args)
@@ -132,12 +133,12 @@ def describe(kind: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value for a message: on one line, and short whatever it is."""
+    """Formats a value for a message, on one short line."""
     return _SHORT.repr(value)
 
 
 def one_line(message: str) -> str:
-    """A message with names from files in it, printable and without its middle if that makes it too long."""
+    """Formats a message that contains names from files: printable, and shortened in the middle if too long."""
     plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     return plain if len(plain) <= 1000 else f"{plain[:600]} ... {plain[-300:]}"
 

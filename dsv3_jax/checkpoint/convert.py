@@ -1,4 +1,4 @@
-"""Conversion between the two layouts, streamed: memory holds what the workers hold (`python -m dsv3_jax convert`)."""
+"""Streaming conversion between the two layouts, in bounded memory: `python -m dsv3_jax convert`."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from dsv3_jax.runtime import Runtime
 
 @dataclasses.dataclass(frozen=True)
 class ConvertArgs:
-    """Convert a checkpoint: a Hugging Face directory to orbax, or back. An interrupted conversion continues."""
+    """Convert a checkpoint from Hugging Face to orbax, or back. Rerunning it continues an interrupted conversion."""
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Directory of a checkpoint in either layout or of a training run; or a Hub id as deepseek-ai/DeepSeek-V3."""
+    """Directory of a checkpoint in either layout or of a training run; or a Hub id, such as deepseek-ai/DeepSeek-V3."""
     dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None
-    """Directory to be made. It appears when everything is in it; until then the work is in DST.incomplete."""
+    """Directory to create. It appears when it is complete; until then the work is in DST.incomplete."""
     dtype: Target = "keep"
-    """keep: every tensor as it is stored. fp8: matrices in FP8 blocks, those that already are untouched. Or a cast."""
+    """keep: every tensor as stored. fp8: matrices in FP8 blocks, unless they already are. Otherwise a cast."""
     mtp: bool = True
-    """With the modules of multi-token prediction."""
+    """Include the multi-token prediction modules."""
     layers: str | None = None
-    """Only these layers, numbered as in the source: 0-3,60 (MTP modules have the numbers after the last layer)."""
+    """Convert only these layers, numbered as in the source, such as 0-3,60 (MTP modules come after the last layer)."""
     verify: bool = False
-    """Read everything back and compare it with the source, bit for bit, before DST appears."""
+    """Read everything back and compare it with the source bit for bit before DST appears."""
     check_hashes: bool = True
-    """Compare files of a converted checkpoint or a run with their hashes, as they are read; --verify always does."""
+    """Compare the files of a converted checkpoint or run with their hashes while reading; --verify always does."""
     workers: int = 4
-    """How many tensors are worked on at once; each takes up to a few times 32 MB."""
+    """Number of tensors processed at a time; each takes up to a few times 32 MB."""
     dry_run: bool = False
-    """Only check names, shapes and dtypes and print the plan, both ways. Files may end after their headers."""
+    """Only check names, shapes and dtypes and print the plan. Files may be truncated after their headers."""
 
 
 def convert_command(args: ConvertArgs, console: Console | None = None) -> None:
@@ -86,7 +86,7 @@ def convert_command(args: ConvertArgs, console: Console | None = None) -> None:
 
 
 def _run(directory: Path, check_hashes: bool) -> Variables:
-    """The newest checkpoint of a training run."""
+    """Opens the newest checkpoint of a training run."""
     config, variables = runs.read_run(directory, Runtime(), check_hashes=check_hashes)
     newest = directory / runs.CHECKPOINTS / str(runs.complete_steps(directory / runs.CHECKPOINTS)[-1])
     version = f"{newest.resolve()} {newest.stat().st_mtime_ns}"
@@ -97,7 +97,7 @@ def _run(directory: Path, check_hashes: bool) -> Variables:
 
 
 def _local(source: str) -> Path:
-    """The directory of a source; a Hub id is downloaded first (and resumes if that was interrupted)."""
+    """Returns the directory of a source. A Hub id is downloaded first, resuming an interrupted download."""
     path = Path(source)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return path

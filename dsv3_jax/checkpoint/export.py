@@ -1,4 +1,4 @@
-"""orbax -> Hugging Face: safetensors files that transformers and the official code load."""
+"""Conversion from orbax to Hugging Face's layout, for transformers and the official code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CASTS = {"bf16": "BF16", "float32": "F32"}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor of the new files: where its bytes begin in which file."""
+    """A tensor of the new files: its file and offset."""
 
     name: str
     dtype: str
@@ -56,16 +56,16 @@ def export_hf(
     workers: int = 4,
     console: Console | None = None,
 ) -> None:
-    """Writes a converted checkpoint, or variables in memory, to the new directory `target` in Hugging Face's layout.
+    """Writes a converted checkpoint, or variables in memory, to a new directory `target` in Hugging Face's layout.
 
     Args:
-      dtype: "keep": as the store has it, which gives back the source's bytes if those were kept; "fp8": matrices that
-        the released files have in FP8 blocks are quantised, if they aren't already; "bf16" or "float32": cast.
+      dtype: "keep": as in the store, which restores the source's bytes if those were kept; "fp8": matrices that the
+        released files have in FP8 blocks are quantised, unless they already are; "bf16" or "float32": cast.
       verify: read the files back and compare them before `target` appears.
 
     Raises:
       FileExistsError, OSError: the destination exists, or can't be written.
-      CheckpointError: a tensor isn't what the manifest says; the destination holds another interrupted export.
+      CheckpointError: a tensor doesn't match the manifest; the destination contains a different interrupted export.
     """
     block = _block(store, dtype)
     files = plan_export(store, dtype)
@@ -100,12 +100,12 @@ def export_hf(
 
 
 def plan_export(store: Store, dtype: str = "keep") -> dict[str, list[Entry]]:
-    """The files that `export_hf` would write, and the tensors in each."""
+    """Plans the files of `export_hf`, and the tensors in each."""
     return _files(_entries(store, dtype))
 
 
 def describe_export(store: Store, dtype: str = "keep") -> str:
-    """`plan_export` for people: totals in one line."""
+    """Describes the result of `plan_export` in one line of totals."""
     files = plan_export(store, dtype)
     entries = [e for file in files.values() for e in file]
     numbers = sum(math.prod(e.shape) for e in entries)
@@ -114,12 +114,12 @@ def describe_export(store: Store, dtype: str = "keep") -> str:
 
 
 def _block(store: Store, dtype: str) -> tuple[int, int] | None:
-    """Size of the FP8 blocks of an export."""
+    """Returns the size of the FP8 blocks of an export."""
     return (store.block or BLOCK) if dtype == "fp8" else store.block if dtype == "keep" else None
 
 
 def _entries(store: Store, dtype: str) -> list[Entry]:
-    """Every tensor of the new checkpoint, in the model's order."""
+    """Lists every tensor of the new checkpoint, in the model's order."""
     entries, block = [], _block(store, dtype)
     for name, shape in names.tensor_shapes(store.config).items():
         kind = store.kind(name)
@@ -157,7 +157,7 @@ def _files(entries: list[Entry]) -> dict[str, list[Entry]]:
 
 
 def _place(group: list[Entry], file: str) -> list[Entry]:
-    """Offsets after the header. The widest dtypes come first, so that every tensor is aligned to its own."""
+    """Assigns offsets after the header, widest dtypes first, so that every tensor is aligned."""
     placed, offset = [], 0
     for entry in sorted(group, key=lambda e: -DTYPES[e.dtype].itemsize):
         placed.append(dataclasses.replace(entry, file=file, offset=offset))
@@ -167,7 +167,7 @@ def _place(group: list[Entry], file: str) -> list[Entry]:
 
 
 def _header(entries: list[Entry], start: int = 0) -> bytes:
-    """The header's bytes, length included. `start`: what the entries' offsets count from."""
+    """Returns the bytes of the header, length included. `start` is the origin of the entries' offsets."""
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for e in entries:
         fields[e.name] = {
@@ -181,13 +181,13 @@ def _header(entries: list[Entry], start: int = 0) -> bytes:
 
 
 class _OutFile:
-    """A file of the new checkpoint, written at any place, by one thread at a time: they would spin on its lock."""
+    """A file of the new checkpoint, written at any offset, by one thread at a time to avoid spinning on its lock."""
 
     def __init__(self, path: Path) -> None:
         self._handle, self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), threading.Lock()
 
     def start(self, entries: list[Entry]) -> None:
-        """Gives the file its full size and its header: a disk without room for it says so now."""
+        """Allocates the file in full and writes its header, so that a full disk is noticed now."""
         os.posix_fallocate(self._handle, 0, max(e.offset + e.nbytes for e in entries))
         self.write(_header(entries, min(e.offset for e in entries)), 0)
 
@@ -202,7 +202,7 @@ class _OutFile:
         os.posix_fadvise(self._handle, start, size, os.POSIX_FADV_DONTNEED)
 
     def hash(self, offset: int, nbytes: int) -> str:
-        """Hash of bytes that were written before."""
+        """Returns the hash of bytes that were written before."""
         digest = xxhash.xxh3_128()
         for start in range(offset, offset + nbytes, _UNIT_BYTES):
             digest.update(os.pread(self._handle, min(_UNIT_BYTES, offset + nbytes - start), start))
@@ -220,7 +220,7 @@ def _bytes(data: np.ndarray) -> np.ndarray:
 
 
 def _units(entries: dict[str, Entry]) -> list[Unit]:
-    """Tensors in groups of about a unit's bytes; a quantised weight takes its scales with it."""
+    """Groups tensors into units of similar size, each weight with its scales."""
     units: list[Unit] = []
     group: list[str] = []
     size = 0
@@ -268,7 +268,7 @@ def _write_tensor(
 
 
 def _check_hash(store: Store, name: str, dtype: str, digest: str) -> None:
-    """Checks that tensors written in the source's dtype are what was read there, if the store kept it."""
+    """Checks tensors written in the source's dtype against the source's hashes, if the store has them."""
     kept, expected = store.manifest["tensors"].get(name, (None, None))
     if store.manifest["dtype"] == "keep" and kept == dtype and expected != digest:
         raise CheckpointError(f"{name} in {store.directory} isn't what {MANIFEST} says: the checkpoint is damaged")
@@ -277,7 +277,7 @@ def _check_hash(store: Store, name: str, dtype: str, digest: str) -> None:
 def _describe(
     store: Store, directory: Path, entries: dict[str, Entry], dtype: str, block: tuple[int, int] | None
 ) -> None:
-    """config.json, the index if there are several files, and the small files that came with the source."""
+    """Writes config.json, the index if there are several files, and the small files of the source."""
     cast = {"bf16": "bfloat16", "float32": "float32"}.get(dtype)
     fields = converted_fields(store.fields, store.config, cast, block)
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

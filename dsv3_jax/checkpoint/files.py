@@ -1,6 +1,7 @@
-"""Safetensors files as memory maps: a header is parsed and checked, a tensor is a view that costs no memory.
+"""Safetensors files as memory maps: headers are validated, and tensors are views that take no memory.
 
-The format: 8 bytes with the header's length, a JSON header, then the tensors' bytes, row by row, little-endian.
+The format: the length of the header in 8 bytes, a JSON header, then the bytes of the tensors, row by row,
+little-endian.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "U8": np.dtype(np.uint8),
 }
-"""Dtypes that a tensor may be stored in; U8 and F8_E8M0 only as power-of-two scales."""
+"""Supported dtypes of tensors; U8 and F8_E8M0 only for power-of-two scales."""
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,7 +36,7 @@ _LONGEST_HEADER, _LONGEST_NAME = 100_000_000, 255
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be: the message, one line, names the file or tensor, and what would be right."""
+    """An invalid checkpoint. The message, in one line, names the file or tensor and what would be valid."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))  # names in it are those of a file that others wrote
@@ -43,7 +44,7 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is: bytes `start` to `stop` of `file`."""
+    """The location of a tensor: bytes `start` to `stop` of `file`."""
 
     name: str
     file: Path
@@ -61,12 +62,12 @@ class TensorFiles:
     """The tensors of a Hugging Face directory, in one file or in shards with an index.
 
     Raises, on opening:
-      FileNotFoundError: there are no safetensors files, or one that the index names is missing.
-      CheckpointError: a file is truncated or damaged, or index and files contradict each other.
+      FileNotFoundError: there are no safetensors files, or a file in the index is missing.
+      CheckpointError: a file is truncated or damaged, or contradicts the index.
     """
 
     def __init__(self, directory: Path, *, headers_only: bool = False) -> None:
-        """headers_only: the files may end after their headers, which is enough for a plan."""
+        """headers_only: accept files that are truncated after their headers, which is enough for a plan."""
         self.directory = directory
         self._maps: dict[Path, mmap.mmap] = {}
         self._lock = threading.Lock()
@@ -91,19 +92,19 @@ class TensorFiles:
                 raise CheckpointError(f"{INDEX} says that {name} is in {file}, which doesn't hold it")
 
     def array(self, name: str) -> np.ndarray:
-        """A read-only view of a tensor, of the file's dtype and shape. Its bytes are read when they are used."""
+        """Returns a read-only view of a tensor, with the file's dtype and shape. Bytes are read on use."""
         info = self.tensors[name]
         raw = np.frombuffer(self._map(info.file), np.uint8, info.nbytes, info.start)
         return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
     def prefetch(self, name: str) -> None:
-        """Asks for a tensor's bytes in one go: a map read page by page leaves a disk idle in between."""
+        """Prefetches the bytes of a tensor: reading a map page by page would leave the disk idle in between."""
         info = self.tensors[name]
         start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
         self._map(info.file).madvise(mmap.MADV_WILLNEED, start, info.stop - start)
 
     def release(self, name: str) -> None:
-        """Gives back the memory that a view's bytes took once they were read; they can be read again."""
+        """Releases the memory of a view that has been read. It can be read again."""
         info, page = self.tensors[name], mmap.PAGESIZE
         start = info.start // page * page
         if info.nbytes > 4 * page:  # less isn't worth a system call
@@ -118,10 +119,10 @@ class TensorFiles:
 
 
 def read_header(file: Path, *, headers_only: bool = False) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, without their bytes. Raises as `TensorFiles`.
+    """Parses the header of a safetensors file. Raises as `TensorFiles`.
 
-    Held to the format as the safetensors library holds it: tensors follow each other without gap or overlap, and with
-    the last one the file ends.
+    Validates the format as the safetensors library does: tensors have no gaps or overlaps, and the file ends with the
+    last one.
     """
     try:
         with file.open("rb") as opened:
@@ -179,7 +180,7 @@ def _tensor_info(name: str, entry: Any, file: Path, data: int) -> TensorInfo:
 
 
 def _list(directory: Path) -> dict[str, str] | None:
-    """The file of each tensor as the index says, or None if there is one file and no index."""
+    """Returns the file of each tensor from the index, or None if there is a single file without index."""
     index, single = directory / INDEX, directory / SINGLE
     if not index.exists():
         if not single.exists():

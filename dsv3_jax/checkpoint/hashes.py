@@ -1,7 +1,7 @@
-"""Hashes of a checkpoint's files: written beside them, checked while they are read.
+"""Hashes of the files of a checkpoint, written beside them and checked on reading.
 
-A file's hash is xxh3_128 of its bytes. Files are what copies and disks damage or lose, and a file is the same whoever
-reads which part of which array from it: shards, other meshes and several devices need nothing of their own.
+The hash of a file is xxh3_128 of its bytes. Hashing files rather than arrays covers what copies and disks damage or
+lose, and is independent of shards, meshes and devices.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _log = logging.getLogger(__name__)
 
 
 def hash_files(directory: Path, names: Iterable[str]) -> dict[str, FileHash]:
-    """Hashes of several files below a directory, in parallel."""
+    """Hashes several files below a directory, in parallel."""
     found: dict[str, FileHash] = {}
     in_parallel(lambda name: found.update({name: hash_file(directory / name)}), names, _WORKERS)
     return dict(sorted(found.items()))
 
 
 class FileHashes:
-    """Expected hashes of the files below a directory. Each file is checked once, by whoever needs it first.
+    """Expected hashes of the files below a directory. Each file is checked once, on first use.
 
-    expected: by name below the directory. where: the name of the file that says so.
+    expected: by relative path. where: the name of the file with the hashes.
     """
 
     def __init__(self, directory: Path, expected: Mapping[str, FileHash], where: str) -> None:
@@ -47,11 +47,11 @@ class FileHashes:
         self._lock, self._checked = threading.Lock(), False
 
     def check(self, names: Iterable[str]) -> None:
-        """Checks the files that nobody has checked yet, and waits for those that somebody is checking.
+        """Checks files that haven't been checked yet, and waits for those being checked by other threads.
 
         Raises:
-          FileNotFoundError: one is missing.
-          CheckpointError: one isn't what it was when it was written.
+          FileNotFoundError: a file is missing.
+          CheckpointError: a file has changed since it was written.
         """
         if self._checked:
             return
@@ -75,9 +75,10 @@ class FileHashes:
 
     @contextmanager
     def checking(self) -> Iterator[None]:
-        """Checks every file: small ones first, the others beside the work of the `with` block. Raises as `check`.
+        """Checks every file: small ones first, the others in parallel with the `with` block. Raises as `check`.
 
-        Of several processes each checks its share first, since a failure in the middle would leave the others waiting.
+        With several processes, each first checks its share, since a failure inside the block would leave the others
+        waiting.
         """
         if jax.process_count() > 1:
             self.check_together()
@@ -94,7 +95,7 @@ class FileHashes:
                     future.result()  # says more than what the block made of damaged bytes
 
     def check_together(self) -> None:
-        """Checks every file, each of them by one process, and raises in all if one fails."""
+        """Checks every file in one of the processes, and raises in all of them if one fails."""
         share, failure = sorted(self.expected)[jax.process_index() :: jax.process_count()], None
         try:
             in_parallel(lambda name: self.check([name]), share, _WORKERS)
@@ -122,7 +123,7 @@ class FileHashes:
 
 
 class Unchecked(FileHashes):
-    """Hashes that nobody checks, which is said in the log."""
+    """Returns hashes that aren't checked, with a warning in the log."""
 
     def __init__(self, directory: Path, why: str) -> None:
         super().__init__(directory, {}, "")
@@ -134,7 +135,7 @@ class Unchecked(FileHashes):
 
 
 def file_hashes(directory: Path, fields: Mapping[str, Any], where: str) -> FileHashes:
-    """The hashes in the field `files` of a description."""
+    """Reads the hashes in the field `files` of a description."""
     files = field(fields, "files", dict[str, tuple[int, str]], str(directory / where), CheckpointError)
     for name in files:
         path = PurePath(name)

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint seen as the model's arrays: opened, checked against its config, read slice by slice."""
+"""A Hugging Face checkpoint as the model's arrays: validated against its config, and read slice by slice."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _FLOATS = ("F32", "BF16", "F16")
 _SCALES = ("F32", "BF16", "F8_E8M0", "U8")
 
 _TEXT = "language_model."
-"""Prefix of the language model's tensors where a vision model wraps it; those of the rest follow."""
+"""Prefix of the language model's tensors inside a vision model, and prefixes of the other tensors."""
 _VISION = ("vision_tower.", "mm_projector.")
 _MTP_OWN = re.compile(r"^model\.layers\.\d+\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)\.")
-"""Tensors that only an MTP module has, beside its block."""
+"""Tensors that only MTP modules have, outside of the block."""
 _NO_MTP = "; without MTP (--no-mtp, mtp=False) it isn't needed"
 
 
@@ -42,26 +42,28 @@ class HFCheckpoint:
     """A directory with config.json and safetensors files.
 
     Attributes:
-      config: of the model that the chosen layers make.
-      fields: config.json as it is; where it wraps a language model, that model's.
+      config: of the model made of the chosen layers.
+      fields: of config.json or, if it wraps a language model, of that model.
       leaves: the model's arrays, by path.
       block: rows and columns of an FP8 block, from `quantization_config`; None without one.
-      power_of_two: whether scales are powers of two by `quantization_config`.
+      power_of_two: whether `quantization_config` says that scales are powers of two.
 
     Raises, on opening:
       FileNotFoundError: config.json or a safetensors file is missing.
-      ConfigError: config.json describes no model of this family, or contradicts itself.
-      CheckpointError: a tensor is missing, unknown, or of a wrong shape or dtype; a file is truncated or damaged.
+      ConfigError: config.json isn't of this family of models, or contradicts itself.
+      CheckpointError: a tensor is missing, unknown, or has the wrong shape or dtype; a file is truncated or damaged.
 
-    Tensors that can't change a number are left out of `files`, and that is said once: RoPE's frequencies, scales of
-    weights that aren't in FP8, a vision model around the language model.
+    Tensors that don't affect the result are left out of `files`, with a notice: RoPE's frequencies, scales of weights
+    that aren't FP8, a vision model around the language model.
     """
 
     def __init__(
         self, directory: Path, *, layers: str | None = None, mtp: bool = True, headers_only: bool = False
     ) -> None:
-        """layers: which to take, as "0-3,10": numbers of the files; all by default. mtp: with the MTP modules, if
-        config.json and files have them; without, nothing of theirs is looked at."""
+        """layers: the layers to load, numbered as in the files, such as "0-3,10"; all by default.
+
+        mtp: whether to load MTP modules, if config.json and files have them; otherwise their tensors are ignored.
+        """
         self.directory = directory
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory} is no directory: give one with config.json and safetensors files")
@@ -92,11 +94,11 @@ class HFCheckpoint:
 
     @property
     def scale_leaves(self) -> dict[names.TreePath, Leaf]:
-        """The leaves that are in FP8, by the path of their scale grids; kv_b_proj's once for both its halves."""
+        """Returns the leaves in FP8, by the path of their scale grids; both halves of kv_b_proj share one."""
         return {leaf.scale_path: leaf for leaf in self.leaves.values() if self.dtype(leaf) == FP8 and not leaf.start}
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        """Dtype of the leaf's tensors in the files. Raises CheckpointError if they differ among each other."""
+        """Returns the dtype of the leaf's tensors in the files. Raises CheckpointError if they differ."""
         found = {self.files.tensors[name].dtype for name in leaf.names}
         if len(found) > 1:
             one = {d: next(n for n in leaf.names if self.files.tensors[n].dtype == d) for d in sorted(found)}
@@ -105,7 +107,7 @@ class HFCheckpoint:
         return np.dtype(np.float32) if leaf.kind.float32 else DTYPES[found.pop()]
 
     def scale_dtype(self, leaf: Leaf) -> np.dtype:
-        """Dtype of the leaf's scale grids in the files."""
+        """Returns the dtype of the leaf's scale grids in the files."""
         return DTYPES[self.files.tensors[leaf.names[0] + SCALE].dtype]
 
     def read(self, leaf: Leaf, region: Region, dtype: np.dtype | None = None) -> np.ndarray:
@@ -134,7 +136,7 @@ class HFCheckpoint:
         self.files.release(name)
 
     def matrix(self, name: str, rows: slice, dtype: np.dtype) -> np.ndarray:
-        """Rows of a tensor in the file's layout, cast as `read` casts."""
+        """Reads rows of a tensor in the file's layout, cast as in `read`."""
         whole = self.files.array(name)
         view = whole[rows].reshape(rows.stop - rows.start, -1)
         scales = None
@@ -148,7 +150,7 @@ class HFCheckpoint:
         return out.reshape(len(view), *whole.shape[1:])
 
     def scales(self, name: str) -> np.ndarray:
-        """The float32 scale grid of an FP8 tensor. Raises CheckpointError if a scale isn't a finite number."""
+        """Reads the float32 scale grid of an FP8 tensor. Raises CheckpointError if a scale isn't finite."""
         scales = decode_scales(self.files.array(name + SCALE))
         if not np.isfinite(scales).all():
             at = tuple(int(i) for i in np.argwhere(~np.isfinite(scales))[0])
@@ -159,13 +161,13 @@ class HFCheckpoint:
         return scales
 
     def check_scales(self) -> None:
-        """Reads every scale. Raises CheckpointError if one isn't a finite number."""
+        """Reads every scale. Raises CheckpointError if one isn't finite."""
         for leaf in self.scale_leaves.values():
             for name in leaf.names:
                 self.scales(name)
 
     def check_copies(self) -> None:
-        """Raises CheckpointError if MTP's embedding or head isn't the model's, bit for bit: they are stored once."""
+        """Raises CheckpointError unless the embedding and head of MTP equal the model's, since they are stored once."""
         for name, original in self.copies.items():
             a, b = self.files.array(name), self.files.array(original)
             step = max(1, (16 << 20) // max(1, a[:1].nbytes))
@@ -183,7 +185,7 @@ class HFCheckpoint:
     # What says nothing about the model ------------------------------------------------------------------
 
     def _set_aside(self, config: ModelConfig, mtp: bool, wrapped: bool) -> None:
-        """Takes tensors out of `files` that can't change a number, and the language model's out of their wrapper."""
+        """Removes tensors from `files` that don't affect the result, and unwraps those of the language model."""
         tensors, vision = self.files.tensors, 0
         if wrapped:
             text = {n.removeprefix(_TEXT): i for n, i in tensors.items() if n.startswith(_TEXT)}
@@ -294,7 +296,7 @@ def _block_size(fields: dict[str, Any], directory: Path) -> tuple[int, int] | No
 
 
 def _choose(whole: Layers, text: str | None) -> Layers:
-    """The layers that `text` names ("0-3,61"), in order. Raises CheckpointError."""
+    """Parses layers, such as "0-3,61". Raises CheckpointError."""
     available = [*whole.main, *whole.mtp]
     chosen = set(available) if text is None else _numbers(text, available)
     main = tuple(n for n in whole.main if n in chosen)
@@ -325,9 +327,9 @@ def _numbers(text: str, available: list[int]) -> set[int]:
 def converted_fields(
     fields: dict[str, Any], config: ModelConfig, dtype: str | None, block: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """config.json of a converted checkpoint: as it was, but for what the conversion changed.
+    """Returns the config.json of a converted checkpoint: the source's, with the changes that the conversion made.
 
-    fields: config.json of the source. config: of the layers taken. dtype: "bfloat16" or "float32" of a cast, or None.
+    fields: of the source's config.json. config: of the layers taken. dtype: "bfloat16" or "float32" of a cast, or None.
     block: of the FP8 blocks, or None.
     """
     written = hf_config.with_layers(fields, config)

@@ -1,7 +1,7 @@
 """Hugging Face's `config.json`, read as a `ModelConfig` and written from one.
 
-`model_type` names the code that reads the file, and with it the arithmetic. Reading fails closed: a field that isn't
-known may describe another model, and so may one that this code, or the model's own, would compute differently.
+`model_type` names the code that computes the model, and so its arithmetic. Unknown fields are errors, since they may
+describe another model; so are values that this code, or the model's own, would compute differently.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dsv3_jax.json_input import check_type, read_json, show
 class Family:
     """A `model_type` of this architecture.
 
-    absent: what its code takes for fields that the file leaves out, where that isn't `ModelConfig`'s default.
-    computes: the values of fields of which its code knows no others, whatever the file says.
+    absent: defaults of its code for missing fields, if they differ from those of `ModelConfig`.
+    computes: values of fields that its code fixes, whatever the file says.
     """
 
     absent: Mapping[str, Any]
@@ -92,10 +92,10 @@ FAMILIES: dict[str, Family] = {
         _V3,
     ),
 }
-"""The types whose arithmetic is DeepSeek-V3's or V2's, by the classes of transformers and the released code."""
+"""Model types with the arithmetic of DeepSeek-V3 or V2, as in the classes of transformers and the released code."""
 
 WRAPPER = "kimi_k25"
-"""Kimi-K2.5: a vision model around a language model of one of the types above, described by its `text_config`."""
+"""Vision models around a language model of one of the types above, described by `text_config` (Kimi-K2.5)."""
 
 _OTHERS = {
     "axk1": "normalises the output of each sparse feed-forward once more (post_mlp_layernorm)",
@@ -108,7 +108,7 @@ _OTHERS = {
     "mistral4": "scales queries by their position (llama_4_scaling)",
     "youtu": "has no experts and one matrix for embedding and head",
 }
-"""Types that look like this architecture, and what they compute differently."""
+"""Model types that resemble this architecture, and how they differ."""
 
 _TRAINING_FIELDS = ("initializer_range", "aux_loss_alpha")
 
@@ -118,7 +118,7 @@ _ALIASES = {
     "num_shared_experts": "n_shared_experts",
     "num_mtp_layers": "num_nextn_predict_layers",
 }
-"""Other names of fields, as sarvam_mla and transformers write them."""
+"""Other names of fields, used by sarvam_mla and transformers."""
 
 _NULL = {
     "q_lora_rank": None,
@@ -129,7 +129,7 @@ _NULL = {
     "n_group": 1,
     "topk_group": 1,
 }
-"""Meaning of null, where it may stand: one full projection, no such token, no shared expert, no groups."""
+"""Values of fields for null: one full projection, no such token, no shared expert, no groups."""
 
 _REQUIRED = {
     "hidden_act": "silu",
@@ -144,7 +144,7 @@ _REQUIRED = {
     "cross_attention_hidden_size": None,
     "pruned_heads": {},
 }
-"""Fields that have one value in this architecture: another value describes another model."""
+"""Fields with a fixed value in this architecture: any other value describes another model."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -155,7 +155,7 @@ _CHECKED = _words(
     "architectures model_type rope_theta rope_scaling rope_parameters num_key_value_heads head_dim qk_head_dim "
     "q_head_dim mlp_layer_types quantization_config"
 )
-"""Fields that are read elsewhere, or checked against others."""
+"""Fields that are read elsewhere, or checked against other fields."""
 
 _METADATA = _words(
     # Training, serving and files
@@ -170,13 +170,13 @@ _METADATA = _words(
     "return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values "
     "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens"
 )
-"""Fields that say nothing about the arithmetic."""
+"""Fields that don't affect the arithmetic."""
 
 _PRIVATE = ("_", "unsloth_")
-"""Prefixes of fields that programs write there for themselves."""
+"""Prefixes of fields that programs write for their own use."""
 
 _TRANSFORMERS_DEFAULT_KV_HEADS = 128
-"""transformers writes this number for V3 when nobody set it; MLA shares one latent, so the number says nothing."""
+"""transformers writes this number for V3 by default. It has no meaning, since MLA shares one latent."""
 
 
 def read(source: str | Path | Mapping[str, Any]) -> ModelConfig:
@@ -192,12 +192,12 @@ def read(source: str | Path | Mapping[str, Any]) -> ModelConfig:
 
 
 def config_file(source: str | Path) -> Path:
-    """The config.json that a path means: itself, or the one in the directory."""
+    """Returns the config.json at a path: the file itself, or the one in a directory."""
     return Path(source) / "config.json" if Path(source).is_dir() else Path(source)
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The object in a config.json. Raises ConfigError, or FileNotFoundError."""
+    """Reads the object in a config.json. Raises ConfigError, or FileNotFoundError."""
     try:
         return read_json(path, ConfigError)
     except FileNotFoundError:
@@ -205,7 +205,7 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def text_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the language model: those of `text_config` where config.json wraps one, else all."""
+    """Returns the fields of the language model: those of `text_config` if there is one, else all."""
     if fields.get("model_type") != WRAPPER:
         return dict(fields)
     text = dict(check_type(fields.get("text_config"), dict, "text_config", ConfigError))
@@ -220,7 +220,7 @@ def text_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_fields(fields: Mapping[str, Any]) -> ModelConfig:
-    """The model that the content of a config.json describes. Raises ConfigError."""
+    """Returns the model described by the content of a config.json. Raises ConfigError."""
     fields = text_fields(fields)
     family = _family(fields)
     own = {f.name for f in dataclasses.fields(ModelConfig)}
@@ -258,7 +258,7 @@ def from_fields(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def to_fields(config: ModelConfig) -> dict[str, Any]:
-    """The fields of a `config.json` for `config`; `from_fields` reads them back.
+    """Returns the fields of a `config.json` for `config`; `from_fields` reads them back.
 
     Raises ConfigError if transformers has no class that computes this model.
     """
@@ -292,7 +292,7 @@ def to_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def with_layers(fields: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """`fields` of a config.json of other layers, changed to say how many `config` has of each kind."""
+    """Changes the layer counts in `fields` of a config.json to those of `config`."""
     written, before = dict(fields), from_fields(fields)
     for name in ("num_hidden_layers", "first_k_dense_replace", "num_nextn_predict_layers"):
         if getattr(before, name) != getattr(config, name):
@@ -312,7 +312,7 @@ def power_of_two_scales(fields: Mapping[str, Any]) -> bool:
 
 @functools.cache
 def say_once(message: str) -> None:
-    """Tells the user what is accepted though it was no use: on standard error, once however often it is met."""
+    """Prints a notice about ignored input on standard error, once."""
     logging.getLogger("dsv3_jax").warning(message)
 
 
@@ -331,7 +331,7 @@ def _family(fields: Mapping[str, Any]) -> Family:
 
 
 def _own_fields(fields: Mapping[str, Any], own: set[str]) -> dict[str, Any]:
-    """The fields of `ModelConfig`, by their own names; each integer an int, though JSON also writes it 4096.0."""
+    """Renames fields to those of `ModelConfig`, and converts integers that JSON writes as 4096.0."""
     values: dict[str, Any] = {}
     for name in sorted(fields, key=lambda n: n in _ALIASES):
         field = _ALIASES.get(name, name)
@@ -364,7 +364,7 @@ def _counts(values: Mapping[str, Any], *names: str) -> bool:
 
 
 def _check_layer_types(fields: Mapping[str, Any], values: dict[str, Any]) -> None:
-    """Takes the number of dense layers from `mlp_layer_types`, if the file has it: dense layers first, then sparse."""
+    """Reads the number of dense layers from `mlp_layer_types`, if present: dense layers first, then sparse ones."""
     types = fields.get("mlp_layer_types")
     if types is None:
         return
@@ -383,10 +383,11 @@ def _check_layer_types(fields: Mapping[str, Any], values: dict[str, Any]) -> Non
 
 
 def _v2_normalisation(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Decides `norm_topk_prob: true` in a DeepSeek-V2, which no released file has: readers differ in it.
+    """Interprets `norm_topk_prob: true` in a DeepSeek-V2 config, which no released file has and readers treat
+    differently.
 
-    The released code, which `auto_map` names, normalises the weights of several experts and then leaves out
-    `routed_scaling_factor`; transformers' own class doesn't look at the field.
+    The released code, named by `auto_map`, normalises the weights of several experts and then skips
+    `routed_scaling_factor`; the class in transformers ignores the field.
     """
     if "auto_map" not in fields:
         say_once("norm_topk_prob is true for a deepseek_v2: ignored, as transformers' DeepseekV2ForCausalLM ignores it")
@@ -401,7 +402,7 @@ def _v2_normalisation(fields: Mapping[str, Any], values: Mapping[str, Any]) -> d
 
 
 def _check_derived(fields: Mapping[str, Any], config: ModelConfig) -> None:
-    """Fields that follow from others must say what these say. `head_dim` is RoPE's, or a cache entry's (vLLM)."""
+    """Checks fields that follow from others. `head_dim` is that of RoPE, or of a cache entry (vLLM)."""
     both = config.qk_nope_head_dim + config.qk_rope_head_dim
     derived = {
         "num_key_value_heads": (config.num_attention_heads, _TRANSFORMERS_DEFAULT_KV_HEADS),
@@ -417,7 +418,7 @@ def _check_derived(fields: Mapping[str, Any], config: ModelConfig) -> None:
 
 
 def _rope(fields: Mapping[str, Any]) -> tuple[float, Yarn | None]:
-    """RoPE's base and its scaling, from `rope_scaling` (released files) or `rope_parameters` (transformers 5)."""
+    """Reads RoPE's base and scaling, from `rope_scaling` (released files) or `rope_parameters` (transformers 5)."""
     given = {}
     for name in ("rope_scaling", "rope_parameters"):
         if check_type(fields.get(name), dict | None, name, ConfigError):
@@ -435,7 +436,7 @@ def _rope(fields: Mapping[str, Any]) -> tuple[float, Yarn | None]:
 
 
 def _scaling(where: str, scaling: dict[str, Any]) -> tuple[Any, Yarn | None]:
-    """The base that one of the two objects gives, or None, and its scaling."""
+    """Returns the base, or None, and the scaling in one of the two objects."""
     theta, partial = scaling.pop("rope_theta", None), scaling.pop("partial_rotary_factor", 1.0)
     if partial != 1.0:
         raise ConfigError(f"{where}.partial_rotary_factor is {show(partial)}: this architecture only has 1.0")

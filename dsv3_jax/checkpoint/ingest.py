@@ -1,4 +1,4 @@
-"""Hugging Face -> orbax: every unit of a plan read, hashed, cast where asked, and written."""
+"""Conversion from Hugging Face's layout to orbax: reads, hashes, casts and writes every unit of a plan."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from dsv3_jax.json_input import is_type
 def import_hf(
     plan: ConversionPlan, target: Path, *, verify: bool = False, workers: int = 4, console: Console | None = None
 ) -> None:
-    """Writes the checkpoint of `plan` to the new directory `target`. Raises as `convert_command`."""
+    """Writes the checkpoint of `plan` to a new directory `target`. Raises as `convert_command`."""
     source = plan.source
     check_target(target)
     source.check_scales()
@@ -96,7 +96,7 @@ def _write_piece(
 
 
 def _intact(directory: Path, result: Any) -> bool:
-    """Whether the files of a unit that was done before an interruption are still what was written."""
+    """Whether the files of a unit that was done before an interruption are unchanged."""
     if not is_type(result, dict[str, Any]) or not is_type(result.get("files"), dict[str, tuple[int, str]]):
         return False
     expected = {name: (size, digest) for name, (size, digest) in result["files"].items()}
@@ -113,7 +113,7 @@ def _quantise(plan: ConversionPlan, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _from_quantised(piece: Piece, i: int, region: Region, made: dict[str, np.ndarray]) -> np.ndarray:
-    """A shard of an array out of tensors that were quantised on the way."""
+    """Builds a shard of an array from tensors quantised on the way."""
     leaf, spec = piece.leaves[i], piece.arrays[i]
     if piece.is_scale:
         return np.stack([made[n] for n in piece.names]).reshape(region_shape(region))
@@ -123,7 +123,7 @@ def _from_quantised(piece: Piece, i: int, region: Region, made: dict[str, np.nda
 
 
 def _hash_tensor(source: HFCheckpoint, name: str) -> str:
-    """Hash of a tensor's bytes in its file. Releases memory on the way: a mapped page counts as long as it is held."""
+    """Hashes the bytes of a tensor in its file, releasing mapped pages on the way."""
     digest, data = xxhash.xxh3_128(), _bytes(source.files.array(name))
     for start in range(0, len(data), 64 << 20):
         digest.update(data[start : start + (64 << 20)])
@@ -137,7 +137,7 @@ def _bytes(data: np.ndarray) -> np.ndarray:
 
 
 def _identity(plan: ConversionPlan) -> dict[str, Any]:
-    """Identity of a conversion: equal for the same one."""
+    """Returns the identity of a conversion, to recognise an interrupted one."""
     files = {i.file for i in plan.source.files.tensors.values()}
     stats = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     layers = dataclasses.astuple(plan.source.layers)
@@ -146,7 +146,7 @@ def _identity(plan: ConversionPlan) -> dict[str, Any]:
 
 
 def _write_description(plan: ConversionPlan, directory: Path, done: dict[str, Any]) -> None:
-    """config.json, orbax's metadata, the small files beside the source's weights, and the manifest."""
+    """Writes config.json, orbax's metadata, the small files of the source, and the manifest."""
     source = plan.source
     results = [done[unit.key] for unit in plan.units]
     hashes = {n: h for result in results for n, h in result["tensors"].items()}

@@ -1,7 +1,7 @@
-"""Work that survives interruption: units done in parallel, each noted in a journal, the result renamed into place.
+"""Resumable work: units are done in parallel and recorded in a journal, and the result is renamed into place.
 
-Everything is written under `DST.incomplete`. A finished unit is one line of its `journal.jsonl`; whoever starts the
-same work again skips these. Only a complete result gets the name DST, in one rename.
+Everything is written under `DST.incomplete`. A finished unit is a line in its `journal.jsonl`, and is skipped when the
+same work is started again. Only a complete result is renamed to DST.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ JOURNAL = "journal.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A piece of work: its name in the journal, the bytes that it reads, and what it is about."""
+    """A unit of work: its name in the journal, the bytes that it reads, and its subject."""
 
     key: str
     nbytes: int
@@ -57,14 +57,14 @@ class Workspace:
         self._journal, self._lock = journal, threading.Lock()
 
     def note(self, key: str, result: Any) -> None:
-        """Records that a unit is done; its `result` is handed back to whoever resumes."""
+        """Records that a unit is done. Its `result` is returned on resuming."""
         with self._lock:
             self.done[key] = result
             self._journal.write(json.dumps([key, result]) + "\n")
             self._journal.flush()
 
     def finish(self) -> None:
-        """Makes everything durable, then gives it its name."""
+        """Flushes everything to disk, then renames it."""
         self._journal.close()
         (self.directory / JOURNAL).unlink()
         os.sync()
@@ -73,23 +73,23 @@ class Workspace:
 
 
 def check_target(target: Path) -> None:
-    """Raises FileExistsError if the destination is taken."""
+    """Raises FileExistsError if the destination exists."""
     if target.exists():
         raise FileExistsError(f"{target} exists already: choose another destination, or remove it")
 
 
 @contextmanager
 def open_workspace(target: Path, identity: Any, nbytes: int) -> Iterator[Workspace]:
-    """The workspace of a conversion to `target`, new or left by an interruption.
+    """Opens the workspace of a conversion to `target`, new or from an interruption.
 
     Args:
-      identity: what the work is (JSON): an interrupted one is continued only if its identity is the same.
-      nbytes: about how much will be written in all.
+      identity: identifies the work (JSON); interrupted work is continued only if it is equal.
+      nbytes: the approximate size of the result.
 
     Raises:
-      FileExistsError: `target` exists, or another process works on it.
-      CheckpointError: what an interruption left is of other work.
-      OSError: there isn't room for `nbytes`, or the disk is full later on; what is written stays for a resumption.
+      FileExistsError: `target` exists, or another process is working on it.
+      CheckpointError: the workspace contains different work.
+      OSError: there isn't room for `nbytes`, or the disk becomes full; the work so far can be resumed.
     """
     check_target(target)
     directory = target.with_name(target.name + ".incomplete")
@@ -134,10 +134,10 @@ def run_units(
     workers: int,
     console: Console | None = None,
 ) -> None:
-    """Does every unit that isn't done, `workers` at a time, showing progress. The first failure ends it.
+    """Does every remaining unit, `workers` at a time, showing progress. Stops at the first failure.
 
-    work: of a unit; what it returns is noted in the journal. intact: whether what a unit wrote before an interruption,
-    of which `work` returned that, is still there unchanged; if not, the unit is done again.
+    work: does a unit; its result is recorded in the journal. intact: whether the output of a finished unit, given that
+    result, is unchanged; otherwise the unit is done again.
     """
     console, units = console or Console(stderr=True), list(units)
     left = {u.key: u for u in units if u.key not in workspace.done}
@@ -159,7 +159,7 @@ def run_units(
 
 
 def in_parallel(do: Callable[[Any], Any], items: Iterable[Any], workers: int) -> None:
-    """`do` of every item, `workers` threads at once, at most twice as many waiting; raises the first failure."""
+    """Calls `do` for every item in `workers` threads, with at most twice as many waiting. Raises the first failure."""
     remaining = iter(items)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         running = {pool.submit(do, item) for item in itertools.islice(remaining, 2 * workers)}
@@ -175,9 +175,9 @@ def in_parallel(do: Callable[[Any], Any], items: Iterable[Any], workers: int) ->
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep and reuse large blocks: to fault them in again costs more than copying.
+    """Makes the C library reuse large blocks, since page faults would cost more than copying.
 
-    For a process of its own, as the command line's; does nothing where the library has no such switch.
+    Intended for processes such as the command line's. Does nothing if the library has no such option.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -187,7 +187,7 @@ def keep_freed_memory() -> None:
 
 
 def show_progress(console: Console | None) -> Progress:
-    """A bar with bytes, bytes per second, time taken and time left, on standard error by default."""
+    """Returns a progress bar with bytes, bytes per second, elapsed and remaining time, on standard error by default."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -201,7 +201,7 @@ def show_progress(console: Console | None) -> Progress:
 
 
 def _read_journal(directory: Path, mark: str) -> dict[str, Any]:
-    """The results of units that are done. A line that was being written when the process ended doesn't count."""
+    """Reads the results of finished units. An incomplete last line is ignored."""
     path = directory / JOURNAL
     if not path.exists():
         if directory.exists() and any(directory.iterdir()):

@@ -1,7 +1,7 @@
-"""Between a file's matrices (out, in) and the model's arrays (in, out): boxes, FP8 decoding, casts.
+"""Mapping between a file's matrices (out, in) and the model's arrays (in, out): boxes, dequantisation, casts.
 
-Transposing is left to whoever uses an array: what is read here has the file's order in memory and the model's axes.
-Matrices are walked in bands of rows, so that nothing but the result is as large as the matrix.
+Transposing is left to the caller: arrays read here have the file's order in memory and the model's axes. Matrices are
+processed in bands of rows, so that only the result is as large as the matrix.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dsv3_jax.quantization.fp8 import quantise_blocks
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 _E4M3 = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
-"""Every e4m3 number, by its byte."""
+"""All e4m3 numbers, indexed by byte."""
 
 _BAND_ROWS = 128
 
@@ -35,7 +35,7 @@ def region_shape(region: Region) -> tuple[int, ...]:
 
 
 def tensor_box(leaf: Leaf, inner: Region) -> Region:
-    """The box of a tensor seen as (*out, *in) that holds the box `inner` of a leaf without its stack axes."""
+    """Returns the box of a tensor, as (*out, *in), that contains the box `inner` of a leaf without its stack axes."""
     split = len(inner) - len(leaf.tensor_out)
     outs, ins = (inner[:-split], inner[-split:]) if leaf.kind.keep_layout and split else (inner[split:], inner[:split])
     last = slice(outs[-1].start + leaf.start, outs[-1].stop + leaf.start)
@@ -43,9 +43,9 @@ def tensor_box(leaf: Leaf, inner: Region) -> Region:
 
 
 def file_axes(leaf: Leaf) -> tuple[int, ...]:
-    """A leaf's axes in the order that its tensors have in files: the stack's, then (out, in).
+    """Returns a leaf's axes in the order of its tensors in files: the stack's, then (out, in).
 
-    `array.transpose(file_axes(leaf))` is a stack of tensors; `from_file_axes` undoes it. Neither moves a byte.
+    `array.transpose(file_axes(leaf))` is a stack of tensors; `from_file_axes` is the inverse. Neither copies.
     """
     ins = leaf.stack + len(leaf.tensor_in)
     axes = range(len(leaf.shape))
@@ -53,12 +53,12 @@ def file_axes(leaf: Leaf) -> tuple[int, ...]:
 
 
 def from_file_axes(leaf: Leaf, tensors: np.ndarray) -> np.ndarray:
-    """A stack of tensors, (*stack, *out, *in), seen with the leaf's axes."""
+    """Views a stack of tensors, (*stack, *out, *in), with the leaf's axes."""
     return tensors.transpose(np.argsort(file_axes(leaf)))
 
 
 def block_rows(leaf: Leaf, box: Region, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the scale grid that belong to the rows and columns of the box."""
+    """Returns the rows and columns in the scale grid of the rows and columns of a box."""
     n = len(leaf.tensor_out)
     rows = np.arange(math.prod(leaf.tensor_out)).reshape(leaf.tensor_out)[box[:n]].ravel()
     columns = np.arange(math.prod(leaf.tensor_in)).reshape(leaf.tensor_in)[box[n:]].ravel()
@@ -68,9 +68,9 @@ def block_rows(leaf: Leaf, box: Region, block: tuple[int, int]) -> tuple[np.ndar
 def copy_matrix(
     source: np.ndarray, target: np.ndarray, scales: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 ) -> None:
-    """Writes `source` (M, N) into `target` (M, N), decoding FP8 if there are scales, and casting.
+    """Writes `source` (M, N) into `target` (M, N), dequantising if there are scales, and casting.
 
-    scales: the float32 grid, the grid's row of each row of `source`, and the grid's column of each column.
+    scales: the float32 grid, and the grid rows and columns of the rows and columns of `source`.
     """
     if scales is None and source.dtype == target.dtype:
         _as_bits(target)[...] = _as_bits(source)
@@ -84,7 +84,7 @@ def copy_matrix(
 
 
 def quantise_matrix(matrix: np.ndarray, block: tuple[int, int], *, power_of_two: bool) -> tuple[np.ndarray, np.ndarray]:
-    """`quantise_blocks` of a matrix of any float dtype, a row of blocks at a time: little memory beside the result."""
+    """`quantise_blocks` for a matrix of any float dtype, one row of blocks at a time to save memory."""
     values = np.empty(matrix.shape, FP8)
     rows = range(0, len(matrix), block[0])
     scales = np.empty((len(rows), -(-matrix.shape[1] // block[1])), np.float32)
@@ -97,7 +97,7 @@ def quantise_matrix(matrix: np.ndarray, block: tuple[int, int], *, power_of_two:
 
 
 def decode_scales(scales: np.ndarray) -> np.ndarray:
-    """Scales as float32: those stored as a byte are exponents of two, biased by 127 ("ue8m0"; 255 is NaN)."""
+    """Decodes scales to float32. Bytes are exponents of two, biased by 127 ("ue8m0"; 255 is NaN)."""
     if scales.dtype.itemsize > 1:
         return scales.astype(np.float32)
     exponents = scales.view(np.uint8).astype(np.int32)
@@ -105,7 +105,7 @@ def decode_scales(scales: np.ndarray) -> np.ndarray:
 
 
 def _bands(rows: int, grid_rows: np.ndarray | None) -> list[tuple[int, int]]:
-    """Bands of at most `_BAND_ROWS` rows, each of which lies in one row of the scale grid, if there is one."""
+    """Yields bands of at most `_BAND_ROWS` rows, each within one row of the scale grid, if there is one."""
     edges = set(range(0, rows, _BAND_ROWS)) | {rows}
     if grid_rows is not None:
         edges |= set((np.flatnonzero(np.diff(grid_rows)) + 1).tolist())
@@ -114,5 +114,5 @@ def _bands(rows: int, grid_rows: np.ndarray | None) -> list[tuple[int, int]]:
 
 
 def _as_bits(x: np.ndarray) -> np.ndarray:
-    """The same bytes as unsigned integers, which NumPy copies faster than types that aren't its own."""
+    """Views the same bytes as unsigned integers, which NumPy copies faster than extension types."""
     return x.view(f"u{x.dtype.itemsize}")

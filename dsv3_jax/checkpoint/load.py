@@ -1,4 +1,4 @@
-"""`load_pretrained`: a checkpoint straight into the model's variables, each device reading only its slice."""
+"""`load_pretrained`: loads a checkpoint into the model's variables, with each device reading only its slice."""
 
 from __future__ import annotations
 
@@ -38,29 +38,28 @@ def load_pretrained(
     mtp: bool = True,
     check_hashes: bool = True,
 ) -> tuple[DeepSeekV3, dict[str, Any]]:
-    """The model of a checkpoint, and its variables `{"params": ..., "router": ...}`.
+    """Loads a model and its variables, `{"params": ..., "router": ...}`, from a checkpoint.
 
     Args:
-      path: a directory in Hugging Face's layout (config.json and safetensors files, FP8 blocks included), a
-        converted one (`dsv3_jax.checkpoint.convert`), or that of a training run, whose newest checkpoint is taken.
+      path: a directory in Hugging Face's layout (config.json and safetensors files, FP8 blocks included), a converted
+        checkpoint (`dsv3_jax.checkpoint.convert`), or a training run, whose newest checkpoint is used.
       dtype: of the parameters, float32 or bfloat16, as any dtype-like; by default the runtime's, else float32, which
-        holds every number that a file can store, FP8 to one rounding. The router's bias is float32 always.
-        "fp8" keeps matrices that the files hold in blocks as they are, e4m3 in "params" and float32 scales in a
-        collection "scales", and everything else in bfloat16.
+        represents all stored numbers exactly, except that FP8 is rounded once. The router bias is always float32. "fp8"
+        keeps matrices stored in FP8 blocks as they are, e4m3 in "params" and float32 scales in a collection "scales",
+        and everything else in bfloat16.
       runtime: how the model computes; by default in the dtype of its parameters. For "fp8" that is `precision="fp8"`,
-        with scales of activations like the weights'; a runtime of precision `dtype` takes each layer out of its blocks
-        when it is used.
-      mtp: with the modules of multi-token prediction; without them, in a directory of Hugging Face's layout nothing of
-        theirs is looked at.
-      mesh: shards the parameters over its axes as the runtime's rules say (`fsdp_ep` where these are for one device):
-        `fsdp`, `node`, `expert` and `tensor`. Axes `data` and `context` are there for activations. A mesh of
-        `jax.make_mesh`, whose axes are Explicit, is taken as one of Auto axes, which the arrays then lie on. By default
-        all go to one device.
-      check_hashes: compares the files of a converted checkpoint or a run with the hashes that were written with them.
+        with the same kind of scales for activations as for weights; with precision `dtype`, each layer dequantises its
+        weights on use.
+      mtp: whether to load the multi-token prediction modules; otherwise their tensors in Hugging Face's layout are
+        ignored.
+      mesh: the mesh over which parameters are sharded by the runtime's rules (`fsdp_ep` if these are for one device):
+        `fsdp`, `node`, `expert` and `tensor`. Axes `data` and `context` are for activations. Explicit axes, as made by
+        `jax.make_mesh`, are converted to Auto axes in the mesh of the arrays. By default everything goes to one device.
+      check_hashes: compare the files of a converted checkpoint or run with their hashes.
 
     Raises:
-      FileNotFoundError, CheckpointError, ConfigError: as `HFCheckpoint` and `Store`; ConfigError also for a mesh axis
-        that cuts nothing, and for "fp8" where no matrix is in blocks of 128 x 128.
+      FileNotFoundError, CheckpointError, ConfigError: as `HFCheckpoint` and `Store`; ConfigError also if a mesh axis
+        shards nothing, or for "fp8" if no matrix is in blocks of 128 x 128.
     """
     in_blocks = isinstance(dtype, str) and dtype == "fp8"
     if in_blocks:
@@ -81,7 +80,7 @@ def load_pretrained(
 
 
 def _runtime_of_blocks(path: Path) -> Runtime:
-    """FP8 on this device, its scales powers of two where config.json says that the checkpoint's are."""
+    """Returns a runtime for FP8 on this device, with power-of-two scales if config.json says so."""
     runtime = dataclasses.replace(Runtime.for_backend(jax.default_backend()), remat="none", precision="fp8")
     if not (file := path / "config.json").exists():
         return runtime  # which reading says
@@ -98,9 +97,9 @@ def read_variables(
     check_hashes: bool = True,
     in_blocks: bool = False,
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """The config and the variables of a checkpoint, each array where `place` says; all else as `load_pretrained`.
+    """Loads the config and variables of a checkpoint, with arrays placed by `place`; otherwise as `load_pretrained`.
 
-    in_blocks: whether matrices in FP8 blocks stay in them.
+    in_blocks: whether to keep matrices in FP8 blocks.
     """
     if (path / runs.CHECKPOINTS).is_dir():
         if in_blocks:
@@ -126,14 +125,16 @@ def read_variables(
 
 
 def checkpoint_config(path: Path) -> ModelConfig:
-    """The architecture of a checkpoint of any layout that `load_pretrained` reads; raises as that does."""
+    """Returns the architecture of a checkpoint in any layout. Raises as `load_pretrained`."""
     return runs.run_config(path) if (path / runs.CHECKPOINTS).is_dir() else ModelConfig.from_hf(path)
 
 
 def open_checkpoint(path: Path, *, mtp: bool = True, check_hashes: bool = True) -> HFCheckpoint | Store:
-    """A checkpoint of either layout. Its files are checked as they are read; by several processes here, shared out.
+    """Opens a checkpoint of either layout.
 
-    mtp: as in `HFCheckpoint`.
+    Files are checked when they are read or, with several processes, here: each checks a share of them.
+
+    mtp: see `HFCheckpoint`.
     """
     if (path / MANIFEST).exists():
         store = Store(path, check_hashes=check_hashes)
@@ -146,20 +147,20 @@ def open_checkpoint(path: Path, *, mtp: bool = True, check_hashes: bool = True) 
 
 
 def _is_mtp(name: str) -> bool:
-    """Whether a part of the variables, by its name below the collection, is a module of multi-token prediction."""
+    """Whether a part of the variables, by name, is a multi-token prediction module."""
     return name.startswith("mtp_")
 
 
 def shardings(
     config: ModelConfig, shapes: runs.Shapes, *, mesh: Mesh | None, runtime: Runtime
 ) -> dict[TreePath, Sharding]:
-    """Where parameters go: as training cuts them, where that divides an array's axis; without a mesh, to one device.
+    """Returns shardings of parameters: those of training, where divisible; without a mesh, a single device.
 
     Args:
       config: the model's.
       shapes: of the parameters, by their paths in the tree.
 
-    Raises ConfigError for an axis of the mesh that cuts nothing.
+    Raises ConfigError if an axis of the mesh shards nothing.
     """
     if mesh is None:
         return runs.one_device(config, shapes)
@@ -202,9 +203,9 @@ def _array(source: HFCheckpoint | Store, leaf: Leaf, dtype: np.dtype, sharding: 
 
 
 def _keeps_blocks(source: HFCheckpoint | Store, leaf: Leaf) -> bool:
-    """Whether a leaf is in FP8 blocks that are blocks of the model's array too.
+    """Whether the FP8 blocks of a leaf are also blocks of the model's array.
 
-    Not so are those of kv_b_proj where a head's keys or values aren't a multiple of 128 wide: they share blocks.
+    False for kv_b_proj if the keys or values of a head aren't multiples of 128 wide, since they share blocks.
     """
     if source.dtype(leaf) != FP8 or source.block != BLOCK:
         return False
@@ -213,12 +214,12 @@ def _keeps_blocks(source: HFCheckpoint | Store, leaf: Leaf) -> bool:
 
 
 def _blocks_of(leaf: Leaf) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column in the files' scale grid of each row and column of a leaf's tensors."""
+    """Returns the row and column in the files' scale grid of each row and column of a leaf's tensors."""
     return block_rows(leaf, tensor_box(leaf, full_region(leaf.shape[leaf.stack :])), BLOCK)
 
 
 def _scales(source: HFCheckpoint | Store, leaf: Leaf, sharding: Sharding) -> jax.Array:
-    """The scales of a leaf in blocks, (*stack, ceil(|I| / 128), ceil(|O| / 128)), cut as the leaf's stack is."""
+    """Loads the scales of a leaf, (*stack, ceil(|I| / 128), ceil(|O| / 128)), sharded like the leaf's stack."""
     rows, columns = (i[::TILE] for i in _blocks_of(leaf))
     shape = (*leaf.shape[: leaf.stack], len(columns), len(rows))
     if isinstance(sharding, NamedSharding):

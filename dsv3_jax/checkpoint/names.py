@@ -1,8 +1,8 @@
-"""The one table between Hugging Face's tensors and the model's arrays, read in both directions.
+"""The table that maps Hugging Face's tensors to the model's arrays and back.
 
-A tensor of a file is a matrix (out, in), PyTorch's way; an array of the model is (*stack, *in, *out): transposed,
-its heads an axis of their own, and layers and experts stacked in front. `_KINDS` says for every kind of tensor which
-axes it has and which array it goes to; everything else here follows from it and a `ModelConfig`.
+A tensor in a file is a matrix (out, in), as in PyTorch; an array of the model is (*stack, *in, *out): transposed, with
+a separate axis for heads, and with layers and experts stacked in front. `_KINDS` gives the axes and the array of every
+kind of tensor; everything else here follows from it and a `ModelConfig`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any, Literal
 from dsv3_jax.config import ModelConfig
 
 SCALE = "_scale_inv"
-"""A tensor `X.weight` in FP8 has its scales in `X.weight_scale_inv`, which multiply it whatever the name says."""
+"""A tensor `X.weight` in FP8 has its scales in `X.weight_scale_inv`, which multiply it despite the name."""
 
 TreePath = tuple[str, ...]
-"""Path of an array in the variables: collection first, as ("params", "moe_layers", "self_attn", "o_proj")."""
+"""Path of an array in the variables, such as ("params", "moe_layers", "self_attn", "o_proj")."""
 
 Where = Literal["model", "layer", "dense", "moe", "mtp"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One array that a kind of tensor goes to: `size` entries of the last output axis, after those of earlier parts."""
+    """An array that a kind of tensor maps to: `size` entries of the last output axis, after those of earlier parts."""
 
     path: str
     size: str | None = None
@@ -37,8 +37,8 @@ class Kind:
 
     where: which modules have it; "layer" is any of dense, sparse and MTP blocks, "mtp" an MTP module beside its block.
     fp8: whether the released files hold it in FP8 blocks.
-    keep_layout: stored as it is, (out, in): the embedding, which is looked up and not multiplied with.
-    float32: kept in float32 whatever the rest is cast to.
+    keep_layout: stored as (out, in); for the embedding, which is only looked up.
+    float32: stays float32 whatever the rest is cast to.
     """
 
     name: str
@@ -112,7 +112,7 @@ _KINDS: tuple[Kind, ...] = (
 
 
 def dimensions(config: ModelConfig) -> dict[str, int]:
-    """The size of every axis that the table names."""
+    """Returns the size of every axis in the table."""
     c = config
     nope, rope, value, rank = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
     return {
@@ -141,7 +141,7 @@ class Leaf:
     path, shape: where it is in the variables, and (*stack, *in, *out).
     axes: the letters of the shape: "L" layers, "E" experts, then the kind's.
     stack: how many of the first axes index tensors, 0 to 2: layers, or layers and experts, or experts.
-    start: where its entries begin on the tensor's last output axis.
+    start: the offset of its entries on the tensor's last output axis.
     names: the name of the tensor at each index of the stack, in C order.
     """
 
@@ -163,14 +163,14 @@ class Leaf:
 
     @property
     def scale_path(self) -> TreePath:
-        """Path of its scale grids: the same in the collection "scales"; the two halves of kv_b_proj share theirs."""
+        """Path of the scale grids, in the collection "scales"; the two halves of kv_b_proj share one."""
         last = "kv_b_proj" if len(self.kind.parts) > 1 else self.path[-1]
         return ("scales", *self.path[1:-1], last)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Layers of a checkpoint that make the model: the numbers that its files give them, in order.
+    """The layers of a model, by their numbers in the files, in order.
 
     `main` are blocks of the model, dense ones first; `mtp` its MTP modules.
     """
@@ -180,12 +180,12 @@ class Layers:
 
     @classmethod
     def all(cls, config: ModelConfig) -> Layers:
-        """Every layer: MTP modules are numbered on after the model's."""
+        """Returns all layers; MTP modules are numbered after the model's."""
         last = config.num_hidden_layers
         return cls(tuple(range(last)), tuple(range(last, last + config.num_nextn_predict_layers)))
 
     def select(self, config: ModelConfig) -> ModelConfig:
-        """The configuration of the model that these layers of `config`'s make."""
+        """Returns the configuration of the model made of these layers of `config`."""
         return dataclasses.replace(
             config,
             num_hidden_layers=len(self.main),
@@ -195,9 +195,9 @@ class Layers:
 
 
 def leaves(config: ModelConfig, layers: Layers | None = None) -> dict[TreePath, Leaf]:
-    """Every array of the model of `config`, and the tensors it is made of.
+    """Returns every array of the model of `config`, with the tensors that it consists of.
 
-    layers: the numbers that the files give to this model's layers; by default those of a whole checkpoint.
+    layers: the numbers of this model's layers in the files; by default those of a whole checkpoint.
     """
     layers = layers or Layers.all(config)
     dense, moe = layers.main[: config.num_dense_layers], layers.main[config.num_dense_layers :]
@@ -224,26 +224,26 @@ def leaves(config: ModelConfig, layers: Layers | None = None) -> dict[TreePath, 
 
 
 def copies(config: ModelConfig, layers: Layers | None = None) -> dict[str, str]:
-    """Tensors that repeat another one, and which: MTP's embedding and head."""
+    """Returns tensors that are copies of another one: MTP's embedding and head."""
     layers = layers or Layers.all(config)
     repeated = [kind for kind in _KINDS if kind.copy_of]
     return {f"model.layers.{n}.{kind.name}": kind.copy_of for n in layers.mtp for kind in repeated}
 
 
 def tensor_shapes(config: ModelConfig, layers: Layers | None = None) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of the model has, without scales, and its shape in the file."""
+    """Returns every tensor of the model's checkpoint, without scales, and its shape in the file."""
     shapes = {name: leaf.tensor_shape for leaf in leaves(config, layers).values() for name in leaf.names}
     return shapes | {name: shapes[original] for name, original in copies(config, layers).items()}
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    """Shape of the scale grid of an FP8 matrix: one number per block, ragged blocks at the edges included."""
+    """Returns the shape of an FP8 matrix's scale grid: one number per block, including partial ones at the edges."""
     rows, columns = shape
     return -(-rows // block[0]), -(-columns // block[1])
 
 
 def layer_number(name: str) -> int | None:
-    """The number in `model.layers.NUMBER.`, parsed and not searched for: "layers.6" is no part of "layers.61"."""
+    """Returns the number in `model.layers.NUMBER.`. It is parsed, so that "layers.6" doesn't match "layers.61"."""
     parts = name.split(".")
     is_layer = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdecimal()
     return int(parts[2]) if is_layer else None

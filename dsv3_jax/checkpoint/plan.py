@@ -1,4 +1,4 @@
-"""Plan of a conversion to orbax, made and checked from headers alone."""
+"""The plan of a conversion to orbax, made and checked from headers alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Target = Literal["keep", "fp8", "bf16", "float32"]
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A unit's part: stack entries of the leaves of one kind, or of their scale grids."""
+    """A part of a unit: stack entries of the leaves of one kind, or of their scale grids."""
 
     leaves: tuple[Leaf, ...]
     arrays: tuple[ArraySpec, ...]
@@ -33,7 +33,7 @@ class Piece:
 
 
 class ConversionPlan:
-    """Reads and writes of a conversion to orbax: arrays, and units that together take every tensor exactly once."""
+    """Reads and writes of a conversion to orbax: arrays, and units that together read every tensor exactly once."""
 
     def __init__(self, source: HFCheckpoint, dtype: Target) -> None:
         self.source, self.dtype = source, dtype
@@ -77,7 +77,7 @@ class ConversionPlan:
             self.units.append(Unit(key, nbytes, Piece(leaves, tuple(arrays), box, taken, is_scale)))
 
     def stored_dtype(self, leaf: Leaf) -> np.dtype:
-        """Dtype of the leaf's array in the store."""
+        """Returns the dtype of the leaf's array in the store."""
         if leaf.kind.float32:
             return np.dtype(np.float32)
         if self.dtype in CASTS:
@@ -86,7 +86,7 @@ class ConversionPlan:
         return FP8 if self.dtype == "fp8" and leaf.kind.fp8 else self.source.dtype(leaf)
 
     def tensor_names(self) -> list[str]:
-        """Every tensor of the source that the plan takes, once: from units, and copies that are only compared."""
+        """Lists every tensor of the source that the plan reads: those of units, and copies that are only compared."""
         taken = list(self.source.copies)
         files = self.source.files.tensors
         for unit in self.units:
@@ -97,9 +97,9 @@ class ConversionPlan:
         return taken
 
     def given_back(self) -> dict[str, tuple[str, str]]:
-        """Every tensor that an export of the result gives back: its name and dtype in the source.
+        """Lists every tensor that an export of the result restores, with its name and dtype in the source.
 
-        Scales made on the way come with the name that the source would have for them, and float32.
+        New scales have the name that they would have in the source, and float32.
         """
         files, old_names = self.source.files.tensors, names.tensor_shapes(self.source.config, self.source.layers)
         scaled = {n for unit in self.units if unit.what.is_scale for n in unit.what.names}
@@ -113,16 +113,16 @@ class ConversionPlan:
 
     @property
     def elements(self) -> int:
-        """Numbers in the tensors that the plan takes, scales included."""
+        """Counts the numbers in the tensors that the plan reads, scales included."""
         return sum(math.prod(self.source.files.tensors[n].shape) for n in self.tensor_names())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays that the plan writes."""
+        """Counts the bytes of the arrays that the plan writes."""
         return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self.arrays)
 
     def _check(self) -> None:
-        """Every tensor of the chosen layers is taken once; every number of every array is written once."""
+        """Checks that each tensor of the chosen layers is read once, and each number of each array written once."""
         taken = self.tensor_names()
         chosen = {*self.source.layers.main, *self.source.layers.mtp, None}
         wanted = {n for n in self.source.files.tensors if names.layer_number(n) in chosen}
@@ -158,7 +158,7 @@ class ConversionPlan:
 
 
 class PlannedStore(Store):
-    """A store as a plan would make it, but for its numbers: an export of it can be planned in turn."""
+    """The store that a plan would write, without its numbers, for which an export can be planned."""
 
     def __init__(self, plan: ConversionPlan) -> None:
         self.directory, self.fields, self.block = plan.source.directory, plan.source.fields, plan.block

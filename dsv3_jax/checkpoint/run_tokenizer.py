@@ -1,4 +1,4 @@
-"""The tokenizer that a training run was trained with."""
+"""The tokenizer of a training run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from dsv3_jax.json_input import check_type
 
 
 def run_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of the run in `directory`; its prompts begin with bos, as documents do in training.
+    """Returns the tokenizer of the run in `directory`. Its prompts begin with bos, as documents do in training.
 
-    It is the run's own copy; of a run that kept none, what its config names, or bytes.
+    It is the run's own copy or, if there is none, the one in its config, or bytes.
 
     Raises:
-      ConfigError: the copy isn't what it was or is no tokenizer, or there is none and the one that the config names
-        isn't there.
+      ConfigError: the copy has changed or isn't a tokenizer, or the one in the config doesn't exist.
     """
     file = directory / "config.json"
     data = check_type(read_config(file).get("data", {}), dict[str, Any], f"{file}: data", ConfigError)
@@ -36,9 +35,9 @@ def run_tokenizer(directory: Path) -> Tokenizer:
 
 
 def kept_files(directory: Path) -> dict[str, str]:
-    """The names of the tokenizer's files that a run keeps, with their hashes, which are compared.
+    """Returns the names and hashes of a run's tokenizer files, after checking the hashes.
 
-    Raises ConfigError if a file isn't what it was when the run began.
+    Raises ConfigError if a file has changed.
     """
     what = f"{directory / 'config.json'}: tokenizer_files"
     found = read_config(directory / "config.json").get("tokenizer_files", {})

@@ -1,4 +1,4 @@
-"""The directory of a training run as a checkpoint: its model, and the variables of its newest complete step."""
+"""A training run as a checkpoint: its model, and the variables of its newest complete step."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.runtime import Runtime
 
 CHECKPOINTS = "checkpoints"
-"""The folder of a run that holds one checkpoint a step."""
+"""The folder in a run's directory with one checkpoint per step."""
 
 HASHES = "hashes.json"
 """The file of a step with the hashes of its other files."""
 
 RUN_ITEM = "run"
-"""The folder of a step with what the trainer's guards know."""
+"""The folder of a step with the state of the trainer's guards."""
 
 VERSION = 2
-"""Version of the format of a step's directory. 1: without `run` and its own number. 0: without hashes.json too."""
+"""Version of a step's format. Version 1 lacks `run` and the version number, version 0 also hashes.json."""
 
 
 class VersionError(CheckpointError):
-    """A checkpoint in a format that a later version of this program wrote."""
+    """A checkpoint in the format of a later version of this program."""
 
 
 Shapes = Mapping[TreePath, tuple[int, ...]]
 
 
 Place = Callable[[ModelConfig, Shapes], Mapping[TreePath, Sharding]]
-"""From a config and the variables' shapes, by path, to where they go; each device reads its part."""
+"""Maps a config and the shapes of variables, by path, to shardings. Each device reads its part."""
 
 
 def one_device(config: ModelConfig, shapes: Shapes) -> dict[TreePath, Sharding]:
@@ -51,13 +51,13 @@ def one_device(config: ModelConfig, shapes: Shapes) -> dict[TreePath, Sharding]:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The config of a run as JSON. Raises ConfigError, or FileNotFoundError."""
+    """Reads the config of a run as JSON. Raises ConfigError, or FileNotFoundError."""
     fields = read_json(file, ConfigError)
     return unseal(fields, file, ConfigError) if SEAL in fields else fields  # those of earlier versions have none
 
 
 def step_hashes(step: Path, *, check_hashes: bool = True) -> FileHashes:
-    """Hashes that the files of a checkpoint must have. step: its directory. Raises VersionError, CheckpointError."""
+    """Reads the hashes of a checkpoint. step: its directory. Raises VersionError, CheckpointError."""
     file = step / HASHES
     if not file.exists():
         if (step / RUN_ITEM).exists():
@@ -75,12 +75,12 @@ def step_hashes(step: Path, *, check_hashes: bool = True) -> FileHashes:
 
 
 def complete_steps(checkpoints: Path) -> list[int]:
-    """Steps of the checkpoints in a run's folder, ascending: one that isn't complete has another name."""
+    """Lists the steps of the complete checkpoints in a run's folder, ascending."""
     return sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isascii() and p.name.isdecimal())
 
 
 def run_config(directory: Path) -> ModelConfig:
-    """The architecture of the model that a run trains. Raises CheckpointError."""
+    """Returns the architecture of a run's model. Raises CheckpointError."""
     file = directory / "config.json"
     try:
         config: ModelConfig = build_dataclass(ModelConfig, read_config(file).get("model"), str(file), "model.")
@@ -92,9 +92,9 @@ def run_config(directory: Path) -> ModelConfig:
 def read_run(
     directory: Path, runtime: Runtime, place: Place = one_device, *, mtp: bool = True, check_hashes: bool = True
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """The config of the run's model and its variables, in the runtime's `param_dtype`; not the optimizer's state.
+    """Loads the config of a run's model and its variables, in the runtime's `param_dtype`, without the optimizer state.
 
-    mtp: with the modules of multi-token prediction.
+    mtp: whether to load the multi-token prediction modules.
 
     Raises CheckpointError if the run has no complete checkpoint, or its files can't be read.
     """
@@ -115,11 +115,11 @@ def read_run(
 
 
 def read_newest(directory: Path, item: dict[str, Any], *, check_hashes: bool = True) -> dict[str, Any]:
-    """Parts of the state of a run's newest complete checkpoint.
+    """Loads parts of the state in a run's newest complete checkpoint.
 
-    item: abstract arrays with their shardings, below the names of `TrainState`'s fields: "params", "opt_state", ...
+    item: abstract arrays with shardings, by field of `TrainState`: "params", "opt_state", ...
 
-    Raises CheckpointError if the run has no complete checkpoint, its files can't be read, or it holds no such arrays.
+    Raises CheckpointError if the run has no complete checkpoint, its files can't be read, or an array is missing.
     """
     folder = directory.absolute() / CHECKPOINTS
     steps = complete_steps(folder) if folder.is_dir() else []

@@ -1,8 +1,8 @@
-"""The converted checkpoint: the model's own tree as orbax arrays (zarr3 through tensorstore), read slice by slice.
+"""Converted checkpoints: the model's own tree as orbax arrays (zarr3 through tensorstore), read slice by slice.
 
-Beside the arrays lie config.json, orbax's `_METADATA`, and `manifest.json` with a hash for each tensor of the source,
-and one for each file here, which reading checks. One file of an array (a zarr shard) holds a few tensors or a band of
-one; inside it chunks of at most a megabyte can be read alone.
+Beside the arrays are config.json, orbax's `_METADATA`, and `manifest.json` with hashes of each tensor of the source and
+of each file here, which readers check. A file of an array (a zarr shard) contains a few tensors or a band of one;
+chunks of at most a megabyte in it can be read independently.
 """
 
 from __future__ import annotations
@@ -50,25 +50,25 @@ FORMAT = "dsv3_jax checkpoint 2"
 _FORMAT_WITHOUT_HASHES = "dsv3_jax checkpoint 1"
 
 CASTS = {"bf16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
-"""Target dtypes of a conversion that aren't the source's."""
+"""Target dtypes of a conversion other than the source's."""
 
 _SHARD_BYTES = 32 << 20
-"""At most this much of an array goes to one file, except a matrix that can't be cut evenly: what a worker holds."""
+"""Largest part of an array per file, and so per worker, unless a matrix can't be split evenly."""
 _CHUNK_BYTES = 1 << 20
 
 ARRAY_METADATA = "zarr.json"
 
 _DICT_KEY = 2
-"""orbax's mark of a dictionary's key in `_METADATA`."""
+"""orbax's marker for dictionary keys in `_METADATA`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """An array to be written.
+    """An array to write.
 
-    shard: the box of it that goes to one file. stack: how many stack axes it has.
-    order: its axes in the order of the bytes on disk, which is the source files': zarr's transpose codec. Conversion
-    then copies and readers transpose, where a device does it for nothing.
+    shard: the box in one file. stack: number of stack axes.
+    order: its axes in the order of the bytes on disk, that of the source files (zarr's transpose codec). Conversion
+    copies and readers transpose, which is free on a device.
     """
 
     path: TreePath
@@ -80,7 +80,7 @@ class ArraySpec:
 
     @property
     def chunk(self) -> tuple[int, ...]:
-        """The box that can be read alone: the shard with its widest axes divided until it is small enough."""
+        """The box that can be read independently: the shard with its widest axes divided until it is small enough."""
         chunk = [1] * self.stack + list(self.shard[self.stack :])
         while math.prod(chunk) * self.dtype.itemsize > _CHUNK_BYTES:
             for axis in sorted(range(len(chunk)), key=lambda a: -chunk[a]):
@@ -90,14 +90,14 @@ class ArraySpec:
         return tuple(chunk)
 
     def shards(self, stack: Region) -> Iterator[Region]:
-        """The boxes of the files that hold the entries `stack` of the stack axes, which must be whole shards."""
+        """Returns the boxes of the files with the entries `stack` of the stack axes, which must be whole shards."""
         inner = list(zip(self.shape[self.stack :], self.shard[self.stack :], strict=True))
         for index in np.ndindex(*(-(-size // step) for size, step in inner)):
             yield (*stack, *(slice(i * b, min(n, (i + 1) * b)) for i, (n, b) in zip(index, inner, strict=True)))
 
 
 def leaf_arrays(leaves: tuple[Leaf, ...], dtype: np.dtype) -> list[ArraySpec]:
-    """How the parts of one kind are stored: their files hold the same tensors, as many as fit, or bands of one."""
+    """Plans the storage of the parts of one kind: their files contain as many whole tensors as fit, or bands of one."""
     inner = max(math.prod(leaf.shape[leaf.stack :]) for leaf in leaves) * dtype.itemsize
     return [
         ArraySpec(
@@ -113,7 +113,7 @@ def leaf_arrays(leaves: tuple[Leaf, ...], dtype: np.dtype) -> list[ArraySpec]:
 
 
 def scale_array(leaf: Leaf, block: tuple[int, int], dtype: np.dtype) -> ArraySpec:
-    """How the scale grids of a leaf's tensors are stored: stacked, each as it is in the files."""
+    """Plans the storage of a leaf's scale grids: stacked, each as in the files."""
     rows, columns = leaf.tensor_shape
     grid, stack = names.scale_shape((rows, columns), block), leaf.shape[: leaf.stack]
     group = _group(stack, math.prod(grid) * dtype.itemsize)
@@ -122,7 +122,7 @@ def scale_array(leaf: Leaf, block: tuple[int, int], dtype: np.dtype) -> ArraySpe
 
 
 def _group(stack: tuple[int, ...], nbytes: int) -> tuple[int, ...]:
-    """How many entries of each stack axis share a file, if one takes `nbytes`: from the last axis on."""
+    """Returns how many entries of each stack axis share a file, if each takes `nbytes`, from the last axis on."""
     room, group = max(1, _SHARD_BYTES // max(1, nbytes)), []
     for size in reversed(stack):
         group.append(min(size, room))
@@ -132,7 +132,7 @@ def _group(stack: tuple[int, ...], nbytes: int) -> tuple[int, ...]:
 
 
 def _band(leaf: Leaf, nbytes: int) -> tuple[int, ...]:
-    """The box of one entry that goes to one file: all of it, or an even part along the tensor's first output axis."""
+    """Returns the part of an entry in one file: all of it, or an even part along the tensor's first output axis."""
     inner = list(leaf.shape[leaf.stack :])
     axis = 0 if leaf.kind.keep_layout else len(leaf.tensor_in)
     parts = next((n for n in range(1, inner[axis] + 1) if inner[axis] % n == 0 and nbytes / n <= _SHARD_BYTES), 1)
@@ -148,17 +148,17 @@ def _smallest_factor(n: int) -> int:
 
 
 def array_directory(path: TreePath) -> str:
-    """orbax's name of an array's directory."""
+    """Returns orbax's name for the directory of an array."""
     return ".".join(path)
 
 
 def shard_file(path: TreePath, index: Iterable[int]) -> str:
-    """The file below the checkpoint's directory of an array's shard: zarr3's default key of a chunk."""
+    """Returns the relative path of an array's shard: zarr3's default key of a chunk."""
     return "/".join((array_directory(path), "c", *map(str, index)))
 
 
 def create_array(directory: Path, spec: ArraySpec) -> ts.TensorStore:
-    """Creates an array; shards of it that an interrupted conversion left become its own."""
+    """Creates an array, with shards from an interrupted conversion if there are any."""
     plain: list[dict[str, Any]] = [
         {"name": "bytes"} | ({"configuration": {"endian": "little"}} if spec.dtype.itemsize > 1 else {})
     ]
@@ -194,7 +194,7 @@ def _open(directory: Path, path: TreePath, metadata: dict[str, Any] | None = Non
 
 
 def write_orbax_metadata(directory: Path, specs: Iterable[ArraySpec]) -> None:
-    """The description of the tree with which orbax restores it."""
+    """Returns the description of the tree for orbax."""
     tree = {
         str(spec.path): {
             "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in spec.path],
@@ -216,7 +216,7 @@ def write_orbax_metadata(directory: Path, specs: Iterable[ArraySpec]) -> None:
 
 
 def _read_manifest(directory: Path, check_hashes: bool) -> tuple[dict[str, Any], FileHashes]:
-    """The manifest, its fields of the right types, and the hashes in it."""
+    """Reads the manifest, with type-checked fields, and the hashes in it."""
     file = directory / MANIFEST
     manifest = read_json(file, CheckpointError)
     kept = field(manifest, "format", str, str(file), CheckpointError)
@@ -240,17 +240,17 @@ def _read_manifest(directory: Path, check_hashes: bool) -> tuple[dict[str, Any],
 
 
 class Store:
-    """A converted checkpoint, seen as the model's arrays and as the tensors that they came from.
+    """A converted checkpoint, as the model's arrays and as the tensors of the source.
 
-    Attributes: `config`, `fields`, `leaves`, `copies` and `block` as `HFCheckpoint` has them; `manifest`; `hashes`.
+    Attributes: `config`, `fields`, `leaves`, `copies` and `block` as in `HFCheckpoint`; `manifest`; `hashes`.
 
     Raises, on opening and when arrays are read:
-      FileNotFoundError: the directory or a file of it is missing.
-      CheckpointError: it isn't such a checkpoint, its parts contradict each other, or a file isn't what was written.
+      FileNotFoundError: the directory or a file in it is missing.
+      CheckpointError: it isn't such a checkpoint, its parts contradict each other, or a file has changed.
     """
 
     def __init__(self, directory: Path, *, check_hashes: bool = True) -> None:
-        """check_hashes: compares each file with its hash in the manifest, when something is read from it first."""
+        """check_hashes: compare each file with its hash in the manifest on first use."""
         self.directory = directory
         for needed in (MANIFEST, "config.json"):
             if not (directory / needed).exists():
@@ -285,7 +285,7 @@ class Store:
         return array
 
     def _describe(self, config: ModelConfig) -> None:
-        """Leaves that follow from the config alone, whatever holds the numbers."""
+        """Returns the leaves for a config, independent of the storage."""
         self.config, self.leaves, self.copies = config, names.leaves(config), names.copies(config)
         # The first leaf that each tensor is part of, and which of its tensors it is.
         self._by_name = {
@@ -298,7 +298,7 @@ class Store:
         return hf_config.power_of_two_scales(self.fields)
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        """Dtype of the leaf's array."""
+        """Returns the dtype of the leaf's array."""
         return self._arrays[leaf.path].dtype.numpy_dtype
 
     def read(self, leaf: Leaf, region: Region, dtype: np.dtype | None = None) -> np.ndarray:
@@ -309,7 +309,7 @@ class Store:
         return from_file_axes(leaf, self._read(leaf, region, dtype))
 
     def _read(self, leaf: Leaf, region: Region, dtype: np.dtype | None) -> np.ndarray:
-        """A box of a leaf as a stack of tensors, (*stack, *out, *in)."""
+        """Reads a box of a leaf as a stack of tensors, (*stack, *out, *in)."""
         view = self._arrays[leaf.path][region].transpose(file_axes(leaf))
         stored = np.empty(view.shape, view.dtype.numpy_dtype)
         reading = ts.array(stored).write(view)  # NumPy's memory comes in huge pages, that of `read` in small ones
@@ -338,7 +338,7 @@ class Store:
         return scales
 
     def _check(self, path: TreePath, region: Region) -> None:
-        """Compares the files that hold a box of an array with their hashes, those that weren't yet."""
+        """Checks the hashes of the files that contain a box of an array, unless already done."""
         shard: Any = self._arrays[path].chunk_layout.write_chunk.shape
         boxes = (range(s.start // n, -(-s.stop // n)) for s, n in zip(region, shard, strict=True))
         self.hashes.check(shard_file(path, index) for index in itertools.product(*boxes))
@@ -351,35 +351,35 @@ class Store:
             raise CheckpointError(f"{where} can't be read: {str(error)[:200]}") from None
 
     def file_dtype(self, name: str) -> str:
-        """Dtype of a tensor or scale grid in a file that keeps the store's numbers: that of the source.
+        """Returns the dtype of a tensor or scale grid in a lossless export: that of the source.
 
-        A store of a cast has its own dtype; one that kept its source's may hold a narrower bias as float32.
+        A cast store has its own dtype; one that kept the source's may store a narrower bias as float32.
         """
         if name in self.manifest["tensors"] and self.manifest["dtype"] not in CASTS:
             return str(self.manifest["tensors"][name][0])
         return next(n for n, dtype in DTYPES.items() if dtype == self.dtype_of(name))
 
     def identity(self) -> str:
-        """Identity of the checkpoint: equal for exports of the same one."""
+        """Returns the identity of the checkpoint, to recognise an interrupted export."""
         return xxhash.xxh3_128_hexdigest((self.directory / MANIFEST).read_bytes())
 
     def write_small_files(self, directory: Path) -> None:
-        """Copies the files that came with the source's weights, as its tokenizer."""
+        """Copies the small files of the source, such as its tokenizer."""
         own = {MANIFEST, "config.json", "_METADATA", JOURNAL}
         for file in sorted(self.directory.iterdir()):
             if file.is_file() and file.name not in own:
                 shutil.copyfile(file, directory / file.name)
 
     def kind(self, name: str) -> Kind:
-        """The row of the table that a tensor belongs to; of MTP's copies, the original's."""
+        """Returns the row of the table for a tensor or, for MTP's copies, for the original."""
         return self._leaf(name)[0].kind
 
     def tensor_out(self, name: str) -> tuple[int, ...]:
-        """A tensor's output axes: `matrix` takes rows of the first."""
+        """Returns the output axes of a tensor; `matrix` takes rows of the first."""
         return self._leaf(name)[0].tensor_out
 
     def dtype_of(self, name: str) -> np.dtype:
-        """Dtype that a tensor is stored in."""
+        """Returns the dtype that a tensor is stored in."""
         return self.dtype(self._leaf(name)[0])
 
     def is_fp8(self, name: str) -> bool:
@@ -387,18 +387,18 @@ class Store:
         return bool(self.dtype_of(name) == FP8)
 
     def _leaf(self, name: str) -> tuple[Leaf, int]:
-        """The first leaf that a tensor is part of, and which of its tensors it is."""
+        """Returns the first leaf that contains a tensor, and the index of the tensor in it."""
         return self._by_name[self.copies.get(name, name)]
 
     def scales(self, name: str) -> np.ndarray:
-        """The scale grid of an FP8 tensor, in the file's orientation and as stored."""
+        """Reads the scale grid of an FP8 tensor, as stored and in the file's orientation."""
         leaf, i = self._leaf(name)
         place = np.unravel_index(i, leaf.shape[: leaf.stack]) if leaf.stack else ()
         grids = self._read_scales(leaf, tuple(slice(int(n), int(n) + 1) for n in place))
         return np.asarray(grids[(0,) * leaf.stack])
 
     def matrix(self, name: str, rows: slice | None = None, dtype: np.dtype | None = None) -> np.ndarray:
-        """A tensor in the file's layout, or some of its rows: entries of its first output axis."""
+        """Reads a tensor in the file's layout, or some of its rows: entries of its first output axis."""
         leaf, i = self._leaf(name)
         place = np.unravel_index(i, leaf.shape[: leaf.stack]) if leaf.stack else ()
         stack = tuple(slice(int(n), int(n) + 1) for n in place)
@@ -412,7 +412,7 @@ class Store:
         return whole.reshape(-1, math.prod(leaf.tensor_in)) if leaf.tensor_in else whole
 
     def bands(self, name: str, limit: int = _SHARD_BYTES) -> list[slice]:
-        """`rows` for `matrix`, such that each band takes at most about `limit` bytes as stored."""
+        """Yields `rows` for `matrix` such that each band takes at most about `limit` bytes as stored."""
         leaf, _ = self._leaf(name)
         count, size = leaf.tensor_out[0], math.prod(leaf.tensor_shape) * self.dtype(leaf).itemsize
         step = max(1, math.ceil(count / max(1, math.ceil(size / limit))))
@@ -425,11 +425,11 @@ class Store:
 
 
 class Variables(Store):
-    """Variables in memory, as those of a training run, seen as the tensors that files would hold.
+    """Variables in memory, such as those of a training run, as tensors for export.
 
     config: of the model. variables: its two collections; arrays of float32 or bfloat16.
-    directory: where they come from: the export's name, and its identity together with `version`.
-    tokenizer: what an export has beside the weights, or None.
+    directory: their origin, for the export's name and, with `version`, its identity.
+    tokenizer: exported beside the weights, or None.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Random checkpoints in the released format, of any size: what tests and measurements convert."""
+"""Random checkpoints of any size in the released format, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def write_random_checkpoint(
     headers_only: bool = False,
     seed: int = 0,
 ) -> None:
-    """Writes config.json, an index, and safetensors files of random numbers.
+    """Writes config.json, an index, and safetensors files with random numbers.
 
     Args:
-      block: of the FP8 blocks; None leaves all matrices bfloat16. Router biases are float32 either way.
+      block: size of FP8 blocks; if None, all matrices are bfloat16. Router biases are always float32.
       scale_dtype: "F32"; or "F8_E8M0" or "U8", powers of two.
-      scales_apart: all scales after all weights, mostly in other files.
-      file_bytes: where a file ends.
-      headers_only: no numbers: files end after their headers.
+      scales_apart: write all scales after all weights, mostly in other files.
+      file_bytes: maximum size of a file.
+      headers_only: truncate files after their headers.
     """
     directory.mkdir(parents=True)
     files: list[list[Entry]] = [[]]

@@ -1,4 +1,4 @@
-"""A converted checkpoint against its source, tensor by tensor, bit for bit."""
+"""Verification of a converted checkpoint against its source, tensor by tensor and bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dsv3_jax.checkpoint.store import Store
 
 
 def verify_store(source: HFCheckpoint, store: Store, *, workers: int, console: Console | None = None) -> None:
-    """Rebuilds every tensor from the store and compares it with what the source's makes in the store's dtype.
+    """Rebuilds every tensor from the store and compares it with the source's, cast to the store's dtype.
 
     Raises CheckpointError naming the first tensor that differs.
     """
@@ -47,7 +47,7 @@ def verify_store(source: HFCheckpoint, store: Store, *, workers: int, console: C
 
 
 def verify_files(store: Store, files: HFCheckpoint, *, workers: int, console: Console | None = None) -> None:
-    """Compares every tensor of an exported directory with what the store makes in the file's dtype. Raises as above."""
+    """Compares every tensor of an exported directory with the store's, cast to the file's dtype. Raises as above."""
 
     def check(name: str) -> None:
         written = files.files.array(name)
@@ -88,7 +88,7 @@ def _check_all[T](
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    """Bit for bit, whatever each one's dtype says about the bits."""
+    """Compares bit for bit, whatever the dtypes."""
     if a.dtype.itemsize != b.dtype.itemsize:
         return False
     bits = np.dtype(f"u{a.dtype.itemsize}")
