@@ -33,9 +33,10 @@ def accumulated_gradients(
     whole: Whole,
     sequences: jax.Array | None = None,
 ) -> tuple[Any, StepSums]:
-    """Gradients of the objective with respect to the parameters, and the whole batch's sums; float32 or wider.
+    """Computes gradients of the objective with respect to the parameters, and the sums of the whole batch, in float32
+    or wider.
 
-    variables: the model's two collections. microbatches, sequences: as in `make_train_step`.
+    variables: the model's two collections. microbatches, sequences: see `make_train_step`.
     """
 
     def of_pieces(params: Any, router: Any, pieces: Any, whole: Whole, sequences: Any) -> tuple[Any, StepSums]:
@@ -73,9 +74,9 @@ def accumulated_gradients(
 
 
 def _by_hand(model: DeepSeekV3, sharding: LogicalSharding) -> bool:
-    """Whether all devices of the mesh have sequences of their own: then each sums their gradients by itself first.
+    """Whether each device of the mesh has its own sequences, so that it first sums their gradients locally.
 
-    Elsewhere XLA places the sums. In FP8 it also places the blocks of weights that are put together for use.
+    Otherwise XLA places the reductions. In FP8 it also places the all-gathered blocks of weights.
     """
     batch = sharding.axes("batch")
     apart = sharding.stored().axes("embed")
@@ -85,7 +86,7 @@ def _by_hand(model: DeepSeekV3, sharding: LogicalSharding) -> bool:
 
 
 def parameter_specs(model: DeepSeekV3, params: Any) -> Any:
-    """How the parameters are stored: a PartitionSpec for each."""
+    """Returns the PartitionSpec of each parameter as stored."""
     stored, axes = current_sharding(model.runtime).stored(), parameter_axes(model)
 
     def spec(path: Any, a: jax.Array) -> PartitionSpec:
@@ -95,14 +96,14 @@ def parameter_specs(model: DeepSeekV3, params: Any) -> Any:
 
 
 def _add_up(model: DeepSeekV3, axes: tuple[str, ...], gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Sums a gradient over the devices that hold the same part of its parameter, of those that share the batch."""
+    """Sums a gradient over the devices with other sequences that hold the same part of the parameter."""
     same = tuple(a for a in axes if a not in jax.tree.leaves(tuple(spec)))
     lowered = gradient.astype(model.runtime.gradient_dtype) if model.runtime.gradient_dtype == "bfloat16" else gradient
     return lax.psum(lowered, same).astype(gradient.dtype) if same else gradient
 
 
 def cut_batch(runtime: Runtime, batch: Batch, microbatches: int) -> dict[str, jax.Array]:
-    """The batch with a leading axis of microbatches, each cut over the devices as the batch is.
+    """Adds a leading axis of microbatches to a batch, each sharded over devices like the batch.
 
     Raises ConfigError if they don't divide over the devices.
     """
@@ -117,7 +118,7 @@ def cut_batch(runtime: Runtime, batch: Batch, microbatches: int) -> dict[str, ja
 def evaluated_sums(
     model: DeepSeekV3, loss: Loss, variables: Mapping[str, Any], batch: Batch, microbatches: int, whole: Whole
 ) -> StepSums:
-    """The whole batch's sums, float32 or wider, of one microbatch at a time."""
+    """Sums over the whole batch in float32 or wider, one microbatch at a time."""
     pieces = cut_batch(model.runtime, batch, microbatches), jnp.zeros((microbatches, 0))
     sums: StepSums = sum_over_pieces(lambda piece, _: batch_sums(model, loss, variables, piece, whole), pieces, None)
     return sums
@@ -131,7 +132,7 @@ def batch_sums(
     whole: Whole,
     real: jax.Array | None = None,
 ) -> StepSums:
-    """Runs the model on a piece of the batch and applies the loss; `real` as in `model_inputs`."""
+    """Runs the model on a piece of the batch and applies the loss. `real`: see `model_inputs`."""
     inputs = model_inputs(model, piece, loss.batch_keys, real)
     outputs = forward(model, variables, inputs, loss.detach_mtp)
     if real is not None:
@@ -141,9 +142,9 @@ def batch_sums(
 
 
 def sum_over_pieces(function: Any, pieces: tuple[dict[str, jax.Array], jax.Array], count: jax.Array | None) -> Any:
-    """Sums `function(piece, rows)` over microbatches, one in memory at a time, in float32 or wider.
+    """Sums `function(piece, rows)` over microbatches, one at a time, in float32 or wider.
 
-    count: how many of them are computed; by default all.
+    count: the number of microbatches to compute; by default all.
     """
 
     def of_piece(*piece: Any) -> Any:

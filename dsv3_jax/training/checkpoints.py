@@ -1,7 +1,8 @@
-"""Checkpoints of a training run, written by orbax beside the steps, whole or not at all.
+"""Checkpoints of a training run, written atomically by orbax in parallel with training.
 
-A checkpoint is a directory named by its step, with three items: `state` (the arrays), `data` (the data's position) and
-`run` (what the guards know, and whether all was well). `hashes.json` has its format's version and a hash of every file.
+A checkpoint is a directory named by its step, with three items: `state` (the arrays), `data` (the position in the data)
+and `run` (the state of the guards, and whether the run was well). `hashes.json` has the version of the format and the
+hash of every file.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from dsv3_jax.parallel.placement import all_processes_here
 from dsv3_jax.training.step import TrainState
 
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"
-"""Times and the kinds of the items: orbax writes it last, and nothing that is restored comes from it."""
+"""A file with times and kinds of items, which orbax writes last and restoring doesn't need."""
 
 
 class _HashedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):  # type: ignore[misc]  # orbax has no types
-    """A checkpoint's temporary directory: its files are hashed before it gets its name.
+    """The temporary directory of a checkpoint. Its files are hashed before it is renamed.
 
     orbax calls `finalize` in one process, when all have written their files.
     """
@@ -61,7 +62,7 @@ def _write_hashes(directory: Path) -> None:
 
 
 class Restored(NamedTuple):
-    """A checkpoint's content. data: the data's position. run: what else was given to `save`; earlier versions: none."""
+    """The content of a checkpoint. data: position in the data. run: see `Checkpoints.save`; may be empty."""
 
     state: TrainState
     data: dict[str, Any]
@@ -71,9 +72,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints under a directory, one per step.
 
-    keep: how many of the newest stay on disk. keep_every: those of steps that it divides stay too; 0 for none. The
-    newest one that was saved as good always stays. check_hashes: whether restoring compares a checkpoint's files with
-    the hashes that were saved with them.
+    keep: number of newest checkpoints to keep. keep_every: also keep those whose step it divides; 0 for none. The
+    newest one saved as good is always kept. check_hashes: whether restoring compares files with their hashes.
     """
 
     def __init__(self, directory: Path, keep: int, *, keep_every: int = 0, check_hashes: bool = True) -> None:
@@ -108,19 +108,19 @@ class Checkpoints:
         all_processes_here()
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """Returns the newest complete step, or None."""
         return cast(int | None, self._manager.latest_step())
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints, ascending."""
+        """Lists the steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def save(
         self, state: TrainState, data_state: dict[str, Any], run: dict[str, Any] | None = None, *, good: bool = True
     ) -> None:
-        """Starts to write the state of step `state.step`; earlier ones are finished first. Raises CheckpointError.
+        """Starts to write the state of step `state.step`, after finishing earlier ones. Raises CheckpointError.
 
-        run: further JSON to be restored. good: that the run was well then: the newest such checkpoint isn't deleted.
+        run: further JSON to restore. good: whether the run was well; the newest such checkpoint isn't deleted.
         """
         step = int(state.step)
         if step == self.latest():
@@ -143,12 +143,12 @@ class Checkpoints:
         self._guard(self._manager.wait_until_finished, None)
 
     def restore(self, like: TrainState, step: int | None = None) -> Restored:
-        """The checkpoint of a step, by default the newest, with the shapes, dtypes and shardings of `like`.
+        """Restores the checkpoint of a step, by default the newest, with the shapes, dtypes and shardings of `like`.
 
-        like: arrays or their abstract twins.
+        like: arrays, or `jax.ShapeDtypeStruct`s.
 
         Raises:
-          CheckpointError: there is none, or its files aren't what was written.
+          CheckpointError: there is none, or its files have changed.
           VersionError: a later version of this program wrote it.
         """
         step = self.latest() if step is None else step
@@ -174,11 +174,11 @@ class Checkpoints:
     def restore_newest(
         self, like: TrainState, wrong: Callable[[TrainState], str] = lambda _: ""
     ) -> tuple[Restored, dict[int, str]]:
-        """The newest checkpoint that is whole, and by its step why each newer one isn't.
+        """Restores the newest valid checkpoint. Also returns, by step, why each newer one isn't valid.
 
-        wrong: says of a restored state what is wrong with it, or nothing.
+        wrong: returns what is wrong with a restored state, if anything.
 
-        Raises CheckpointError if no checkpoint is whole, VersionError as `restore` does.
+        Raises CheckpointError if no checkpoint is valid, and VersionError as `restore`.
         """
         passed_over: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -198,7 +198,7 @@ class Checkpoints:
         )
 
     def _saved_as_good(self, step: int) -> bool:
-        """Whether a checkpoint says so. Those of earlier versions were saved without a word about it."""
+        """Whether a checkpoint was saved as good. Earlier versions didn't record it."""
         try:
             run = read_json(self.directory / str(step) / RUN_ITEM / "metadata", CheckpointError)
         except FileNotFoundError:
@@ -208,9 +208,9 @@ class Checkpoints:
         return bool(run.get("good"))
 
     def set_aside(self, step: int) -> Path:
-        """Moves a checkpoint out of the way, beside the directory of the others, and returns where it is.
+        """Moves a checkpoint to a directory beside the others, and returns its new path.
 
-        Every process calls it, when all have come this far; one of them moves.
+        All processes must call it together; one of them moves the files.
         """
         aside = self.directory.with_name(f"{self.directory.name}_set_aside")
         target = aside / f"{step}-{time.time_ns()}"
@@ -222,7 +222,7 @@ class Checkpoints:
         return target
 
     def close(self) -> None:
-        """Waits until everything is on disk, and ends the threads. Raises CheckpointError."""
+        """Waits until everything is on disk, and stops the threads. Raises CheckpointError."""
         self._guard(self._manager.close, None)
 
     def _guard(self, write: Any, step: int | None) -> None:
@@ -238,7 +238,7 @@ class Checkpoints:
 
 
 class _Kept:
-    """A policy of orbax that preserves the newest good checkpoint."""
+    """An orbax policy that preserves the newest good checkpoint."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self._checkpoints = checkpoints
@@ -248,7 +248,7 @@ class _Kept:
 
 
 def _check_room(directory: Path, state: TrainState) -> None:
-    """Raises OSError if the disk can't hold the state: better before a byte is written than in the middle."""
+    """Raises OSError if the disk has no room for the state, before anything is written."""
     need = sum(x.nbytes for x in jax.tree.leaves(_with_raw_key(state)))
     free = shutil.disk_usage(directory).free
     if free < need:
@@ -256,12 +256,12 @@ def _check_room(directory: Path, state: TrainState) -> None:
 
 
 def _with_raw_key(state: TrainState) -> TrainState:
-    """Typed keys have no on-disk form: their data has."""
+    """Replaces typed keys, which can't be saved, by their data."""
     return dataclasses.replace(state, rng=jax.random.key_data(state.rng))
 
 
 def _abstract(state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a state as it lies on disk."""
+    """Returns the shapes, dtypes and shardings of a state as stored on disk."""
     key = jax.eval_shape(jax.random.key_data, state.rng)
     rng: Any = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.rng.sharding)
     abstract: TrainState = jax.tree.map(ocp.utils.to_shape_dtype_struct, dataclasses.replace(state, rng=rng))

@@ -1,4 +1,4 @@
-"""Everything that defines a training run, in one dataclass that is written beside its results."""
+"""The configuration of a training run, in one dataclass that is stored with its results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dsv3_jax.training.schedule import ScheduleConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A training run. Two runs of equal config on equal hardware give equal numbers."""
+    """A training run. On a CPU, runs with equal configs are bit-identical."""
 
     model: ModelConfig
     runtime: Runtime
@@ -30,41 +30,43 @@ class TrainConfig:
     schedule: ScheduleConfig
     optimizer: OptimizerConfig
     objective: Literal["pretraining", "sft"] = "pretraining"
-    """`sft`: cross entropy of the targets alone, no balancing; the MTP modules train on beside the model, with
-    schedule.final_mtp_weight."""
+    """`sft`: cross entropy of the targets alone, without balancing; MTP modules are trained with
+    schedule.final_mtp_weight, without affecting the model.
+    """
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
-    """Devices along each axis of the mesh; `runtime.sharding` says what they cut. One device by default."""
+    """Devices along each mesh axis, which are used as in `runtime.sharding`; by default one device."""
     microbatches: int = 1
-    """Pieces of a batch whose gradients are accumulated one after the other."""
+    """Number of microbatches whose gradients are accumulated."""
     seed: int = 0
-    """Seed of the parameters' initialisation; the data has a seed of its own."""
+    """Seed of the parameters' initialisation; the data has its own seed."""
     init_from: str | None = None
-    """Start from the weights of a run, a converted checkpoint or a Hugging Face directory; by default from noise. The
-    model is then that one's, whose length and RoPE may be changed."""
+    """Start from the weights of a run, a converted checkpoint or a Hugging Face directory, instead of random weights.
+    The architecture is then that model's, except that length and RoPE may be changed.
+    """
     init_optimizer: bool = False
-    """With init_from: take the moments of that run's optimizer over; by default they start from zero."""
+    """With init_from: also load the moments of that run's optimizer; by default they start at zero."""
     log_every: int = 10
     """Steps between lines of metrics."""
     validate_every: int = 200
     """Steps between validations, and after the last step."""
     validation_batches: int = 8
-    """Batches of a validation."""
+    """Batches per validation."""
     checkpoint_every: int = 200
     """Steps between checkpoints, and after the last step."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay on disk; the newest one that was saved while all was well does too."""
+    """Number of newest checkpoints to keep, besides the newest one that was saved while the run was well."""
     keep_every: int = 0
-    """Checkpoints of steps that this divides stay on disk for good; 0 for none."""
+    """Keep checkpoints whose step this divides permanently; 0 for none."""
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
-    """When the run skips a step, goes back, or stops by itself."""
+    """When the run skips a step, rolls back, or stops by itself."""
     trace_steps: str | None = None
-    """FIRST:LAST, steps whose xprof trace goes into `traces/`, as 10:12; the first step is 1."""
+    """Steps to trace with xprof into `traces/`, as FIRST:LAST, such as 10:12; the first step is 1."""
     wandb_project: str | None = None
-    """Project of Weights & Biases that gets the metrics too; it must be installed."""
+    """Weights & Biases project to send the metrics to; it must be installed."""
     sample_prompt: str = "def "
-    """Prompt of the text sampled at the end."""
+    """Prompt of the sample at the end."""
     sample_tokens: int = 400
-    """Its length; 0 for none."""
+    """Length of the sample in tokens; 0 for none."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -111,11 +113,11 @@ class TrainConfig:
 
     @classmethod
     def preset(cls, name: str, backend: str | None = None, *, steps: int | None = None) -> TrainConfig:
-        """A run of the model preset `name`: the report's recipe, scaled down for the small models.
+        """Returns a run of the model preset `name`: the report's recipe, scaled down for small models.
 
         Args:
           backend: "cpu", "gpu" or "tpu", by default JAX's.
-          steps: instead of the preset's, with a warm-up of at most a tenth of them.
+          steps: overrides the preset's, with a warm-up of at most a tenth of them.
         """
         config = cls._preset(name, jax.default_backend() if backend is None else backend)
         if steps is None:
@@ -170,9 +172,9 @@ class TrainConfig:
         return cls(model, runtime, DataConfig(sequence_length=4096), schedule, optimizer, checkpoint_every=1000)
 
     def fine_tuning(self) -> TrainConfig:
-        """The same model's supervised fine-tuning as the report has it (section 5.1).
+        """Returns supervised fine-tuning of the same model as in the report (section 5.1).
 
-        A cosine from 5e-6 to 1e-6, on samples that don't see each other.
+        A cosine decay from 5e-6 to 1e-6, on samples that don't attend to each other.
         """
         rates = dict(peak_learning_rate=5e-6, end_learning_rate=1e-6, tail_learning_rate=1e-6)
         schedule = ScheduleConfig(steps=200, batch_size=16, warmup_steps=10, constant_until=0.0, **rates)  # type: ignore[arg-type]
@@ -182,7 +184,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, path: Path) -> TrainConfig:
-        """Reads the `config.json` of a run. Raises ConfigError if the file is no such thing."""
+        """Reads the `config.json` of a run. Raises ConfigError if it isn't one."""
         try:
             values = read_config(path)
             values.pop("tokenizer_files", None)  # of the directory, not of the run: `training.directory`
@@ -194,18 +196,18 @@ class TrainConfig:
             raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
     def flat(self) -> dict[str, Any]:
-        """All fields by their names as options have them, as `schedule.steps`."""
+        """Returns all fields by their names as options, such as `schedule.steps`."""
         return _flatten(dataclasses.asdict(self))
 
     def differences(self, other: TrainConfig) -> list[str]:
-        """The fields in which two configs describe different runs, as lines `name: mine, there other's`.
+        """Lists the fields in which two configs describe different runs, as lines `name: mine, there other's`.
 
-        Those of `changes` that leave training's numbers as they are don't count: a run may go on with other ones.
+        Fields in `changes` that don't affect the result are ignored, since a resumed run may change them.
         """
         return [line for name, line in self.changes(other).items() if not _is_free(name)]
 
     def changes(self, other: TrainConfig) -> dict[str, str]:
-        """All fields in which two configs differ, each with a line as in `differences`."""
+        """Lists all fields in which two configs differ, formatted as in `differences`."""
         mine, others = self.flat(), other.flat()
         return {
             k: f"{k}: {mine.get(k)!r}, there {others.get(k)!r}"
@@ -215,7 +217,7 @@ class TrainConfig:
 
 
 def traced_steps(value: str | None) -> range:
-    """The steps of `trace_steps`, counted from 1. Raises ConfigError."""
+    """Parses `trace_steps`, counted from 1. Raises ConfigError."""
     if value is None:
         return range(0)
     first, _, last = value.partition(":")
@@ -232,7 +234,7 @@ _FREE = (
     "data.workers",
     *("model.bos_token_id", "model.eos_token_id"),  # a run takes them from its tokenizer
 )
-"""Fields that a resumed run may change, besides the mesh and the runtime's choices other than dtypes."""
+"""Fields that a resumed run may change, besides the mesh and the runtime except dtypes."""
 
 
 _DTYPES = ("runtime.dtype", "runtime.param_dtype", "runtime.gradient_dtype")
@@ -245,37 +247,40 @@ def _is_free(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class TrainArgs:
-    """Train a model and write everything about the run into a directory.
+    """Train a model, and write everything about the run to a directory.
 
-    Every field of the run can be set: `--schedule.steps 100 --model.hidden-size 256 --data.source my/texts`.
-    Defaults are the preset's; with `--resume` the run's own. Ctrl-C saves; `--resume` goes on, on a CPU to the same
-    bits.
+    Every field of the run can be set: `--schedule.steps 100 --model.hidden-size 256 --data.source my/texts`. Defaults
+    are the preset's or, with `--resume`, the run's own. Ctrl-C saves and stops; `--resume` continues, bit-identically
+    on a CPU.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str = "tiny"
-    """Model and recipe to start from: tiny, v3-mini, v2-lite-16b, v2-236b, v3-671b, moonlight-16b, glm-4.7-flash or
+    """Preset of model and recipe: tiny, v3-mini, v2-lite-16b, v2-236b, v3-671b, moonlight-16b, glm-4.7-flash or
     kimi-k2-1t."""
     run_dir: Path = Path("runs/tiny")
     """The run's directory; runs/PRESET by default."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint, with its own config, on the same or another mesh. Options
-    that don't change what is computed may change."""
+    that don't affect the result may be changed.
+    """
     auto_resume: bool = False
-    """Continue the run in run_dir as with --resume if it has begun, else start it: for a job that is started again with
-    the same command after it ended in any way."""
+    """Continue the run in run_dir as with --resume if it has begun, else start it: for jobs that are restarted with the
+    same command.
+    """
     check_hashes: bool = True
-    """With --resume or --init-from: compare the checkpoint's files with the hashes that were saved with them."""
+    """With --resume or --init-from: compare the files of the checkpoint with their hashes."""
     processes: Processes = dataclasses.field(default_factory=Processes)
-    """How the processes of one job find each other."""
+    """How the processes of a job find each other."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SFTArgs(TrainArgs):
-    """Fine-tune a model on chats (report section 5.1): only what has a target is learnt.
+    """Fine-tune a model on chats (report section 5.1).
 
-    `--init-from` names the weights, `--data.source` chats that `prepare --chat` made. Samples don't see each other; the
-    MTP modules are trained beside the model, which they don't change. All else is as for `train`.
+    `--init-from` names the weights, and `--data.source` chats prepared with `prepare --chat`, whose targets are what
+    the assistant wrote. Samples don't attend to each other; MTP modules are trained without affecting the model.
+    Otherwise as `train`.
     """
 
 

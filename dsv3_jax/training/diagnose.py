@@ -1,4 +1,4 @@
-"""Where in the model numbers stop being finite: looked for when a step was skipped too often."""
+"""Diagnosis of non-finite numbers: finds the first part of the model where they occur, after too many skipped steps."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _LOSS = "the head or the loss"
 
 
 def make_forward_check(model: DeepSeekV3, loss: Loss) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
-    """Builds `check(state, batch)`: by part of the model, in its order, whether its outputs are finite.
+    """Builds `check(state, batch)`: whether the outputs of each part of the model are finite, in order.
 
-    For a stack of layers (L,) bool, for everything else a scalar.
+    (L,) bool for a stack of layers, otherwise a scalar.
     """
 
     def check(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
@@ -50,7 +50,7 @@ def make_forward_check(model: DeepSeekV3, loss: Loss) -> Callable[[TrainState, B
 
 
 def make_gradient_check(model: DeepSeekV3, loss: Loss, microbatches: int) -> Callable[..., dict[str, jax.Array]]:
-    """Builds `check(state, batch)`: by the path of each parameter, whether its gradient is finite; (L,) of a stack."""
+    """Builds `check(state, batch)`: whether the gradient of each parameter is finite; (L,) for a stack."""
 
     def check(state: TrainState, *batch: Any) -> dict[str, jax.Array]:
         def record(grads: Any, _: Any, params: Any = None) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, who holds it, and what stands in it before the first step."""
+"""The directory of a run: its owner, its lock, and its files before the first step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METRICS = "metrics.jsonl"
 LOCK = "lock"
 
 _AT_THE_START = {CONFIG, LOCK, CHECKPOINTS, "tensorboard", *TOKENIZER_FILES}
-"""Files that may exist before the first checkpoint, which is that of step 0."""
+"""Files that may exist before the first checkpoint, that of step 0."""
 
 
 def check_directory(config: TrainConfig, directory: Path, *, resume: bool) -> None:
@@ -59,7 +59,7 @@ def check_directory(config: TrainConfig, directory: Path, *, resume: bool) -> No
 
 
 def has_begun(directory: Path) -> bool:
-    """Whether `directory` holds a run that has something to lose: one that ended before its first checkpoint hasn't."""
+    """Whether `directory` contains a run with at least one checkpoint."""
     if not (directory / CONFIG).exists():
         return False
     return _saved(directory) or bool(_visible(directory) - _AT_THE_START)
@@ -71,16 +71,16 @@ def _saved(directory: Path) -> bool:
 
 
 def _visible(directory: Path) -> set[str]:
-    """Names in a directory; those with a dot are files that a crash left unfinished."""
+    """Lists the names in a directory, except for those with a leading dot, which are unfinished files from a crash."""
     return {p.name for p in directory.iterdir() if not p.name.startswith(".")}
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[str]:
-    """Holds a directory for this process, which ends with the process at the latest, however that dies.
+    """Locks a directory for this process, at most until the process ends in whatever way.
 
-    Yields what to warn of: nothing, or that the file system has no locks (`flock`). Whether a lock holds between hosts
-    is the file system's matter: NFS from version 4 on, GPFS and Lustre (mounted with `flock`) do.
+    Yields a warning if the file system has no locks (`flock`), else nothing. Whether a lock works across hosts depends
+    on the file system: it does on NFS from version 4 on, GPFS, and Lustre mounted with `flock`.
 
     Raises ConfigError if another process holds the directory.
     """
@@ -111,15 +111,15 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 
 
 def hashes(files: dict[str, bytes]) -> dict[str, str]:
-    """The xxh3_128 of each file's bytes."""
+    """Returns the xxh3_128 of each file."""
     return {name: xxhash.xxh3_128_hexdigest(data) for name, data in sorted(files.items())}
 
 
 def write_config(directory: Path, config: TrainConfig, tokenizer: str | Path | None) -> None:
-    """Writes `config.json`, and copies the tokenizer's files, each of them whole or not at all.
+    """Writes `config.json` and copies the tokenizer's files, each of them atomically.
 
-    `config.json` is the run's config, under `tokenizer_files` its tokenizer's hashes, under `seal` its own. It comes
-    first: files without it would be those of somebody else.
+    `config.json` is the run's config, with the tokenizer's hashes in `tokenizer_files` and its own hash in `seal`. It
+    is written first, since files without it would belong to somebody else.
     """
     write_fields(directory, dataclasses.asdict(config), tokenizer)
 
@@ -134,7 +134,7 @@ def write_fields(directory: Path, fields: dict[str, Any], tokenizer: str | Path 
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raises ConfigError if the config couldn't be read back from `config.json`, as with text that has no UTF-8."""
+    """Raises ConfigError if the config couldn't be read back from `config.json`, such as text that isn't UTF-8."""
     try:
         kept = parse_json(json.dumps(dataclasses.asdict(config)), "config", ConfigError)
     except TypeError as error:  # a value that isn't one of JSON, given in Python
@@ -143,9 +143,9 @@ def check_config(config: TrainConfig) -> None:
 
 
 def kept_tokenizer(directory: Path, path: str | Path | None) -> str | Path | None:
-    """Where a run that goes on finds its tokenizer: its own copy, else (a run that kept none) `path`.
+    """Returns the path of a resumed run's tokenizer: its own copy or, if there is none, `path`.
 
-    Raises ConfigError if the copy isn't what it was when the run began, or `path` holds another tokenizer.
+    Raises ConfigError if the copy has changed, or `path` contains another tokenizer.
     """
     recorded = kept_files(directory)
     if not recorded:
@@ -157,7 +157,7 @@ def kept_tokenizer(directory: Path, path: str | Path | None) -> str | Path | Non
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Puts a file in place in one step, so that a crash leaves the old one or the new one."""
+    """Replaces a file atomically."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_bytes(content)
     beside.replace(path)

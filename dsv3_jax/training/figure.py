@@ -1,4 +1,4 @@
-"""The figure of one or several training runs: losses, expert load, rates, against the step."""
+"""Plots of one or several training runs: losses, expert load and rates by step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PANELS = (
 
 
 def draw_runs(runs: Mapping[str, Records]) -> bytes:
-    """A PNG with the runs laid over each other; of one run alone also MTP's loss and the load of each layer."""
+    """Draws a PNG with the curves of all runs; for a single run also the MTP loss and the load of each layer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,7 +51,7 @@ def draw_runs(runs: Mapping[str, Records]) -> bytes:
 
 
 def _curves(key: str, records: Records, *, alone: bool) -> list[tuple[str, list[int], list[float]]]:
-    """Label, steps and values of the curves that a run has in a panel."""
+    """Returns label, steps and values of a run's curves in a panel."""
     if key == "loss":
         names = {"loss": "training", "validation_loss": "validation"}
         names |= {"mtp_loss": "training, one token further (MTP)"} if alone else {}

@@ -1,4 +1,4 @@
-"""Reasons to skip a step, to go back, or to stop: what the guards see in the metrics, and signals."""
+"""Guards: skipping steps, rolling back and stopping, as decided from metrics and signals."""
 
 from __future__ import annotations
 
@@ -22,39 +22,41 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.training.step import TrainState
 
 _LAG = 2
-"""Steps whose metrics aren't looked at yet, so that the device never waits for the host."""
+"""Number of recent steps whose metrics aren't read yet, so that the device never waits for the host."""
 
 _WINDOW = 64
-"""Losses that a new one is compared with."""
+"""Number of losses that a new one is compared with."""
 
 _LEAST = 16
-"""Losses from which on it is."""
+"""Minimum number of losses for a comparison."""
 
 
 class TrainingError(RuntimeError):
-    """Training can't go on: the message says why, and what is saved."""
+    """Training can't continue. The message says why, and what has been saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """When a run skips, goes back, warns or stops by itself."""
+    """When a run skips steps, rolls back, warns or stops by itself."""
 
     max_skipped: int = 5
-    """Steps in a row whose loss or gradient isn't finite, each of them skipped, after which the run stops."""
+    """Stop after this many steps in a row were skipped because their loss or gradient isn't finite."""
     spike_deviations: float = 10.0
-    """A loss is a spike if it lies so many standard deviations (estimated by the median deviation, at least 1% of the
-    loss) above the median of the last 64; 0 never."""
+    """A loss is a spike if it is this many standard deviations (estimated by the median deviation, at least 1% of the
+    loss) above the median of the last 64; 0 for never.
+    """
     spike_steps: int = 3
-    """Steps in a row with a spike after which the run is taken for off course."""
+    """Number of spikes in a row after which the run warns or rolls back."""
     rollback: bool = False
-    """Whether it then goes back to the newest checkpoint from before, and on with the data that follows the spike."""
+    """Whether to roll back to the newest checkpoint before the spike, and continue with the data after it."""
     max_rollbacks: int = 3
-    """Times that a run goes back, after which the next spike stops it."""
+    """Number of rollbacks after which the next spike stops the run."""
     collapse_share: float = 0.5
-    """Warn if a layer's fullest expert gets this share of the tokens, and three times as many as the mean, for 50
-    steps after the warm-up; 0 never."""
+    """Warn if the busiest expert of a layer gets this fraction of the tokens, and three times the mean, for 50 steps
+    after the warm-up; 0 for never.
+    """
     hang_seconds: float = 1800
-    """Stop the process, with the stacks of its threads on standard error, if a step takes longer; 0 never."""
+    """Stop the process, printing the stacks of its threads to standard error, if a step takes longer; 0 for never."""
 
     def __post_init__(self) -> None:
         for name in ("max_skipped", "spike_steps"):
@@ -66,10 +68,10 @@ class GuardConfig:
 
 
 class Guard:
-    """Judges each step's metrics, in order, some steps later. All processes of a job see the same ones.
+    """Evaluates the metrics of each step in order, some steps later. All processes of a job see the same metrics.
 
-    skipped: steps skipped so far. skipped_in_a_row, spikes_in_a_row: up to the last step that was judged.
-    rollbacks: how often the run went back.
+    skipped: steps skipped so far. skipped_in_a_row, spikes_in_a_row: up to the last evaluated step.
+    rollbacks: number of rollbacks.
     """
 
     def __init__(
@@ -86,19 +88,19 @@ class Guard:
         self.skipped = self.skipped_in_a_row = self.spikes_in_a_row = self.rollbacks = 0
 
     def watch(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Takes the metrics of a step, and judges those of earlier ones."""
+        """Takes the metrics of a step, and evaluates those of earlier steps."""
         self._waiting.append((step, metrics))
         while len(self._waiting) > _LAG:
             self._judge(*self._waiting.popleft())
 
     def settle(self) -> None:
-        """Judges every step that was watched, which waits for the last one."""
+        """Evaluates all remaining steps, waiting for the last one."""
         while self._waiting:
             self._judge(*self._waiting.popleft())
 
     @property
     def well(self) -> bool:
-        """Whether the last step that was judged was neither skipped nor a spike."""
+        """Whether the last evaluated step was neither skipped nor a spike."""
         return not self.skipped_in_a_row and not self.spikes_in_a_row
 
     @property
@@ -108,18 +110,18 @@ class Guard:
 
     @property
     def off_course(self) -> bool:
-        """Whether it is time to go back."""
+        """Whether to roll back."""
         return self._config.rollback and self.spikes_in_a_row >= self._config.spike_steps
 
     def rolled_back(self) -> None:
-        """Forgets what came after the checkpoint."""
+        """Discards everything after the checkpoint."""
         self._waiting.clear()
         self._collapsed.clear()
         self.skipped_in_a_row = self.spikes_in_a_row = 0
         self.rollbacks += 1
 
     def state(self) -> dict[str, Any]:
-        """JSON-serialisable: a restored run judges as one that was never stopped."""
+        """Returns the state, JSON-serialisable, such that a restored run behaves like an uninterrupted one."""
         return {
             "losses": list(self._losses),
             "collapsed": dict(self._collapsed),
@@ -127,7 +129,7 @@ class Guard:
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`; what a checkpoint doesn't have stays as at the start."""
+        """Restores `state`. Missing entries keep their initial values."""
         self._losses.extend(state.get("losses", ()))
         self._collapsed.update(state.get("collapsed", {}))
         for name in _COUNTS:
@@ -183,19 +185,19 @@ _COLLAPSE_STEPS = 50
 
 
 def all_finite(state: TrainState) -> jax.Array:
-    """For each floating-point array of a state, whether all of its numbers are finite."""
+    """Whether all numbers are finite, for each floating-point array of a state."""
     return jnp.stack([jnp.all(jnp.isfinite(x)) for x in _floats(state).values()])
 
 
 def name_not_finite(state: TrainState, finite: Any) -> str:
-    """Names the arrays of a state that `finite`, the result of `all_finite`, tells of; empty if none."""
+    """Names the arrays that aren't finite according to `finite`, the result of `all_finite`."""
     names = [name for name, good in zip(_floats(state), np.asarray(finite), strict=True) if not good]
     more = f" and {len(names) - 1} more arrays" if len(names) > 1 else ""
     return f"{names[0]}{more} of the state isn't finite" if names else ""
 
 
 def _floats(state: TrainState) -> dict[str, jax.Array]:
-    """The arrays of a state that hold floats, by name."""
+    """Returns the floating-point arrays of a state by name."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {name(path): x for path, x in leaves if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -203,10 +205,10 @@ def _floats(state: TrainState) -> dict[str, jax.Array]:
 
 @contextlib.contextmanager
 def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
-    """Yields a function that must be called every `seconds` once it was called first; 0: no matter.
+    """Yields a function that, after its first call, must be called at least every `seconds`; 0 for no limit.
 
-    Else the process writes the stacks of all of its threads to standard error and exits with 1: a step hangs, as a
-    collective does that another process never joins. Each process has its own.
+    Otherwise the process prints the stacks of all threads to standard error and exits with code 1, since the step
+    hangs, for example in a collective that another process never joins. Each process has its own watchdog.
     """
 
     stderr = sys.__stderr__  # not a test's, which has no file descriptor
@@ -224,9 +226,9 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second acts as ever.
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second one acts as usual.
 
-    Yields a function that tells whether one came.
+    Yields a function that returns whether there was one.
     """
     asked: list[int] = []
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -1,6 +1,6 @@
-"""A run that starts from given weights: those of another run, a conversion, or a Hugging Face directory.
+"""Runs that start from the weights of another run, a converted checkpoint, or a Hugging Face directory.
 
-As context extension (report section 4.3) and fine-tuning do.
+Used for context extension (report section 4.3) and fine-tuning.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _MAY_DIFFER = {
     *("max_position_embeddings", "rope_scaling", "rope_theta"),
     *("initializer_range", "aux_loss_alpha", "bos_token_id", "eos_token_id"),
 }
-"""Fields of the architecture that its weights don't depend on."""
+"""Fields of the architecture that don't affect the weights."""
 
 
 def check_source(path: str | Path, config: ModelConfig, tokenizer: Tokenizer, *, optimizer_state: bool) -> None:
     """Raises ConfigError if a model of `config` that reads `tokenizer`'s tokens can't start from the weights at `path`.
 
-    The lengths and RoPE of the two may differ, and the model may leave out the MTP modules of the source.
+    Length and RoPE may differ, and the model may omit the MTP modules of the source.
 
-    optimizer_state: whether that is to be taken over too, which only a run has.
+    optimizer_state: whether to load it too, which requires a run.
     """
     path = Path(path)
     source = checkpoint_config(path)
@@ -54,7 +54,7 @@ def check_source(path: str | Path, config: ModelConfig, tokenizer: Tokenizer, *,
 
 
 def _check_tokenizer(path: Path, mine: Tokenizer) -> None:
-    """Raises ConfigError if a token of the source's is another one of `mine`, which may have more."""
+    """Raises ConfigError if a token of the source differs in `mine`, which may have additional tokens."""
     if (path / CHECKPOINTS).is_dir():
         theirs: Tokenizer = run_tokenizer(path)
     elif has_tokenizer(path):
@@ -83,14 +83,14 @@ def state_from(
     optimizer_state: bool = False,
     check_hashes: bool = True,
 ) -> TrainState:
-    """A state at step 0 with the weights and router biases at `path`, each device reading its part.
+    """Returns a state at step 0 with the weights and router biases at `path`. Each device reads its part.
 
     Args:
       abstract: shapes, dtypes and shardings of the state.
-      key: a typed key, of which `init_state` would make it.
-      optimizer_state: take the moments of the run at `path` over, not its place in the schedule.
+      key: a typed key, as for `init_state`.
+      optimizer_state: also load the moments of the run at `path`, but not its position in the schedule.
 
-    Raises CheckpointError if the files can't be read, or don't hold what `abstract` has.
+    Raises CheckpointError if the files can't be read, or don't match `abstract`.
     """
     path = Path(path)
     where: Mapping[TreePath, Sharding] = {
@@ -115,12 +115,12 @@ _Place = optax.ScaleByScheduleState
 
 
 def _at_the_schedules_start(part: Any) -> Any:
-    """Part of an optimizer's state, whose count of the schedule's steps begins anew."""
+    """Resets the count of schedule steps in a part of the optimizer state."""
     return _Place(jnp.zeros_like(part.count)) if isinstance(part, _Place) else part
 
 
 def with_model_of(path: Path, config: TrainConfig) -> TrainConfig:
-    """`config` with the architecture of the weights at `path`, and with its tokenizer if it has one and data none."""
+    """Returns `config` with the architecture and, unless the data has one, the tokenizer of the weights at `path`."""
     model, data = checkpoint_config(path), config.data
     if data.tokenizer is None and has_tokenizer(path):
         data = dataclasses.replace(data, tokenizer=str(path))

@@ -1,4 +1,4 @@
-"""The loop around the training step: progress, metrics, validation, checkpoints, going back, and a clean stop."""
+"""The training loop: progress, metrics, validation, checkpoints, rollback, and clean stopping."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _Show = Callable[[int, dict[str, Any]], None]
 
 
 class TrainResult(NamedTuple):
-    """The end of a run. metrics: the last of each kind."""
+    """The result of a run. metrics: the last value of each metric."""
 
     state: TrainState
     metrics: dict[str, Any]
@@ -42,7 +42,7 @@ class TrainResult(NamedTuple):
 
 
 class Loop:
-    """One call of `train`, in a directory that it holds."""
+    """One call of `train`, in a locked directory."""
 
     def __init__(self, setup: Setup, directory: Path, console: Console, clock: Clock) -> None:
         self.setup, self.config, self.clock = setup, setup.config, clock
@@ -55,7 +55,7 @@ class Loop:
         self._heard = 0.0
 
     def run(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> TrainResult:
-        """Takes the steps that are left, and leaves a checkpoint of the last one; see `train`."""
+        """Takes the remaining steps, and saves a checkpoint of the last one; see `train`."""
         config, lost = self.config, False
         self.log: MetricsLog | None = None
         self.checkpoints = Checkpoints(
@@ -93,7 +93,7 @@ class Loop:
         return TrainResult(state, self.last | {"step": int(state.step), "stopped": not finished}, self.directory)
 
     def _begin(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> TrainState:
-        """The state to start from, saved or restored, and the log."""
+        """Returns the initial state, saved or restored, and the log."""
         config, setup = self.config, self.setup
         if resume:
             state = self._restore()
@@ -113,7 +113,7 @@ class Loop:
         return state
 
     def _steps(self, state: TrainState, stopping: Callable[[], bool], show: _Show) -> TrainState:
-        """Takes steps until the schedule's end or a request to stop, whose state is saved."""
+        """Takes steps until the end of the schedule or a request to stop, and saves the state."""
         config, setup, clock = self.config, self.setup, self.clock
         done = first = int(state.step)
         trace = Trace(traced_steps(config.trace_steps), self.directory / "traces")
@@ -150,7 +150,7 @@ class Loop:
         return state
 
     def _judge(self, state: TrainState, batch: tuple[Any, ...], done: int, metrics: dict[str, Any]) -> None:
-        """Lets the guard look at the metrics. Raises TrainingError if too many steps in a row were skipped."""
+        """Passes metrics to the guard. Raises TrainingError if too many steps in a row were skipped."""
         self.guard.watch(done, metrics)
         if self.guard.stuck:
             where = self.setup.diagnose(state, batch)
@@ -158,7 +158,7 @@ class Loop:
             self._stop(done, f"{skipped} and were skipped; {where}")
 
     def _record(self, state: TrainState, done: int, metrics: dict[str, Any]) -> None:
-        """Writes metrics, validates, and gives a sign of life, each when it is due."""
+        """Writes metrics, validates, and writes the heartbeat, each when due."""
         assert self.log is not None
         config, setup = self.config, self.setup
         if setup.due(done, config.log_every):
@@ -174,16 +174,16 @@ class Loop:
             replace_file(self.directory / f"heartbeat-{jax.process_index()}.json", json.dumps(sign).encode())
 
     def _asked_to_stop(self, stopping: Callable[[], bool], done: int) -> bool:
-        """Whether a signal came, in any process of the job: they agree on the step after which all of them stop."""
+        """Whether any process of the job received a signal, so that all stop after the same step."""
         if jax.process_count() == 1:
             return stopping()
         # Ctrl-C takes a message: not at every step.
         return self.setup.due(done, self.config.log_every) and any_process(stopping())
 
     def _restore(self) -> TrainState:
-        """The newest state that verifies and is finite, the data's position with it.
+        """Restores the newest valid and finite state, with its position in the data.
 
-        Newer ones are set aside, and it is said.
+        Newer checkpoints are set aside, with a message.
         """
         checkpoints = self.checkpoints
         restored, passed_over = checkpoints.restore_newest(self.setup.abstract, self._not_finite)
@@ -202,7 +202,7 @@ class Loop:
         return restored.state
 
     def _roll_back(self, done: int) -> TrainState:
-        """The state of the newest good checkpoint. The data goes on from where it is: what spiked isn't seen again."""
+        """Restores the newest good checkpoint. The data continues after the spike."""
         good, limit = self.checkpoints.good, self.config.guard.max_rollbacks
         if good is None or self.guard.rollbacks == limit:
             self._stop(done, f"the loss spikes after {self.guard.rollbacks} rollbacks (guard.max_rollbacks is {limit})")
@@ -220,7 +220,7 @@ class Loop:
         return state
 
     def _save(self, state: TrainState) -> None:
-        """Saves a state that is finite. Raises TrainingError if it isn't: it would push a good one out."""
+        """Saves a state. Raises TrainingError if it isn't finite, since it would displace a good one."""
         if bad := self._not_finite(state):
             self._stop(int(state.step), f"{bad} at step {int(state.step)}, which is not saved")
         self.checkpoints.save(state, self.setup.data.get_state(), {"guard": self.guard.state()}, good=self.guard.well)
@@ -249,7 +249,7 @@ class Loop:
         self.console.print("; ".join([*parts, f"newest checkpoint: step {self.checkpoints.latest()}"]), soft_wrap=True)
 
     def _finish(self, state: TrainState, finished: bool) -> None:
-        """Figure, sample and report; of a stopped run only the figure."""
+        """Writes figure, sample and report; for a stopped run only the figure."""
         records = read_metrics(self.directory / METRICS)
         (self.directory / "metrics.png").write_bytes(draw_runs({str(self.directory): records}))
         if not finished:

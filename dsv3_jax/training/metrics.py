@@ -17,9 +17,9 @@ class MetricsLog:
     """Appends metrics to `metrics.jsonl`, to TensorBoard's event files, and to Weights & Biases on request."""
 
     def __init__(self, directory: Path | None, *, first_step: int, wandb_project: str | None = None) -> None:
-        """A log that continues after `first_step`: later lines, of steps that will be taken again, are dropped.
+        """Opens a log that continues after `first_step`. Later lines, for steps to be repeated, are dropped.
 
-        Without a directory nothing is written: of several processes, one keeps the log.
+        Without a directory nothing is written: only one of several processes keeps the log.
 
         Raises ConfigError if Weights & Biases is asked for and not installed.
         """
@@ -41,13 +41,13 @@ class MetricsLog:
         self._events = tensorboardX.SummaryWriter(str(self._directory / "tensorboard"), purge_step=first_step + 1)
 
     def rewind(self, step: int) -> None:
-        """Drops what was logged of steps after `step`."""
+        """Drops the lines of steps after `step`."""
         if self.path is not None:
             self.close_files()
             self._open(step)
 
     def write(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Records numbers and lists of numbers; returns them as plain Python values. Leaves out what isn't finite."""
+        """Records numbers and lists of numbers, and returns them as plain Python values. Omits non-finite values."""
         plain = {k: np.asarray(v).tolist() for k, v in metrics.items() if np.isfinite(np.asarray(v)).all()}
         if self.path is None:
             return plain
@@ -63,7 +63,7 @@ class MetricsLog:
         return plain
 
     def event(self, step: int, what: str) -> None:
-        """Records in a line that something happened at a step."""
+        """Records an event at a step."""
         if self.path is not None:
             self._line({"step": step, "event": what})
             self._events.add_text("event", what, step)
@@ -82,7 +82,7 @@ class MetricsLog:
             self._events.close()
 
     def close(self) -> None:
-        """Ends the log."""
+        """Closes the log."""
         if self.path is not None:
             self.close_files()
         if self._wandb is not None:
@@ -99,7 +99,7 @@ def _wandb_run(project: str, directory: Path) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a line that is none, as the last one after a crash, is left out."""
+    """Reads the records of a `metrics.jsonl`. Invalid lines, such as the last one after a crash, are ignored."""
     records = []
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
@@ -110,6 +110,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def worst_violation(metrics: dict[str, Any]) -> float | None:
-    """The largest load violation (max / mean - 1) of any MoE layer, or None without such layers."""
+    """Returns the largest load violation (max / mean - 1) of any MoE layer, or None if there is none."""
     values = [np.max(v) for k, v in metrics.items() if k.startswith("load_violation/")]
     return float(max(values)) if values else None

@@ -1,4 +1,4 @@
-"""AdamW as the report has it (section 4.2), with moments in bfloat16 on request (section 3.3.2)."""
+"""AdamW as in the report (section 4.2), optionally with moments in bfloat16 (section 3.3.2)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dsv3_jax.training.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and clipping. The report doesn't state epsilon; 1e-8 is the customary one."""
+    """AdamW and gradient clipping. The report doesn't state epsilon; 1e-8 is the usual value."""
 
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    """Gradients of a larger global norm are scaled down to it; 0 never clips."""
+    """Maximum global norm of gradients; 0 for no clipping."""
     moments_dtype: str = "float32"
-    """`bfloat16` halves the optimizer's memory, as in DeepSeek-V3's own training."""
+    """Dtype of Adam's moments; `bfloat16` halves their memory, as in DeepSeek-V3's own training."""
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
@@ -41,7 +41,7 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay of matrices, the schedule's learning rate."""
+    """Returns clipping by global norm, Adam, decoupled weight decay of matrices, and the scheduled learning rate."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         _scale_by_adam(config),
@@ -51,14 +51,14 @@ def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.Gradien
 
 
 def decays(params: Any) -> Any:
-    """True for every parameter that weight decay applies to: all but the scales of norms."""
+    """True for every parameter with weight decay: all except the scales of norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith("norm"), params)
 
 
 def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
     """`optax.scale_by_adam` whose two moments are stored in `moments_dtype` and computed in float32.
 
-    Whatever the dtype of parameters and gradients: optax's own take the parameters'.
+    Independent of the dtype of parameters and gradients, unlike in optax.
     """
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     stored = jnp.dtype(config.moments_dtype)

@@ -1,6 +1,6 @@
-"""Gradients of the training objective where the sparse layers are spread over the stages of a pipeline.
+"""Gradients of the training objective with sparse layers sharded over the stages of a pipeline.
 
-The first stage also embeds and has the dense layers, the last one the head, the MTP modules and the loss; the
+The first stage also has the embedding and the dense layers, the last one the head, the MTP modules and the loss; the
 parameters of these are on every stage.
 """
 
@@ -31,14 +31,14 @@ SPARSE = "moe_layers"
 
 
 def pipeline_stages(model: DeepSeekV3) -> int:
-    """Stages of the mesh in use, if the runtime's rules spread layers over them; else 1."""
+    """Number of stages of the current mesh, if the runtime's rules shard layers over them; else 1."""
     return current_sharding(model.runtime).size("layers")
 
 
 def pipelined_gradients(
     model: DeepSeekV3, variables: Mapping[str, Any], pieces: Batch, loss: Loss, whole: Whole
 ) -> tuple[Any, StepSums]:
-    """Gradients of the objective with respect to the parameters, and the whole batch's sums.
+    """Computes gradients of the objective with respect to the parameters, and the sums of the whole batch.
 
     Args:
       variables: the model's two collections.
@@ -146,7 +146,7 @@ def pipelined_gradients(
 
 
 def _specs(shared: Any, runtime: Runtime, axes: Mapping[tuple[str, ...], Logical]) -> Any:
-    """PartitionSpecs of the parameters that every stage has: whole, but for experts."""
+    """Returns PartitionSpecs of the parameters that every stage has: replicated, except for experts."""
     sharding = current_sharding(runtime)
 
     def spec(path: Any, a: jax.Array) -> PartitionSpec:

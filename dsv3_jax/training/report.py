@@ -1,4 +1,4 @@
-"""Progress of a run on the console, and the report that it leaves."""
+"""Progress of a run on the console, and its final report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dsv3_jax.training.schedule import Schedule
 
 @contextlib.contextmanager
 def progress(console: Console, first: int, steps: int, every: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
-    """Yields `show(done, metrics)`: a bar on a terminal, a line every `every` steps elsewhere."""
+    """Yields `show(done, metrics)`: a bar on a terminal, otherwise a line every `every` steps."""
     if not console.is_terminal:
         began = time.monotonic()
 
@@ -53,7 +53,7 @@ def progress(console: Console, first: int, steps: int, every: int) -> Iterator[C
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """Loss, validation loss, rate and load violation, as far as they are known, on a line."""
+    """Formats loss, validation loss, rate and load violation, as far as known, on one line."""
     parts = [f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []
     if "validation_loss" in metrics:
         parts.append(f"validation {metrics['validation_loss']:.3f}")
@@ -67,7 +67,7 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 def report(config: TrainConfig, records: list[dict[str, Any]], sample: str) -> str:
-    """The run's report in Markdown: a table of the last metrics, the figure, the sample."""
+    """Formats the run's report in Markdown: a table of the last metrics, the figure, the sample."""
     last: dict[str, Any] = {}
     for record in records:
         last |= record

@@ -1,4 +1,4 @@
-"""`python -m dsv3_jax report`: one page about one or several runs, as a file that needs nothing else."""
+"""`python -m dsv3_jax report`: a self-contained page about one or several runs."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from dsv3_jax.training.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class ReportArgs:
-    """Draw a page about training runs, laid over each other: curves, a table, configs, what happened when."""
+    """Compare training runs on one page: curves, a table, configs and events."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
-    """Directories of runs; they may be running."""
+    """Directories of runs, finished or running."""
     out: Path = Path("report.html")
-    """The page, which holds everything that it shows; the figure is beside it as a PNG too."""
+    """The page, a single HTML file; its figure is also written beside it as a PNG."""
 
 
 def report_command(args: ReportArgs) -> None:
-    """Writes the page and the figure. Raises ConfigError if a directory holds no run, or one without a step."""
+    """Writes the page and the figure. Raises ConfigError if a directory contains no run, or one without steps."""
     if args.out.suffix not in (".html", ".htm"):
         raise ConfigError(f"out is {args.out}: it must end with .html, the figure is written beside it as .png")
     if not args.runs:
@@ -46,7 +46,7 @@ def report_command(args: ReportArgs) -> None:
 
 
 def _names(directories: tuple[Path, ...]) -> list[str]:
-    """The directories' last parts, or as given where those are equal."""
+    """Returns the last parts of the directories, or the full paths if those are equal."""
     short = [d.absolute().name for d in directories]
     names = short if len(set(short)) == len(short) else [str(d) for d in directories]
     if len(set(names)) < len(names):
@@ -84,7 +84,7 @@ def _page(runs: dict[str, tuple[TrainConfig, Records]], picture: bytes) -> str:
 
 
 def _row(config: TrainConfig, records: Records) -> dict[str, str]:
-    """A run in figures: the last of each kind, the median of rates."""
+    """Summarises a run: the last value of each metric, and the median of rates."""
     last: dict[str, Any] = {}
     for record in records:
         last |= record

@@ -1,6 +1,6 @@
-"""Learning rate, batch size, MTP weight and bias speed over a training run (report section 4.2), all by tokens.
+"""Schedules of learning rate, batch size, MTP weight and bias update speed, by tokens (report section 4.2).
 
-The report's milestones are kept as fractions of its 14.8T tokens, so that a run of any length has its shape.
+The report's milestones are expressed as fractions of its 14.8T tokens, so that they apply to runs of any length.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _PAPER_TOKENS = 14.8e12
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """A run's schedule. Defaults are DeepSeek-V3's, except the length."""
+    """The schedule of a run. Defaults are DeepSeek-V3's, except the length."""
 
     steps: int = 1000
-    """Optimizer steps in all."""
+    """Number of optimizer steps."""
     batch_size: int = 15360
     """Sequences per step after the ramp."""
     initial_batch_size: int | None = None
     """Sequences per step at first (3072 in the report); by default there is no ramp."""
     ramp_stages: int = 8
-    """Batch sizes that the ramp passes through. One program takes all of them, unless a pipeline cuts the model."""
+    """Number of batch sizes in the ramp. One compiled program serves all of them, except with a pipeline."""
     ramp_until: float = 469e9 / _PAPER_TOKENS
-    """Fraction of all tokens after which the batch has its full size; the report doesn't give the shape: linear."""
+    """Fraction of all tokens at which the batch has its full size. The ramp is linear; the report's isn't specified."""
 
     peak_learning_rate: float = 2.2e-4
     end_learning_rate: float = 2.2e-5
@@ -39,15 +39,15 @@ class ScheduleConfig:
     constant_until: float = 10e12 / _PAPER_TOKENS
     """Fraction of all tokens at which the cosine decay begins."""
     decay_until: float = 14.3e12 / _PAPER_TOKENS
-    """Fraction at which it ends, and `end_learning_rate` holds."""
+    """Fraction at which the decay ends, at `end_learning_rate`."""
     tail_from: float = 14.633e12 / _PAPER_TOKENS
-    """Fraction from which `tail_learning_rate` holds."""
+    """Fraction from which the learning rate is `tail_learning_rate`."""
 
     mtp_weight: float = 0.3
     final_mtp_weight: float = 0.1
     """Lambda of eq. 25, before and after `constant_until`."""
     bias_update_speed: float = 1e-3
-    """Gamma of the auxiliary-loss-free balancing, until `decay_until`; zero after it."""
+    """Gamma of auxiliary-loss-free balancing until `decay_until`; zero after it."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "ramp_stages"):
@@ -80,7 +80,7 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RampStage:
-    """A stretch of steps of one batch size: sequences before it count `start`, in units of sequences."""
+    """A range of steps with one batch size. start: number of sequences before it."""
 
     start_step: int
     start: int
@@ -88,7 +88,7 @@ class RampStage:
 
 
 class Schedule:
-    """The schedule as functions of the step, which jit can trace."""
+    """The schedule as functions of the step, usable under `jit`."""
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
@@ -97,17 +97,17 @@ class Schedule:
         self.total_sequences = last.start + (config.steps - last.start_step) * last.batch_size
 
     def batch_size(self, step: int) -> int:
-        """Sequences that step `step` (from 0) takes."""
+        """Returns the number of sequences in step `step` (from 0)."""
         return [s for s in self.ramp if s.start_step <= step][-1].batch_size
 
     def progress(self, step: jax.Array | int) -> jax.Array:
-        """The fraction of all tokens that were seen before step `step`, float32."""
+        """Returns the fraction of all tokens before step `step`, float32."""
         steps = np.array([s.start_step for s in self.ramp] + [self.config.steps], np.float32)
         seen = np.array([s.start for s in self.ramp] + [self.total_sequences], np.float64) / self.total_sequences
         return jnp.interp(jnp.asarray(step, jnp.float32), steps, seen.astype(np.float32))
 
     def learning_rate(self, step: jax.Array | int) -> jax.Array:
-        """Linear warm-up, constant, cosine decay, and two constant tails."""
+        """The learning rate: linear warm-up, constant, cosine decay, and two constant tails."""
         c, done = self.config, self.progress(step)
         warmup = jnp.minimum((jnp.asarray(step, jnp.float32) + 1) / max(c.warmup_steps, 1), 1.0)
         decay = jnp.clip((done - c.constant_until) / max(c.decay_until - c.constant_until, 1e-9), 0, 1)
@@ -124,7 +124,7 @@ class Schedule:
 
 
 def _ramp(config: ScheduleConfig) -> list[RampStage]:
-    """Batch sizes from `initial_batch_size` to `batch_size`, each for an equal share of the ramp's tokens."""
+    """Batch sizes from `initial_batch_size` to `batch_size`, each for an equal part of the ramp's tokens."""
     first, full = config.initial_batch_size or config.batch_size, config.batch_size
     if first == full:
         return [RampStage(0, 0, full)]

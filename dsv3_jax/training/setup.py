@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step: model, compiled steps, placement, data. Checked, not yet run."""
+"""The parts of a run before its first step: model, jitted steps, placement, data; validated but not run."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from dsv3_jax.training.throughput import Throughput
 
 
 class Cut(NamedTuple):
-    """Microbatches of a batch, and its sequences with padding."""
+    """Number of microbatches of a batch, and of its sequences with padding."""
 
     microbatches: int
     sequences: int
 
 
 def cut_largest(sizes: Sequence[int], microbatches: int, unit: int) -> Cut:
-    """How a batch that grows through `sizes` is cut, so that one program takes them all.
+    """Splits batches of `sizes` into microbatches such that one program serves all of them.
 
-    A microbatch has about as many sequences as the smallest size, or fewer if `microbatches` asks for that at the
-    largest; a multiple of `unit`. A size takes as many as it fills, the last one padded.
+    A microbatch has about as many sequences as the smallest batch, or fewer if the largest batch requires it for
+    `microbatches`, in multiples of `unit`. A batch takes as many as it needs, the last one padded.
     """
     pieces = max(microbatches, -(-max(sizes) // min(sizes)))
     size = -(-max(sizes) // (pieces * unit)) * unit
@@ -54,16 +54,16 @@ def cut_largest(sizes: Sequence[int], microbatches: int, unit: int) -> Cut:
 
 
 def cut_evenly(sequences: int, least: int, unit: int) -> int:
-    """The fewest equal microbatches of a batch, at least `least` and each of a multiple of `unit` sequences.
+    """Returns the smallest number of equal microbatches, at least `least`, each of a multiple of `unit` sequences.
 
-    If there aren't so many of them, microbatches of `unit` sequences, which must divide the batch.
+    If that is impossible, microbatches have `unit` sequences, which must divide the batch.
     """
     most = sequences // unit
     return next((n for n in range(least, most) if most % n == 0), most)
 
 
 class Setup:
-    """The parts of a run. Raises ConfigError for what the run would meet later.
+    """The parts of a run. Raises ConfigError for problems that the run would encounter later.
 
     init: a state at step 0, from a typed key. abstract: its shapes, dtypes and shardings. train_step, evaluate, finite:
     jitted on the mesh. data: the iterator of training batches. validation: batches as NumPy arrays.
@@ -128,9 +128,9 @@ class Setup:
         self.throughput = Throughput(config.model, config.data.sequence_length)
 
     def first_state(self, *, check_hashes: bool = True) -> TrainState:
-        """The state at step 0: from the seed, or with the weights that the config names. Raises CheckpointError.
+        """Returns the state at step 0: from the seed, or with the weights in the config. Raises CheckpointError.
 
-        check_hashes: compares the files of these weights with the hashes that were written with them.
+        check_hashes: compare the files of these weights with their hashes.
         """
         config, key = self.config, jax.random.key(self.config.seed)
         if config.init_from is None:
@@ -147,7 +147,7 @@ class Setup:
         )
 
     def _check(self, function: OnMesh, size: int, what: str, *more: Any) -> None:
-        """Traces a step for a batch of `size`: what can't be is said before the first step, not in the middle."""
+        """Traces a step for a batch of `size`, so that errors are raised before the first step."""
         names = _inputs(self.config.data.mask_documents)
         try:
             batch = self.placement.abstract_batch(names, size, self.config.data.sequence_length)
@@ -156,7 +156,7 @@ class Setup:
             raise ConfigError(f"{what}: {error}") from error
 
     def batch(self, step: int) -> tuple[Any, ...]:
-        """The batch of step `step`, from 0, as the step takes it; they are taken in order."""
+        """Returns the batch for step `step`, from 0. Steps must be in order."""
         size = self.schedule.batch_size(step)
         if self.cut is None:
             rows = self.placement.rows(size)
@@ -172,7 +172,7 @@ class Setup:
         return self.placement.batch(rows, taken, size)
 
     def validate(self, state: TrainState) -> dict[str, Any]:
-        """Metrics over all validation batches, named `validation_...`."""
+        """Computes metrics over all validation batches, named `validation_...`."""
         size = len(self.validation[0]["tokens"])
         every = np.arange(size)
         parts = [self.evaluate(state, self._placed(every, batch, size)) for batch in self.validation]
@@ -181,11 +181,11 @@ class Setup:
         return {f"validation_{k}": v for k, v in metrics.items()}
 
     def due(self, done: int, every: int) -> bool:
-        """Whether something that happens every so many steps happens after `done`: after the last one always."""
+        """Whether something that happens every `every` steps happens after step `done`; always after the last one."""
         return done % every == 0 or done == self.config.schedule.steps
 
     def diagnose(self, state: TrainState, batch: tuple[Any, ...]) -> str:
-        """Says where numbers stop being finite in a step that is skipped; compiles programs of its own."""
+        """Describes where numbers stop being finite in a skipped step. Compiles additional programs."""
         forward, gradient = self._checks
         if where := first_in_forward(forward(state, batch[0])):
             return f"the outputs of {where} are the first that aren't finite"
@@ -194,7 +194,7 @@ class Setup:
         return "with the next batch everything is finite"
 
     def _sample_request(self) -> tuple[list[int], int]:
-        """The prompt of the sample at the end, and how many tokens are to follow. Raises ConfigError."""
+        """Returns the prompt of the final sample, and the number of tokens to generate. Raises ConfigError."""
         prompt = [self.tokenizer.bos_id, *map(int, self.tokenizer.encode(self.config.sample_prompt))]
         room = longest(self.model) - len(prompt)
         if self.config.sample_tokens and room < 1:
@@ -205,7 +205,7 @@ class Setup:
         return prompt, min(self.config.sample_tokens, room)
 
     def sample(self, state: TrainState) -> str:
-        """Continues the prompt: a text."""
+        """Returns the continuation of the prompt."""
         new = generate(
             self.model,
             state.variables,
@@ -225,5 +225,5 @@ def _loss(config: TrainConfig, schedule: Schedule) -> Loss:
 
 
 def _inputs(mask_documents: bool) -> tuple[str, ...]:
-    """Keys of a batch that the step takes: without document masks (report section 4.1), only tokens and targets."""
+    """Returns the batch keys that the step reads: without document masks, only tokens and targets."""
     return ("tokens", "targets", "segments", "positions") if mask_documents else ("tokens", "targets")

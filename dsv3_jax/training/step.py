@@ -28,7 +28,7 @@ from dsv3_jax.training.pipelined import pipeline_stages, pipelined_gradients
 
 @struct.dataclass
 class TrainState:
-    """All that training changes: a pytree to checkpoint, shard and pass through `train_step`.
+    """The state of training: a pytree to checkpoint, shard and pass through `train_step`.
 
     step: int32, steps taken. params, router: the model's two collections. opt_state: optax's. rng: a typed key.
     """
@@ -41,12 +41,12 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Variables as `model.apply` takes them."""
+        """Returns the variables for `model.apply`."""
         return {"params": self.params, ROUTER: self.router}
 
 
 def init_state(model: DeepSeekV3, optimizer: optax.GradientTransformation, rng: jax.Array) -> TrainState:
-    """A state at step 0, from a typed key."""
+    """Returns a state at step 0, from a typed key."""
     init_rng, rng = jax.random.split(rng)
     variables = model.init(init_rng, jnp.zeros((1, 1), jnp.int32))
     params, router = variables["params"], variables.get(ROUTER, {})
@@ -63,17 +63,17 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the pure `train_step(state, batch, sequences=None) -> (state, metrics)`; jit it with `donate_argnums=0`.
 
-    `sequences`, () int32, is for batches that grow, so that one program takes all sizes: the batch then has the largest
-    one, its first `sequences` rows count, and the targets of the others are `IGNORE`. Microbatches without any that
-    count aren't computed.
+    `sequences`, () int32, is for batch-size ramps, so that one program serves all sizes: the batch then has the largest
+    size, only its first `sequences` rows count, and the targets of the others are `IGNORE`. Microbatches of padding are
+    skipped.
 
     Args:
       loss: the objective, such as `PretrainingLoss(model.config, schedule)`.
-      microbatches: number of pieces of the batch, whose gradients are accumulated one after the other; must divide B.
-        Over the stages of a mesh, they are what passes through the pipeline.
-        The result is that of the whole batch: losses, loads and gradients are sums over the pieces.
-      skip_non_finite: whether a step whose objective or gradient isn't finite leaves all but `step` as it is. The
-        metric `skipped` is 1 then, else 0.
+      microbatches: number of pieces of the batch, which must divide B. Their gradients are accumulated, or they pass
+        through the pipeline if the mesh has stages. The result is that of the whole batch: losses, loads and gradients
+        are sums over the pieces.
+      skip_non_finite: whether a step whose objective or gradient isn't finite changes only `step`. The metric `skipped`
+        is then 1, else 0.
     """
 
     def train_step(state: TrainState, batch: Batch, sequences: jax.Array | None = None) -> tuple[TrainState, Metrics]:
@@ -117,11 +117,12 @@ def _whole(state: TrainState, batch: Batch, sequences: jax.Array | None = None) 
 
 @jax.named_scope("router_bias")
 def update_bias(router: Any, load: dict[str, jax.Array], speed: jax.Array) -> Any:
-    """Balancing without auxiliary loss (section 2.1.2): up by `speed` where an expert got too little, else down.
+    """Auxiliary-loss-free balancing (section 2.1.2): adds `speed` to the bias of underloaded experts, subtracts it from
+    others.
 
     Args:
       router: the `router` collection; its leaves are (..., E) float32.
-      load: tokens that the whole batch sent to each expert, keyed by the collection's first level.
+      load: tokens of the whole batch sent to each expert, keyed by the collection's first level.
     """
     return {
         name: jax.tree.map(lambda b, n=load[name]: b + speed * jnp.sign(n.mean(-1, keepdims=True) - n), branch)
@@ -130,9 +131,9 @@ def update_bias(router: Any, load: dict[str, jax.Array], speed: jax.Array) -> An
 
 
 def make_eval_step(model: DeepSeekV3, loss: Loss, *, microbatches: int = 1) -> Callable[[TrainState, Batch], StepSums]:
-    """Builds the pure `eval_step(state, batch) -> StepSums`; those of several batches add up leaf by leaf.
+    """Builds the pure `eval_step(state, batch) -> StepSums`. The results of several batches add up leaf by leaf.
 
-    microbatches: as in `make_train_step`, so that it takes no more memory than a step.
+    microbatches: see `make_train_step`; limits memory to that of a training step.
     """
 
     def eval_step(state: TrainState, batch: Batch) -> StepSums:

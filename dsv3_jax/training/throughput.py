@@ -1,4 +1,4 @@
-"""Tokens per second, model FLOP/s, their share of the device's peak where that is known, and where the time went."""
+"""Tokens per second, model FLOP/s, MFU if the device's peak is known, and a breakdown of time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsv3_jax.config import ModelConfig
 
 
 class Throughput:
-    """Rates between two calls of `measure`; the first one, and the first after `restart`, only starts the clock."""
+    """Rates between two calls of `measure`. The first call, and the first after `restart`, only starts the clock."""
 
     def __init__(self, config: ModelConfig, sequence_length: int) -> None:
         self._flops_per_token = model_flops(config, sequence_length).total
@@ -24,15 +24,15 @@ class Throughput:
         self._since: float | None = None
 
     def add(self, tokens: int) -> None:
-        """Counts a step's tokens."""
+        """Counts the tokens of a step."""
         self._tokens += tokens
 
     def restart(self) -> None:
-        """Leaves out the time until the next measurement, in which something else than training runs."""
+        """Excludes the time until the next measurement, during which something other than training runs."""
         self._since = None
 
     def measure(self, finished: jax.Array) -> dict[str, Any]:
-        """Waits for `finished`, then returns what was done since the last measurement, a second."""
+        """Waits for `finished`, then returns rates per second since the last measurement."""
         jax.block_until_ready(finished)
         now, since, tokens = time.perf_counter(), self._since, self._tokens
         self._since, self._tokens = now, 0
@@ -47,7 +47,7 @@ class Throughput:
 
 
 class Clock:
-    """Wall time of a run, from the clock's making on, by what the host spent it on. The rest went into steps."""
+    """Wall time of a run since the clock's creation, by activity of the host. The remainder is spent in steps."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -68,7 +68,7 @@ class Clock:
         return time.perf_counter() - self._began
 
     def metrics(self) -> dict[str, float]:
-        """`goodput`: the share of the wall time so far that went into steps."""
+        """Returns `goodput`: the fraction of wall time spent in steps."""
         return {"goodput": max(0.0, 1 - sum(self.seconds.values()) / self.wall)}
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Training as one call: `train` looks at everything a run will meet, holds its directory, and runs the loop."""
+"""Training as one call: `train` validates the run, locks its directory, and runs the loop."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def train(
 
     Args:
       directory: the run's own; `config.json`, the tokenizer's files, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
-        `metrics.png`, `sample.txt` and `report.md` go there. By default a new one in `runs/`, named by date and time.
+        `metrics.png`, `sample.txt` and `report.md` are written there. By default a new one in `runs/`, named by date
+        and time.
       resume: continue the run in `directory` from its newest finite checkpoint; on a CPU to the same bits.
-      check_hashes: compare the files of the checkpoint that it goes on or starts from with the hashes that were saved
-        with them.
+      check_hashes: compare the files of the checkpoint that the run continues or starts from with their hashes.
 
     Returns:
-      The state, the last metrics and the directory. `stopped` among the metrics is true if Ctrl-C or SIGTERM ended the
-      run early; it is saved then.
+      The state, the last metrics and the directory. The metric `stopped` is true if Ctrl-C or SIGTERM ended the run
+      early; the state is saved then.
 
     Raises:
-      ConfigError: `directory` holds another run or is held by another process, there is nothing to resume, or
-        something that the run would meet later (a batch of the ramp, validation, the sample) doesn't suit the rest.
+      ConfigError: `directory` contains another run or is locked by another process, there is nothing to resume, or the
+        config has a problem that the run would encounter later (a batch of the ramp, validation, the sample).
       CheckpointError: a checkpoint couldn't be written or read.
-      TrainingError: too many steps in a row had a loss or gradient that isn't finite, the state isn't, or the loss
-        keeps spiking: nothing of it is saved as good.
+      TrainingError: too many steps in a row had a non-finite loss or gradient, the state isn't finite, or the loss
+        keeps spiking. No such state is saved as good.
     """
     clock = Clock()
     console = console or Console(quiet=jax.process_index() != 0)
@@ -89,7 +89,7 @@ def train(
 def _held_by_one(directory: Path, console: Console, begin: Callable[[], None]) -> Iterator[None]:
     """Holds the run's directory for this job: its first process does, and calls `begin` once it has it.
 
-    The others don't look at the directory again: the first may have put something into it by then.
+    The others don't read the directory again, since the first may have written to it by then.
     """
     with contextlib.ExitStack() as stack:
         refused = None
