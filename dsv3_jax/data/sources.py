@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.json_input import one_line
 
 STDLIB = "stdlib"
 
@@ -268,11 +269,11 @@ def _jsonl(path: Path, text_field: str, offset: int, number: int) -> Iterator[Re
                 elif line and not line.isspace():
                     yield Record(line, True, number, after, done)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ConfigError(f"{path} is damaged or cut off after line {number}: {error}") from None
+            raise ConfigError(f"{path} is damaged or cut off after line {number}: {one_line(str(error))}") from None
         except OSError as error:
             if plain:
                 raise
-            raise ConfigError(f"{path} is damaged or cut off after line {number}: {error}") from None
+            raise ConfigError(f"{path} is damaged or cut off after line {number}: {one_line(str(error))}") from None
 
 
 def _decompressed(path: Path, raw: Any) -> Any:
@@ -383,7 +384,7 @@ def _parquet(path: Path, text_field: str, skip: int) -> Iterator[Record]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}, row {row}: column {text_field!r} holds text that is not UTF-8: {error}") from None
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"can't read {path} as parquet (after row {row}): {error}") from None
+        raise ConfigError(f"can't read {path} as parquet (after row {row}): {one_line(str(error).strip())}") from None
 
 
 def _piecewise(text: str) -> str | LongDocument:

@@ -16,7 +16,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.data.sources import cut, decode
 from dsv3_jax.data.tokenizer import Tokenizer, valid_unicode
 from dsv3_jax.data.tokenizer_files import load_tokenizer
-from dsv3_jax.json_input import show
+from dsv3_jax.json_input import one_line, show
 
 FIM_TOKENS = (
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
@@ -105,7 +105,7 @@ class Tokenize:
                     encoded += self._encode([text], [hashes[k]])
                     good.append(k)
                 except Exception as error:
-                    errors.append((found[k], f"the tokenizer fails on it ({text[:40]!r} ...): {error}"))
+                    errors.append((found[k], f"the tokenizer fails on it ({text[:40]!r} ...): {one_line(str(error))}"))
             hashes, data, found = ([values[k] for k in good] for values in (hashes, data, found))  # type: ignore[assignment]
         return self._pack(encoded, hashes, data, found, errors)
 

@@ -101,7 +101,16 @@ def truncated_zst():
     return out.getvalue().to_pybytes()[:-1000]
 
 
+def damaged_parquet():
+    """pyarrow says in two lines what is wrong with it."""
+    out = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": ["x"]}), out, compression="none")
+    content = out.getvalue().to_pybytes()
+    return content[:4] + b"\xff" * 8 + content[12:]
+
+
 BAD = [
+    ("a.parquet", damaged_parquet(), r"can't read .*a\.parquet as parquet \(after row 0\): Couldn't deserialize"),
     ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl, line 2: no field 'text'"),
     ("a.jsonl", b'{"text": "x"}\n["y"]\n', r"a\.jsonl, line 2: no field 'text'"),
     ("a.jsonl", b"7\n", r"a\.jsonl, line 1: no field 'text'"),
