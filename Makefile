@@ -8,13 +8,16 @@ LIBTPU := $(VENV)/tpu/libtpu/libtpu.so
 # Lets the C library keep and reuse large blocks in huge pages; without it a CPU step spends a third of its time on page faults.
 MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184
 
-.PHONY: help setup train test test-slow lint lock clean
+.PHONY: help setup train test test-slow lint fuzz docs lock audit clean
 
 help:
 	@echo "make train      train a small DeepSeek-V3 on this machine (sets itself up)"
 	@echo "make test       lint, types and the default tests (sets itself up)"
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make lint       only lint and types"
+	@echo "make fuzz       half an hour of damaged input"
+	@echo "make docs       the documentation's site, in runs/site"
+	@echo "make audit      known vulnerabilities of the pinned packages (needs a network)"
 	@echo "make clean      remove .venv and caches"
 
 setup: $(STAMP)
@@ -43,6 +46,22 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+fuzz: setup
+	$(RUN) -m tests.fuzz $(ARGS)
+
+# In environments of their own: nothing else needs these packages.
+$(VENV)/docs $(VENV)/audit:
+	python=$$(PYTHON="$(PYTHON)" sh scripts/find_python.sh) && $$python -m venv $@
+
+docs: $(VENV)/docs
+	$</bin/python -m pip install --quiet --disable-pip-version-check mkdocs-material==9.8.2
+	NO_MKDOCS_2_WARNING=1 $</bin/mkdocs build --strict
+
+# Asks PyPI for advisories: a machine that doesn't reach it can't.
+audit: $(VENV)/audit
+	$</bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	$</bin/pip-audit --disable-pip --require-hashes -r requirements.lock
 
 # Needs uv. `pip install --require-hashes -r requirements.lock` then installs these files and no others.
 lock:
