@@ -1,7 +1,8 @@
-"""Sequences cut over devices, each with an equal share of causal attention's work.
+"""Context parallelism: sequences sharded over devices with equal shares of the work of causal attention.
 
-Cut in order, the last device would have the most keys to look at. So a sequence is dealt out in 2n pieces to n
-devices, a device getting piece i from the front and piece i from the back. The model is told each token's place.
+If sequences were split in order, the last device would attend to the most keys. Instead, a sequence is split in 2n
+pieces for n devices, and device i gets piece i from the front and piece i from the back. The model is given the place
+of each token.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dsv3_jax.runtime import Runtime
 
 
 def sequence_order(length: int, runtime: Runtime) -> np.ndarray | None:
-    """The places (T,) int32 of a sequence's tokens in the order in which they lie over the devices of the mesh in use.
+    """Returns the places (T,) int32 of a sequence's tokens, in the order in which the devices of the mesh hold them.
 
-    None where sequences aren't cut. Raises ConfigError if a sequence doesn't divide into twice as many pieces as
+    None if sequences aren't sharded. Raises ConfigError if a sequence doesn't divide into twice as many pieces as
     devices.
     """
     sharding = current_sharding(runtime)

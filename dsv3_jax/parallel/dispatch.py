@@ -1,14 +1,14 @@
-"""Expert parallelism: tokens travel to the devices that hold their experts, and what those make of them comes back.
+"""Expert parallelism: sends tokens to the devices that hold their experts, and returns the results.
 
-Routed experts are spread over the mesh axes `node` and `expert`. A token goes to each device that holds at least
-one of its experts, once, and that device returns the weighted sum over its own. With both axes, it goes in two hops
-(report section 3.2.2): to each node that it needs once, to the device there that stands where the sender stands in
-its node, which hands it on inside the node; on the way back a node's sums are added up before they leave it.
+Routed experts are sharded over the mesh axes `node` and `expert`. A token is sent once to each device that holds at
+least one of its experts, and that device returns the weighted sum over its own. With both axes there are two hops
+(report section 3.2.2): once to each node, to the device with the same index in it as the sender, and then within the
+node. On the way back the sums of a node are added before they leave it.
 
-No token is ever dropped, and buffers have fixed sizes. They hold `dispatch_slack` times what even routing would
-send. If the routing of a batch is more uneven than that, which all devices find out together before anything is
-sent, the usual exchange carries nothing and the tokens go in several rounds, each of so few that even the worst
-routing fits. The usual exchange stands outside that condition, where a compiler can move other work beside it.
+No token is dropped, and buffers have fixed sizes: `dispatch_slack` times that of even routing. If the routing of a
+batch is more uneven, which all devices determine together before anything is sent, the usual exchange carries nothing,
+and the tokens are sent in several rounds, each so small that even the worst routing fits. The usual exchange is outside
+of that conditional, so that a compiler can overlap it with other work.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from dsv3_jax.parallel.sharding import LogicalSharding, current_sharding
 from dsv3_jax.runtime import Runtime
 
 LocalExperts = Callable[..., jax.Array]
-"""`(x (M, D), ids (M, K), weights (M, K), expert weights, rows) -> (M, D)`: one device's experts on tokens that it
-holds. An id equal to the number of experts means none; at most `rows` of the M K ids are another."""
+"""`(x (M, D), ids (M, K), weights (M, K), expert weights, rows) -> (M, D)`: applies one device's experts to its tokens.
+An id equal to the number of experts means none; at most `rows` of the M K ids are below it.
+"""
 
 
 class Packing(Protocol):
-    """How tokens, and the gradients of what experts make of them, are sent: (N, D) packed to (N, bytes), and back."""
+    """Packing of tokens, and of gradients of the experts' outputs, for sending: (N, D) to (N, bytes), and back."""
 
     def pack(self, x: jax.Array, *, gradient: bool = False) -> jax.Array: ...
     def unpack(self, packed: jax.Array, width: int, dtype: jnp.dtype) -> jax.Array: ...
@@ -48,7 +49,7 @@ def flatten(a: jax.Array) -> jax.Array:
 
 
 def experts_are_spread(runtime: Runtime) -> bool:
-    """Whether, under the mesh in use, experts or what they compute on are cut over devices."""
+    """Whether experts, or their inputs, are sharded on the current mesh."""
     return current_sharding(runtime).mesh is not None
 
 
@@ -63,19 +64,19 @@ def spread_experts(
     runtime: Runtime,
     packing: Packing | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The experts seam over the mesh in use.
+    """The experts seam on the current mesh.
 
     Args:
-      x: (B, T, D), cut over batch and sequence. ids, weights: (B, T, K), cut alike.
-      w: a NamedTuple of gate_proj, up_proj (E, D, F) and down_proj (E, F, D), cut over experts and F.
-      packing: of tokens on their way out; by default they go as they are. What comes back always does.
+      x: (B, T, D), sharded over batch and sequence. ids, weights: (B, T, K), sharded alike.
+      w: a NamedTuple of gate_proj, up_proj (E, D, F) and down_proj (E, F, D), sharded over experts and F.
+      packing: for sending tokens; by default they aren't packed. Results never are.
 
     Returns:
-      (B, T, D), cut like `x`; and float32 of two axes, a number for each device that has tokens of its own: 1 if their
+      (B, T, D), sharded like `x`; and float32 with two axes, one entry per device that has its own tokens: 1 if their
       exchange took several rounds, else 0.
 
     Raises:
-      ConfigError: the experts, the batch or the sequence don't divide over their axes.
+      ConfigError: experts, batch or sequence don't divide over their axes.
     """
     sharding = current_sharding(runtime)
     partial_sums = sharding.axes("expert_ffn")
@@ -98,12 +99,12 @@ def spread_experts(
 
 @dataclasses.dataclass(frozen=True)
 class DispatchSizes:
-    """Who holds which expert, and how large the buffers are. All counts are of one device, of one layer.
+    """Placement of experts and sizes of buffers. All counts are per device and layer.
 
-    node, expert: sizes of the axes that experts are spread over; 1 if they aren't.
+    node, expert: sizes of the axes that experts are sharded over, or 1.
     local: experts per device. tokens: tokens per device. k: experts per token.
-    cut: whether the tokens are cut over these axes too, or every device has them all.
-    node_room: tokens for each node. device_room: tokens for each device of a node, of all nodes.
+    cut: whether tokens are sharded over these axes too, or replicated.
+    node_room: tokens for each node. device_room: tokens for each device of a node, from all nodes.
     row_room: pairs of a token and an expert.
     """
 
@@ -152,7 +153,7 @@ class DispatchSizes:
 
     @property
     def hops(self) -> tuple[Hop, ...]:
-        """The exchanges of a token on its way out, over axes of more than one device."""
+        """Returns the hops of a token, over axes of more than one device."""
         hops = (
             Hop("node", self.node, self.expert * self.local, self.node_room),
             Hop("expert", self.expert, self.local, self.device_room),
@@ -161,7 +162,7 @@ class DispatchSizes:
 
     @property
     def round_tokens(self) -> int:
-        """Tokens of a round in which the worst routing fits into every buffer."""
+        """Number of tokens per round such that the worst routing fits into every buffer."""
         worst_rows = self.devices * min(self.k, self.local)
         return min(self.node_room, self.device_room // self.node, self.row_room // worst_rows)
 
@@ -175,9 +176,9 @@ def _route(
     layout: DispatchSizes,
     packing: Packing | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One device's part: its tokens (N, D), ids and weights (N, K) -> what the experts make of them, (N, D).
+    """The part of one device: its tokens (N, D), ids and weights (N, K) -> the experts' outputs (N, D).
 
-    And float32: 1 if their exchange took several rounds, else 0.
+    Also returns float32: 1 if the exchange took several rounds, else 0.
     """
     quick = jnp.zeros((), jnp.float32)
     if layout.devices == 1:
@@ -208,12 +209,12 @@ def _route(
 
 
 def _reached(ids: jax.Array, bins: int, width: int) -> jax.Array:
-    """Mask (N, bins): whether a token has an expert in each of `bins` groups of `width` consecutive ones."""
+    """Mask (N, bins): whether a token has an expert in each of `bins` groups of `width` consecutive experts."""
     return (ids[:, :, None] // width == jnp.arange(bins)).any(1)
 
 
 def _fits(ids: jax.Array, layout: DispatchSizes) -> jax.Array:
-    """Whether this batch's routing fits into the buffers of all devices; the same answer on each."""
+    """Whether the routing of this batch fits into the buffers of all devices. The result is the same on each."""
     count = functools.partial(jnp.sum, axis=0, dtype=jnp.int32)
     devices = count(_reached(ids, layout.devices, layout.local)).reshape(layout.node, layout.expert)
     rows = jnp.bincount(ids.ravel() // layout.local, length=layout.devices)
@@ -229,7 +230,7 @@ def _fits(ids: jax.Array, layout: DispatchSizes) -> jax.Array:
 def _gather(
     x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any, compute: LocalExperts, layout: DispatchSizes
 ) -> jax.Array:
-    """Every device sees all tokens and adds its experts' share: for few tokens, or where they aren't cut anyway."""
+    """Gathers all tokens on every device and sums the contributions: for few tokens, or replicated ones."""
     if layout.cut:
         x, ids, weights = (lax.all_gather(a, layout.axes, tiled=True) for a in (x, ids, weights))
     here = _here(ids, lax.axis_index(layout.axes) * layout.local, layout.local)
@@ -239,7 +240,7 @@ def _gather(
 
 
 def _here(ids: jax.Array, first: jax.Array, count: int) -> jax.Array:
-    """Ids counted from `first`; `count` for those outside [first, first + count)."""
+    """Returns ids relative to `first`, or `count` for those outside of [first, first + count)."""
     inside = (ids >= first) & (ids < first + count)
     return jnp.where(inside, ids - first, count)
 
@@ -254,7 +255,7 @@ def _exchange(
     layout: DispatchSizes,
     packing: Packing | None,
 ) -> jax.Array:
-    """Dispatch: tokens to nodes, then to devices. Experts. Combine: back the same way."""
+    """Dispatches tokens to nodes and then to devices, applies the experts, and combines in reverse order."""
     hops: list[tuple[Send, jnp.dtype]] = []
     for hop in layout.hops:
         send = _plan_send(hop, ids, layout.method)
@@ -270,8 +271,9 @@ def _exchange(
 
 @dataclasses.dataclass(frozen=True)
 class Hop:
-    """One exchange along a mesh axis. size: of the axis. width: experts behind each of its positions.
-    room: tokens that a buffer holds for each position."""
+    """An exchange along one mesh axis. size: of the axis. width: experts behind each position.
+    room: tokens per position in a buffer.
+    """
 
     axis: str
     size: int
@@ -281,10 +283,10 @@ class Hop:
 
 @struct.dataclass
 class Send:
-    """Metadata of a hop that dispatch and combine share: the tokens that a device sends to each position.
+    """Metadata of a hop, shared by dispatch and combine: the tokens that a device sends to each position.
 
-    source, places: rows of the send buffer from tokens, and tokens' rows in it, as `parallel.rows` has them.
-    ragged: sizes and offsets of `ragged_all_to_all`, out and back; None for equal pieces of `room` tokens.
+    source, places: the token of each row of the send buffer, and the rows of each token; see `parallel.rows`.
+    ragged: sizes and offsets for `ragged_all_to_all`, out and back; None for equal pieces of `room` tokens.
     """
 
     axis: str = struct.field(pytree_node=False)
@@ -294,7 +296,7 @@ class Send:
 
     @jax.named_scope("dispatch")
     def dispatch(self, a: jax.Array, fill: Any) -> jax.Array:
-        """Sends rows of `a` (tokens, X) to the positions that their tokens need; `fill` where there is none."""
+        """Sends rows of `a` (tokens, X) to the positions of their experts; empty rows are `fill`."""
         rows = spread(a, self.source, self.places)
         if fill != 0:
             rows = jnp.where((self.source < len(self.places))[:, None], rows, fill)
@@ -302,7 +304,7 @@ class Send:
 
     @jax.named_scope("combine")
     def combine(self, y: jax.Array) -> jax.Array:
-        """Sends results (size * room, X) back and adds up each token's: (tokens, X) float32 or wider."""
+        """Sends results (size * room, X) back and sums them per token: (tokens, X), float32 or wider."""
         return collect(self._exchange(y, 0, 1), self.source, self.places)
 
     def _exchange(self, rows: jax.Array, fill: Any, way: int) -> jax.Array:
@@ -315,7 +317,7 @@ class Send:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dispatch(packing: Packing | None, x: jax.Array, send: Send) -> jax.Array:
-    """Sends tokens (N, D), packed if so asked; their gradient comes back as it is."""
+    """Sends tokens (N, D), packed if requested. Their gradient returns unpacked."""
     return send.dispatch(x, 0) if packing is None else _dispatch_packed(packing, x, send, gradient=False)
 
 
@@ -333,7 +335,7 @@ _dispatch.defvjp(lambda packing, x, send: (_dispatch(packing, x, send), (send, _
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _combine(packing: Packing | None, y: jax.Array, send: Send) -> jax.Array:
-    """Brings results back as they are; their gradient goes out as tokens do."""
+    """Returns results unpacked. Their gradient is sent like tokens."""
     return send.combine(y)
 
 
@@ -347,7 +349,7 @@ _combine.defvjp(lambda packing, y, send: (_combine(packing, y, send), (send, _li
 
 
 def _like(x: jax.Array) -> jax.Array:
-    """An empty array of `x`'s dtype, which is all that the backward pass needs of it."""
+    """Returns an empty array of the dtype of x, which is all that the backward pass needs of it."""
     return jnp.zeros((0,), x.dtype)
 
 
@@ -358,7 +360,7 @@ def _all_to_all(a: jax.Array, axis: str) -> jax.Array:
 
 @jax.named_scope("plan_dispatch")
 def _plan_send(hop: Hop, ids: jax.Array, method: str) -> Send:
-    """Plans a hop for ids (N, K) counted over all `size * width` experts; `size * width` for none."""
+    """Plans a hop for ids (N, K) among `size * width` experts; `size * width` for none."""
     reached = _reached(ids, hop.size, hop.width)
     place = jnp.cumsum(reached, axis=0) - 1  # of a token among those that go to the same position
     starts, ragged = jnp.arange(hop.size) * hop.room, None

@@ -12,15 +12,15 @@ from jax.sharding import AxisType, Mesh
 from dsv3_jax.config import ConfigError
 
 AXES = ("stage", "data", "fsdp", "node", "expert", "context", "tensor")
-"""From the outermost to the innermost: neighbours along `tensor` are the closest."""
+"""Names of the axes, from outermost to innermost: neighbours along `tensor` are the closest devices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Sizes of the axes. What each cuts is a matter of `parallel.rules`.
+    """Sizes of the mesh axes. `parallel.rules` says what each shards.
 
-    Experts are spread over `node` x `expert`: `node` is the slow part of that network, which a token crosses at most
-    once per node, and `expert` the fast part inside a node.
+    Experts are sharded over `node` x `expert`: `node` is the slow network, which a token crosses at most once per node,
+    and `expert` the fast one within a node.
     """
 
     stage: int = 1
@@ -42,17 +42,17 @@ class MeshShape:
 
     @property
     def expert_parallel(self) -> int:
-        """Devices that the routed experts are spread over."""
+        """Number of devices that routed experts are sharded over."""
         return self.node * self.expert
 
     @property
     def replicas(self) -> int:
-        """Parts that a training batch is cut into."""
+        """Number of parts that a training batch is sharded into."""
         return self.data * self.fsdp * self.expert_parallel
 
     @classmethod
     def parse(cls, text: str) -> MeshShape:
-        """Reads `stage=16,data=2,expert=64`. Raises ConfigError for what isn't an axis with a positive size."""
+        """Parses text such as `stage=16,data=2,expert=64`. Raises ConfigError if it is invalid."""
         sizes = {}
         for part in filter(None, text.split(",")):
             name, _, size = part.partition("=")
@@ -66,9 +66,9 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape | None = None, devices: list[jax.Device] | None = None, **sizes: int) -> Mesh:
-    """Makes the mesh of `shape`, or of axes' sizes as `fsdp=4, expert=2`, arranged to suit the devices' network.
+    """Makes a mesh from `shape` or from axis sizes, such as `fsdp=4, expert=2`, arranged for the devices' network.
 
-    devices: by default all of the job's.
+    devices: by default all devices of the job.
 
     Raises ConfigError unless the sizes multiply to the number of devices.
     """

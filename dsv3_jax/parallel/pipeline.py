@@ -1,19 +1,19 @@
-"""Pipelines: layers spread over the mesh axis `stage`, and microbatches passing through it.
+"""Pipeline parallelism: layers are sharded over the mesh axis `stage`, and microbatches pass through it.
 
-Time is cut into ticks, and what a stage makes in one is at its neighbour in the next. With S stages counted from 0,
+Time is divided into ticks; the output of a stage reaches its neighbour in the next tick. With S stages counted from 0,
 microbatch m is at stage s
 
-- in tick m + s for its forward pass, whose input is all that is kept of it (on the last stage it is part of the next),
-- in tick m + 2 (S - 1) - s for the gradient, for which the forward pass is computed again,
+- in tick m + s for its forward pass, of which only the input is saved (on the last stage it is part of the next),
+- in tick m + 2 (S - 1) - s for the gradient, for which the forward pass is recomputed,
 
 so that in between every stage does one forward and one backward pass per tick (1F1B). Under `zero_bubble` the second of
 these makes the gradient of the stage's input alone, which is what the stage before waits for, and
 
 - in tick m + 2 (S - 1), on all stages, the gradient of the weights follows,
 
-which moves work from the pipeline's filling to its draining, where stages would wait (as ZB-H1 of arXiv 2401.10241 and
-DualPipe, report section 3.2.1, do). As each of the two computes the forward pass again, this pays with fewer
-microbatches than stages; see `duration`.
+which moves work from filling the pipeline to draining it, when stages would be idle (as ZB-H1 of arXiv 2401.10241 and
+DualPipe, report section 3.2.1, do). Since both recompute the forward pass, this is faster only with fewer microbatches
+than stages; see `duration`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ STAGE = "stage"
 
 
 def duration(schedule: PipelineSchedule, stages: int, microbatches: int) -> int:
-    """Time of a step in forward passes of one microbatch on one stage, each gradient taking as long as one of them.
+    """Duration of a step, in units of one forward pass of a microbatch on one stage; each gradient takes one unit.
 
-    M 4 + (S - 1) 4 for 1F1B: forward, forward again, two gradients. M 5 + (S - 1) 3 for zero_bubble.
+    M 4 + (S - 1) 4 for 1F1B: forward, recomputation, two gradients. M 5 + (S - 1) 3 for zero_bubble.
     """
     if schedule == "1f1b":
         return 4 * (microbatches + stages - 1)
@@ -49,9 +49,9 @@ def duration(schedule: PipelineSchedule, stages: int, microbatches: int) -> int:
 StageFunction = Callable[..., tuple[jax.Array, jax.Array, Any, Any]]
 """`(own, shared, x, piece, constants, stage) -> (y, objective, total, local)`: the part of the model on one stage.
 
-own: its parameters. shared: those that every stage has. x: what the stage before made, of any value on the first.
-piece: the microbatch. constants: what isn't differentiated, its own and the shared. Of the results, `objective` is what
-this stage adds to the loss, `total` is summed over stages and microbatches, `local` over microbatches.
+own: its parameters. shared: those on every stage. x: the output of the previous stage, arbitrary on the first.
+piece: the microbatch. constants: its own and shared arrays that aren't differentiated. `objective` is what this stage
+adds to the loss; `total` is summed over stages and microbatches, `local` over microbatches.
 """
 
 
@@ -70,23 +70,23 @@ def pipeline_gradients(
     activation: jax.ShapeDtypeStruct,
     schedule: PipelineSchedule,
 ) -> tuple[Any, Any, Any, Any]:
-    """Gradients of the summed objective over all devices of the mesh in use, each running `function` on its part.
+    """Computes gradients of the summed objective on the current mesh. Each device runs `function` on its part.
 
     Args:
-      own: parameters of all stages, cut over the devices as `specs[0]` says.
+      own: parameters of all stages, sharded as in `specs[0]`.
       constants[0]: a tree whose leaves have a leading axis of stages.
       pieces: a tree of (microbatches, sequences, ...).
-      take: linear, from a device's part of `own` to the parameters of its stage, which `function` gets. Its transpose
-        takes gradients back and adds up those of the devices that it exchanges with.
-      dtypes: those in which `own` is exchanged and `function` gets it: a tree.
+      take: a linear function from a device's part of `own` to the parameters of its stage, for `function`. Its
+        transpose returns gradients, summed over the devices that it communicates with.
+      dtypes: a tree of the dtypes in which `own` is communicated and passed to `function`.
       stages: devices along the mesh axis `stage`.
-      specs: PartitionSpecs of `own` and of `shared`, which lies whole on a device but for experts.
-      batch: the mesh axes that cut the sequences.
-      activation: of one microbatch on one device, between stages.
+      specs: PartitionSpecs of `own` and of `shared`, which is replicated except for experts.
+      batch: the mesh axes that shard sequences.
+      activation: shape and dtype between stages, of one microbatch on one device.
 
     Returns:
-      gradients of `own` and of `shared`, cut as these are, float32 or wider, `total`, and `local` with a leading axis
-      of stages.
+      gradients of `own` and `shared`, sharded alike, in float32 or wider; `total`; and `local` with a leading axis of
+      stages.
     """
 
     def on_stage(own: Any, shared: Any, pieces: Any, constants: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
@@ -114,7 +114,7 @@ def pipeline_gradients(
 
 
 def _stacked(tree: Any) -> Any:
-    """The tree with a leading axis of one stage."""
+    """Adds a leading axis of one stage to a tree."""
     return jax.tree.map(lambda a: a[None], tree)
 
 
@@ -131,8 +131,8 @@ def _add_up(gradients: Any, specs: Any, axes: tuple[str, ...]) -> Any:
 class _Work:
     """One stage's passes over one microbatch: forward, gradient, and zero_bubble's gradient of the weights.
 
-    Each pass takes the stage's input x, the gradient g of its output, the microbatch and the sums so far, which are
-    gradients of (own, shared) and totals of (total, local).
+    Each pass takes the stage's input x, the gradient g of its output, the microbatch, and the sums so far: gradients of
+    (own, shared), and (total, local).
     """
 
     function: StageFunction
@@ -143,7 +143,7 @@ class _Work:
     schedule: PipelineSchedule
 
     def evaluate(self, own: Any, shared: Any, x: jax.Array, piece: Any) -> tuple[Any, Any]:
-        """Returns ((y, objective), (total, local)): what is differentiated, and what isn't."""
+        """Returns ((y, objective), (total, local)): the differentiated outputs, and the others."""
         y, objective, total, local = self.function(own, shared, x, piece, self.constants, self.stage)
         return (y, objective), (total, local)
 
@@ -154,7 +154,7 @@ class _Work:
 
     @jax.named_scope("gradient")
     def gradient(self, x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> tuple[jax.Array, Any]:
-        """The gradient of the input and, under 1F1B, of the weights."""
+        """Computes the gradient of the input and, under 1F1B, of the weights."""
         d_parameters, totals = sums
         if self.schedule == "zero_bubble":
             of_input = lambda x: self.evaluate(self.own, self.shared, x, piece)
@@ -173,7 +173,7 @@ class _Work:
 
 
 def _run(work: _Work, pieces: Any, stages: int, activation: jax.ShapeDtypeStruct) -> Any:
-    """All ticks of one stage: sums over microbatches of its gradients (own, shared) and of (total, local)."""
+    """Runs all ticks of one stage. Returns sums over microbatches of gradients (own, shared), and of (total, local)."""
     stage, microbatches = work.stage, len(jax.tree.leaves(pieces)[0])
     slots = min(microbatches, 2 * stages - 1)  # microbatches whose input a stage holds at once, at most
     nothing = jnp.zeros(activation.shape, activation.dtype)
@@ -182,7 +182,7 @@ def _run(work: _Work, pieces: Any, stages: int, activation: jax.ShapeDtypeStruct
         inputs, gradients, sums = carry
 
         def do(m: jax.Array, what: Callable[..., Any], otherwise: Any, *, unless: Any = False) -> Any:
-            """`what` for microbatch m, if there is such a one."""
+            """Runs `what` for microbatch m, if it exists."""
             at = jnp.clip(m, 0, microbatches - 1)
             piece = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, at, keepdims=False), pieces)
             x, g = (lax.dynamic_index_in_dim(a, at % slots, keepdims=False) for a in (inputs, gradients))
@@ -210,7 +210,7 @@ def _run(work: _Work, pieces: Any, stages: int, activation: jax.ShapeDtypeStruct
 def _arrive(
     value: jax.Array, buffer: jax.Array, m: jax.Array, to: int, *, stage: jax.Array, stages: int, microbatches: int
 ) -> jax.Array:
-    """Sends a value to the next stage (`to` 1) or the one before (-1); stores what arrives, if it is a microbatch's."""
+    """Sends a value to the next stage (`to` 1) or the previous one (-1). Stores what arrives for a microbatch."""
     arrived = lax.ppermute(value, STAGE, [(i, i + to) for i in range(stages) if 0 <= i + to < stages])
     there = (m >= 0) & (m < microbatches) & (stage - to >= 0) & (stage - to < stages)
     slots = len(buffer)
@@ -222,12 +222,13 @@ def _add(a: Any, b: Any) -> Any:
 
 
 def take_stage(part: jax.Array, layers: np.ndarray, cut: tuple[int, tuple[str, ...]] | None) -> jax.Array:
-    """The layers of this device's stage, (most, ...), from its part of a stack of all layers, (L, ...). Linear.
+    """Returns the layers of this device's stage, (most, ...), from its part of a stack of all layers, (L, ...). Linear.
 
     Args:
-      layers: as `layers_of_stages` makes it; where there is none, the result is zero.
-      cut: the axis along which the stack is cut over mesh axes and what these are; None if it is whole. The result is
-        whole along it. Stages swap what they have of each other's layers: no device ever holds all of them whole.
+      layers: from `layers_of_stages`; missing layers are zero.
+      cut: the axis along which the stack is sharded, and over which mesh axes; None if it isn't. The result is
+        all-gathered along it. Stages exchange their parts of each other's layers, so that no device ever holds all
+        layers.
     """
     pick = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
     axis, axes = cut or (0, ())
@@ -240,7 +241,9 @@ def take_stage(part: jax.Array, layers: np.ndarray, cut: tuple[int, tuple[str, .
 
 
 def layers_of_stages(layers: int, stages: int) -> np.ndarray:
-    """Layers of each stage: (stages, most) int32, `layers` for none. Fewer go to both ends, which do more.
+    """Assigns layers to stages: (stages, most) int32, `layers` for none.
+
+    Both ends get fewer, since they have other work.
 
     Raises ConfigError if there are fewer layers than stages.
     """

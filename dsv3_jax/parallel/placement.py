@@ -1,4 +1,4 @@
-"""Where a run's arrays live: the mesh, what is cut over it, and which rows of a batch this process has to load."""
+"""Placement of a run's arrays: the mesh, the shardings, and the rows of a batch that this process loads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dsv3_jax.runtime import Runtime
 
 @dataclasses.dataclass(frozen=True)
 class OnMesh:
-    """A jitted function that is called where `mesh` is in use."""
+    """A jitted function that is called with `mesh` set."""
 
     jitted: Any
     mesh: Mesh
@@ -30,15 +30,15 @@ class OnMesh:
             return self.jitted(*arguments)
 
     def check(self, *arguments: Any) -> None:
-        """Traces the function for (abstract) arguments, as a call would, and raises what that call would raise then."""
+        """Traces the function for (abstract) arguments, and raises the errors of a call."""
         with jax.set_mesh(self.mesh):
             self.jitted.eval_shape(*arguments)
 
 
 class Placement:
-    """The mesh of a run and the shardings that the runtime's rules give its arrays.
+    """The mesh of a run, and the shardings of its arrays by the runtime's rules.
 
-    A mesh of one device takes the first there is; any other takes all devices of all processes of the job.
+    A mesh of one device uses the first device; any other uses all devices of all processes of the job.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Placement:
         axes: Mapping[tuple[str, ...], Logical],
         devices: list[jax.Device] | None = None,
     ) -> None:
-        """Raises ConfigError if the mesh doesn't suit the devices, or the rules cut nothing over one of its axes.
+        """Raises ConfigError if the mesh doesn't match the devices, or the rules shard nothing over one of its axes.
 
-        axes: logical axes of the model's parameters, by their paths below the collection.
+        axes: logical axes of the model's parameters, by path.
 
-        `devices` may be of a topology that isn't there, to compile for.
+        `devices` may belong to an absent topology, to compile for.
         """
         if shape.devices > 1 and runtime.sharding == "single":
             raise ConfigError(f"mesh {shape} with runtime.sharding 'single': choose fsdp, fsdp_ep, ep_tp or pp_ep_dp")
@@ -73,14 +73,14 @@ class Placement:
         self._batch = NamedSharding(self.mesh, PartitionSpec(self.sharding.axes("batch") or None))
 
     def init(self, init: Callable[[jax.Array], Any], key: jax.Array) -> Any:
-        """The pytree `init(key)`, each device making only its part of it."""
+        """Returns the pytree `init(key)`. Each device creates only its part."""
         shardings = state_shardings(jax.eval_shape(init, key), self.mesh, self.sharding.rules, self._axes)
         return jax.jit(init, out_shardings=shardings)(key)
 
     def abstract(self, init: Callable[[jax.Array], Any], batch: dict[str, Any]) -> tuple[Any, Any]:
-        """Shapes, dtypes and shardings of the state and of a batch, for `lower`.
+        """Returns shapes, dtypes and shardings of the state and of a batch, for `lower`.
 
-        Raises ConfigError if an axis of the mesh cuts nothing of this state, as `expert` of a model without experts.
+        Raises ConfigError if a mesh axis shards nothing of this state, such as `expert` for a model without experts.
         """
 
         def place(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -96,11 +96,11 @@ class Placement:
         return jax.tree.map(place, state, shardings), jax.tree.map(lambda x: place(x, self._batch), batch)
 
     def jit_step(self, step: Callable[..., Any], state: Any) -> OnMesh:
-        """The step compiled for this mesh: its new state lies as `state` does, its metrics on every device."""
+        """Jits a step for this mesh. The new state is sharded like `state`, and metrics are replicated."""
         return OnMesh(self._jit(step, state), self.mesh)
 
     def lower(self, step: Callable[..., Any], state: Any, batch: Any) -> jax.stages.Lowered:
-        """Lowers what `jit_step` would compile, from the abstract state and batch of `abstract`."""
+        """Lowers the function of `jit_step` for the abstract state and batch of `abstract`."""
         with jax.set_mesh(self.mesh):
             lowered: jax.stages.Lowered = self._jit(step, state).lower(state, batch)
             return lowered
@@ -110,28 +110,28 @@ class Placement:
         return jax.jit(step, out_shardings=(shardings, self.replicated), donate_argnums=0)
 
     def jit_evaluation(self, evaluate: Callable[..., Any]) -> OnMesh:
-        """Compiled, its result on every device."""
+        """Jits a function whose result is replicated."""
         return OnMesh(jax.jit(evaluate, out_shardings=self.replicated), self.mesh)
 
     @property
     def parts(self) -> int:
-        """Parts that a batch is cut into; they must divide it."""
+        """Number of parts that a batch is sharded into, which must divide it."""
         return self.sharding.size("batch")
 
     def rows(self, batch_size: int) -> np.ndarray:
-        """The rows of a batch that this process's devices hold, ascending."""
+        """Returns the rows of a batch that this process's devices hold, ascending."""
         self._check(batch_size)
         slices = self._batch.addressable_devices_indices_map((batch_size,)).values()
         return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
     def abstract_batch(self, names: Iterable[str], batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings of what `batch` makes."""
+        """Returns the shapes, dtypes and shardings of `batch`."""
         self._check(batch_size)
         one = jax.ShapeDtypeStruct((batch_size, length), np.int32, sharding=self._batch)
         return dict.fromkeys(names, one)
 
     def batch(self, rows: np.ndarray, local: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-        """Global arrays (batch_size, T) of the local rows that `rows` numbers."""
+        """Makes global arrays (batch_size, T) from local rows with the numbers `rows`."""
         self._check(batch_size)
 
         def array(values: np.ndarray) -> jax.Array:
@@ -151,16 +151,16 @@ class Placement:
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of an entry of a PartitionSpec, which leaves the tuple out where there is one."""
+    """Returns the mesh axes of an entry of a PartitionSpec as a tuple."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process of the job; all must ask at once."""
+    """Whether the flag is set in any process of the job. All processes must call it together."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def all_processes_here() -> None:
-    """Waits until every process of the job has come this far."""
+    """Waits until every process of the job has reached this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("all processes here")

@@ -1,4 +1,4 @@
-"""Several processes as one job: how they find each other."""
+"""Jobs of several processes: initialisation and failure messages."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import jax
 from dsv3_jax.config import ConfigError
 
 HEARTBEAT_SECONDS = 30
-"""A process that isn't heard of for so long is taken for dead, which ends the job."""
+"""Seconds without heartbeat after which a process is considered dead, which ends the job."""
 
 _WITNESS = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes of a job. Each is started with the same command; on TPU pods one per host, on GPUs one per node."""
+    """The processes of a job, all started with the same command: one per host on TPU pods, one per node on GPUs."""
 
     coordinator: str | None = None
-    """`auto` asks SLURM, Open MPI, Kubernetes or the TPU pod; else host:port of process 0. None: one process."""
+    """`auto` for SLURM, Open MPI, Kubernetes or a TPU pod; or host:port of process 0. By default a single process."""
     count: int | None = None
-    """How many processes there are, if `coordinator` is an address."""
+    """Number of processes, if `coordinator` is an address."""
     index: int | None = None
     """Index of this process, from 0, if `coordinator` is an address."""
 
@@ -45,7 +45,7 @@ class Processes:
 
 
 def join(processes: Processes) -> None:
-    """Joins the job, before anything else asks JAX for its devices. Raises ConfigError if there is none to join."""
+    """Joins the job. Must be called before JAX's devices are used. Raises ConfigError if there is no job to join."""
     if processes.coordinator is None:
         return
     address = None if processes.coordinator == "auto" else processes.coordinator
@@ -65,10 +65,10 @@ def join(processes: Processes) -> None:
 
 @contextlib.contextmanager
 def last_words() -> Iterator[None]:
-    """Says on standard error what to do if this process of a job dies inside, as it does when another one dies.
+    """Prints to standard error what to do if this process of a job dies, as it does when another one dies.
 
-    A process in the middle of a collective can't notice that: a thread of JAX's ends it, out of Python's reach. So a
-    child waits for the end of a pipe that this process holds, and speaks unless it was told that all is well.
+    A process inside a collective is ended by a thread of JAX, out of reach of Python. Therefore a child process waits
+    for the end of a pipe held by this process, and prints the message unless it was told that all is well.
     """
     if jax.process_count() == 1:
         yield

@@ -1,8 +1,8 @@
-"""Rows that go to several places, and sums of what comes back: by gathers alone, in the gradient too.
+"""Copying rows to several places, and summing what returns: by gathers alone, also in the gradient.
 
-Two maps say the same from either end. `source` (M,): the row that place m takes, of N; N for none. `places` (N, K):
-where row n went, each place at most once; M for nowhere. The two functions are each other's transpose, so that no
-gradient needs a scatter, and every sum is in float32 or wider.
+Two maps describe the copies from either end. `source` (M,): the row of N for place m; N for none. `places` (N, K): the
+places of row n, each at most once; M for none. The two functions are each other's transpose, so that no gradient needs
+a scatter, and all sums are in float32 or wider.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Residuals = tuple[jax.Array, jax.Array, jax.Array]
 
 @jax.custom_vjp
 def spread(x: jax.Array, source: jax.Array, places: jax.Array) -> jax.Array:
-    """Puts a copy of each row into its places: x (N, D) -> (M, D) of its dtype, zero where `source` has none."""
+    """Copies each row to its places: x (N, D) -> (M, D) of the same dtype, zero if `source` has none."""
     return _take(x, source)
 
 
 @jax.custom_vjp
 def collect(y: jax.Array, source: jax.Array, places: jax.Array) -> jax.Array:
-    """Adds up each row's places: y (M, D) -> (N, D), float32 or wider."""
+    """Sums over the places of each row: y (M, D) -> (N, D), float32 or wider."""
     return _take(y, places).sum(1, dtype=jnp.promote_types(y.dtype, jnp.float32))
 
 
@@ -30,7 +30,7 @@ def _take(a: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _like(x: jax.Array) -> jax.Array:
-    """An empty array of `x`'s dtype, which is all that the backward pass needs of `x`."""
+    """Returns an empty array of the dtype of x, which is all that the backward pass needs of it."""
     return jnp.zeros((0,), x.dtype)
 
 

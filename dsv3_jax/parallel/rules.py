@@ -1,4 +1,4 @@
-"""Rules: which mesh axes cut each logical axis. Presets by name."""
+"""Sharding rules: the mesh axes that shard each logical axis. Presets by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """For each logical axis, the mesh axes that cut it, outermost first."""
+    """The mesh axes that shard each logical axis, outermost first."""
 
     batch: Axes = ()
     sequence: Axes = ()
@@ -22,14 +22,14 @@ class Rules:
     """The stacked layers of one kind."""
     vocab: Axes = ()
     embed: Axes = ()
-    """The model's width, or the rank projected up from, in parameters, which are put together just before use."""
+    """The model's width, or the rank of an up-projection, in parameters, which are all-gathered just before use."""
     heads: Axes = ()
     ffn: Axes = ()
     """Hidden width of dense feed-forwards and shared experts."""
     experts: Axes = ()
     expert_ffn: Axes = ()
     zero: Axes = ()
-    """Cuts `embed` of the optimizer's state and master weights further than that of the weights in use (ZeRO-1)."""
+    """Additional sharding of `embed` for the optimizer state and master weights (ZeRO-1)."""
 
 
 LOGICAL = tuple(f.name for f in dataclasses.fields(Rules))
@@ -54,12 +54,13 @@ RULES = {
         **_TENSOR,
     ),
 }
-"""`fsdp_ep` trains; `ep_tp` decodes, its tokens not cut over the experts; `pp_ep_dp` is the report's own (3.2)."""
+"""`fsdp_ep` is for training, `ep_tp` for decoding (tokens are replicated over experts), `pp_ep_dp` the report's (3.2).
+"""
 
 
 @functools.cache
 def rules_of(runtime: Runtime) -> Rules:
-    """The runtime's preset with its overrides. Raises ConfigError for an override that isn't `axis=mesh,axes`."""
+    """Returns the runtime's preset with its overrides. Raises ConfigError unless they are `axis=mesh,axes`."""
     rules = RULES[runtime.sharding]
     for text in runtime.sharding_overrides:
         name, equals, axes = text.partition("=")

@@ -1,8 +1,8 @@
-"""The sharding of a trace: a runtime's rules on the mesh that it is traced under, asked for in one place.
+"""Sharding while tracing: the runtime's rules on the current mesh, looked up in one place.
 
-A model never names a mesh axis. It names what an axis of an array is ("batch", "heads", ...), and the rules that
-`Runtime.sharding` chooses say which mesh axes cut that. The mesh is the one of `jax.set_mesh`; without one, or where
-the axes in question have size 1, nothing here changes the program.
+A model never names mesh axes. It names the logical axes of an array ("batch", "heads", ...), and the rules chosen by
+`Runtime.sharding` map these to mesh axes. The mesh is that of `jax.set_mesh`; without one, or if the mesh axes have
+size 1, nothing here changes the program.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ class LogicalSharding:
 
     @property
     def manual(self) -> bool:
-        """Whether the trace is inside a `shard_map`, where arrays are one device's part already."""
+        """Whether the trace is inside a `shard_map`, where arrays are the parts of one device."""
         return self.mesh is not None and AxisType.Manual in self.mesh.axis_types
 
     def axes(self, logical: str) -> Axes:
-        """Mesh axes of more than one device that cut a logical axis, outermost first."""
+        """Returns the mesh axes of more than one device that shard a logical axis, outermost first."""
         _check_names((logical,))
         return tuple(a for a in getattr(self.rules, logical) if self.axis_size(a) > 1)
 
     def size(self, logical: str) -> int:
-        """Parts that a logical axis is cut into."""
+        """Returns the number of parts that a logical axis is sharded into."""
         return math.prod(map(self.axis_size, self.axes(logical)))
 
     def axis_size(self, mesh_axis: str) -> int:
-        """Devices along a mesh axis, 1 if there is no such axis."""
+        """Returns the number of devices along a mesh axis, 1 if there is no such axis."""
         return 1 if self.mesh is None else self.mesh.shape.get(mesh_axis, 1)
 
     def spec(self, what: str, shape: tuple[int, ...], logical: Logical) -> PartitionSpec:
-        """Returns how an array is cut, by axes that no `shard_map` holds already.
+        """Returns the PartitionSpec of an array, by mesh axes that aren't manual in a `shard_map`.
 
         Args:
-          what: the array's name, for errors.
+          what: the name of the array for error messages.
           logical: one name or None for each axis of `shape`.
 
         Raises:
-          ConfigError: two of its axes are cut by the same mesh axis, or a size doesn't divide.
-          ValueError: `logical` has another length than `shape`, or a name that isn't a logical axis.
+          ConfigError: a mesh axis shards two of its axes, or a size isn't divisible.
+          ValueError: `logical` and `shape` have different lengths, or a name isn't a logical axis.
         """
         _check_names(logical)
         types = {} if self.mesh is None else dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
@@ -82,16 +82,16 @@ class LogicalSharding:
         return PartitionSpec(*spec)
 
     def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
-        """States how an activation is cut; the identity without a mesh. Differentiable."""
+        """Constrains the sharding of an activation; the identity without a mesh. Differentiable."""
         spec = self.spec("an activation", x.shape, logical)
         return x if self.mesh is None or self.manual else jax.lax.with_sharding_constraint(x, spec)
 
     @jax.named_scope("all_gather_weight")
     def all_gather_weight(self, w: jax.Array, what: str, logical: Logical, use: WeightUse) -> jax.Array:
-        """A stored parameter as a layer uses it: rounded to `use.dtype`, and gathered in it along `embed` (FSDP).
+        """Prepares a stored parameter for a layer: rounds it to `use.dtype` and all-gathers it along `embed` (FSDP).
 
-        The result's own dtype is the wider of that and `w`'s, so that its gradient isn't rounded before it has been
-        added up over devices and scattered again, which is done in `use.gradient_dtype`.
+        The dtype of the result is the wider of that and of `w`, so that the gradient isn't rounded before it is
+        reduce-scattered over devices in `use.gradient_dtype`.
         """
         if self.mesh is None:
             return _all_gather(w, None, use)
@@ -102,18 +102,18 @@ class LogicalSharding:
         return _all_gather(w, cuts, use)
 
     def part(self, shape: tuple[int, ...], logical: Logical) -> tuple[int, ...]:
-        """The shape of a stored parameter as it is at hand: inside a `shard_map`, that of a device's part."""
+        """Returns the local shape of a stored parameter: inside a `shard_map`, that of a device's part."""
         if not self.manual:
             return shape
         stored = self.stored()
         return tuple(n // stored.size(name) if name else n for n, name in zip(shape, logical, strict=True))
 
     def used(self) -> LogicalSharding:
-        """The sharding of weights as layers use them, gathered along `embed`."""
+        """Returns the sharding of weights as layers use them, all-gathered along `embed`."""
         return self._replace(embed=())
 
     def stored(self) -> LogicalSharding:
-        """The sharding of master weights and optimizer state: over `zero` too (ZeRO-1), layers not over stages."""
+        """The sharding of master weights and optimizer state: also over `zero` (ZeRO-1), but not over stages."""
         return self._replace(embed=self.rules.embed + self.rules.zero, layers=())
 
     def _replace(self, **rules: Axes) -> LogicalSharding:
@@ -121,25 +121,25 @@ class LogicalSharding:
 
 
 def current_sharding(runtime: Runtime) -> LogicalSharding:
-    """The runtime's rules on the mesh of the innermost `jax.set_mesh` or `jax.shard_map`."""
+    """Returns the runtime's rules on the mesh of the innermost `jax.set_mesh` or `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return LogicalSharding(rules_of(runtime), None if mesh.empty or runtime.sharding == "single" else mesh)
 
 
 def constrain(x: jax.Array, runtime: Runtime, *logical: str | None) -> jax.Array:
-    """States how an activation is cut on the mesh in use; the identity without one. Differentiable."""
+    """Constrains the sharding of an activation on the current mesh; the identity without one. Differentiable."""
     return current_sharding(runtime).constrain(x, *logical)
 
 
 def state_shardings(tree: Any, mesh: Mesh, rules: Rules, axes: Mapping[tuple[str, ...], Logical]) -> Any:
-    """Where each array of a train state, or of the model's variables, lives: a NamedSharding for each leaf.
+    """Returns a NamedSharding for each array of a train state or of the model's variables.
 
     Args:
-      tree: arrays or their abstract twins. Leaves that aren't a parameter, its gradient or its moment (counters, keys,
-        biases of the router) are on every device.
-      axes: logical axes of the parameters, by their paths below the collection.
+      tree: arrays, or `jax.ShapeDtypeStruct`s. Leaves other than parameters, gradients and moments (counters, keys,
+        router biases) are replicated.
+      axes: logical axes of the parameters, by path.
 
-    Raises ConfigError, naming the parameter, if the rules don't suit its shape.
+    Raises ConfigError, naming the parameter, if the rules don't fit its shape.
     """
     stored = LogicalSharding(rules, mesh).stored()
 
@@ -161,15 +161,16 @@ def _check_names(logical: Logical) -> None:
 
 
 class WeightUse(NamedTuple):
-    """dtype: in which products take a weight. gradient_dtype: in which its gradient is added up over devices."""
+    """dtype: in which layers use a weight. gradient_dtype: in which its gradient is summed over devices."""
 
     dtype: Any
     gradient_dtype: Any
 
 
 class _Cuts(NamedTuple):
-    """How a weight is cut as it is used and as it is stored. by_hand: inside a `shard_map`, without a partitioner,
-    the axes of the array that are gathered, and over what; else None."""
+    """Shardings of a weight as used and as stored. by_hand: inside a `shard_map`, where there is no partitioner, the
+    axes to all-gather and their mesh axes; else None.
+    """
 
     used: PartitionSpec
     stored: PartitionSpec

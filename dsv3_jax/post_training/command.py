@@ -1,4 +1,4 @@
-"""`python -m dsv3_jax grpo`: reinforcement learning in a directory of its own, which other commands read as a run's."""
+"""`python -m dsv3_jax grpo`: reinforcement learning, in a directory that other commands read like a training run's."""
 
 from __future__ import annotations
 
@@ -40,46 +40,46 @@ from dsv3_jax.training.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class GRPOArgs:
-    """Reinforcement learning by GRPO (DeepSeek-R1, section 2.2.1): sample groups, reward them by rule, train.
+    """Reinforcement learning by GRPO (DeepSeek-R1, section 2.2.1), with rewards by rule.
 
-    Starts from the weights of a run, a converted checkpoint or a Hugging Face directory, on one device. Ctrl-C saves;
-    `--resume` goes on.
+    Starts from the weights of a run, a converted checkpoint or a Hugging Face directory, on one device. Ctrl-C saves
+    and stops; `--resume` continues.
     """
 
     init_from: str
-    """The weights to start from, which are also the reference of the KL."""
+    """The weights to start from, which are also the reference for the KL divergence."""
     run_dir: Path = Path("runs/grpo")
     """The run's directory."""
     reward: str = "dsv3_jax.post_training.rewards.arithmetic_reward"
-    """Dotted path of the reward: a function of a problem and the model's text."""
+    """Dotted path of the reward, a function of a problem and the model's text."""
     problems: Path | None = None
-    """JSON lines, objects with a `prompt` and whatever the reward needs; by default 4096 generated sums."""
+    """JSON lines of objects with a `prompt` and whatever the reward needs; by default 4096 generated sums."""
     held_out: Path | None = None
-    """Problems whose mean reward is measured beside, answered greedily and sampled; by default 256 other sums."""
+    """Held-out problems, answered greedily and sampled to measure the mean reward; by default 256 other sums."""
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
-    """How to sample and train."""
+    """Sampling and training."""
     clip_low: float = 0.2
-    """The ratio of a token's probabilities counts down to 1 - clip_low,"""
+    """The ratio of a token's probabilities is clipped below 1 - clip_low,"""
     clip_high: float = 0.2
-    """and up to 1 + clip_high; DAPO takes 0.28."""
+    """and above 1 + clip_high; 0.28 in DAPO."""
     kl_weight: float = 0.001
-    """Weight of the KL to the reference, beta; R1 took 0.001."""
+    """Weight of the KL divergence to the reference, beta; 0.001 in R1."""
     normalise: Normalisation = "sequence"
-    """`sequence` averages over a text's tokens and then over texts (R1), `token` over all tokens at once (DAPO)."""
+    """`sequence` averages over the tokens of a text and then over texts (R1), `token` over all tokens (DAPO)."""
     mtp_weight: float = 0.1
-    """Weight of the MTP modules' cross entropy on the sampled texts, which trains them alone; 0 leaves them behind."""
+    """Weight of the MTP modules' cross entropy on sampled texts, which doesn't affect the model; 0 for no training."""
     learning_rate: float = 3e-6
-    """Learning rate, constant after a warm-up of 5 steps; R1 took 3e-6."""
+    """Learning rate, constant after a warm-up of 5 steps; 3e-6 in R1."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(weight_decay=0.0))
-    """AdamW's other numbers."""
+    """Other parameters of AdamW."""
     runtime: Runtime = dataclasses.field(default_factory=lambda: Runtime.for_backend(jax.default_backend()))
-    """How the model is computed."""
+    """How the run computes the model."""
     evaluate_every: int = 10
-    """Iterations between measurements on the held-out problems, and at the start and the end."""
+    """Iterations between evaluations on the held-out problems, besides the start and the end."""
     checkpoint_every: int = 50
-    """Iterations between checkpoints, and after the last one."""
+    """Iterations between checkpoints, besides the last one."""
     resume: bool = False
-    """Go on in run_dir from its newest checkpoint, with the same options."""
+    """Continue the run in run_dir from its newest checkpoint, with the same options."""
 
     def __post_init__(self) -> None:
         for name in ("evaluate_every", "checkpoint_every"):
@@ -93,7 +93,7 @@ def grpo_command(args: GRPOArgs, console: Console | None = None) -> None:
     """Runs `python -m dsv3_jax grpo`.
 
     Raises:
-      ConfigError: an option isn't possible, the directory holds something else, or problems can't be read.
+      ConfigError: an option is invalid, the directory contains something else, or problems can't be read.
       CheckpointError, FileNotFoundError: the weights to start from can't be read.
     """
     console, directory = console or Console(), args.run_dir
@@ -120,7 +120,7 @@ def grpo_command(args: GRPOArgs, console: Console | None = None) -> None:
 
 
 class _Run:
-    """GRPO with its directory: metrics, measurements on held-out problems, checkpoints, report."""
+    """A run of GRPO in its directory: metrics, evaluation on held-out problems, checkpoints, report."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class _Run:
             raise KeyboardInterrupt
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Mean rewards of the held-out problems; the share of the MTP module's drafts that greedy answers accepted."""
+        """Mean rewards on the held-out problems, and the fraction of accepted MTP drafts."""
         self.engine.replace_variables(state.variables)
         before = self.engine.stats()
         new, g = self.held_out, self.args.grpo
@@ -218,7 +218,7 @@ def _problems(path: Path | None, generated: Callable[[], list[dict[str, str]]]) 
 
 
 def _chat_encoding(path: Path, tokenizer: Tokenizer) -> Callable[[str], list[int]] | None:
-    """Encodes a prompt as a user's message, where the checkpoint has a chat template."""
+    """Encodes a prompt as a user message, if the checkpoint has a chat template."""
     template = read_chat_template(path, {"bos_token": "", "eos_token": ""})
     if template is None:
         return None
@@ -232,13 +232,13 @@ def _chat_encoding(path: Path, tokenizer: Tokenizer) -> Callable[[str], list[int
 
 
 def _config(args: GRPOArgs, model: ModelConfig) -> dict[str, Any]:
-    """The run as JSON; `model` stands where other commands look for it."""
+    """Returns the run as JSON, with `model` where other commands expect it."""
     fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     return {k: v for k, v in fields.items() if k not in ("run_dir", "resume")} | {"model": dataclasses.asdict(model)}
 
 
 def _check_directory(args: GRPOArgs, content: dict[str, Any]) -> None:
-    """Raises ConfigError if the directory holds something else than the run that is to go on."""
+    """Raises ConfigError if the directory contains anything other than the run to resume."""
     directory = args.run_dir
     if not args.resume:
         if directory.exists() and {p.name for p in directory.iterdir()} - {LOCK}:
@@ -260,7 +260,7 @@ def _line(done: int, iterations: int, metrics: dict[str, Any], left: float) -> s
 
 
 def plot(path: Path, records: list[dict[str, Any]], title: str) -> None:
-    """Draws rewards, KL, and the texts' length against the iteration into a PNG."""
+    """Plots rewards, KL and text length by iteration into a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -284,7 +284,7 @@ def plot(path: Path, records: list[dict[str, Any]], title: str) -> None:
 
 
 def report(args: GRPOArgs, records: list[dict[str, Any]]) -> str:
-    """The run's report in Markdown: its metrics at the start and at the end."""
+    """Formats the run's report in Markdown: its metrics at the start and at the end."""
     first: dict[str, Any] = {}
     last: dict[str, Any] = {}
     for record in records:

@@ -16,15 +16,16 @@ from dsv3_jax.model.transformer import Outputs
 from dsv3_jax.training.losses import Loss, LossSums, Metrics, ModelInputs, Whole, loss_sums, mean_metrics
 
 Normalisation = Literal["token", "sequence"]
-"""Averages that the objective takes; see `GRPOLoss`."""
+"""How the objective is averaged; see `GRPOLoss`."""
 
 
 @struct.dataclass
 class GRPOSums:
     """Sums over the sampled tokens of a batch, float32 scalars.
 
-    policy: the clipped objective, negated. kl: to the reference, in nats. clipped: tokens whose ratio was cut. gap:
-    absolute differences between the log-probabilities of training and of sampling. tokens: how many. mtp: the modules'.
+    policy: the clipped objective, negated. kl: to the reference, in nats. clipped: tokens with a clipped ratio. gap:
+    absolute differences between the log-probabilities of training and sampling. tokens: their number. mtp: cross
+    entropy of MTP modules.
     """
 
     policy: jax.Array

@@ -1,4 +1,4 @@
-"""Rewards by rule: a function of a problem and a text. Those of generated arithmetic, whose answers can be checked."""
+"""Rewards by rule, as functions of a problem and a text, and generated arithmetic problems with known answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from dsv3_jax.config import ConfigError
 
 Problem = Mapping[str, Any]
-"""`prompt`, a text, and whatever else the reward needs, such as `answer`."""
+"""A problem: `prompt`, and whatever else the reward needs, such as `answer`."""
 
 Reward = Callable[[Problem, str], float]
 
@@ -34,7 +34,7 @@ def load_reward(path: str) -> Reward:
 
 @dataclasses.dataclass
 class SafeReward:
-    """A reward function whose errors don't end a run: a text that it fails on gets 0, and is counted."""
+    """A reward function with caught exceptions: a text for which it fails gets 0, and is counted."""
 
     function: Reward
     errors: int = 0
@@ -53,7 +53,7 @@ class SafeReward:
 
 
 def arithmetic_problems(count: int, seed: int, largest: int = 99) -> list[dict[str, str]]:
-    """Sums and differences, such as `{"prompt": "17+25=", "answer": "42"}`."""
+    """Generates sums and differences, such as `{"prompt": "17+25=", "answer": "42"}`."""
     rng = np.random.default_rng(seed)
     a, b, plus = rng.integers(0, largest + 1, count), rng.integers(0, largest + 1, count), rng.random(count) < 0.5
     return [
@@ -63,7 +63,7 @@ def arithmetic_problems(count: int, seed: int, largest: int = 99) -> list[dict[s
 
 
 def arithmetic_reward(problem: Problem, text: str) -> float:
-    """1 for the right number, up to the first character that is none; 0.1 for another number; else 0."""
+    """Returns 1 if the text begins with the right number, 0.1 for another number, else 0."""
     found = re.match(r"-?\d+", text)
     if not found:
         return 0.0

@@ -1,7 +1,7 @@
 """Gradients of a batch as float32 sums: over its tokens, its microbatches, and the devices that share it.
 
-Devices that hold the same parameter add its gradient up once a step, after the last microbatch. What cuts a parameter
-further (FSDP, experts) takes its gradient apart in each microbatch, as it put the parameter together.
+Devices that hold the same parameter reduce its gradient once per step, after the last microbatch. Axes that shard the
+parameter (FSDP, experts) reduce-scatter in each microbatch, just as they all-gather the parameter.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def train(
 
 @contextlib.contextmanager
 def _held_by_one(directory: Path, console: Console, begin: Callable[[], None]) -> Iterator[None]:
-    """Holds the run's directory for this job: its first process does, and calls `begin` once it has it.
+    """Locks the run's directory in the first process of the job, which then calls `begin`.
 
     The others don't read the directory again, since the first may have written to it by then.
     """
