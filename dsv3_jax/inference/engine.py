@@ -1,8 +1,8 @@
-"""The engine: many texts at once over one pool of pages, on a thread of its own.
+"""The inference engine: continuous batching over one pool of pages, on its own thread.
 
-It repeats: admit what has pages, put one piece of a prompt into the cache, take a step of all texts. Results are read
-one step later, so that the device computes the next step meanwhile; what a text draws, and how long it is, stays on the
-device. Only where the host must see each token first, for penalties or a grammar, does it wait.
+It repeats: admit requests for which there are pages, process a chunk of one prompt, take a decoding step for all texts.
+Results are read one step later, while the device computes the next step; tokens and lengths stay on the device. The
+host only waits if it needs each token first, for penalties or a grammar.
 """
 
 from __future__ import annotations
@@ -35,24 +35,25 @@ class EngineConfig:
     """Sizes of an engine."""
 
     max_batch: int = 32
-    """Texts that are generated at a time; others wait."""
+    """Maximum number of texts in a batch; other requests wait."""
     max_length: int | None = None
-    """Tokens that a prompt and its continuation may have together; by default the model's range."""
+    """Maximum length of a prompt and its continuation in tokens; by default the model's range."""
     cache_tokens: int | None = None
-    """Tokens that the cache has room for; by default what cache_share allows, and at most max_batch times max_length.
-    On a device that doesn't tell its memory, as a CPU, a quarter of that."""
+    """Capacity of the cache in tokens; by default what cache_share allows, and at most max_batch times max_length. On
+    devices that don't report their memory, such as CPUs, a quarter of that.
+    """
     cache_share: float = 0.6
-    """Share that the cache may take of the memory that the loaded model leaves free; the rest is for activations."""
+    """Fraction of the free memory, after loading the model, for the cache; the rest is for activations."""
     cache_dtype: str | None = None
     """Dtype of the latents in the cache, by default the runtime's; float8_e4m3fn takes 5/9 of bfloat16's bytes."""
     prefill_chunk: int = 256
-    """Tokens of a prompt that are put into the cache between two steps of the texts."""
+    """Tokens of a prompt that are processed between two decoding steps."""
     drafts: int | None = None
-    """Tokens that the MTP module drafts per step; by default 1 if the model has one, else 0."""
+    """Tokens that the MTP module drafts per step; by default 1 if the model has MTP, else 0."""
     drafts_up_to: int = 8
-    """Texts at a time up to which drafts are used: with more, the device has enough to do without."""
+    """Maximum number of running texts for which drafts are used; with more, the device is busy without."""
     seed: int = 0
-    """Seed of the texts whose sampling has none."""
+    """Seed for texts whose sampling has none."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "prefill_chunk"):
@@ -67,7 +68,7 @@ class EngineConfig:
 
 
 class _Running:
-    """A request that holds pages. `prefilled` of its tokens are in the cache, `pending` steps haven't been read."""
+    """An admitted request. `prefilled` of its tokens are in the cache, and `pending` steps haven't been read."""
 
     def __init__(self, request: Request, pages: list[int], found: int) -> None:
         self.request, self.pages, self.prefilled, self.slot = request, pages, found, -1
@@ -81,10 +82,10 @@ class _Running:
 
 
 class Engine:
-    """Generates texts of one model.
+    """Generates texts with one model.
 
     Args:
-      model, variables: as `load_pretrained` returns them.
+      model, variables: from `load_pretrained`.
       config: sizes.
       end_ids: tokens that end a text; by default the model's.
 
@@ -149,7 +150,7 @@ class Engine:
         self._counts: collections.Counter[str] = collections.Counter()
         self._accepted_at = [0] * self.drafts
         self.failure: str | None = None
-        """The error that ended the engine's thread, if one did."""
+        """The error that ended the engine's thread, if any."""
 
     # What callers use, from any thread.
 
@@ -163,14 +164,14 @@ class Engine:
         prompt_logprobs: int | None = None,
         grammar: Grammar | None = None,
     ) -> Request:
-        """Hands in a prompt.
+        """Submits a prompt.
 
         Args:
           prompt: token ids, at least one.
-          max_new_tokens: tokens to add at most.
-          logprobs: how many alternatives to each token are scored beside it, 0 to 20; None for no scores.
+          max_new_tokens: maximum number of new tokens.
+          logprobs: number of alternatives to each token to score, 0 to 20; None for no scores.
           prompt_logprobs: the same for the prompt's tokens.
-          grammar: what the text must follow.
+          grammar: constrains the text.
 
         Raises:
           ConfigError: an empty prompt, an id outside the vocabulary, or more tokens than `max_length`.
@@ -208,7 +209,7 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request, whose pages come free; nothing happens if it has ended."""
+        """Cancels a request and frees its pages. Does nothing if it has finished."""
         request.cancelled = True
         with self._new:
             self._new.notify()
@@ -216,7 +217,7 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling = _GREEDY, *, max_new_tokens: int
     ) -> Iterator[list[int]]:
-        """Continues each prompt, all at once; yields the new tokens of each, in their order.
+        """Continues all prompts in parallel, and yields the new tokens of each in order.
 
         Raises ConfigError as `submit` does, and RuntimeError for a text that failed.
         """
@@ -230,7 +231,7 @@ class Engine:
             yield tokens
 
     def stats(self) -> Stats:
-        """Counts and state."""
+        """Returns counts and the current state."""
         n = self._counts
         return Stats(
             running=len(self._running),
@@ -249,9 +250,9 @@ class Engine:
         )
 
     def replace_variables(self, variables: Mapping[str, Any]) -> None:
-        """Goes on with other weights of the same shapes, as between two rounds of training; the arrays aren't copied.
+        """Replaces the weights by others of the same shapes, as between two rounds of training. Arrays aren't copied.
 
-        Raises RuntimeError while requests run or wait.
+        Raises RuntimeError if requests are running or waiting.
         """
         with self._new:
             if self._running or self._waiting:
@@ -260,7 +261,7 @@ class Engine:
             self.pages.forget()
 
     def close(self) -> None:
-        """Ends the thread once all requests have ended; takes no more."""
+        """Stops the thread after all requests have finished; new ones are rejected."""
         with self._new:
             self._closing = True
             self._new.notify()
@@ -268,10 +269,10 @@ class Engine:
             self._thread.join()
 
     def warm_up(self, progress: Callable[[int, int], None] = lambda done, count: None) -> int:
-        """Compiles the programs of ordinary requests, of every batch and length, before the first comes.
+        """Compiles the programs for ordinary requests, for every batch size and length, in advance.
 
-        progress: called with how many are done, of how many. Returns the latter. Penalties, grammars and
-        log-probabilities have programs of their own.
+        progress: called with the number of compiled programs and the total, which is returned. Programs for penalties,
+        grammars and log-probabilities aren't included.
         """
         programs: list[Callable[[], Any]] = []
         for table in self._table_sizes:
@@ -314,7 +315,7 @@ class Engine:
             self._running, self._waiting = [], collections.deque()
 
     def _turn(self) -> None:
-        """One round of the loop."""
+        """Runs one iteration of the loop."""
         self._end_cancelled()
         self._admit()
         prefilling = next((r for r in self._running if r.in_prefill), None)
@@ -330,7 +331,7 @@ class Engine:
         self._read(1 if ready else 0)
 
     def _surely_ends(self, r: _Running) -> bool:
-        """Whether steps that are under way complete the text, of each at least one token."""
+        """Whether the pending steps, of at least one token each, complete the text."""
         return len(r.request.text) + r.pending >= r.request.max_new_tokens
 
     def _end_cancelled(self) -> None:
@@ -341,7 +342,7 @@ class Engine:
             self._release(r)
 
     def _admit(self) -> None:
-        """Gives slots and pages to requests that wait, in their order."""
+        """Assigns slots and pages to waiting requests, in order."""
         while self._waiting and self._free_slots:
             request = self._waiting[0]
             tokens = [*request.prompt, *request.text]
@@ -362,7 +363,7 @@ class Engine:
             self._running.append(r)
 
     def _with_pages(self, ready: list[_Running]) -> list[_Running]:
-        """Extends the pages of texts that need more; those that came last give theirs up if there are none."""
+        """Allocates further pages for texts that need them, preempting the most recent texts if there are none."""
         for r in list(ready):
             if r.ended:
                 continue
@@ -382,7 +383,7 @@ class Engine:
         return [r for r in ready if not r.ended and not self._surely_ends(r)]
 
     def _preempt(self, r: _Running) -> None:
-        """Takes a request's pages; it waits, first in line, and begins again with the tokens that it has."""
+        """Preempts a request: frees its pages and requeues it first, to restart with the tokens that it has."""
         self._counts["preemptions"] += 1
         self._release(r)
         with self._new:
@@ -492,7 +493,7 @@ class Engine:
     # Results.
 
     def _read(self, leave: int) -> None:
-        """Reads the results of all steps but the newest `leave`, and hands them out."""
+        """Reads the results of all steps except the newest `leave`, and delivers them."""
         while len(self._unread) > leave:
             ready, drawn, drafts = self._unread.popleft()
             tokens, count, finite = jax.device_get((drawn.tokens, drawn.count, drawn.finite))
@@ -514,7 +515,7 @@ class Engine:
             self._accepted_at[position] += 1
 
     def _hand_out(self, r: _Running, tokens: list[int], scores: tuple[Any, int] | None) -> None:
-        """Gives a text its new tokens, up to the one that ends it."""
+        """Delivers new tokens to a text, up to the one that ends it."""
         request = r.request
         finish, stop = None, None
         for at, token in enumerate(tokens):
@@ -540,7 +541,7 @@ class Engine:
         request.put(step)
 
     def _fail(self, r: _Running, message: str) -> None:
-        """Ends one request with an error. Its pages are zeroed: the others' must stay finite when they get them."""
+        """Fails a request. Its pages are zeroed, since non-finite values would affect later holders."""
         self._release(r, forget=True)
         padded = r.pages + [SCRATCH] * (self._most_pages - len(r.pages))
         self._pool = steps.clear(self._pool, np.array(padded, np.int32))
@@ -548,9 +549,9 @@ class Engine:
 
 
 def _sizes(config: EngineConfig, limit: int, ahead: int, page_bytes: int, free: int | None) -> tuple[int, int]:
-    """Tokens of the longest text, and pages of the cache.
+    """Returns the maximum length of a text in tokens, and the number of pages.
 
-    limit: the model's range. ahead: tokens that a text needs room for besides its own. free: bytes of memory, if known.
+    limit: the model's range. ahead: additional tokens that a text needs room for. free: bytes of memory, if known.
     Raises ConfigError if there is no room for one text.
     """
 
@@ -574,14 +575,14 @@ def _sizes(config: EngineConfig, limit: int, ahead: int, page_bytes: int, free: 
 
 
 def _free_memory(devices: Collection[jax.Device]) -> int | None:
-    """Bytes, on the device that has the fewest; None where devices don't tell, as a CPU."""
+    """Free bytes on the device with the fewest; None if devices don't report it, such as CPUs."""
     stats = [d.memory_stats() for d in devices]
     told = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s]
     return min(told, default=None)
 
 
 def _buckets(most: int, factor: int) -> list[int]:
-    """Sizes that programs are compiled for: 1, 4, 16, ... and the largest."""
+    """Returns the sizes for which programs are compiled: 1, 4, 16, ... and the largest."""
     sizes, size = [], 1
     while size < most:
         sizes.append(size)
@@ -590,7 +591,7 @@ def _buckets(most: int, factor: int) -> list[int]:
 
 
 def _scores(scores: steps.Scores, row: int, tokens: Sequence[int], most: int) -> list[Score]:
-    """Scores of a row's first tokens, with `most` alternatives."""
+    """Returns the scores of a row's first tokens, with `most` alternatives."""
     of_row = jax.device_get(jax.tree.map(lambda x: x[row], scores))
     ids, values = of_row.ids[:, :most].tolist(), of_row.values[:, :most].tolist()
     return [

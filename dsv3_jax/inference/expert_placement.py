@@ -1,9 +1,9 @@
-"""Redundant experts and where they go, for serving: the busiest are held several times, and devices share evenly.
+"""Placement of redundant experts for serving: the busiest experts are duplicated to balance devices (EPLB).
 
-A slot is one expert's weights on one device. Report section 3.4: in serving, experts that attract many tokens get
-more than one slot, chosen from the load that was seen, and slots are dealt out so that devices are about equally busy.
-While groups of experts divide over the nodes, a group's slots stay on one node, so that routing limited to groups still
-crosses to few nodes.
+A slot holds the weights of one expert on one device. In serving (report section 3.4), experts with many tokens get more
+than one slot, by the observed load, and slots are assigned such that devices are about equally busy. If groups of
+experts divide evenly over nodes, the slots of a group stay on one node, so that group-limited routing still reaches few
+nodes.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from dsv3_jax.parallel.mesh import MeshShape
 def with_redundant_experts(
     variables: Mapping[str, Any], load: Mapping[str, np.ndarray], config: ModelConfig, mesh: MeshShape, redundant: int
 ) -> dict[str, Any]:
-    """A model's variables with its experts' weights in slots, for `Runtime(redundant_experts=redundant)`.
+    """Arranges the experts' weights of a model in slots, for `Runtime(redundant_experts=redundant)`.
 
     Args:
       variables: as trained or loaded, without slots.
-      load: as `model.transformer.expert_load` gives it, of all sparse modules; may be summed over any number of calls.
-      mesh: the experts' devices, node x expert.
-      redundant: slots of a layer beyond one per expert.
+      load: from `model.transformer.expert_load`, for all sparse modules; may be summed over several calls.
+      mesh: the devices of the experts, node x expert.
+      redundant: slots per layer beyond one per expert.
 
     Raises:
-      ConfigError: experts and redundant ones together don't divide over the devices.
+      ConfigError: the total number of slots doesn't divide over the devices.
     """
     experts, devices = config.n_routed_experts, mesh.expert_parallel
     if redundant < 0 or (experts + redundant) % devices:
@@ -58,7 +58,7 @@ def with_redundant_experts(
 
 
 def slots_of_experts(held: np.ndarray, experts: int, redundant: int) -> tuple[np.ndarray, np.ndarray]:
-    """From each slot's expert to each expert's slots: (E, 1 + redundant) int32, the first `copies` (E,) of a row."""
+    """Slots of each expert from the expert of each slot: (E, 1 + redundant) int32, of which `copies` (E,) are used."""
     slot_of, copies = np.zeros((experts, 1 + redundant), np.int32), np.zeros(experts, np.int32)
     for slot, expert in enumerate(held.tolist()):
         slot_of[expert, copies[expert]] = slot
@@ -67,17 +67,17 @@ def slots_of_experts(held: np.ndarray, experts: int, redundant: int) -> tuple[np
 
 
 def place_slots(load: np.ndarray, devices: int, slots: int) -> np.ndarray:
-    """Places experts in slots.
+    """Assigns experts to slots.
 
-    The next slot goes to the expert with the most load per slot, until all are given away; then the busiest slots are
-    dealt out first, each to the device with the least load that has room, and rather to one without that expert.
+    Each slot goes to the expert with the most load per slot. Then slots are assigned to devices, busiest first, each to
+    the device with the least load that has room, preferably one without that expert.
 
     Args:
-      load: (E,) tokens of each expert.
-      slots: of a device; devices * slots >= E.
+      load: (E,) tokens per expert.
+      slots: per device; devices * slots >= E.
 
     Returns:
-      (devices * slots,) int32, a device's slots in a row. Every expert has at least one.
+      (devices * slots,) int32, the experts in slots, by device. Every expert has at least one slot.
     """
     experts = len(load)
     copies = np.ones(experts, int)
@@ -97,7 +97,7 @@ def place_slots(load: np.ndarray, devices: int, slots: int) -> np.ndarray:
 
 
 def place_slots_on_nodes(load: np.ndarray, groups: int, nodes: int, devices: int, slots: int) -> np.ndarray:
-    """`place_slots` for `devices` on each of `nodes`; a group stays on one node if groups divide over the nodes."""
+    """`place_slots` for `devices` on each of `nodes`. Groups stay on one node if they divide evenly over nodes."""
     if nodes == 1 or groups % nodes:
         return place_slots(load, nodes * devices, slots)
     width = len(load) // groups

@@ -1,4 +1,4 @@
-"""Continuing prompts: one expanded pass over each prompt, then absorbed steps over the latent cache."""
+"""Generation for one batch: an expanded pass over the prompts, then absorbed steps over the latent cache."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def stream(
     cache_length: int | None = None,
     end_ids: Collection[int] = (),
 ) -> Iterator[np.ndarray]:
-    """Draws the next token of every prompt, `max_new_tokens` times, or until each prompt has come to an end token.
+    """Draws `max_new_tokens` tokens for every prompt, or until each has reached an end token.
 
     Args:
-      prompts: B token sequences, each of at least one token; lengths may differ.
-      max_new_tokens: how many to draw.
+      prompts: B token sequences of at least one token each; lengths may differ.
+      max_new_tokens: maximum number of tokens to draw.
       sampling: how; greedy by default.
       key: a typed key; needed unless greedy.
-      cache_length: tokens that the cache has room for; by default as many as are needed.
-      end_ids: tokens that end a text, as `config.eos_token_ids`; a prompt that has come to one repeats it.
+      cache_length: capacity of the cache in tokens; by default as much as is needed.
+      end_ids: tokens that end a text, such as `config.eos_token_ids`; after one, it is repeated.
 
     Returns:
-      An iterator over (B,) int32, each drawn when it is asked for.
+      An iterator over (B,) int32. Each is computed on demand.
 
     Raises:
-      ConfigError: an empty prompt, a token outside the vocabulary, or prompt and continuation that exceed the
-        cache or the RoPE range.
+      ConfigError: a prompt is empty or has a token outside the vocabulary, or prompt and continuation exceed the cache
+        or the RoPE range.
     """
     lengths = np.array([len(p) for p in prompts], np.int32)
     if not len(prompts) or lengths.min() < 1:
@@ -110,18 +110,18 @@ def _steps(
 def generate(
     model: DeepSeekV3, variables: Mapping[str, Any], prompts: Any, max_new_tokens: int, **how: Any
 ) -> np.ndarray:
-    """Collects `stream` into one array (B, at most max_new_tokens) int32. Arguments and errors are the same."""
+    """Collects `stream` in one array (B, at most max_new_tokens) int32, with the same arguments and errors."""
     return np.stack(list(stream(model, variables, prompts, max_new_tokens, **how)), axis=1)
 
 
 def longest(model: DeepSeekV3) -> int:
-    """The most tokens that a prompt and its continuation may have together."""
+    """Returns the maximum length of a prompt and its continuation in tokens."""
     tile = _tile(model)
     return model.config.max_position_embeddings // tile * tile
 
 
 def _tile(model: DeepSeekV3) -> int:
-    """Kernels work on whole tiles of keys and queries: prompts and the cache get some padding."""
+    """Pads the lengths of prompts and cache, since kernels process whole tiles of queries and keys."""
     impl = model.runtime.attention_impl
     plain = kernels(model.runtime) is None if impl == "auto" else impl in ("reference", "blockwise")
     return 1 if plain else _TILE
@@ -134,7 +134,7 @@ def _in_form(model: DeepSeekV3, form: Literal["expanded", "absorbed"]) -> DeepSe
 def _continue(
     model: DeepSeekV3, variables: Any, tokens: jax.Array, cache: Cache, last: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
-    """Logits (B, V) after the token `last` (B,) of each sequence, by default the only one, and the extended cache."""
+    """Logits (B, V) after the token `last` (B,) of each sequence, by default its only one, and the extended cache."""
     at = None if last is None else last[:, None]
     logits, cache = cast(tuple[jax.Array, Cache], model.apply(variables, tokens, cache, at, method="decode"))
     return logits[:, 0], cache
@@ -144,7 +144,7 @@ def _continue(
 def _prefill(
     model: DeepSeekV3, sampling: Sampling, variables: Any, tokens: Any, lengths: Any, cache: Cache, key: Any
 ) -> tuple[jax.Array, Cache]:
-    """Fills the cache with right-padded prompts. What padding leaves past `length` is overwritten before it is seen."""
+    """Fills the cache with right-padded prompts. Padding past `length` is overwritten before it is read."""
     logits, cache = _continue(model, variables, tokens, cache, lengths - 1)
     return sample(logits, sampling, key), dataclasses.replace(cache, length=lengths)
 

@@ -1,4 +1,4 @@
-"""`generation_config.json`, which a released checkpoint has beside its weights: how to sample, and what ends a text."""
+"""`generation_config.json` of a released checkpoint: sampling parameters and end tokens."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ GENERATION_CONFIG = "generation_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Sampling and end tokens of the file; None where it has none."""
+    """Sampling parameters and end tokens in the file; None if missing."""
 
     temperature: float | None = None
-    """0 if the file asks for greedy decoding (`do_sample` false)."""
+    """0 if the file specifies greedy decoding (`do_sample` false)."""
     top_k: int | None = None
     top_p: float | None = None
     end_ids: tuple[int, ...] | None = None
@@ -29,7 +29,7 @@ def read_generation_config(directory: Path) -> GenerationConfig:
     """Reads a directory's generation_config.json; empty if there is none, or for a training run.
 
     Raises:
-      ConfigError: it isn't JSON, or a field is of another type or range than it must be.
+      ConfigError: it isn't JSON, or a field has the wrong type or range.
     """
     path = directory / GENERATION_CONFIG
     if not path.exists() or (directory / CHECKPOINTS).is_dir():

@@ -1,7 +1,7 @@
-"""The latent cache in pages: one pool for all sequences, of which each has a table of its pages.
+"""The paged latent cache: one pool for all sequences, each with a table of its pages.
 
-A page holds the latents and rope keys of 64 tokens of one layer. A token takes L (R + P) numbers and nothing besides:
-no heads, no padding but the last page's.
+A page holds the latents and rope keys of 64 tokens in one layer. A token takes L (R + P) numbers: there are no heads,
+and no padding except in the last page.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dsv3_jax.model.cache import Cache, Keys, Pages, TokenPositions
 from dsv3_jax.runtime import Runtime
 
 SCRATCH = 0
-"""The page that tables name where a sequence has none. Nothing is ever written to it."""
+"""The page for unused entries of tables. It is never written to."""
 
 
 @struct.dataclass
@@ -32,7 +32,7 @@ class LayersPool:
 
 @struct.dataclass
 class PagePool:
-    """Pages of a model: of its dense layers, its sparse ones, and its MTP modules; None where there are none."""
+    """Pages of a model: of its dense layers, its sparse layers, and its MTP modules; None if there are none."""
 
     dense: LayersPool | None
     moe: LayersPool | None
@@ -48,8 +48,8 @@ def init_pool(config: ModelConfig, runtime: Runtime, pages: int, *, mtp: bool = 
     """Makes an empty pool.
 
     Args:
-      pages: of 64 tokens each, the scratch page included.
-      mtp: whether the first multi-token prediction module has its pages.
+      pages: number of pages of 64 tokens, the scratch page included.
+      mtp: whether to include pages for the first multi-token prediction module.
       dtype: of the latents, by default the runtime's; float8_e4m3fn takes 5/9 of bfloat16's bytes. Rope keys have the
         runtime's.
     """
@@ -64,10 +64,10 @@ def init_pool(config: ModelConfig, runtime: Runtime, pages: int, *, mtp: bool = 
 
 @struct.dataclass
 class PagedCache:
-    """The pages of a batch, as a cache of the model's layers.
+    """The pages of a batch, as a cache for the model's layers.
 
-    pool: all pages. tables: (B, n) int32, the pages of each sequence in their order. new: (B,) int32, how many of a
-    call's tokens are real; the others are padding, and are not written.
+    pool: all pages. tables: (B, n) int32, the pages of each sequence in order. new: (B,) int32, the number of real
+    tokens in a call; the others are padding, and aren't written.
     """
 
     pool: LayersPool
@@ -101,12 +101,12 @@ class PagedCache:
 
 
 def batch_cache(pool: PagePool, tables: jax.Array, length: jax.Array, new: jax.Array) -> Cache:
-    """The cache of a batch whose sequences hold `length` (B,) tokens, for a call of which `new` (B,) are real."""
+    """The cache of a batch whose sequences have `length` (B,) tokens, for a call with `new` (B,) real tokens."""
     of: Any = lambda layers: None if layers is None else PagedCache(layers, tables, new)
     return Cache(of(pool.dense), of(pool.moe), () if pool.mtp is None else (of(pool.mtp),), length)
 
 
 def pool_of(cache: Cache) -> PagePool:
-    """The pool after a call."""
+    """Returns the pool after a call."""
     of: Any = lambda layers: None if layers is None else layers.pool
     return PagePool(of(cache.dense), of(cache.moe), of(cache.mtp[0]) if cache.mtp else None)

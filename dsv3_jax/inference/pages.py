@@ -1,4 +1,4 @@
-"""Accounting of pages on the host: who holds which, and which hold the beginning of a prompt that may come again."""
+"""Page allocation on the host, with reference counts and prefix sharing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dsv3_jax.inference.paged_cache import SCRATCH
 from dsv3_jax.model.auto import PAGE
 
 _Key = tuple[int, tuple[int, ...]]
-"""The number of the content before, and the page's tokens: together they name everything up to the page's end."""
+"""The number of the preceding content, and the tokens of the page, which together identify everything up to its end."""
 
 
 class PageAllocator:
-    """Pages with counts of their holders. Full pages of known tokens can be shared; nothing writes to them again.
+    """Pages with reference counts. Full pages of known tokens can be shared; they aren't written again.
 
-    A page that nobody holds any longer stays known until its room is needed, longest unused first.
+    A page without holders stays known until it is needed, least recently used first.
     """
 
     def __init__(self, pages: int) -> None:
@@ -28,20 +28,20 @@ class PageAllocator:
         self._contents = 0
         self._unused: collections.OrderedDict[int, None] = collections.OrderedDict()
         self.queries = self.hits = 0
-        """Tokens of prompts that were looked for, and found."""
+        """Tokens of prompts that were looked up, and found."""
 
     @property
     def available(self) -> int:
-        """Pages that nobody holds."""
+        """Number of pages without holders."""
         return len(self._free) + len(self._unused)
 
     @property
     def usage(self) -> float:
-        """Share of the pages that somebody holds."""
+        """Fraction of pages with holders."""
         return 1 - self.available / self.total
 
     def allocate(self, count: int) -> list[int] | None:
-        """Takes pages; None, and takes nothing, if there aren't so many."""
+        """Allocates pages. Returns None, allocating nothing, if there aren't enough."""
         if count > self.available:
             return None
         return [self._take() for _ in range(count)]
@@ -56,7 +56,7 @@ class PageAllocator:
         return page
 
     def match(self, tokens: Sequence[int]) -> list[int]:
-        """Takes the known pages that a prompt begins with. Its last token is never in them: its logits are wanted."""
+        """Takes the known pages of a prompt's prefix, without its last token, whose logits are needed."""
         found: list[int] = []
         before = 0
         for start in range(0, len(tokens) - PAGE, PAGE):
@@ -71,11 +71,11 @@ class PageAllocator:
         return found
 
     def count(self, tokens: int, found: int) -> None:
-        """Counts a prompt of so many tokens, of which so many were found."""
+        """Counts the tokens of a prompt, and how many were found."""
         self.queries, self.hits = self.queries + tokens, self.hits + found
 
     def publish(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
-        """Makes the full pages of a sequence known, whose first tokens these are."""
+        """Registers the full pages of a sequence that begins with these tokens."""
         before = 0
         for i in range(len(tokens) // PAGE):
             key, page = (before, tuple(tokens[i * PAGE : (i + 1) * PAGE])), pages[i]
@@ -86,7 +86,7 @@ class PageAllocator:
             before = self._content[self._known[key]]
 
     def release(self, pages: Sequence[int], *, forget: bool = False) -> None:
-        """Gives pages back; with `forget`, what they hold is not to be found again."""
+        """Frees pages; with `forget`, their content won't be found again."""
         for page in reversed(pages):  # the end of a prompt goes before its beginning
             self._holders[page] -= 1
             assert self._holders[page] >= 0, f"page {page} was given back twice"
@@ -100,7 +100,7 @@ class PageAllocator:
                     self._free.append(page)
 
     def forget(self) -> None:
-        """Makes nothing known any longer: the pages hold what other weights made of their tokens."""
+        """Forgets all content, since it was computed with other weights."""
         for page in list(self._key_of):
             self._forget(page)
         self._free += self._unused

@@ -1,4 +1,4 @@
-"""A text that the engine generates, as its caller sees it."""
+"""Requests to the engine and their results."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 from dsv3_jax.inference.sampling import Sampling
 
 Score = tuple[int, float | None, list[tuple[int, float]]]
-"""A token, its log-probability by the model (None for a prompt's first), and those of the most likely tokens."""
+"""A token, its log-probability (None for the first of a prompt), and those of the most likely tokens."""
 
 
 class Grammar(Protocol):
-    """Restricts a text, token by token."""
+    """A constraint on a text, token by token."""
 
     @property
     def finished(self) -> bool:
@@ -25,21 +25,21 @@ class Grammar(Protocol):
         ...
 
     def mask(self) -> np.ndarray:
-        """The tokens that may come next, as bits of an array of integers, the lowest bit first."""
+        """Returns the allowed next tokens as bits of an array of integers, lowest bit first."""
         ...
 
     def accept(self, token: int) -> None:
-        """Takes the token that came."""
+        """Advances by a token."""
         ...
 
 
 @dataclasses.dataclass
 class Step:
-    """Tokens of one request that came together.
+    """Tokens of one request from one step of the engine.
 
-    logprobs: of the tokens, if asked for. prompt_logprobs: of the prompt's tokens, with the first step. cached_tokens:
-    those of the prompt that were in the cache. finish_reason: "stop" or "length" with the last step. stop_token: the
-    token that ended the text, the last of `tokens`. error: what went wrong, with the last step.
+    logprobs: of the tokens, if requested. prompt_logprobs: of the prompt's tokens, with the first step. cached_tokens:
+    number of prompt tokens found in the cache. finish_reason: "stop" or "length" with the last step. stop_token: the
+    token that ended the text, the last of `tokens`. error: with the last step, if the request failed.
     """
 
     tokens: list[int]
@@ -52,12 +52,12 @@ class Step:
 
     @property
     def ended(self) -> bool:
-        """Whether no more steps come."""
+        """Whether this is the last step."""
         return self.finish_reason is not None or self.error is not None
 
 
 class Request:
-    """One text. Iterate over its steps, with `for` or, where it was submitted in an event loop, `async for`."""
+    """A request. Iterate over its steps with `for` or, if it was submitted in an event loop, `async for`."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Request:
         self.logprobs, self.prompt_logprobs, self.grammar = logprobs, prompt_logprobs, grammar
         self.cancelled = False
         self.text: list[int] = []
-        """Tokens that came so far."""
+        """Tokens so far."""
         self.cached: int = 0
         self.prompt_scores: list[Score] = []
         self.was_scored = False
@@ -86,11 +86,11 @@ class Request:
 
     @property
     def constrained(self) -> bool:
-        """Whether the host must see each token before the next can be drawn."""
+        """Whether the host needs each token before the next can be drawn."""
         return self.sampling.edits or self.grammar is not None
 
     def put(self, step: Step) -> None:
-        """Hands a step to the caller, from the engine's thread."""
+        """Delivers a step to the caller, from the engine's thread."""
         if self._loop is None:
             self._steps.put(step)
         elif not self._loop.is_closed():
@@ -113,12 +113,12 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Counts of an engine since its start, and its state now.
+    """Counts of an engine since its start, and its current state.
 
-    running, waiting: requests. cache_usage: share of the pages that are held. preemptions: requests that gave up their
-    pages and began again. prefix_queries, prefix_hits: tokens of prompts that were looked for in the cache, and found.
-    drafts: verifications of drafts; draft_tokens, accepted_tokens: their tokens; accepted_per_position: by place among
-    the drafts. steps: decoding steps. tokens: generated. programs: shapes that were compiled.
+    running, waiting: requests. cache_usage: fraction of pages in use. preemptions: requests that lost their pages and
+    restarted. prefix_queries, prefix_hits: tokens of prompts that were looked up in the cache, and found.
+    drafts: verifications of drafts; draft_tokens, accepted_tokens: their tokens; accepted_per_position: by position
+    among the drafts. steps: decoding steps. tokens: generated. programs: number of compiled shapes.
     """
 
     running: int = 0

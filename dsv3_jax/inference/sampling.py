@@ -1,4 +1,4 @@
-"""The next token from its logits."""
+"""Sampling of the next token from logits."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from dsv3_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: greedily at temperature 0, else from the tempered and cut distribution.
+    """Sampling parameters: greedy at temperature 0, otherwise sampling from the modified distribution.
 
-    Penalties and biases come first, then temperature, then top-k, then top-p of what top-k left, then min-p, as in
+    Penalties and biases are applied first, then temperature, top-k, top-p on the remaining tokens, and min-p, as in
     transformers and vLLM.
     """
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Divides the logits; 0 selects the most likely token."""
     top_k: int | None = None
-    """Draws among this many most likely tokens, and those as likely as the last of them."""
+    """Samples only from this many most likely tokens, and ties with the last of them."""
     top_p: float = 1.0
-    """Draws among the fewest most likely tokens that together have this share of the probability left by top_k."""
+    """Samples only from the most likely tokens that together have this fraction of the probability left by top_k."""
     min_p: float = 0.0
-    """Draws among tokens that are at least this share as likely as the most likely one."""
+    """Samples only from tokens with at least this fraction of the probability of the most likely one."""
     repetition_penalty: float = 1.0
-    """Divides positive logits, and multiplies negative ones, of tokens that prompt or text have."""
+    """Divides positive logits, and multiplies negative ones, of tokens in the prompt or the text."""
     presence_penalty: float = 0.0
-    """Is subtracted from the logits of tokens that the text has."""
+    """Subtracted from the logits of tokens in the text."""
     frequency_penalty: float = 0.0
-    """Is subtracted as often as the text has the token."""
+    """Subtracted from the logits of tokens once per occurrence in the text."""
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
-    """Is added to the logits of these tokens."""
+    """Added to the logits of these tokens."""
     seed: int | None = None
-    """Gives the same tokens whatever else runs; by default each text has another."""
+    """Seed, which makes a text reproducible whatever else runs; by default each text has its own."""
     stop_token_ids: tuple[int, ...] = ()
-    """End a text, besides the model's end tokens."""
+    """Tokens that end a text, besides the model's end tokens."""
     ignore_eos: bool = False
-    """Goes on after the model's end tokens."""
+    """Continue after the model's end tokens."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -66,14 +66,14 @@ class Sampling:
 
     @property
     def edits(self) -> bool:
-        """Whether logits change with the tokens that there are, or by a bias."""
+        """Whether there are penalties or biases."""
         penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
         return bool(penalties or self.logit_bias)
 
 
 @struct.dataclass
 class Rows:
-    """`Sampling` of a batch, each (B,): float32, int32 top_k with 0 for none, uint32 seed."""
+    """`Sampling` for a batch, each (B,): float32, int32 top_k with 0 for none, uint32 seed."""
 
     temperature: jax.Array | np.ndarray
     top_k: jax.Array | np.ndarray
@@ -83,7 +83,7 @@ class Rows:
 
 
 def rows(samplings: Sequence[Sampling], seeds: Sequence[int]) -> Rows:
-    """Collects the samplings of a batch, on the host."""
+    """Collects the sampling parameters of a batch on the host."""
 
     def column(values: Iterable[float], dtype: type[np.generic]) -> np.ndarray:
         return np.array(list(values), dtype)
@@ -98,14 +98,14 @@ def rows(samplings: Sequence[Sampling], seeds: Sequence[int]) -> Rows:
 
 
 def sample(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Draws one token of each row: logits (B, V) float, a typed key -> (B,) int32. Without penalties and biases."""
+    """Draws one token per row: logits (B, V) float, a typed key -> (B,) int32. Ignores penalties and biases."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.random.categorical(key, cut(logits, sampling), axis=-1).astype(jnp.int32)
 
 
 def cut(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits of the distribution that is drawn from at a positive temperature, -inf for tokens cut off.
+    """Returns the logits of the sampled distribution at a positive temperature, -inf for excluded tokens.
 
     (B, V) float -> (B, V) float32.
     """
@@ -114,10 +114,10 @@ def cut(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def sample_rows(logits: jax.Array, how: Rows, positions: jax.Array) -> jax.Array:
-    """Draws one token of each row by the row's own sampling.
+    """Draws one token per row, with sampling parameters per row.
 
-    The random number depends on the row's seed and on the token's position in its text alone: whatever else is in the
-    batch, and however often a text begins again, its tokens are the same.
+    Random numbers depend only on the row's seed and the position of the token in its text, so that the tokens of a text
+    are the same whatever else is in the batch, and after a restart.
 
     Args:
       logits: (B, V) float32. positions: (B,) int32, of the tokens to draw.
@@ -138,7 +138,7 @@ def _draw(logits: jax.Array, how: Rows, positions: jax.Array) -> jax.Array:
 
 
 def _cut(logits: jax.Array, how: Rows) -> jax.Array:
-    """`cut` by each row's sampling; rows of temperature 0 are for the caller to leave out."""
+    """`cut` with sampling parameters per row. The caller must ignore rows with temperature 0."""
     logits = logits.astype(jnp.float32)
     temperature = jnp.where(how.temperature > 0, how.temperature, 1)[:, None]
     logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature  # no overflow at small temperatures
@@ -169,15 +169,15 @@ def _cut_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def _ordered(logits: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of the float32 logits."""
+    """Maps float32 logits to unsigned integers in the same order."""
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _least(ordered: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest value (B,) for which the entries at or above it, a mask (B, V), are `enough` (B,).
+    """Returns the largest threshold (B,) for which the entries at or above it, a mask (B, V), are `enough` (B,).
 
-    It is found bit by bit, in 32 passes over the vocabulary: a sort would take many times as long.
+    It is found bit by bit in 32 passes over the vocabulary, many times faster than a sort.
     """
 
     def decide(i: jax.Array, least: jax.Array) -> jax.Array:
@@ -190,14 +190,14 @@ def _least(ordered: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.
 
 @struct.dataclass
 class Edits:
-    """Changes to the logits of a batch, each (B, V) float32: `factor` of repetition, then `bias` added."""
+    """Changes to the logits of a batch, each (B, V) float32: the repetition `factor`, then the added `bias`."""
 
     factor: jax.Array | np.ndarray
     bias: jax.Array | np.ndarray
 
 
 def edit(logits: jax.Array, edits: Edits) -> jax.Array:
-    """Logits (B, V) after penalties, biases and masks."""
+    """Returns logits (B, V) after penalties, biases and masks."""
     logits = jnp.where(logits > 0, logits / edits.factor, logits * edits.factor)
     return logits + edits.bias
 
@@ -207,7 +207,7 @@ def edits_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A row of `Edits`, on the host.
 
-    prompt, text: the tokens that there are. allowed: (V,) bool, the tokens that a grammar takes next, or None for all.
+    prompt, text: their tokens. allowed: (V,) bool, the tokens that a grammar allows next, or None for all.
     """
     factor, bias = np.ones(vocabulary, np.float32), np.zeros(vocabulary, np.float32)
     if sampling.repetition_penalty != 1:

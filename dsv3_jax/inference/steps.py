@@ -1,9 +1,9 @@
-"""The two device programs of the engine: a piece of a prompt, and a step of all texts that are being generated.
+"""The two device programs of the engine: a chunk of one prompt, and a decoding step for all texts.
 
-A step verifies drafts and makes the next ones. With k drafts a text's last token and its drafts pass through the model
-together; the model's own choice at each of these positions is drawn as without drafts, and stands as long as the
-drafts before it are what was drawn. So the tokens, greedy or sampled, are those of plain decoding, and one pass gives
-1 to k + 1 of them. The first MTP module makes the drafts, applied to its own output for those after the first.
+A step verifies drafts and makes new ones. With k drafts, the last token of a text and its drafts pass through the model
+together. At each of these positions a token is drawn as without drafts, and is accepted as long as the drafts before it
+equal the drawn tokens. So the tokens, greedy or sampled, are those of plain decoding, and one pass yields 1 to k + 1 of
+them. The drafts come from the first MTP module, which is applied to its own output for those after the first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dsv3_jax.inference.sampling import Edits, Rows, edit, sample_rows
 from dsv3_jax.model.transformer import DeepSeekV3
 
 MOST_LOGPROBS = 20
-"""Alternatives to a token whose log-probabilities can be asked for."""
+"""Maximum number of alternatives with log-probabilities."""
 
 
 def _apply(model: DeepSeekV3, *arguments: Any, method: str) -> Any:
@@ -30,10 +30,10 @@ def _apply(model: DeepSeekV3, *arguments: Any, method: str) -> Any:
 
 @struct.dataclass
 class Slots:
-    """Texts that are being generated, one per slot; the last slot is for padding.
+    """Texts being generated, one per slot; the last slot is for padding.
 
-    token: (S,) int32, the last token, which isn't in the cache yet. length: (S,) int32, tokens in the cache.
-    drafts: (S, k) int32, what may follow the last token.
+    token: (S,) int32, the last token, not in the cache yet. length: (S,) int32, tokens in the cache.
+    drafts: (S, k) int32, drafted tokens after the last one.
     """
 
     token: jax.Array
@@ -43,7 +43,7 @@ class Slots:
 
 @struct.dataclass
 class Scores:
-    """Log-probabilities by the model's own logits: of the token, and of the most likely ones. float32.
+    """Log-probabilities by the model's logits, of the token and of the most likely ones. float32.
 
     token: (..., ) of the token. ids, values: (..., MOST_LOGPROBS), most likely first.
     """
@@ -55,9 +55,10 @@ class Scores:
 
 @struct.dataclass
 class Drawn:
-    """Results of a step: tokens (B, k + 1) int32, of which the first `count` (B,) hold; finite (B,): logits were.
+    """Results of a step: tokens (B, k + 1) int32, of which the first `count` (B,) are valid; finite (B,): whether
+    logits were.
 
-    scores: of the tokens; None unless asked for. prompt_scores: of a prompt's next tokens, (B, T), likewise.
+    scores: of the tokens; None unless requested. prompt_scores: of a prompt's next tokens, (B, T), likewise.
     """
 
     tokens: jax.Array
@@ -68,7 +69,7 @@ class Drawn:
 
 
 def init_slots(count: int, drafts: int) -> Slots:
-    """Empty slots, and one more for padding."""
+    """Returns empty slots, with one more for padding."""
     zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
     return Slots(zeros(count + 1), zeros(count + 1), zeros((count + 1, drafts)))
 
@@ -92,12 +93,13 @@ def prefill(
     scored: bool,
     scored_prompt: bool,
 ) -> tuple[PagePool, Slots, Drawn]:
-    """Adds a piece of one prompt to its pages; after the last piece, draws the first token into the slot.
+    """Processes a chunk of one prompt; after the last chunk, draws the first token into the slot.
 
     Args:
-      tokens, following: (1, T) int32, padded on the right: the piece, and the token after each of it.
-      tables: (1, n) int32. slot, cached, new: (1,) int32: pages; tokens before; tokens of the piece. last: (1,) bool.
-      how, edits: of the token to draw.
+      tokens, following: (1, T) int32, padded on the right: the chunk, and the token after each.
+      tables: (1, n) int32. slot, cached, new: (1,) int32: the slot, the number of cached tokens, and of tokens in the
+        chunk. last: (1,) bool.
+      how, edits: for the token to draw.
     """
     hidden, cache = _apply(model, variables, tokens, batch_cache(pool, tables, cached, new), method="extend")
     at_last = jnp.take_along_axis(hidden, (new - 1)[:, None, None], axis=1)
@@ -127,11 +129,11 @@ def decode(
     drafts: int,
     scored: bool,
 ) -> tuple[PagePool, Slots, Drawn]:
-    """One step of the texts in `slot` (B,) int32.
+    """Takes one decoding step for the texts in `slot` (B,) int32.
 
     Args:
-      tables: (B, n) int32. real: (B,) bool, not padding. plain: (B,) bool, texts whose drafts don't count.
-      drafts: of the slots', how many are verified: all or none.
+      tables: (B, n) int32. real: (B,) bool, not padding. plain: (B,) bool, texts whose drafts are ignored.
+      drafts: number of drafts to verify, all of the slots' or none.
     """
     drafted = slots.drafts[slot][:, :drafts]
     tokens = jnp.concatenate([slots.token[slot][:, None], drafted], axis=1)
@@ -163,7 +165,7 @@ def _finish(
     drafted: jax.Array | None,
     last: jax.Array,
 ) -> tuple[Drawn, PagePool, Slots]:
-    """Draws from the hidden states `wanted` (B, N, D), accepts `drafted` (B, N - 1), drafts anew, updates the slots."""
+    """Draws from hidden states `wanted` (B, N, D), verifies `drafted` (B, N - 1), drafts, and updates the slots."""
     logits = _apply(model, variables, wanted, method="head")
     raw, (batch, count, _) = logits, logits.shape
     if edits is not None:  # of the first position: texts that have any don't count their drafts
@@ -205,7 +207,7 @@ def _draft(
     ends: jax.Array,
     count: int,
 ) -> tuple[jax.Array, PagePool]:
-    """The `count` most likely tokens after each text, one after the other, and the pool with the module's entries.
+    """Drafts `count` tokens after each text, one after the other. Returns them, and the pool with the module's entries.
 
     hidden (B, T, D), following (B, T): of the tokens after `cached` (B,), of which `new` (B,) are real; the text ends
     with the `following` one at `ends` (B,).
@@ -235,5 +237,5 @@ def _scores(logits: jax.Array, tokens: jax.Array) -> Scores:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def clear(pool: PagePool, pages: jax.Array) -> PagePool:
-    """Zeroes pages (n,) int32: what isn't finite would reach their next holder, as zero times it isn't zero."""
+    """Zeroes pages (n,) int32, since non-finite values would affect their next holder (zero times NaN is NaN)."""
     return cast(PagePool, jax.tree.map(lambda x: x.at[:, pages].set(0), pool))

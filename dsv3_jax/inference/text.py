@@ -1,4 +1,4 @@
-"""Text in, text out: `generate` with the tokenizer and end tokens of the checkpoint that a model was loaded from."""
+"""Text generation: `generate` with the tokenizer and end tokens of the checkpoint that a model was loaded from."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def generate(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> Iterator[str]:
-    """Continues each prompt, all in one batch, and yields the new text of each, in their order.
+    """Continues all prompts in one batch, and yields the new text of each in order.
 
     Args:
-      max_new_tokens: tokens to add at most; a text ends before at one of the checkpoint's end tokens.
-      sampling: how tokens are drawn; greedily by default.
+      max_new_tokens: maximum number of new tokens; a text ends earlier at one of the checkpoint's end tokens.
+      sampling: sampling parameters; greedy by default.
       seed: of the sampling.
-      tokenizer: by default that of the checkpoint that `load_pretrained` read the model from.
+      tokenizer: by default that of the checkpoint given to `load_pretrained`.
 
     Raises:
-      ConfigError: the model has no tokenizer, or `stream` refuses the prompts.
+      ConfigError: the model has no tokenizer, or `stream` rejects the prompts.
     """
     source = None if model.source is None else Path(model.source)
     if tokenizer is None:
@@ -59,7 +59,7 @@ def generate(
 
 
 def own_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a run or checkpoint. Raises ConfigError or CheckpointError, naming what is missing."""
+    """Returns the tokenizer of a run or checkpoint. Raises ConfigError or CheckpointError, naming what is missing."""
     if (path / CHECKPOINTS).is_dir():
         return run_tokenizer(path)
     try:
@@ -71,7 +71,7 @@ def own_tokenizer(path: Path) -> Tokenizer:
 
 
 def end_tokens(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
-    """Tokens that end a text of the model in `path`: a run's documents end with the tokenizer's eos alone."""
+    """Returns the end tokens of the model in `path`: for a run, the tokenizer's eos, which ends its documents."""
     if (path / CHECKPOINTS).is_dir():
         return {tokenizer.eos_id}
     stored = read_generation_config(path).end_ids
