@@ -1,4 +1,4 @@
-"""Parts of an assistant's text, told apart as it streams: reasoning, content and tool calls."""
+"""Streaming parser of an assistant's text into reasoning, content and tool calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ THINK, THINK_END = "<think>", "</think>"
 
 @dataclasses.dataclass
 class CallDelta:
-    """A part of a tool call: the first has its id and name, all add to its arguments."""
+    """A part of a tool call: the first has the id and name, all append to the arguments."""
 
     index: int
     arguments: str = ""
@@ -43,7 +43,7 @@ class Delta:
         return bool(self.reasoning or self.content or self.calls)
 
     def __add__(self, other: Delta) -> Delta:
-        """Joins two parts, calls of the same index too."""
+        """Joins two parts, merging calls of the same index."""
         calls = {call.index: dataclasses.replace(call) for call in self.calls}
         for call in other.calls:
             if call.index in calls:
@@ -58,11 +58,11 @@ class _State(enum.Enum):
 
 
 class AssistantText:
-    """Tells apart the parts of a text that comes in pieces; where the pieces are cut makes no difference.
+    """Parses the parts of a text that arrives in pieces, independent of where it is split.
 
     Args:
-      thinking: whether the text begins within reasoning, which the prompt opened; None if it may open it itself.
-      tools: whether tool calls are looked for; otherwise they are content.
+      thinking: whether the text begins within reasoning opened by the prompt; None if it may open reasoning itself.
+      tools: whether to parse tool calls; otherwise they are content.
     """
 
     def __init__(self, thinking: bool | None, tools: bool) -> None:
@@ -72,7 +72,7 @@ class AssistantText:
         self._fenced, self.calls = False, 0
 
     def add(self, text: str) -> Delta:
-        """Returns what the next piece adds."""
+        """Returns the parts that the next piece adds."""
         if self._state is _State.START:
             text = self._opened(text)
         self._marks.add(text)
@@ -82,7 +82,7 @@ class AssistantText:
         return delta
 
     def end(self) -> Delta:
-        """Returns what was held back, at the text's end."""
+        """Returns what was held back, at the end of the text."""
         rest = self._start + self._marks.rest()
         self._start = ""
         match self._state:
@@ -97,7 +97,7 @@ class AssistantText:
         return Delta(content=rest)
 
     def _opened(self, text: str) -> str:
-        """The text to pass on, once it is clear whether the beginning is `<think>`; that ends the state START."""
+        """Returns the text to pass on, and leaves START, once it is clear whether it begins with `<think>`."""
         self._start += text
         stripped = self._start.lstrip()
         if stripped.startswith(THINK):
@@ -110,7 +110,7 @@ class AssistantText:
         return passed
 
     def _step(self, delta: Delta) -> bool:
-        """Moves to the next mark in the text that is there. Returns whether one was found."""
+        """Advances to the next mark in the text so far. Returns whether one was found."""
         match self._state:
             case _State.START:
                 return False

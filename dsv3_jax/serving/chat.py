@@ -1,4 +1,4 @@
-"""Chat templates: a conversation to a prompt, by the Jinja template that a checkpoint brings, in a sandbox."""
+"""Chat templates: renders conversations to prompts with a checkpoint's Jinja template, in a sandbox."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TAG = "\N{OBJECT REPLACEMENT CHARACTER}continue here\N{OBJECT REPLACEMENT CHARA
 
 
 class ChatError(ValueError):
-    """A conversation that the template can't render, in one line."""
+    """A conversation that the template can't render. The message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,22 +35,21 @@ class ChatPrompt:
     """A rendered conversation."""
 
     text: str
-    """The prompt, special tokens by their names."""
+    """The prompt, with special tokens by name."""
     thinking: bool | None
-    """Whether the prompt leaves the assistant in the middle of its reasoning; None if it says nothing, so that the
-    assistant may open it itself."""
+    """Whether the prompt ends within the assistant's reasoning; None if the assistant may open reasoning itself."""
 
 
 class ChatTemplate:
-    """A Jinja template, rendered as transformers does.
+    """A Jinja template, rendered as in transformers.
 
     Args:
       source: the template.
-      special_tokens: texts that templates insert, as bos_token.
-      name: what errors call it.
+      special_tokens: variables of the template, such as bos_token.
+      name: the name in error messages.
 
     Raises:
-      ConfigError: the source is no template.
+      ConfigError: the source isn't a valid template.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], name: str) -> None:
@@ -62,7 +61,7 @@ class ChatTemplate:
             raise ConfigError(f"{name} is no Jinja template: {one_line(str(error))}") from None
         self._shows_tools = "tools" in names
         self.fenced_arguments = "```json" in source
-        """Whether tool calls are in the format of V3 and R1, their arguments in a block of code; else in V3.1's."""
+        """Whether tool calls have the format of V3 and R1, with arguments in a code block, rather than V3.1's."""
         # OpenAI's arguments are JSON in a string. Templates that write them as JSON themselves need the value.
         self._parses_arguments = bool(re.search(r"arguments\s*\|\s*(tojson|items)|arguments\.items", source))
 
@@ -78,15 +77,15 @@ class ChatTemplate:
         """Renders a conversation.
 
         Args:
-          messages: of OpenAI's form: `role`, and `content` as text, or `tool_calls`.
-          tools: of OpenAI's form. To a template that doesn't show tools they are described in the system's message,
-            in the words of V3.1's and V3's documentation.
-          add_generation_prompt: end with the beginning of the assistant's answer.
-          continue_final_message: leave the last message open, for the model to continue.
-          extra: further variables of the template, as `thinking`.
+          messages: in OpenAI's format: `role`, and `content` as text, or `tool_calls`.
+          tools: in OpenAI's format. If the template ignores tools, they are described in the system message, in the
+            words of V3.1's or V3's documentation.
+          add_generation_prompt: append the beginning of the assistant's answer.
+          continue_final_message: leave the last message open for the model to continue.
+          extra: further variables of the template, such as `thinking`.
 
         Raises:
-          ChatError: the template refuses the conversation.
+          ChatError: the template rejects the conversation.
         """
         talk = [self._message(message) for message in messages]
         if tools and not self._shows_tools:
@@ -133,14 +132,15 @@ class ChatTemplate:
 
 
 def read_chat_template(directory: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
-    """The chat template of a checkpoint: of `chat_template.jinja` or else tokenizer_config.json; None if it has none.
+    """Returns the chat template of a checkpoint, from `chat_template.jinja` or tokenizer_config.json; None if it has
+    none.
 
     Args:
       directory: the checkpoint.
-      special_tokens: bos_token and eos_token as the tokenizer has them; tokenizer_config.json may name more.
+      special_tokens: the tokenizer's bos_token and eos_token; tokenizer_config.json may name more.
 
     Raises:
-      ConfigError: it can't be read or is no template.
+      ConfigError: it can't be read or isn't a valid template.
     """
     config = read_tokenizer_config(directory)
     named = {key: _text(value) for key, value in config.items() if key.endswith("_token")}
@@ -157,7 +157,7 @@ def read_chat_template(directory: Path, special_tokens: Mapping[str, str]) -> Ch
 
 
 def chat_template_beside(tokenizer: Path) -> ChatTemplate:
-    """The chat template beside a tokenizer's file, or in its folder. Raises ConfigError if there is none."""
+    """Returns the chat template beside a tokenizer's file, or in its folder. Raises ConfigError if there is none."""
     directory = tokenizer if tokenizer.is_dir() else tokenizer.parent
     template = read_chat_template(directory, {"bos_token": "", "eos_token": ""})
     if template is None:
@@ -166,7 +166,7 @@ def chat_template_beside(tokenizer: Path) -> ChatTemplate:
 
 
 def template_file(path: Path, special_tokens: Mapping[str, str]) -> ChatTemplate:
-    """The chat template in a file. Raises ConfigError if it can't be read or is no template."""
+    """Reads the chat template in a file. Raises ConfigError if it can't be read or isn't valid."""
     try:
         source = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -180,7 +180,7 @@ def _text(token: Any) -> str | None:
 
 
 def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    """`messages` with a text at the end of the first system message, which is made if there is none."""
+    """Appends text to the first system message, which is added if there is none."""
     for i, message in enumerate(messages):
         if message["role"] == "system":
             changed = {**message, "content": f"{message['content']}\n\n{text}"}
@@ -198,7 +198,7 @@ def _parsed(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks the assistant's text for training; here its content alone counts."""
+    """`{% generation %}`, which marks the assistant's text for training; here it has no effect."""
 
     tags = {"generation"}
 
@@ -221,7 +221,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """As in transformers, without the escapes for HTML that Jinja's own has."""
+    """`tojson` as in transformers, without the HTML escapes of Jinja's own."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

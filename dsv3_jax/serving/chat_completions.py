@@ -23,7 +23,7 @@ class ChatCompletion:
     """One request for the assistant's next message.
 
     Raises:
-      RequestError: it can't be fulfilled.
+      RequestError: the request is invalid.
     """
 
     def __init__(self, service: Service, request: ChatRequest) -> None:
@@ -60,12 +60,12 @@ class ChatCompletion:
         self._usage = Usage(prompt=len(ids))
 
     def start(self) -> None:
-        """Hands the texts to the engine. Raises RequestError if it refuses them, Busy if there is no room."""
+        """Submits the texts to the engine. Raises RequestError if it rejects them, Busy if there is no room."""
         self._service.check_count(len(self._choices))
         start_all(self._choices)
 
     async def whole(self) -> dict[str, Any]:
-        """The answer in one."""
+        """Returns the whole answer."""
         pieces, deltas = [Piece() for _ in self._choices], [Delta() for _ in self._choices]
         async for i, piece in merge([choice.pieces() for choice in self._choices]):
             pieces[i] += piece
@@ -78,7 +78,7 @@ class ChatCompletion:
         return answer.json(entries, self._count())
 
     async def events(self) -> AsyncIterator[str]:
-        """The answer as server-sent events: the role first, then parts of the message."""
+        """Streams the answer as server-sent events: the role first, then parts of the message."""
         answer = Answer("chat.completion.chunk", self._service.model_name, "chatcmpl")
         options = self._request.stream_options
         always = self._count if options and options.continuous_usage_stats else lambda: None
@@ -95,7 +95,7 @@ class ChatCompletion:
         yield DONE
 
     def close(self) -> None:
-        """Cancels what hasn't finished."""
+        """Cancels unfinished texts."""
         for choice in self._choices:
             choice.cancel()
 
@@ -104,7 +104,7 @@ class ChatCompletion:
         return delta + self._texts[i].end() if piece.finish_reason else delta
 
     def _rest(self, i: int, piece: Piece) -> dict[str, Any]:
-        """The fields of a choice beside its text."""
+        """Returns the fields of a choice besides its text."""
         called = piece.finish_reason == "stop" and self._texts[i].calls
         return {
             "logprobs": self._namer.chat(piece.scores) if self._request.logprobs else None,

@@ -28,30 +28,30 @@ _KEY = "DSV3_JAX_API_KEY"
 class ServeArgs:
     """Serve a model from a training run, a Hugging Face directory, or a converted checkpoint.
 
-    The API is OpenAI's: completions, chat with tools and structured output, and beside it /metrics, /health, and a page
-    to chat with at /. Ctrl-C or SIGTERM lets running requests finish.
+    The API is OpenAI-compatible: completions, and chat with tools and structured output. There are also /metrics,
+    /health, and a web page for chatting at /. Ctrl-C or SIGTERM lets running requests finish.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
     """Directory of the run or checkpoint."""
     host: str = "127.0.0.1"
-    """Address to listen on: by default this machine alone reaches it; 0.0.0.0 is every address of this machine."""
+    """Address to listen on; by default only this machine can connect. 0.0.0.0 means all addresses of this machine."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
     api_key: str | None = None
-    """Key that requests must send; by default that in the environment variable DSV3_JAX_API_KEY, else none."""
+    """API key that requests must send; by default that in the environment variable DSV3_JAX_API_KEY, else none."""
     model_name: str | None = None
-    """Name that requests call the model by; by default the directory's."""
+    """Name of the model in requests; by default that of the directory."""
     chat_template: Path | None = None
-    """File of a Jinja template for conversations; by default the checkpoint's own."""
+    """File with a Jinja template for conversations; by default the checkpoint's own."""
     tokenizer: str | None = None
-    """A tokenizer.json, a tiktoken.model, a folder that holds one, or "bytes"; by default the model's own."""
+    """A tokenizer.json, a tiktoken.model, a folder that contains one, or "bytes"; by default the model's own."""
     grace_seconds: float = 30.0
-    """How long running requests may go on after SIGTERM."""
+    """Seconds that running requests have to finish after SIGTERM."""
     dtype: Literal["float32", "bfloat16", "fp8"] = "float32"
     """Dtype of the parameters. fp8 keeps the matrices of an FP8 checkpoint in their blocks and multiplies in FP8."""
     check_hashes: bool = True
-    """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
+    """Compare the files of a converted checkpoint or run with their hashes while reading."""
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     limits: Limits = dataclasses.field(default_factory=Limits)
 
@@ -61,7 +61,7 @@ def serve_command(args: ServeArgs) -> None:
 
     Raises:
       CheckpointError, FileNotFoundError: the checkpoint is damaged or incomplete.
-      ConfigError: the directory has no tokenizer, or an option isn't possible.
+      ConfigError: the directory has no tokenizer, or an option is invalid.
       OSError: the address can't be used.
     """
     if not args.model.is_dir():
@@ -95,7 +95,7 @@ def serve_command(args: ServeArgs) -> None:
 
 
 class _Progress:
-    """Says how many programs are compiled, at most every five seconds."""
+    """Prints how many programs have been compiled, at most every five seconds."""
 
     def __init__(self) -> None:
         self._began = self._said = time.monotonic()
@@ -111,5 +111,5 @@ class _Progress:
 
 
 def _say(line: str) -> None:
-    """Tells the user, on standard error."""
+    """Prints a message to standard error."""
     print(line, file=sys.stderr, flush=True)

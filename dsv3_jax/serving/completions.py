@@ -17,7 +17,7 @@ class Completion:
     """One request to continue prompts.
 
     Raises:
-      RequestError: it can't be fulfilled.
+      RequestError: the request is invalid.
     """
 
     def __init__(self, service: Service, request: CompletionRequest) -> None:
@@ -50,7 +50,7 @@ class Completion:
         return [self._service.encode(p, adds) if isinstance(p, str) else self._service.check_ids(p) for p in listed]
 
     def _echoes(self, prompts: list[list[int]]) -> list[str]:
-        """Each prompt as the answer repeats it: as it was given, or else the text of its tokens."""
+        """Returns each prompt for `echo`: as given, or the text of its tokens."""
         given = self._request.prompt
         texts: list[Any] = [given] if isinstance(given, str) else list(given)
         return [
@@ -59,19 +59,19 @@ class Completion:
         ]
 
     def start(self) -> None:
-        """Hands the texts to the engine. Raises RequestError if it refuses them, Busy if there is no room."""
+        """Submits the texts to the engine. Raises RequestError if it rejects them, Busy if there is no room."""
         self._service.check_count(len(self._choices))
         start_all(self._choices)
 
     async def whole(self) -> dict[str, Any]:
-        """The answer in one."""
+        """Returns the whole answer."""
         pieces = [Piece() for _ in self._choices]
         async for i, piece in merge([choice.pieces() for choice in self._choices]):
             pieces[i] += piece
         return self._answer.json([self._entry(i, piece, begun=False) for i, piece in enumerate(pieces)], self._count())
 
     async def events(self) -> AsyncIterator[str]:
-        """The answer as server-sent events."""
+        """Streams the answer as server-sent events."""
         options = self._request.stream_options
         always = self._count if options and options.continuous_usage_stats else lambda: None
         begun = [False] * len(self._choices)
@@ -84,7 +84,7 @@ class Completion:
         yield DONE
 
     def close(self) -> None:
-        """Cancels what hasn't finished."""
+        """Cancels unfinished texts."""
         for choice in self._choices:
             choice.cancel()
 

@@ -1,4 +1,4 @@
-"""Token ids to text, one at a time, and text cut at marks: both in constant time per token."""
+"""Incremental detokenisation, and splitting of text at marks, both in constant time per token."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Vocabulary:
     """The bytes that each token of a tokenizer adds to a text.
 
     Args:
-      tokenizer: its ids may be fewer than the model's; ids beyond add nothing.
-      shown: names of special tokens that are part of the text, as those that mark tool calls.
+      tokenizer: may have fewer ids than the model; ids beyond add nothing.
+      shown: names of special tokens that are part of the text, such as those that mark tool calls.
 
     Raises:
-      ConfigError: the tokenizer's text isn't made of tokens one after another.
+      ConfigError: text isn't the concatenation of the tokenizer's tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, shown: Collection[str] = ()) -> None:
@@ -26,8 +26,7 @@ class Vocabulary:
         self.hidden = frozenset(i for i in self.special if self.bytes[i] not in named)
 
     def name(self, token: int) -> str:
-        """A token's text; where that is no UTF-8, `bytes:` and its bytes, as OpenAI writes them. No two are the same
-        unless their bytes are."""
+        """Returns the text of a token or, if it isn't UTF-8, `bytes:` and its bytes, as in OpenAI; unique by bytes."""
         data = self.bytes[token] if 0 <= token < len(self.bytes) else b""
         try:
             return data.decode()
@@ -36,11 +35,11 @@ class Vocabulary:
 
 
 class Detokenizer:
-    """The text of tokens that come one at a time; a character of which bytes are missing waits for them.
+    """Decodes tokens one at a time. Incomplete characters are held back.
 
     Args:
       vocabulary: bytes of the tokens.
-      skip_special_tokens: leave out special tokens, as the tokenizer's `decode` does.
+      skip_special_tokens: omit special tokens, as the tokenizer's `decode` does.
     """
 
     def __init__(self, vocabulary: Vocabulary, skip_special_tokens: bool = True) -> None:
@@ -49,33 +48,34 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """The text that is complete with this token."""
+        """Returns the text that this token completes."""
         if token in self._hidden or not 0 <= token < len(self._bytes):
             return ""
         return self._decoder.decode(self._bytes[token])
 
     def end(self) -> str:
-        """The text that remains: U+FFFD if a character never became complete."""
+        """Returns the remaining text: U+FFFD for an incomplete character."""
         return self._decoder.decode(b"", True)
 
 
 class Marks:
-    """Text that comes in pieces, cut at the first of some marks, whatever the pieces.
+    """Splits text that arrives in pieces at the first of several marks.
 
-    A piece's end that may be the beginning of a mark is held back until that is clear.
+    The end of a piece that may begin a mark is held back until that is clear.
     """
 
     def __init__(self) -> None:
         self._held = ""
 
     def add(self, text: str) -> None:
-        """Takes the next piece."""
+        """Appends the next piece."""
         self._held += text
 
     def until(self, marks: Sequence[str]) -> tuple[str, str | None]:
-        """The text before the mark that is complete first, and that mark; or what can't belong to any, and None.
+        """Returns the text before the first complete mark, and that mark; or text that can't belong to a mark, and
+        None.
 
-        Of marks that end at the same character the longest counts. What comes after a mark is left for the next call.
+        Of marks that end at the same character the longest is used. Text after a mark is left for the next call.
         """
         found = [(start + len(mark), start, mark) for mark in marks if (start := self._held.find(mark)) >= 0]
         if found:
@@ -94,5 +94,5 @@ class Marks:
 
 
 def _overlap(text: str, mark: str) -> int:
-    """The length of the longest end of `text` that begins `mark`, but isn't all of it."""
+    """Returns the length of the longest suffix of `text` that is a proper prefix of `mark`."""
     return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

@@ -1,4 +1,4 @@
-"""`python -m dsv3_jax generate`: continues a text, or answers in a chat, printing as it comes."""
+"""`python -m dsv3_jax generate`: continues a text, or answers in a chat, and streams the output."""
 
 from __future__ import annotations
 
@@ -31,37 +31,40 @@ _TEMPERATURE, _TOP_P = 0.7, 0.95
 class GenerateArgs:
     """Continue a text with a model from a training run, a Hugging Face directory, or a converted checkpoint.
 
-    What isn't given is as the checkpoint's generation_config.json says. The text goes to standard output; how it is
-    drawn, in one line, to standard error.
+    Sampling options default to the checkpoint's generation_config.json. The text goes to standard output, and a line
+    about the sampling to standard error.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
     """Directory of the run or checkpoint."""
     prompt: str = ""
-    """Text to continue. Names of special tokens become those tokens. With --chat, the user's message; without one, each
-    line of standard input is."""
+    """Text to continue. Names of special tokens become those tokens. With --chat, the user message; by default each
+    line of standard input.
+    """
     chat: bool = False
-    """Answer as an assistant, by the chat template, instead of continuing the text."""
+    """Answer as an assistant, using the chat template, instead of continuing the text."""
     system: str | None = None
-    """With --chat, the system's message."""
+    """With --chat, the system message."""
     chat_template: Path | None = None
-    """File of a Jinja template for --chat; by default the checkpoint's own."""
+    """File with a Jinja template for --chat; by default the checkpoint's own."""
     max_new_tokens: int = 200
-    """How many tokens to add at most."""
+    """Maximum number of tokens to generate."""
     temperature: float | None = None
-    """0 takes the most likely token each time; else generation_config.json's, else 0.7."""
+    """Sampling temperature; 0 selects the most likely token. By default generation_config.json's, else 0.7."""
     top_k: int | None = None
-    """Draw among this many most likely tokens; else generation_config.json's, else all."""
+    """Sample only from this many most likely tokens; by default generation_config.json's, else all."""
     top_p: float | None = None
-    """Draw among the fewest tokens that together have this probability; else generation_config.json's, else 0.95."""
+    """Sample only from the most likely tokens with this total probability; by default generation_config.json's, else
+    0.95.
+    """
     seed: int = 0
     """Seed of the sampling."""
     tokenizer: str | None = None
-    """A tokenizer.json, a tiktoken.model, a folder that holds one, or "bytes"; by default the model's own."""
+    """A tokenizer.json, a tiktoken.model, a folder that contains one, or "bytes"; by default the model's own."""
     dtype: Literal["float32", "bfloat16", "fp8"] = "float32"
     """Dtype of the parameters. fp8 keeps the matrices of an FP8 checkpoint in their blocks and multiplies in FP8."""
     check_hashes: bool = True
-    """Compare the files of a converted checkpoint or a run with their hashes, as they are read."""
+    """Compare the files of a converted checkpoint or run with their hashes while reading."""
 
 
 def generate_command(args: GenerateArgs) -> None:
@@ -69,7 +72,7 @@ def generate_command(args: GenerateArgs) -> None:
 
     Raises:
       CheckpointError, FileNotFoundError: the checkpoint is damaged or incomplete.
-      ConfigError: the directory has no tokenizer, that of another model, or an option isn't possible.
+      ConfigError: the directory has no tokenizer, or that of another model, or an option is invalid.
     """
     if not args.model.is_dir():
         raise FileNotFoundError(f"{args.model} is no directory: give that of a training run or checkpoint")
@@ -88,7 +91,7 @@ def generate_command(args: GenerateArgs) -> None:
         return stream(model, variables, [prompt], args.max_new_tokens, sampling=sampling, key=next(keys), end_ids=ends)
 
     def show(drawn: Iterator[np.ndarray]) -> str:
-        """Prints the text as it is drawn, and returns it."""
+        """Prints the text as it is generated, and returns it."""
         text, whole = Detokenizer(vocabulary), ""
         for token in drawn:
             if int(token[0]) not in ends:
@@ -114,7 +117,7 @@ def generate_command(args: GenerateArgs) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """The user's messages: lines of standard input, asked for if that is a terminal."""
+    """Yields the user messages: lines of standard input, with a prompt if that is a terminal."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -126,14 +129,14 @@ def _lines() -> Iterator[str]:
 
 
 def chosen_template(model: Path, file: Path | None, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The chat template in a file, or else the checkpoint's own; None if it has none. Raises ConfigError."""
+    """Returns the chat template in a file, or else the checkpoint's own; None if it has none. Raises ConfigError."""
     name = Vocabulary(tokenizer).name
     special = {"bos_token": name(tokenizer.bos_id), "eos_token": name(tokenizer.eos_id)}
     return read_chat_template(model, special) if file is None else template_file(file, special)
 
 
 def chosen_tokenizer(model: Path, path: str | None) -> Tokenizer:
-    """The tokenizer that is asked for, or the model's own. Raises ConfigError if there is none."""
+    """Returns the requested tokenizer, or the model's own. Raises ConfigError if there is none."""
     is_run = (model / CHECKPOINTS).is_dir()
     if path is not None:
         return load_tokenizer(path, add_bos_token=True if is_run else None)
@@ -155,7 +158,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, name: str) -> Non
 
 
 def _sampling(args: GenerateArgs, stored: GenerationConfig) -> tuple[Sampling, str]:
-    """How tokens are drawn, and that in words, each with where it is from."""
+    """Returns the sampling parameters, and a description with the source of each."""
     chosen, said = {}, []
     for name, default in (("temperature", _TEMPERATURE), ("top_k", None), ("top_p", _TOP_P)):
         given, kept = getattr(args, name), getattr(stored, name)

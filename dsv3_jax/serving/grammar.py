@@ -1,4 +1,4 @@
-"""Structured output: which tokens a JSON schema, a regular expression or a tool call allows next, by llguidance."""
+"""Structured output: the tokens that a JSON schema, a regular expression or a tool call allows next, by llguidance."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _JSON_OPTIONS = {"whitespace_pattern": r"[\x20\n\r\t]{0,20}"}  # unbounded, a we
 
 
 class GrammarError(ValueError):
-    """A schema or expression that can't be followed, in one line."""
+    """An unsupported schema or expression. The message is one line."""
 
 
 class Grammar:
-    """The tokens that may come next; one for each text that is generated.
+    """The state of a grammar for one text: the tokens that may come next.
 
     Args:
-      matcher: of llguidance, before the first token.
-      vocab_size: of the model; ids that the tokenizer doesn't have are never allowed.
+      matcher: of llguidance, before the first token. vocab_size: of the model; ids beyond the tokenizer's are never
+      allowed.
     """
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher, self._words = matcher, -(-vocab_size // 32)
 
     def mask(self) -> np.ndarray:
-        """(ceil(V / 32),) uint32: bit i % 32 of word i // 32 says whether token i may come next.
+        """Returns (ceil(V / 32),) uint32: bit i % 32 of word i // 32 is set if token i may come next.
 
-        At the text's end these are the end tokens alone.
+        At the end of the text only end tokens are allowed.
 
         Raises:
-          GrammarError: the grammar became too complex to follow.
+          GrammarError: the grammar has become too complex.
         """
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         if self._matcher.is_error():
@@ -49,17 +49,17 @@ class Grammar:
         return mask
 
     def accept(self, token: int) -> None:
-        """Takes the token that came. Raises GrammarError if it isn't allowed."""
+        """Advances by a token. Raises GrammarError if it isn't allowed."""
         if not self._matcher.consume_token(token):
             raise GrammarError(one_line(f"token {token} isn't allowed here: {self._matcher.get_error()}"))
 
     @property
     def finished(self) -> bool:
-        """Whether nothing but an end token can follow."""
+        """Whether only an end token can follow."""
         return self._matcher.is_stopped()
 
     def copy(self) -> Grammar:
-        """Another of the same state."""
+        """Returns a copy of the state."""
         return Grammar(self._matcher.deep_copy(), self._words * 32)
 
 
@@ -67,8 +67,8 @@ class Grammars:
     """Compiles grammars for one tokenizer.
 
     Args:
-      tokenizer: whose tokens are to follow the grammars.
-      vocabulary: its tokens' bytes.
+      tokenizer: the model's.
+      vocabulary: the bytes of its tokens.
       end_ids: tokens that end a text.
       vocab_size: of the model.
     """
@@ -80,9 +80,9 @@ class Grammars:
         self._tokens = LLTokenizer(tokens, eos_token=ends or [tokenizer.eos_id])
 
     def json_schema(self, schema: Mapping[str, Any], *, thinking: bool = False) -> Grammar:
-        """JSON of a schema; `{}` for any. thinking: after reasoning, which ends with `</think>`.
+        """JSON that follows a schema; `{}` for any. thinking: after reasoning, which ends with `</think>`.
 
-        Raises GrammarError if the schema is none, or has what can't be followed token by token.
+        Raises GrammarError if the schema is invalid, or has unsupported parts.
         """
         return self._compile(f"answer: {_json(schema)}", thinking)
 
@@ -91,17 +91,17 @@ class Grammars:
         return self.json_schema({"type": "object"}, thinking=thinking)
 
     def regex(self, expression: str, *, thinking: bool = False) -> Grammar:
-        """A whole match of a regular expression, of the syntax of Rust's regex. Raises GrammarError if it is none."""
+        """A full match of a regular expression in Rust's syntax. Raises GrammarError if it is invalid."""
         return self._compile(f"answer: /{_escape_slashes(expression)}/", thinking)
 
     def choice(self, choices: Sequence[str], *, thinking: bool = False) -> Grammar:
-        """One of some texts."""
+        """One of several texts."""
         return self._compile("answer: " + " | ".join(json.dumps(text) for text in choices), thinking)
 
     def tool_calls(
         self, tools: Sequence[Mapping[str, Any]], *, fenced: bool, several: bool, thinking: bool = False
     ) -> Grammar:
-        """One or, if `several`, more calls of some tools, their arguments as their schemas say.
+        """One or, if `several`, more calls of the tools, with arguments that follow their schemas.
 
         fenced: in the format of V3 and R1, otherwise in V3.1's.
         """
@@ -119,7 +119,7 @@ class Grammars:
         return self._compile("\n".join(rules), thinking)
 
     def _text(self, text: str) -> str:
-        """A text in a grammar; where it holds special tokens, those."""
+        """Encodes a text for a grammar, with special tokens by name."""
         ids = self._tokens.tokenize_str(text, parse_special=True)
         if not any(self._tokens.is_special_token(i) for i in ids):
             return json.dumps(text, ensure_ascii=False)
@@ -149,7 +149,7 @@ def _json(schema: Mapping[str, Any]) -> str:
 
 
 def _escape_slashes(expression: str) -> str:
-    """A regular expression between slashes: those within escaped, unless they are; no newline, which would end it."""
+    """Writes a regular expression between slashes, with unescaped slashes escaped, and without newlines."""
     parts, escaped = [], False
     for char in expression:
         parts.append("\\/" if char == "/" and not escaped else "\\n" if char == "\n" else char)
@@ -158,7 +158,7 @@ def _escape_slashes(expression: str) -> str:
 
 
 class _Tokens:
-    """A tokenizer as llguidance takes it."""
+    """Converts a tokenizer for llguidance."""
 
     is_tokenizer_wrapper = True
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics under the names that vLLM's dashboards and benchmark tools know."""
+"""Prometheus metrics under vLLM's names, for its dashboards and benchmark tools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Metrics:
 
     Args:
       model: value of the label `model_name`.
-      stats: the engine's counts, asked for when the metrics are.
+      stats: returns the engine's counts when metrics are requested.
     """
 
     def __init__(self, model: str, stats: Callable[[], Any]) -> None:
@@ -53,25 +53,25 @@ class Metrics:
         return Counter(f"vllm:{name}", text, _LABELS, registry=self.registry).labels(*self._labels)
 
     def begin(self, prompt_tokens: int) -> RequestTimer:
-        """Counts a request, from now on."""
+        """Starts to measure a request."""
         self._prompt.inc(prompt_tokens)
         self._prompt_size.observe(prompt_tokens)
         return RequestTimer(self)
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class RequestTimer:
-    """The times of one request."""
+    """Times of one request."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics, self._begun, self._tokens = metrics, time.perf_counter(), 0
         self._first = self._last = self._begun
 
     def tokens(self, count: int) -> None:
-        """Takes note of `count` tokens that came together."""
+        """Records `count` tokens that arrived together."""
         if not count:
             return
         now = time.perf_counter()
@@ -85,7 +85,7 @@ class RequestTimer:
         self._metrics._generated.inc(count)
 
     def end(self, reason: str) -> None:
-        """Takes note of the request's end."""
+        """Records the end of the request."""
         metrics = self._metrics
         metrics._whole.observe(time.perf_counter() - self._begun)
         metrics._size.observe(self._tokens)

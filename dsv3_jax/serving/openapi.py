@@ -1,4 +1,4 @@
-"""The server's OpenAPI description, made from the requests' dataclasses."""
+"""The server's OpenAPI description, generated from the request dataclasses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ERRORS = {
 
 
 def openapi() -> dict[str, Any]:
-    """The description, in OpenAPI 3.1."""
+    """Returns the description, in OpenAPI 3.1."""
     failures = {status: {"description": text} for status, text in _ERRORS.items()}
     answers = {"200": {"description": "The answer"}, **failures}
     paths: dict[str, Any] = {path: {"get": {"responses": answers}} for path in _GETS}
@@ -59,7 +59,7 @@ def _object(kind: Any) -> dict[str, Any]:
 
 
 def _schema(hint: Any) -> dict[str, Any]:
-    """The JSON schema of a type, of those that `json_input` knows, without its null."""
+    """Returns the JSON schema of a type supported by `json_input`, without null."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if (nested := nested_kind(hint)) is not None:
         return _object(nested)

@@ -1,4 +1,4 @@
-"""The text of one request's tokens, up to a stop string."""
+"""The output text of one request, up to a stop string."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dsv3_jax.serving.detokenize import Detokenizer, Marks, Vocabulary
 
 
 class TextOutput:
-    """Turns tokens into text that can be shown at once; what may become a stop string is held back.
+    """Turns tokens into text that can be shown immediately. Text that may begin a stop string is held back.
 
     Args:
       vocabulary: the tokens' bytes.
-      stops: texts that end the output; the one that is complete first counts.
+      stops: texts that end the output, at the first one to be complete.
       include_stop: whether the stop string is part of the text.
       skip_special_tokens: whether special tokens are left out.
     """
@@ -28,14 +28,14 @@ class TextOutput:
         self._detokenizer = Detokenizer(vocabulary, skip_special_tokens)
         self._marks, self._stops, self._include = Marks(), list(stops), include_stop
         self.stopped: str | None = None
-        """The stop string that came."""
+        """The stop string that was found."""
 
     def add(self, token: int) -> str:
-        """The text that is clear with this token; empty after a stop string."""
+        """Returns the text that can be shown after this token; empty after a stop string."""
         return self._cut(self._detokenizer.add(token))
 
     def end(self) -> str:
-        """The text that is left when no more tokens come."""
+        """Returns the remaining text when there are no more tokens."""
         text = self._cut(self._detokenizer.end())
         return text + (self._marks.rest() if self.stopped is None else "")
 

@@ -1,7 +1,7 @@
-"""Requests of the OpenAI API as dataclasses: parsed from JSON, every field held to its type and range.
+"""Requests of the OpenAI API as dataclasses, parsed from JSON with validated types and ranges.
 
-Fields that are None may be null or missing. A field's `metadata` has its bounds, which the OpenAPI description shows
-too. Names that aren't fields are ignored, as other servers do: clients send more than any server knows.
+Fields that default to None may be null or missing. A field's `metadata` has its bounds, which the OpenAPI description
+shows too. Unknown fields are ignored, as in other servers, since clients send many.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TokenIds = list[int]
 
 
 class RequestError(ValueError):
-    """A request that can't be fulfilled, in one line; the HTTP status that says so, and the field if it is one."""
+    """An invalid request: a message of one line, the HTTP status, and the field, if any."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -32,17 +32,17 @@ def _field(default: Any = None, *, least: float | None = None, most: float | Non
 
 @dataclasses.dataclass(frozen=True)
 class StreamOptions:
-    """Options of a stream."""
+    """Options for streaming."""
 
     include_usage: bool = False
-    """End with a chunk that counts tokens."""
+    """End with a chunk of token counts."""
     continuous_usage_stats: bool = False
-    """Count tokens in every chunk."""
+    """Include token counts in every chunk."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StructuredOutputs:
-    """The form of the text; one of them."""
+    """Constraints on the text, of which one may be given."""
 
     json: dict[str, Any] | None = None
     regex: str | None = None
@@ -51,7 +51,7 @@ class StructuredOutputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Fields that completions and chat share."""
+    """Fields shared by completions and chat."""
 
     model: str | None = None
     max_tokens: int | None = _field(least=0)
@@ -141,7 +141,7 @@ class DetokenizeRequest:
 
 
 def parse_request[T](kind: type[T], body: bytes) -> T:
-    """A request from its body. Raises RequestError, naming the field."""
+    """Parses a request from its body. Raises RequestError, naming the field."""
     return _build(kind, parse_json(body, "the request's body", RequestError), "")
 
 
@@ -168,13 +168,13 @@ def _build[T](kind: type[T], values: Mapping[str, Any], prefix: str) -> T:
 
 
 def fields_of(kind: Any) -> list[tuple[dataclasses.Field[Any], Any]]:
-    """The fields of a request's dataclass, each with its type."""
+    """Returns the fields of a request's dataclass with their types."""
     hints = _hints(kind)
     return [(field, hints[field.name]) for field in dataclasses.fields(kind)]
 
 
 def nested_kind(hint: Any) -> Any:
-    """The dataclass in `dataclass | None`, if that is what a type is."""
+    """Returns the dataclass in `dataclass | None`, if the type has this form."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
@@ -190,7 +190,7 @@ _Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 def check_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with text for content; refuses what a template would leave out in silence. Raises RequestError."""
+    """Returns messages with text as content. Raises RequestError for content that a template would silently omit."""
     if not messages:
         raise RequestError("messages is empty: it must hold at least one message", "messages")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -230,7 +230,7 @@ def _plain(parts: list[dict[str, Any]], name: str) -> str:
 
 
 def chosen_tools(request: ChatRequest) -> tuple[list[dict[str, Any]], bool]:
-    """The tools that may be called, and whether one must be. Raises RequestError."""
+    """Returns the tools that may be called, and whether one must be. Raises RequestError."""
     tools, choice = request.tools or [], request.tool_choice
     names = [_tool_name(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
     if isinstance(choice, dict):
@@ -266,9 +266,9 @@ def _tool_name(tool: dict[str, Any], name: str) -> str:
 
 
 def structure(request: Generation) -> tuple[str, Any] | None:
-    """Returns what the text must be: ("json", schema), ("regex", expression), ("choice", texts); None if anything.
+    """Returns the constraint on the text: ("json", schema), ("regex", expression), ("choice", texts), or None.
 
-    Raises RequestError if that is asked for twice, or isn't one of these.
+    Raises RequestError if there are several, or an unsupported one.
     """
     asked: list[tuple[str, Any]] = []
     outputs = request.structured_outputs or StructuredOutputs()
@@ -300,7 +300,7 @@ def structure(request: Generation) -> tuple[str, Any] | None:
 
 
 def check_supported(request: CompletionRequest | ChatRequest) -> None:
-    """Raises RequestError for fields that would change the answer, but can't be followed."""
+    """Raises RequestError for unsupported fields that would change the answer."""
     refused = []
     if request.best_of not in (None, request.n):
         refused.append(("best_of", "it must be n, or left out"))

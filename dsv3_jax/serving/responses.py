@@ -1,4 +1,4 @@
-"""Answers in the forms of the OpenAI API."""
+"""Responses in the formats of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsv3_jax.serving.detokenize import Detokenizer, Vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """A token, its log probability, None of a prompt's first, and the most likely tokens in its place with theirs."""
+    """A token, its log probability (None for the first of a prompt), and the most likely alternatives with theirs."""
 
     token: int
     logprob: float | None
@@ -24,12 +24,12 @@ class TokenLogprob:
 
 @dataclasses.dataclass
 class Usage:
-    """Tokens of an answer, over all its choices."""
+    """Token counts of an answer, over all its choices."""
 
     prompt: int = 0
     completion: int = 0
     cached: int = 0
-    """Tokens of the prompt that another request had left in the cache."""
+    """Tokens of the prompt that were found in the cache."""
 
     def json(self) -> dict[str, Any]:
         return {
@@ -42,7 +42,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Fields that all chunks of one answer, or the whole, have in common."""
+    """Fields shared by all chunks of an answer, or by the whole answer."""
 
     kind: str
     """`object` of the JSON."""
@@ -69,14 +69,14 @@ DONE = "data: [DONE]\n\n"
 
 
 class Namer:
-    """Texts of tokens in lists of log probabilities: their own, or `token_id:N`."""
+    """Returns the text of tokens in lists of log probabilities: their own, or `token_id:N`."""
 
     def __init__(self, vocabulary: Vocabulary, as_ids: bool) -> None:
         self._vocabulary = vocabulary
         self._name: Callable[[int], str] = (lambda token: f"token_id:{token}") if as_ids else vocabulary.name
 
     def completion(self, scores: Sequence[TokenLogprob], offset: int, text: Detokenizer) -> dict[str, Any]:
-        """The lists of `/v1/completions`. offset: of the first token in the answer's text; text: of tokens before."""
+        """Builds the lists of `/v1/completions`. offset: of the first token in the answer; text: of earlier tokens."""
         offsets = []
         for score in scores:
             offsets.append(offset)
@@ -92,7 +92,7 @@ class Namer:
         }
 
     def chat(self, scores: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """The list of `/v1/chat/completions`."""
+        """Builds the list of `/v1/chat/completions`."""
         return {
             "content": [
                 {
@@ -109,12 +109,12 @@ class Namer:
 
 
 def _finite(logprob: float | None) -> float | None:
-    """JSON has no infinities: as low a number as OpenAI's, of a token that can't come."""
+    """Replaces infinities, which JSON doesn't have, by OpenAI's lowest log probability."""
     return logprob if logprob is None else max(logprob, -9999.0)
 
 
 def message_delta(delta: Delta) -> dict[str, Any]:
-    """A part of the assistant's message, in a chunk of a stream; reasoning under both names that clients know."""
+    """Builds a part of the assistant's message for a chunk, with reasoning under both names that clients use."""
     fields: dict[str, Any] = {}
     if delta.reasoning:
         fields |= {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}
@@ -133,7 +133,7 @@ def message_delta(delta: Delta) -> dict[str, Any]:
 
 
 def message(delta: Delta) -> dict[str, Any]:
-    """The assistant's whole message."""
+    """Builds the assistant's whole message."""
     fields: dict[str, Any] = {"role": "assistant", "content": delta.content, "refusal": None}
     if delta.reasoning:
         fields |= {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}

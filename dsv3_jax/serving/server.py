@@ -47,24 +47,24 @@ _POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; sc
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """Where a server listens, and who may use it."""
+    """The address of a server, and access to it."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
     grace_seconds: float = 30.0
-    """How long running requests may go on after SIGTERM."""
+    """Seconds that running requests have to finish after SIGTERM."""
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine reaches it."""
+        """Whether only this machine can connect."""
         with contextlib.suppress(ValueError):
             return ipaddress.ip_address(self.host).is_loopback
         return self.host == "localhost"
 
 
 class Server:
-    """The HTTP interface of a service: `app` is its ASGI application, `draining` whether it takes no new requests."""
+    """The HTTP interface of a service: `app` is its ASGI application, and `draining` whether it is shutting down."""
 
     def __init__(self, service: Service, address: Address) -> None:
         self.service, self.address, self.draining = service, address, False
@@ -162,7 +162,7 @@ class Server:
         return HTMLResponse(_PAGE.read_text("utf-8"), headers={"Content-Security-Policy": _POLICY})
 
     def _check(self, model: str | None, new: bool = True) -> None:
-        """Raises RequestError if the server takes no requests, or has another model. new: of text to generate."""
+        """Raises RequestError if the server is shutting down, or has another model. new: for generating text."""
         if new and self.draining:
             raise RequestError("the server is stopping: ask another", status=503)
         self.service.check_model(model)
@@ -172,7 +172,7 @@ _NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 async def _closing(answer: Any) -> AsyncIterator[str]:
-    """An answer's events, the last an error if it fails on the way; whatever ends them cancels what still runs."""
+    """Yields the events of an answer, the last one an error if it fails. Cancels unfinished texts at the end."""
     try:
         async for line in answer.events():
             yield line
@@ -183,7 +183,7 @@ async def _closing(answer: Any) -> AsyncIterator[str]:
 
 
 async def _while_connected(request: Request, work: Awaitable[Any]) -> Any:
-    """The result of `work`, which is cancelled if the client goes away."""
+    """Returns the result of `work`, which is cancelled if the client disconnects."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -230,17 +230,17 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 async def _left(request: Request, error: Exception) -> Response:
-    """The client has gone away: nobody gets this."""
+    """The response to a client that has disconnected, which nobody receives."""
     return Response(status_code=499)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """A defect: the client is told that, the log (by Starlette, which raises it again) what."""
+    """The response to an internal error. The details are in the log, since Starlette raises it again."""
     return _error(f"internal error: {type(error).__name__}", 500)
 
 
 class _Guard:
-    """Before any endpoint: the API key, requests of other web pages, and bodies that are too large."""
+    """Middleware that checks the API key, and rejects requests from other web pages and bodies that are too large."""
 
     def __init__(self, app: ASGIApp, address: Address, max_body_bytes: int) -> None:
         self._app, self._address, self._most = app, address, max_body_bytes
@@ -292,7 +292,7 @@ def _is_local(host: str) -> bool:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Uvicorn, which on SIGTERM goes on answering until running requests have finished, new ones with 503."""
+    """Uvicorn, which on SIGTERM waits until running requests have finished, and answers new ones with 503."""
 
     def __init__(self, server: Server, ready: Callable[[], None]) -> None:
         super().__init__(
@@ -336,7 +336,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 def bind(address: Address) -> socket.socket:
-    """A socket at an address, which doesn't listen yet. Raises OSError if the address can't be used."""
+    """Returns a socket bound to an address, not listening yet. Raises OSError if the address can't be used."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""Parts that endpoints share: the engine, its tokenizer and template, limits, and the text of each running request."""
+"""The parts shared by endpoints: the engine, its tokenizer and template, limits, and the running texts."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _MAX_STOPS, _MAX_BIASES = 16, 1024
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Bounds of what one server takes at a time."""
+    """Limits of a server."""
 
     max_requests: int = 256
-    """Texts that are generated or wait, each choice of a request counted; more are refused with 429."""
+    """Maximum number of running and waiting texts, counting each choice of a request; more get status 429."""
     max_choices: int = 128
-    """Texts of one request: prompts times n."""
+    """Maximum number of texts per request: prompts times n."""
     max_body_bytes: int = 32 * 2**20
-    """Size of a request's body."""
+    """Maximum size of a request's body."""
 
 
 @dataclasses.dataclass
 class Piece:
-    """A part of one text, with the tokens that came, whose text may be held back until it is clear."""
+    """A part of one text, with its tokens, some of whose text may be held back."""
 
     text: str = ""
     scores: list[TokenLogprob] = dataclasses.field(default_factory=list)
@@ -60,7 +60,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How the texts of one request are generated."""
+    """Options for generating the texts of one request."""
 
     sampling: Sampling
     max_tokens: int | None
@@ -71,7 +71,7 @@ class Options:
 
 
 class Busy(RequestError):
-    """More is asked for than the server has room for."""
+    """The server has no room for a request."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"{limit} texts are being generated or wait, the most that this server takes: try again later")
@@ -85,10 +85,10 @@ class Service:
       engine: runs the requests.
       tokenizer: the model's.
       end_ids: tokens that end a text.
-      template: of conversations; None if the model has none.
-      defaults: sampling of requests that say nothing.
-      model_name: the name that requests use.
-      limits: what is taken at a time.
+      template: for conversations; None if the model has none.
+      defaults: default sampling parameters.
+      model_name: the name in requests.
+      limits: on concurrent work.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Service:
 
     @functools.cached_property
     def grammars(self) -> Grammars:
-        """Made when they are first needed: that takes about a second for a large vocabulary."""
+        """Grammars, created on first use, since that takes about a second for a large vocabulary."""
         return Grammars(self.tokenizer, self.vocabulary, self._end_ids, self.engine.vocab_size)
 
     def check_model(self, name: str | None) -> None:
@@ -120,14 +120,14 @@ class Service:
             raise RequestError(f"there is no model {name[:200]!r}: this server has {self.model_name!r}", "model", 404)
 
     def check_count(self, texts: int) -> None:
-        """Raises RequestError if one request asks for too many texts, Busy if there is no room for them now."""
+        """Raises RequestError if a request has too many texts, Busy if there is no room for them now."""
         if texts > self.limits.max_choices:
             raise RequestError(f"{texts} texts are asked for at once: at most {self.limits.max_choices} can be", "n")
         if len(self.running) + texts > self.limits.max_requests:
             raise Busy(self.limits.max_requests)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """A prompt's tokens. Raises RequestError if there are none or too many."""
+        """Encodes a prompt. Raises RequestError if it has no tokens or too many."""
         # A token has at most some 100 bytes: what is hopeless isn't tokenized.
         if len(text) > 128 * self.engine.max_length + 1024:
             raise RequestError(
@@ -138,7 +138,7 @@ class Service:
         return self.check_ids(self.tokenizer.encode_prompt(text, add_special_tokens=add_special_tokens).tolist())
 
     def check_ids(self, ids: Sequence[int]) -> list[int]:
-        """A prompt of token ids. Raises RequestError if it is empty, too long, or has an id beyond the vocabulary."""
+        """Checks a prompt of token ids. Raises RequestError if it is empty, too long, or has an invalid id."""
         if not ids:
             raise RequestError("a prompt is empty: it must have at least one token", "prompt")
         if len(ids) >= self.engine.max_length:
@@ -153,7 +153,7 @@ class Service:
         return list(ids)
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Any, **how: Any) -> ChatPrompt:
-        """A conversation's prompt. Raises RequestError if there is no template, or it refuses the messages."""
+        """Renders a conversation. Raises RequestError if there is no template, or it rejects the messages."""
         if self.template is None:
             raise RequestError(
                 "the model has no chat template: use /v1/completions, or serve it with --chat-template", "messages"
@@ -164,7 +164,7 @@ class Service:
             raise RequestError(str(error), "messages") from None
 
     def grammar(self, request: Generation, *, thinking: bool = False) -> Grammar | None:
-        """The grammar that a request's output must follow, if it asks for one. Raises RequestError."""
+        """Returns the grammar for a request's output, if it specifies one. Raises RequestError."""
         asked = structure(request)
         if asked is None:
             return None
@@ -180,7 +180,7 @@ class Service:
             raise RequestError(f"the {kind} of the output can't be followed: {error}", "response_format") from None
 
     def tool_grammar(self, tools: Sequence[Mapping[str, Any]], *, several: bool, thinking: bool) -> Grammar:
-        """The grammar of calls of `tools`. Raises RequestError if a schema can't be followed."""
+        """Returns the grammar for calls of `tools`. Raises RequestError if a schema is unsupported."""
         assert self.template is not None
         fenced = self.template.fenced_arguments
         try:
@@ -196,15 +196,15 @@ class Service:
         limit: int | None = None,
         grammar: Grammar | None = None,
     ) -> Options:
-        """How a request's texts are generated.
+        """Returns the options for generating a request's texts.
 
         Args:
-          default_tokens: how many if the request says nothing; None for as many as there is room for.
-          limit: another name's limit of tokens, which counts more than `max_tokens`.
-          grammar: the output's, instead of the one that the request's own fields describe.
+          default_tokens: default number of tokens; None for as many as there is room for.
+          limit: the token limit under another name, which overrides `max_tokens`.
+          grammar: overrides the grammar of the request.
 
         Raises:
-          RequestError: a value isn't possible.
+          RequestError: a value is invalid.
         """
         if len(request.stops) > _MAX_STOPS or any(not stop or len(stop) > 1024 for stop in request.stops):
             raise RequestError(f"stop must be at most {_MAX_STOPS} texts of 1 to 1024 characters", "stop")
@@ -276,14 +276,14 @@ class Service:
 
         Args:
           prompt: token ids.
-          options: how.
-          seed_offset: added to the request's seed, so that its choices differ.
-          logprobs: how many tokens' log probabilities are reported in each place besides the drawn one's; None for
-            none.
+          options: for generation.
+          seed_offset: added to the request's seed, so that its choices
+          differ.
+          logprobs: number of alternatives with log probabilities per token; None for no log probabilities.
           prompt_logprobs: the same for the prompt's tokens.
 
         Raises:
-          RequestError: prompt and continuation are too long, or the engine refuses the request.
+          RequestError: prompt and continuation are too long, or the engine rejects the request.
         """
         room = self.engine.max_length - len(prompt)
         if options.max_tokens is not None and options.max_tokens > room:
@@ -300,7 +300,7 @@ class Service:
         return Choice(self, prompt, options, count, logprobs, prompt_logprobs)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special ones by their names. Raises RequestError if an id is beyond the vocabulary."""
+        """Decodes tokens, special ones by name. Raises RequestError if an id is outside the vocabulary."""
         for i in ids:
             if not 0 <= i < self.engine.vocab_size:
                 raise RequestError(f"tokens has {i}: the vocabulary is 0 to {self.engine.vocab_size - 1}", "tokens")
@@ -308,7 +308,7 @@ class Service:
         return whole.decode("utf-8", "replace")
 
     def tokenizer_info(self) -> dict[str, Any]:
-        """Special tokens and the chat template, under the names of tokenizer_config.json."""
+        """Returns special tokens and the chat template, under the names in tokenizer_config.json."""
         name = self.vocabulary.name
         return {
             "tokenizer_class": type(self.tokenizer).__name__,
@@ -320,17 +320,17 @@ class Service:
         }
 
     def failure(self) -> str | None:
-        """Why no request can be fulfilled any more; None if they can."""
+        """Returns why the service can't process requests any more; None if it can."""
         return self.engine.failure
 
     def cancel_all(self) -> None:
-        """Ends every running text."""
+        """Cancels all running texts."""
         for choice in list(self.running):
             choice.cancel()
 
 
 class Choice:
-    """One text that is generated."""
+    """A text being generated."""
 
     def __init__(
         self,
@@ -345,12 +345,12 @@ class Choice:
         self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
         self._request: Any = None
         self.prompt_scores: list[TokenLogprob] = []
-        """Scores of the prompt's tokens, there once the first piece is."""
+        """Scores of the prompt's tokens, available with the first piece."""
         self.generated = self.cached = 0
-        """Tokens that came, and those of the prompt that were in the cache."""
+        """Number of tokens so far, and of prompt tokens found in the cache."""
 
     def start(self) -> None:
-        """Hands the text to the engine. Raises RequestError if that refuses it."""
+        """Submits the text to the engine. Raises RequestError if it is rejected."""
         grammar = self._options.grammar
         try:
             self._request = self._service.engine.submit(
@@ -367,7 +367,7 @@ class Choice:
         self._timer = self._service.metrics.begin(len(self._prompt))
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The text as it comes; the last piece has the reason of its end.
+        """Yields the text in pieces; the last one has the finish reason.
 
         Raises RequestError (500) if the engine fails this request.
         """
@@ -396,7 +396,7 @@ class Choice:
             self.cancel()
 
     def _piece(self, step: Any, output: TextOutput) -> Piece:
-        """The text of one step's tokens, up to a stop string or the end."""
+        """Returns the text of one step's tokens, up to a stop string or the end."""
         if step.error is not None:
             raise RequestError(step.error, status=500)
         piece = Piece()
@@ -420,14 +420,14 @@ class Choice:
         return piece
 
     def cancel(self) -> None:
-        """Ends the text, if it still runs, and frees what it holds."""
+        """Cancels the text if it is still running, and frees its resources."""
         if self in self._service.running:
             self._service.running.discard(self)
             self._service.engine.cancel(self._request)
 
 
 def start_all(choices: Sequence[Choice]) -> None:
-    """Starts every text of a request, or none of them."""
+    """Starts all texts of a request, or none."""
     try:
         for choice in choices:
             choice.start()
@@ -438,7 +438,7 @@ def start_all(choices: Sequence[Choice]) -> None:
 
 
 async def merge[T](streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int, T]]:
-    """Items of several streams as they come, each with its stream's index. An error of one ends all."""
+    """Merges several streams, yielding each item with the index of its stream. An error in one ends all."""
     if len(streams) == 1:
         async for item in streams[0]:
             yield 0, item

@@ -1,4 +1,4 @@
-"""Tool calls as DeepSeek writes them: their marks, how tools are described to the model, and their grammar."""
+"""DeepSeek's format of tool calls: marks, description of tools to the model, and grammar."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ CALL_BEGIN, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>
 SEPARATOR = "<｜tool▁sep｜>"
 MARKS = (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR)
 FENCED = "function"
-"""Stands before the separator in the format of V3 and R1, where V3.1 has the tool's name."""
+"""The text before the separator in the format of V3 and R1, where V3.1 has the name of the tool."""
 FENCE, FENCE_END = "\n```json\n", "\n```"
 
 
 def describe_tools(tools: Sequence[Mapping[str, Any]], *, fenced: bool) -> str:
-    """The text about tools that V3.1's documentation puts into the system's message.
+    """Returns the description of tools for the system message, in the words of V3.1's documentation.
 
     Args:
-      tools: of OpenAI's form, `{"type": "function", "function": {"name", "description", "parameters"}}`.
-      fenced: of the format of V3 and R1, `function<sep>NAME`, with the arguments in a block of code.
+      tools: in OpenAI's format, `{"type": "function", "function": {"name", "description", "parameters"}}`.
+      fenced: use the format of V3 and R1, `function<sep>NAME`, with arguments in a code block.
     """
     lines = ["## Tools\nYou have access to the following tools:\n"]
     for tool in tools:
@@ -42,7 +42,7 @@ def describe_tools(tools: Sequence[Mapping[str, Any]], *, fenced: bool) -> str:
 
 
 def written_call(name: str, arguments: str, fenced: bool) -> str:
-    """One call as the model writes it."""
+    """Formats a call as the model writes it."""
     if fenced:
         return f"{CALL_BEGIN}{FENCED}{SEPARATOR}{name}{FENCE}{arguments}{FENCE_END}{CALL_END}"
     return f"{CALL_BEGIN}{name}{SEPARATOR}{arguments}{CALL_END}"
