@@ -1,4 +1,4 @@
-"""Compiling kernels for accelerators that aren't there."""
+"""Compilation of kernels for absent accelerators."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ VMEM_BYTES = {"v5p": 64 << 20, "v6e": 128 << 20, "tpu7x": 64 << 20}
 
 
 def as_if(kind: str, cores: int | None, platform: str) -> contextlib.AbstractContextManager[Any]:
-    """In its context, programs are traced as for a device of a kind, of so many cores, on "gpu" or "tpu"."""
+    """A context in which programs are traced for a kind of device, with its number of cores, on "gpu" or "tpu"."""
     device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 def as_if_hopper() -> contextlib.AbstractContextManager[Any]:
-    """In its context, programs are traced as for an H100."""
+    """A context in which programs are traced for an H100."""
     return as_if("NVIDIA H100 80GB HBM3", None, "gpu")
 
 
 def lower_for_hopper(function: Callable[..., Any], *args: Any) -> str:
-    """The module of `function` lowered for an H100; args are arrays or ShapeDtypeStructs."""
+    """Lowers `function` for an H100, and returns the module. args are arrays or ShapeDtypeStructs."""
     with as_if_hopper():
         return str(jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text())
 
@@ -39,9 +39,9 @@ def lower_for_hopper(function: Callable[..., Any], *args: Any) -> str:
 def compile_for_tpu(
     generation: str, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()
 ) -> jax.stages.Compiled:
-    """`function` compiled for one chip of a TPU generation, by libtpu.
+    """Compiles `function` for one chip of a TPU generation with libtpu.
 
-    Its args are ShapeDtypeStructs, of which those at the places `donate` may be overwritten.
+    args are ShapeDtypeStructs; those with indices `donate` are donated.
     """
     device: Any = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[generation]).devices[0]
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device)), args)
@@ -52,12 +52,12 @@ def compile_for_tpu(
 
 
 def vmem_of_kernels(compiled: jax.stages.Compiled) -> list[int]:
-    """Vector memory (memory space 1) of each Pallas kernel of a compiled program, in bytes, in its order."""
+    """Returns the vector memory (memory space 1) in bytes of each Pallas kernel of a compiled program, in order."""
     kernels = [line for line in str(compiled.as_text()).splitlines() if '"custom_call_config"' in line]
     used = re.findall(r'"used_scoped_memory_configs":\[(.*?)\]', " ".join(kernels))
     return [int(size) for size in re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', " ".join(used))]
 
 
 def vmem_bytes(compiled: jax.stages.Compiled) -> int:
-    """Most vector memory that any Pallas kernel of a compiled program takes, in bytes."""
+    """Returns the largest vector memory in bytes of any Pallas kernel of a compiled program."""
     return max(vmem_of_kernels(compiled), default=0)

@@ -1,4 +1,4 @@
-"""The device that a kernel is about to be compiled for."""
+"""The device for which a kernel is compiled."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ TPUS = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e", "TPU7x")
 
 
 def _target() -> tuple[str, str]:
-    """The platform and kind of the abstract mesh's device (ahead-of-time compilation), or of the first one here."""
+    """Platform and kind of the abstract mesh's device (for ahead-of-time compilation), or of the first device."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     device = jax.devices()[0] if abstract is None else abstract
     return device.platform, device.device_kind
 
 
 def platform() -> str:
-    """The target's platform: "cpu", "gpu" or "tpu"."""
+    """Returns the target's platform: "cpu", "gpu" or "tpu"."""
     name = _target()[0]
     return "gpu" if name in ("cuda", "rocm") else name
 
 
 def has_tpu_kernels() -> bool:
-    """Whether the target is a TPU of a kind that the kernels are compiled for in the tests."""
+    """Whether the target is a TPU of a kind for which tests compile the kernels."""
     name, kind = _target()
     return name == "tpu" and kind in TPUS
 

@@ -1,4 +1,4 @@
-"""The one entry to the cache update: checks the arguments, chooses a backend by name."""
+"""The public function of the cache update: validates arguments, and chooses a backend by name."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ def cache_update(
     interleave: bool,
     implementation: str,
 ) -> jax.Array | SplitCache:
-    """Norms the latents of new tokens, rotates their keys and writes both into a paged cache (report eq. 1 and 3).
+    """Normalises latents of new tokens, rotates their keys, and writes both to a paged cache (report eq. 1 and 3).
 
     Args:
-      cache: (pages, page size, R + P), or a `SplitCache`. Latents may be FP8. "reference" takes every form; "gpu" (R =
-        512, pages of 64) ones that aren't packed; "tpu" (R a multiple of 128) packed ones, pages of a multiple of 32,
-        or of 128 with FP8 latents.
-      kv: (B, T, R + P), bfloat16 but for "reference": what kv_a_proj made of the last T tokens of each sequence, at
-        most 4: the raw latent beside the raw key.
-      norm: (R,), what the normed latent is multiplied by. eps: what is added to its mean square.
-      cos, sin: (B, T, P / 2) float32, of the tokens' positions, scaled as RoPE is.
+      cache: (pages, page size, R + P), or a `SplitCache`. Latents may be FP8. "reference" supports every form; "gpu" (R
+        = 512, pages of 64) unpacked ones; "tpu" (R a multiple of 128) packed ones, with pages of a multiple of 32, or
+        of 128 with FP8 latents.
+      kv: (B, T, R + P), bfloat16 except for "reference": the output of kv_a_proj for the last T <= 4 tokens of each
+        sequence, the raw latent followed by the raw key.
+      norm: (R,), the scale of the norm. eps: its epsilon.
+      cos, sin: (B, T, P / 2) float32, at the tokens' positions, including RoPE's scaling.
       block_tables: (B, max pages) int32, as in `mla_decode`.
-      lengths: (B,) int32: tokens of each sequence with the new ones. Token t goes to position lengths - T + t, or
-        nowhere if that is negative.
+      lengths: (B,) int32: tokens of each sequence, including the new ones. Token t is written to position lengths - T +
+        t, or not at all if that is negative.
       interleave: a pair of RoPE is two neighbours (as in the released weights), or an element of the first half and its
         twin in the second.
       implementation: "reference", "gpu" (Hopper), "tpu"; "gpu_interpret" and "tpu_interpret" run these on a CPU,
         slowly.
 
     Returns:
-      The cache. Nothing else in it changes. Under `jit` with `cache` donated nothing is copied.
+      The cache, otherwise unchanged. Under `jit` with `cache` donated, nothing is copied.
 
     Raises:
-      ValueError: shapes or dtypes don't fit together or the backend, or there is no such implementation.
+      ValueError: shapes or dtypes are inconsistent or unsupported, or there is no such implementation.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"no cache update {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")

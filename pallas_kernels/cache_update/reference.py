@@ -1,4 +1,4 @@
-"""The cache update, said plainly: norm, rotate, write where the block table says."""
+"""Reference of the cache update: normalise, rotate, and write to the pages in the block table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pallas_kernels.mla_decode.cache import ROPE, SplitCache, join, pack, quanti
 
 
 def slots(block_tables: jax.Array, lengths: jax.Array, tokens: int, page_size: int) -> tuple[jax.Array, jax.Array]:
-    """Page and slot, (B, T) each, of every sequence's last tokens; -1 for a token before the first."""
+    """Returns page and slot, (B, T) each, of the last tokens of every sequence; -1 for a token before the first."""
     position = lengths[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
     number = jnp.maximum(position, 0) // page_size
     page = jnp.take_along_axis(block_tables, number, axis=1)
@@ -26,14 +26,14 @@ def partner(x: jax.Array, interleave: bool) -> jax.Array:
 
 
 def per_element(x: jax.Array, interleave: bool) -> jax.Array:
-    """(..., P / 2), one a pair -> (..., P), one an element."""
+    """Expands (..., P / 2), per pair, to (..., P), per element."""
     return jnp.repeat(x, 2, -1) if interleave else jnp.concatenate([x, x], -1)
 
 
 def new_entries(
     kv: jax.Array, norm: jax.Array, cos: jax.Array, sin: jax.Array, *, eps: float, interleave: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Normed latents (B, T, R) and rotated keys (B, T, P), of `kv`'s dtype. Computes in float32, or float64."""
+    """Normalised latents (B, T, R) and rotated keys (B, T, P), of the dtype of kv. Computes in float32 or float64."""
     wide = kv.astype(jnp.promote_types(kv.dtype, jnp.float32))
     latent, key = wide[..., :-ROPE], wide[..., -ROPE:]
     latent = latent * jax.lax.rsqrt(jnp.mean(latent**2, -1, keepdims=True) + eps)

@@ -1,4 +1,4 @@
-"""The entries to FP8 grouped matmul and its gradients: check the arguments, choose a backend by name."""
+"""The public functions of FP8 grouped matmul and its gradient: validate arguments, and choose a backend by name."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def fp8_grouped_matmul(
 
     Args:
       lhs: (M, K) float8_e4m3fn rows, sorted by group. K is a multiple of 128.
-      lhs_scales: (M, K / 128) float32: what a tile of 1 x 128 elements is to be multiplied by.
-      rhs: (G, N, K) float8_e4m3fn, one matrix a group, transposed: the matrix units want both operands
+      lhs_scales: (M, K / 128) float32: scale of each tile of 1 x 128 elements.
+      rhs: (G, N, K) float8_e4m3fn, one matrix per group, transposed, since the matrix units require both operands
         contiguous along K. N is a multiple of 128.
-      rhs_scales: (G, N / 128, K / 128) float32, a block of 128 x 128 each.
+      rhs_scales: (G, N / 128, K / 128) float32: scale of each block of 128 x 128.
       group_sizes: (G,) int32, rows of each group; they sum to at most M.
       implementation: "reference" (plain, G times the work), "gpu" (Hopper), "gpu_interpret" (the same on a CPU) or
-        "tokamax" (TPUs: products of bfloat16, into which scaled rows and matrices are rounded).
+        "tokamax" (TPUs: rows and matrices are scaled, rounded to bfloat16, and multiplied).
 
     Returns:
-      (M, N) bfloat16; sums are float32, "gpu"'s across tiles of 128. Rows past the last group are zero.
+      (M, N) bfloat16, accumulated in float32; for "gpu", across tiles of 128. Rows after the last group are zero.
 
-    The gradient of the rows is the same product: the cotangent's rows, quantised along N, and the matrices (G, K, N)
-    with the transposed scales.
+    The gradient of the rows is another call: the cotangent's rows, quantised along N, and the matrices (G, K, N) with
+    transposed scales.
 
     Raises:
       ValueError: shapes or dtypes don't fit together or the backend, or there is no such implementation.
@@ -84,14 +84,14 @@ def fp8_grouped_weight_gradient(
     *,
     implementation: str,
 ) -> jax.Array:
-    """Multiplies each group's transposed rows with the cotangents of their products: the gradient of its matrix.
+    """Computes the gradient of each group's matrix: its transposed rows times the cotangents of the result.
 
     Args:
-      lhs: (K, M) float8_e4m3fn, rows transposed: contiguous along the sum. K and M are multiples of 128, and each
-        group begins at one of M.
-      lhs_scales: (M / 128, K) float32: what a tile of 128 rows x 1 is to be multiplied by.
-      dout: (N, M), dout_scales: (M / 128, N): the same of the cotangents.
-      group_steps: (G,) int32, how many times 128 rows each group has; they sum to at most M / 128.
+      lhs: (K, M) float8_e4m3fn, transposed rows, contiguous along the contracted axis. K and M are multiples of 128,
+        and each group begins at a multiple of 128.
+      lhs_scales: (M / 128, K) float32: scale of each tile of 128 rows x 1.
+      dout: (N, M), dout_scales: (M / 128, N): likewise for the cotangents.
+      group_steps: (G,) int32, rows of each group in units of 128; they sum to at most M / 128.
       implementation: "reference", "gpu" (Hopper) or "gpu_interpret" (the same on a CPU).
 
     Returns:

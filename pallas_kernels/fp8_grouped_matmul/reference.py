@@ -1,4 +1,4 @@
-"""FP8 grouped matmul, said plainly: apply the scales, then multiply each row with its group's matrix."""
+"""Reference of FP8 grouped matmul: apply the scales, then multiply each row with its group's matrix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BLOCK = 128
 def fp8_grouped_matmul(
     lhs: jax.Array, lhs_scales: jax.Array, rhs: jax.Array, rhs_scales: jax.Array, group_sizes: jax.Array
 ) -> jax.Array:
-    """See `api.fp8_grouped_matmul`. Computes in float32 (float64 where the scales are); costs G times the work."""
+    """See `api.fp8_grouped_matmul`. Computes in float32 (or float64, if the scales are), with G times the work."""
     wide = lhs_scales.dtype
     x = lhs.astype(wide) * jnp.repeat(lhs_scales, BLOCK, 1)
     w = rhs.astype(wide) * jnp.repeat(jnp.repeat(rhs_scales, BLOCK, 1), BLOCK, 2)
@@ -27,7 +27,7 @@ def fp8_grouped_matmul(
 def weight_gradient(
     lhs: jax.Array, lhs_scales: jax.Array, dout: jax.Array, dout_scales: jax.Array, group_steps: jax.Array
 ) -> jax.Array:
-    """See `api.fp8_grouped_weight_gradient`. Computes in the scales' dtype; costs G times the work."""
+    """See `api.fp8_grouped_weight_gradient`. Computes in the scales' dtype, with G times the work."""
     wide = lhs_scales.dtype
     x = lhs.astype(wide) * jnp.repeat(lhs_scales.T, BLOCK, 1)
     dy = dout.astype(wide) * jnp.repeat(dout_scales.T, BLOCK, 1)

@@ -1,4 +1,4 @@
-"""The one entry to grouped matmul, and to the experts made of it: choose an implementation by name."""
+"""The public functions of grouped matmul and of experts made of it: choose an implementation by name."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
 
     Args:
       lhs: (M, K) rows, sorted by group.
-      rhs: (G, K, N), one matrix a group, of `lhs`'s dtype.
+      rhs: (G, K, N), one matrix per group, of the dtype of `lhs`.
       group_sizes: (G,) int32, rows of each group; they sum to at most M.
       implementation: "reference" (plain, G times the work), "ragged" (`jax.lax.ragged_dot`), "blocked" (CPUs), "gpu"
-        (our own for Hopper: bfloat16; one kernel for many rows and one for few, bound by the matrices' bytes; K and N
-        that aren't multiples of 64 are filled up to such, which copies the matrices) or "tokamax" (TPUs: bfloat16).
+        (our kernels for Hopper, bfloat16: one for many rows, and one for few rows, bound by reading the matrices; K and
+        N are padded to multiples of 64, which copies the matrices) or "tokamax" (TPUs, bfloat16).
 
     Returns:
-      (M, N) of `lhs`'s dtype. Rows past the last group are zero.
+      (M, N) of the dtype of `lhs`. Rows after the last group are zero.
 
     Raises:
-      ValueError: shapes or dtypes don't fit together or the backend, or there is no such implementation.
+      ValueError: shapes or dtypes are inconsistent or unsupported, or there is no such implementation.
     """
     _check(lhs, rhs, group_sizes, implementation)
     if implementation == "gpu":
@@ -45,7 +45,7 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
 
 
 def _check(lhs: jax.Array | jax.ShapeDtypeStruct, rhs: jax.Array, group_sizes: jax.Array, implementation: str) -> None:
-    """Raises ValueError as `grouped_matmul` says, but for what is a backend's own."""
+    """Raises ValueError as `grouped_matmul`, except for errors specific to a backend."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"no grouped matmul {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
     if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1] or group_sizes.shape != rhs.shape[:1]:
@@ -66,17 +66,17 @@ def grouped_swiglu(
     implementation: str,
     keep: Callable[[jax.Array], jax.Array] = lambda a: a,
 ) -> jax.Array:
-    """Experts on the rows that were sent to them: down(silu(gate(x)) * up(x)) with each group's own three matrices.
+    """Applies experts to groups of rows: down(silu(gate(x)) * up(x)) with the three matrices of each group.
 
     Args:
       x: (M, D) rows, sorted by group. gate, up: (G, D, F). down: (G, F, D). group_sizes: as in `grouped_matmul`.
       implementation: as in `grouped_matmul`. "blocked" is one loop, "gpu" with few rows two
         kernels (gate, up and SwiGLU in one), the others three grouped matmuls.
-      keep: applied to what gate and up make, (M, F) each, where they are arrays of their own: for a name that a
-        rematerialisation policy knows.
+      keep: applied to the outputs of gate and up, (M, F) each, if they are separate arrays, to name them for a
+        rematerialisation policy.
 
     Returns:
-      (M, D) of `x`'s dtype. Rows past the last group are zero. Raises as `grouped_matmul`.
+      (M, D) of the dtype of `x`. Rows after the last group are zero. Raises as `grouped_matmul`.
     """
     hidden = jax.ShapeDtypeStruct((len(x), gate.shape[-1]), x.dtype)
     for rows, matrices in ((x, gate), (x, up), (hidden, down)):

@@ -1,4 +1,4 @@
-"""Grouped matmul, said plainly: every row times every matrix, then the row's own one is kept."""
+"""Reference of grouped matmul: multiplies every row with every matrix, and selects the result of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """See `api.grouped_matmul`. Costs G times the work of the others."""
+    """See `api.grouped_matmul`. Does G times the work of the others."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(lhs.shape[0])
     member = (row >= (ends - group_sizes)[:, None]) & (row < ends[:, None])  # (G, M)

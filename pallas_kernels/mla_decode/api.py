@@ -1,4 +1,4 @@
-"""The one entry to MLA decoding: checks the arguments, chooses a backend by name."""
+"""The public function of MLA decoding: validates arguments, and chooses a backend by name."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ def mla_decode(
     """Attends from the last `T` tokens of each sequence to its cached latents (absorbed MLA, report eq. 9 and 10).
 
     Args:
-      q: (B, T, H, R + P): a head's query, absorbed into the latent space (R) beside its rotated part (P). The new
-        tokens are the sequence's last ones, and token t sees the keys before `lengths - T + t + 1`.
-      cache: (pages, page size, R + P), `q`'s dtype: a token's latent (after its norm) beside its rotated key; or a
-        `SplitCache` of the same, whose latents may be FP8 (on TPUs: in pages of 256 or 512). TPUs take packed
-        `SplitCache`s only, GPUs no packed ones.
-      block_tables: (B, max pages) int32: the pages of a sequence, in order. Entries past its length are never
-        read, nor are slots past it in its last page: either may hold anything.
-      lengths: (B,) int32: tokens of each sequence in the cache, the new ones included. May be 0.
-      scale: what multiplies the scores.
+      q: (B, T, H, R + P): queries, absorbed into the latent space (R), followed by their rotated part (P). The new
+        tokens are the last ones of each sequence, and token t attends to keys before `lengths - T + t + 1`.
+      cache: (pages, page size, R + P), `q`'s dtype: the normalised latent of a token, followed by its rotated key; or a
+        `SplitCache` of the same, whose latents may be FP8 (on TPUs: in pages of 256 or 512). TPUs require a packed
+        `SplitCache`, GPUs an unpacked one.
+      block_tables: (B, max pages) int32: the pages of a sequence, in order. Entries beyond its length, and slots beyond
+        it in its last page, are never read.
+      lengths: (B,) int32: tokens of each sequence in the cache, including the new ones. May be 0.
+      scale: factor of the scores.
       implementation: "reference" (plain; any cache), "gpu" (Hopper: bfloat16 queries, R = 512, P = 64, pages of 64),
         "tpu" (bfloat16 queries, R a multiple of 128, P = 64, pages of 32 to 512). "gpu_interpret" and "tpu_interpret"
-        run these on a CPU, slowly, and look for races: for tests.
-      schedule: how the work is shared out, by `schedule.plan`; worked out from the lengths if None. It depends on
-        nothing else, so that the layers of a model can share one.
+        run these on a CPU, slowly and with race detection, for tests.
+      schedule: the distribution of work, from `schedule.plan`; by default computed from the lengths. It depends on
+        nothing else, so that all layers of a model can share one.
 
     Returns:
-      The heads' outputs in the latent space, (B, T, H, R) of `q`'s dtype, and the log-sum-exp of their scaled scores,
-      (B, T, H) float32. A token that sees no key has 0 and -inf.
+      The outputs in the latent space, (B, T, H, R) of the dtype of `q`, and the log-sum-exp of the scaled scores, (B,
+      T, H) float32. They are 0 and -inf for a token without keys.
 
     Raises:
-      ValueError: shapes or dtypes don't fit together or the backend, or there is no such implementation.
+      ValueError: shapes or dtypes are inconsistent or unsupported, or there is no such implementation.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"no MLA decoding {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")

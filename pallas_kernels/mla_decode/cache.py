@@ -1,4 +1,4 @@
-"""The forms of a paged latent cache."""
+"""Formats of a paged latent cache."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ FP8_MAX = 448.0
 
 
 class SplitCache(NamedTuple):
-    """A paged cache whose latents and rope keys are arrays of their own.
+    """A paged cache with separate arrays for latents and rope keys.
 
     latent: (pages, page size, R), bfloat16 or float8_e4m3fn.
     rope: (pages, page size, 64) bfloat16; packed, for TPUs, (pages, page size / 2, 128): see `pack_rope`.
-    scales: (pages, page size) float32: what a token's FP8 latent is to be multiplied by. None for bfloat16.
+    scales: (pages, page size) float32: scale of each token's FP8 latent. None for bfloat16.
     """
 
     latent: jax.Array
@@ -27,17 +27,17 @@ class SplitCache(NamedTuple):
 
     @property
     def packed(self) -> bool:
-        """Whether two tokens' rope keys share a row."""
+        """Whether the rope keys of two tokens share a row."""
         return self.rope.shape[-1] == 2 * ROPE
 
 
 def split(cache: jax.Array) -> SplitCache:
-    """The parts of a cache (pages, page size, R + 64)."""
+    """Splits a cache (pages, page size, R + 64) in its parts."""
     return SplitCache(cache[..., :-ROPE], cache[..., -ROPE:])
 
 
 def join(cache: SplitCache) -> jax.Array:
-    """The opposite of `split`, for every form: (pages, page size, R + 64), float32 where latents are FP8."""
+    """The inverse of `split`, for every format: (pages, page size, R + 64), float32 if latents are FP8."""
     latent, rope, scales = cache
     if scales is not None:
         latent, rope = latent.astype(jnp.float32) * scales[..., None], rope.astype(jnp.float32)
@@ -47,7 +47,7 @@ def join(cache: SplitCache) -> jax.Array:
 
 
 def pack(cache: SplitCache) -> SplitCache:
-    """With two tokens' rope keys a row, as TPUs want them: their memory is tiled by 128 columns."""
+    """Packs the rope keys of two tokens per row for TPUs, whose memory is tiled by 128 columns."""
     return cache._replace(rope=pack_rope(cache.rope))
 
 
@@ -57,13 +57,13 @@ def pack_rope(rope: jax.Array) -> jax.Array:
 
 
 def quantise(cache: SplitCache) -> SplitCache:
-    """With latents in FP8, each token's scaled by its largest magnitude. Rope keys stay as they are."""
+    """Quantises latents to FP8, each scaled by its largest magnitude. Rope keys are unchanged."""
     values, scales = quantise_latent(cache.latent)
     return SplitCache(values, cache.rope, scales)
 
 
 def quantise_latent(latent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(..., R) -> float8_e4m3fn (..., R) and float32 scales (...). A token of zeros has a scale of 1."""
+    """Quantises (..., R) to float8_e4m3fn (..., R) and float32 scales (...). The scale of a zero token is 1."""
     wide = latent.astype(jnp.float32)
     largest = jnp.abs(wide).max(-1)
     scales = jnp.where(largest == 0, 1, largest / FP8_MAX)
@@ -71,9 +71,9 @@ def quantise_latent(latent: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def check_split(cache: SplitCache) -> tuple[tuple[int, ...], Any]:
-    """The shape of the same cache in one array, and the dtype of queries for it.
+    """Returns the shape of the same cache in one array, and the dtype of queries for it.
 
-    Raises ValueError if its parts don't fit together.
+    Raises ValueError if its parts are inconsistent.
     """
     latent, rope, scales = cache
     if latent.ndim != 3 or rope.shape not in (

@@ -1,4 +1,4 @@
-"""Random decoding problems for tests and benchmarks, with traps wherever a kernel must not look."""
+"""Random decoding problems for tests and benchmarks, with NaN and invalid indices wherever a kernel must not read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PAGE, WIDTH = 64, 576
 def random_problem(
     rng: np.random.Generator, lengths: Sequence[int], tokens: int, heads: int, spare: int = 3
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The arguments q, cache, block_tables and lengths of `api.mla_decode`, bfloat16, standard normal.
+    """Returns the arguments q, cache, block_tables and lengths of `api.mla_decode`, bfloat16, standard normal.
 
-    Pages are shuffled among `spare` unused ones, cache slots that hold no token are NaN, and table entries past a
-    sequence's end point far outside the cache.
+    Pages are shuffled among `spare` unused ones, empty cache slots are NaN, and table entries beyond the end of a
+    sequence are far out of range.
     """
     sizes = np.asarray(lengths, np.int32)
     pages = -(-sizes // PAGE)

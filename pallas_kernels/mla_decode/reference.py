@@ -1,4 +1,4 @@
-"""MLA decoding over a paged latent cache, said plainly: gather the pages, mask, softmax."""
+"""Reference of MLA decoding over a paged latent cache: gather the pages, mask, softmax."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pallas_kernels.mla_decode.cache import ROPE
 def mla_decode(
     q: jax.Array, cache: jax.Array, block_tables: jax.Array, lengths: jax.Array, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.mla_decode`. Computes in float32, or in float64 where the inputs are."""
+    """See `api.mla_decode`. Computes in float32, or in float64 if the inputs are."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     batch, tokens, _, width = q.shape
     page_size = cache.shape[1]

@@ -1,4 +1,4 @@
-"""Cuts ragged sequences into pieces of similar length, so that every multiprocessor gets its share of the work."""
+"""Splits ragged sequences into pieces of similar length, to distribute the work evenly over multiprocessors."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 
 WHOLE, NONE = -1, -2
-"""In place of a slot: the piece is a whole sequence; there is no piece."""
+"""Values instead of a slot: the piece is a whole sequence; there is no piece."""
 
 
 class Plan(NamedTuple):
-    """Work of the thread blocks in one decode step. Depends on the lengths only: all layers share it.
+    """The work of thread blocks in one decoding step. It depends only on the lengths, so that all layers share it.
 
-    work: (pieces, 4) int32: a piece's sequence, first page, end page, and the slot of its partial result, or
-      WHOLE or NONE. Longest first, so that the hardware's first-come scheduling balances well.
-    slots: (B, 2) int32: a sequence's first slot and how many it has.
+    work: (pieces, 4) int32: the sequence, first page and end page of each piece, and the slot of its partial result, or
+      WHOLE or NONE. Longest first, so that the hardware's scheduling balances well.
+    slots: (B, 2) int32: the first slot of each sequence, and its number of slots.
     """
 
     work: jax.Array
@@ -24,15 +24,15 @@ class Plan(NamedTuple):
 
 
 def plan(lengths: jax.Array, *, page_size: int, pieces: int) -> Plan:
-    """Cuts each sequence's pages into equal pieces no longer than a common bound, or an eighth more if it is one piece.
+    """Splits the pages of each sequence into equal pieces no longer than a bound, or an eighth more for a single piece.
 
     With the bound c = ceil(all pages / (pieces - B)) there are sum(ceil(p / c)) <= all pages / c + B <= `pieces` of
-    them. An empty sequence has one piece of no pages.
+    them. An empty sequence has one empty piece.
 
     Args:
       lengths: (B,) int32, in tokens.
       page_size: tokens per page.
-      pieces: how many pieces to make room for: B, where no sequence is cut, or more.
+      pieces: maximum number of pieces: B, in which case no sequence is split, or more.
     """
     batch = lengths.shape[0]
     if pieces < batch:
@@ -62,14 +62,14 @@ def plan(lengths: jax.Array, *, page_size: int, pieces: int) -> Plan:
 
 
 def merge(out: jax.Array, lse: jax.Array, schedule: Plan) -> tuple[jax.Array, jax.Array]:
-    """Merges the pieces' results by their log-sum-exps.
+    """Merges the results of pieces by their log-sum-exps.
 
     Args:
-      out: (pieces, rows, R) float32, row by row of `schedule.work`.
+      out: (pieces, rows, R) float32, in the order of `schedule.work`.
       lse: (pieces, rows) float32.
 
     Returns:
-      (B, rows, R) and (B, rows) float32; 0 and -inf for rows that saw nothing.
+      (B, rows, R) and (B, rows) float32; 0 and -inf for rows without keys.
     """
     batch = schedule.slots.shape[0]
     sequence = jnp.where(schedule.work[:, 3] == NONE, batch, schedule.work[:, 0])  # batch: dropped

@@ -1,4 +1,4 @@
-"""The one entry to MLA prefill: checks the arguments, chooses a backend by name."""
+"""The public function of MLA prefill: validates arguments, and chooses a backend by name."""
 
 from __future__ import annotations
 
@@ -39,24 +39,25 @@ def mla_prefill(
 
     Args:
       q_nope, q_rope: (B, T, H, N) and (B, T, H, P): the sequences' last T tokens.
-      k_nope: (B, S, H, N), S >= T; the first S - T keys are a prefix, from a cache say, that every query sees.
+      k_nope: (B, S, H, N), S >= T; the first S - T keys are a prefix, such as from a cache, that every query attends
+        to.
       k_rope: (B, S, P), shared by all heads.
       v: (B, S, H, V).
-      scale: what multiplies the scores.
-      segments: (B, S) int32 or None: packed documents; a token attends within its own only.
+      scale: factor of the scores.
+      segments: (B, S) int32 or None: packed documents; tokens attend only within their own.
       implementation: "reference" (plain); "blockwise" (plain JAX in memory linear in T and S, on any device and in any
-        dtype; `blockwise.attention` takes tokens out of their order too); "gpu" (Hopper: the fastest that takes
-        the arguments of "tokamax", "cudnn" and "blockwise"); "cudnn" (Hopper, bfloat16, neither segments nor a prefix);
+        dtype; `blockwise.attention` also supports tokens out of order); "gpu" (Hopper: the fastest of "tokamax",
+        "cudnn" and "blockwise" that supports the arguments); "cudnn" (Hopper, bfloat16, neither segments nor a prefix);
         "tokamax" (Hopper, bfloat16; fast if documents are numbered upwards); "tpu" (our own: bfloat16, T and S
-        multiples of 128, P up to 64; fastest if N and V are multiples of 128 and P is 64, else filled up to such) or,
-        as its peer, "splash" (TPU, bfloat16, T and S multiples of 128). "tpu_interpret" and "splash_interpret" run
-        these on a CPU, slowly.
+        multiples of 128, P up to 64; fastest if N and V are multiples of 128 and P is 64, otherwise padded) or, for
+        comparison, "splash" (TPU, bfloat16, T and S multiples of 128). "tpu_interpret" and "splash_interpret" run these
+        on a CPU, slowly.
 
     Returns:
       (B, T, H, V) of `v`'s dtype.
 
     Raises:
-      ValueError: shapes or dtypes don't fit together or the backend, or there is no such implementation.
+      ValueError: shapes or dtypes are inconsistent or unsupported, or there is no such implementation.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"no MLA prefill {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")

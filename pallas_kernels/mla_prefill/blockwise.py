@@ -1,13 +1,11 @@
-"""Causal attention with decoupled heads in plain JAX, a block of queries times a block of keys at a time.
+"""Causal attention with decoupled heads in plain JAX, one block of queries and one block of keys at a time.
 
 The online softmax of FlashAttention-2 (Dao, 2023, algorithms 1 and 2) as one scan over pairs of blocks: memory is
-linear in the number of tokens, on any backend, in any dtype. Pairs above the diagonal aren't in the scan, and those
-that segments or indices empty are passed over as it runs. The backward pass works out scores again, from their
-log-sum-exps.
+linear in the number of tokens, on any backend, in any dtype. Pairs above the diagonal aren't in the scan, and pairs
+that segments or indices mask are skipped at run time. The backward pass recomputes scores from their log-sum-exps.
 
-Arrays are cut into blocks first, (blocks, B, K, rows, width), so that each product in the scan is a plain batched
-matmul. K is H, or 1 where all heads share keys and values (the absorbed form): then a token's queries are H rows of one
-matrix.
+Arrays are first split into blocks, (blocks, B, K, rows, width), so that each step of the scan is a batched matmul. K is
+H, or 1 where all heads share keys and values (the absorbed form): then a token's queries are H rows of one matrix.
 """
 
 from __future__ import annotations
@@ -21,11 +19,11 @@ import numpy as np
 from jax import lax
 
 BLOCK = 256
-"""Tokens of a block, of queries and of keys, or all there are if they are fewer; from `LONG` on, twice as many."""
+"""Tokens per block of queries and of keys, or fewer if there aren't as many; twice as many from `LONG` on."""
 LONG = 4096
-"""Few large steps pay on accelerators; small ones skip more of a short sequence's triangle."""
+"""On accelerators few large steps are faster; small steps skip more of a short sequence's triangle."""
 UNSEEN = -1e30
-"""A score in place of minus infinity, whose differences are NaN."""
+"""The score of masked pairs. Differences of minus infinity would be NaN."""
 
 
 Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
@@ -33,7 +31,7 @@ Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 class Places(NamedTuple):
-    """Where tokens stand: (B or 1, T) int32 each, or cut into blocks, (blocks, B or 1, rows)."""
+    """Positions and segments: (B or 1, T) int32 each, or in blocks, (blocks, B or 1, rows)."""
 
     position: jax.Array
     segment: jax.Array
@@ -52,21 +50,22 @@ def attention(
     k_segments: jax.Array | None = None,
     scale: float,
 ) -> jax.Array:
-    """Attention of each query to the keys that don't come after it. Differentiable, once, in the five arrays.
+    """Attention of each query to keys that don't come after it. Differentiable, once, in the five arrays.
 
     Args:
       q_nope, q_rope: (B, T, H, N) and (B, T, H, P).
       k_nope: (B, S, H, N); or (B, S, 1, N), one key for all heads: the absorbed form.
       k_rope: (B, S, P), shared by all heads.
       v: (B, S, H, V), or (B, S, 1, V).
-      q_index, k_index: (B or 1, T) and (B or 1, S) int32: a query sees the keys whose index is at most its own. None
-        for both: the queries are the last T of S tokens in their order.
-      q_segments, k_segments: (B or 1, T) and (B or 1, S) int32: and whose segment is its own. None for both: all.
+      q_index, k_index: (B or 1, T) and (B or 1, S) int32: a query attends to keys whose index is at most its own. None
+        for both: the queries are the last T of S tokens in order.
+      q_segments, k_segments: (B or 1, T) and (B or 1, S) int32: and whose segment equals its own. None for both: a
+        single segment.
       scale: what multiplies the scores.
 
     Returns:
-      (B, T, H, V) of `v`'s dtype. Statistics and sums are in float32, or in float64 where the inputs are. A query that
-      sees no key gets zeros.
+      (B, T, H, V) of `v`'s dtype. Statistics and sums are in float32, or in float64 if the inputs are. A query without
+      keys gets zeros.
     """
     tokens, keys = q_nope.shape[1], k_nope.shape[1]
     in_order, one_segment = q_index is None, q_segments is None
@@ -105,7 +104,7 @@ def _attention(
 def _forward(
     arrays: Arrays, places: tuple[Places, Places], scale: float, in_order: bool, one_segment: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The output (B, T, H, V), and the scores' log-sum-exps (blocks of queries, B, K, rows) for the gradient."""
+    """The output (B, T, H, V), and the log-sum-exps of scores (blocks of queries, B, K, rows) for the gradient."""
     arrays, (places, pairs) = _as_one(arrays, (places, _pairs(arrays, places, in_order, by_keys=False)))
     q, k_nope, k_rope, v = _cut_all(arrays)
     wide, value = jnp.promote_types(q.dtype, jnp.float32), arrays[4]
@@ -194,10 +193,9 @@ _attention.defvjp(_vjp_forward, _vjp_backward)
 
 
 def _as_one(arrays: Arrays, known: Any) -> tuple[Arrays, Any]:
-    """Both, neither of which is then known before the other.
+    """Returns both values, with an optimisation barrier between them.
 
-    Differentiating a scan around this one would otherwise compute the masks of all pairs of blocks ahead, from places
-    that depend on nothing, and keep them.
+    Otherwise, differentiating a scan around this one would hoist and save the masks of all pairs of blocks.
     """
     both: tuple[Arrays, Any] = lax.optimization_barrier((arrays, known))
     return both
