@@ -335,7 +335,7 @@ def piece(name: str, folder: Path, seed: int, seconds: float) -> None:
 
 
 def main() -> None:
-    """Runs the parts, prints a table, and ends with 1 if one of them found something."""
+    """Runs the parts, writes fuzz.md, and ends with 1 if one of them found something."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1800, help="of all parts and workers together")
     parser.add_argument("--workers", type=int, default=1)
@@ -365,14 +365,23 @@ def main() -> None:
             ended[name].append((folder, process.exitcode))
             if process.exitcode:
                 print(f"{name} ended with {process.exitcode}: see {folder / 'log.txt'}", flush=True)
-    print(f"{datetime.date.today()}, {os.cpu_count()} CPU cores, jax {jax.__version__}, seed {arguments.seed}")
-    print("| part | seconds | cases | peak memory | found |\n|---|---|---|---|---|")
+    lines = [
+        *("# Damaged input", ""),
+        f"{datetime.date.today()}, {os.cpu_count()} CPU cores, Python {sys.version.split()[0]}, jax {jax.__version__},",
+        f"{time.monotonic() - began:.0f} s. A case must be read, or refused by a named error in one line, in",
+        f"{HANG_SECONDS} seconds, with at most twice its input and 500 MB more memory than before. `found` counts the",
+        "workers that met something else.",
+        *("", "```"),
+        f"python -m tests.fuzz --seconds {arguments.seconds:.0f} --workers {arguments.workers} --seed {arguments.seed}",
+        *("```", "", "| part | seconds | cases | peak memory | found |", "|---|---:|---:|---:|---:|"),
+    ]
     for name in arguments.only:
         good = [json.loads((folder / "cases.json").read_text()) for folder, code in ended[name] if not code]
         peak, found = max([g["peak"] for g in good], default=0), len(ended[name]) - len(good)
         seconds = arguments.seconds * PARTS[name].minutes / minutes
-        print(f"| {name} | {seconds:.0f} | {sum(g['cases'] for g in good):,} | {peak / 1e6:.0f} MB | {found or '-'} |")
-    print(f"{time.monotonic() - began:.0f} s with {arguments.workers} workers")
+        lines.append(f"| {name} | {seconds:.0f} | {sum(g['cases'] for g in good):,} | {peak / 1e6:.0f} MB | {found} |")
+    (out / "fuzz.md").write_text("\n".join([*lines, ""]))
+    print("\n".join(lines))
     sys.exit(any(code for pieces in ended.values() for _, code in pieces))
 
 
