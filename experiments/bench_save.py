@@ -1,6 +1,6 @@
 """Measures what asynchronous checkpoints add to the time of training steps.
 
-python -m experiments.bench_save --blocks 6
+python -m experiments.bench_save --blocks 4 --sequences 32
 
 Steps of `v3-mini`, reduced, in blocks of 20: every second block begins with the look for numbers that aren't
 finite, and a save, whose writing goes on beside the steps of the block and is waited for at its end. The kinds take
@@ -32,8 +32,11 @@ INTERVAL = 20
 def main() -> None:
     """Prints a table of the blocks' times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=6, help="of each kind")
-    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=4, help="of each kind, at most")
+    parser.add_argument("--sequences", type=int, default=32, help="of 128 tokens in a step")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="after which no further pair of blocks begins"
+    )
     arguments = parser.parse_args()
     config = TrainConfig.preset("v3-mini", steps=2 * INTERVAL * (arguments.blocks + 1))
     model = dataclasses.replace(config.model, num_hidden_layers=4, n_routed_experts=16, num_nextn_predict_layers=0)
@@ -47,10 +50,13 @@ def main() -> None:
     setup = Setup(config, load_tokenizer(None))
     state, done = setup.placement.init(setup.init, jax.random.key(0)), 0
     times: dict[bool, list[float]] = {False: [], True: []}
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), keep=2)
         for block in range(2 * arguments.blocks + 1):
             saving, began = block % 2 == 0, time.perf_counter()
+            if not saving and block > 1 and began - started > arguments.seconds:
+                break
             if saving:
                 assert not name_not_finite(state, setup.finite(state))
                 checkpoints.save(state, setup.data.get_state())
@@ -67,8 +73,9 @@ def main() -> None:
     setup.data.stop()
     size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.router, state.opt_state)))
     plain, saved = (statistics.median(times[kind]) for kind in (False, True))
-    print(f"{datetime.date.today()}, {os.cpu_count()} CPU cores, jax {jax.__version__}")
-    print(f"state {size / 1e6:.1f} MB, step {plain / INTERVAL * 1e3:.1f} ms (median of {arguments.blocks} blocks)")
+    tokens = config.schedule.batch_size * config.data.sequence_length
+    print(f"{datetime.date.today()}, {os.cpu_count()} CPU cores, jax {jax.__version__}, {tokens:,} tokens in a step")
+    print(f"state {size / 1e6:.1f} MB, step {plain / INTERVAL * 1e3:.1f} ms (median of {len(times[False])} blocks)")
     print(
         f"saving every {INTERVAL} steps adds {saved / plain - 1:+.2%} to the median, {_least(times):+.2%} to the least"
     )
