@@ -7,6 +7,7 @@ import atexit
 import collections
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -64,6 +65,15 @@ def pytest_configure(config):
     hypothesis.settings.load_profile("tests")
     if _seed:
         config.option.hypothesis_seed = _seed
+
+
+def pytest_make_parametrize_id(val):
+    """Names cases by the changes that they make, {"n_group": 7} as n_group=7, and by the beginning of long texts."""
+    if isinstance(val, dict):
+        val = ",".join(f"{k}={v}" if isinstance(v, str | int | float) else str(k) for k, v in val.items()) or "default"
+    elif not isinstance(val, str) or len(val) <= 40:
+        return None  # pytest's own
+    return re.sub(r"[^\w=.,:/+-]+", " ", val, flags=re.ASCII).strip()[:40]
 
 
 def pytest_report_header():
