@@ -10,9 +10,9 @@ from dsv3_jax.inference.generate import _decode, _in_form
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model.cache import init_cache
 from pallas_kernels.ahead_of_time import compile_for_tpu
-from tests.model.test_attend import CONFIG
+from tests.configs import KERNEL_SIZES
 
-DEEP = dataclasses.replace(CONFIG, num_hidden_layers=9, num_nextn_predict_layers=0, max_position_embeddings=4096)
+DEEP = dataclasses.replace(KERNEL_SIZES, num_hidden_layers=9, num_nextn_predict_layers=0, max_position_embeddings=4096)
 BATCH, LENGTH = 8, 4096
 
 

@@ -16,7 +16,7 @@ from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.rules import rules_of
 from dsv3_jax.parallel.sharding import state_shardings
 from dsv3_jax.runtime import Runtime
-from tests.parallel.test_meshes import CONFIG
+from tests.configs import SHARDABLE
 
 NODES = MeshShape(node=2, expert=2, tensor=2)
 
@@ -57,20 +57,20 @@ def test_groups_stay_on_their_node():
 
 @pytest.mark.parametrize("sharding", ["single", "ep_tp", "fsdp_ep"])
 def test_slots_compute_the_same(sharding):
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 16)), jnp.int32)
-    model = DeepSeekV3(CONFIG)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, SHARDABLE.vocab_size, (4, 16)), jnp.int32)
+    model = DeepSeekV3(SHARDABLE)
     variables = jax.jit(model.init)(jax.random.key(0), tokens)
     forward = lambda m, v: m.apply(v, tokens, (jnp.roll(tokens, -1, 1),), method="forward")
     expected = jax.jit(lambda v: forward(model, v))(variables)
     load = expert_load(expected)
-    placed = with_redundant_experts(variables, load, CONFIG, NODES, 8)
+    placed = with_redundant_experts(variables, load, SHARDABLE, NODES, 8)
     copies = np.asarray(placed["placement"]["moe_layers"]["mlp"]["experts"]["copies"])
-    assert (copies.sum(-1) == CONFIG.n_routed_experts + 8).all()
+    assert (copies.sum(-1) == SHARDABLE.n_routed_experts + 8).all()
     busiest = load["moe_layers"].argmax(-1)
     assert (copies[np.arange(len(copies)), busiest] > 1).all()
 
     runtime = Runtime(sharding=sharding, redundant_experts=8)
-    got = DeepSeekV3(CONFIG, runtime)
+    got = DeepSeekV3(SHARDABLE, runtime)
     if sharding == "single":
         outputs = forward(got, placed)
     else:
@@ -88,14 +88,14 @@ def test_slots_compute_the_same(sharding):
 def test_a_model_declares_its_slots():
     runtime = dataclasses.replace(Runtime(), redundant_experts=4)
     tokens = jnp.zeros((1, 4), jnp.int32)
-    variables = jax.eval_shape(lambda: DeepSeekV3(CONFIG, runtime).init(jax.random.key(0), tokens))
-    plain = jax.eval_shape(lambda: DeepSeekV3(CONFIG).init(jax.random.key(0), tokens))
-    load = {"moe_layers": np.ones((CONFIG.num_moe_layers, 16)), "mtp_0": np.ones(16)}
+    variables = jax.eval_shape(lambda: DeepSeekV3(SHARDABLE, runtime).init(jax.random.key(0), tokens))
+    plain = jax.eval_shape(lambda: DeepSeekV3(SHARDABLE).init(jax.random.key(0), tokens))
+    load = {"moe_layers": np.ones((SHARDABLE.num_moe_layers, 16)), "mtp_0": np.ones(16)}
     concrete = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), plain)
-    placed = with_redundant_experts(concrete, load, CONFIG, MeshShape(expert=4), 4)
+    placed = with_redundant_experts(concrete, load, SHARDABLE, MeshShape(expert=4), 4)
     assert jax.tree.map(jnp.shape, placed) == jax.tree.map(jnp.shape, dict(variables))
 
 
 def test_slots_that_do_not_divide_are_named():
     with pytest.raises(ConfigError, match="16 experts and 3 redundant ones don't divide over the 4 devices"):
-        with_redundant_experts({}, {}, CONFIG, NODES, 3)
+        with_redundant_experts({}, {}, SHARDABLE, NODES, 3)

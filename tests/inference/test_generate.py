@@ -12,7 +12,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.generate import _prefill, generate, stream
 from dsv3_jax.inference.sampling import Sampling, cut, sample
 from dsv3_jax.model.cache import init_cache
-from tests.training.test_losses import SMALL
+from tests.configs import SMALL
 
 
 @pytest.fixture(scope="module")

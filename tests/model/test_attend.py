@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
+from dsv3_jax import DeepSeekV3, Runtime
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.model import attend as seam
@@ -22,25 +22,9 @@ from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
 from pallas_kernels.ahead_of_time import compile_for_tpu, lower_for_hopper
+from tests.configs import KERNEL_SIZES
 from tests.conftest import new_rng
 
-CONFIG = dataclasses.replace(  # the kernels' own widths, and little else
-    ModelConfig.preset("tiny"),
-    hidden_size=64,
-    intermediate_size=64,
-    moe_intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    q_lora_rank=32,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    vocab_size=64,
-    max_position_embeddings=512,
-    initializer_range=0.1,
-    num_nextn_predict_layers=1,
-)
 # Of bfloat16: chosen, not derived from a bound.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
@@ -51,14 +35,14 @@ def one_layer(latent, rope_key):
 
 def models(impl, dtype, form="expanded"):
     return [
-        DeepSeekV3(CONFIG, Runtime(dtype=dtype, experts_impl="blocked", attention_impl=i, attention_form=form))
+        DeepSeekV3(KERNEL_SIZES, Runtime(dtype=dtype, experts_impl="blocked", attention_impl=i, attention_form=form))
         for i in ("reference", impl)
     ]
 
 
 @pytest.fixture(scope="module")
 def variables():
-    model = DeepSeekV3(CONFIG, Runtime(experts_impl="blocked"))
+    model = DeepSeekV3(KERNEL_SIZES, Runtime(experts_impl="blocked"))
     return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
@@ -85,7 +69,7 @@ def test_logits_of_packed_documents(variables, impl, dtype):
 )
 def test_continuing_from_a_cache(variables, impl, dtype, form, tokens):
     models_ = models(impl, dtype, form)
-    cache = init_cache(CONFIG, models_[0].runtime, 2, 256)
+    cache = init_cache(KERNEL_SIZES, models_[0].runtime, 2, 256)
     prompt, following = (jax.random.randint(jax.random.key(i), (2, n), 0, 64) for i, n in enumerate((80, tokens)))
     decode = lambda m: jax.jit(lambda v, t, c: m.apply(v, t, c, method="decode"))
     _, cache = decode(models_[0])(variables, prompt, cache)
@@ -136,7 +120,7 @@ def test_a_kernel_is_the_plain_attention(form, sharding, mesh, monkeypatch):
     @jax.jit
     def by_kernel(q, q_rope, k, k_rope, v):
         keys = Keys(k[:, :, 0], k_rope, places, segments, held)
-        return attend(q, q_rope, k, v, keys, where, CONFIG, runtime, scale=0.1)
+        return attend(q, q_rope, k, v, keys, where, KERNEL_SIZES, runtime, scale=0.1)
 
     with jax.set_mesh(make_mesh(MeshShape(data=2, tensor=2), jax.devices()[:4])) if mesh else contextlib.nullcontext():
         assert_same(by_kernel(q, q_rope, k, k_rope, v), expected, "float32")
@@ -145,7 +129,7 @@ def test_a_kernel_is_the_plain_attention(form, sharding, mesh, monkeypatch):
 
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
 def test_layer_continues_from_a_cache(form):
-    ref, ours = (MultiHeadLatentAttention(CONFIG, m.runtime) for m in models("pallas_reference", "float32", form))
+    ref, ours = (MultiHeadLatentAttention(KERNEL_SIZES, m.runtime) for m in models("pallas_reference", "float32", form))
     rng, start = new_rng(), jnp.asarray([80, 33], jnp.int32)
     x, latent, rope_key = (
         jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 3, 64), (2, 128, 512), (2, 128, 64))
@@ -161,7 +145,7 @@ def test_layer_continues_from_a_cache(form):
 def test_decoding_layer(impl, capsys):
     """The interpreters' effects don't fit into a scan over layers."""
     key = jax.random.key(int(new_rng().integers(1 << 30)))
-    ref, ours = (MultiHeadLatentAttention(CONFIG, m.runtime) for m in models(impl, "bfloat16", "absorbed"))
+    ref, ours = (MultiHeadLatentAttention(KERNEL_SIZES, m.runtime) for m in models(impl, "bfloat16", "absorbed"))
     x, latent, rope_key = (
         jax.random.normal(jax.random.fold_in(key, i), s, jnp.bfloat16)
         for i, s in enumerate([(2, 2, 64), (2, 128, 512), (2, 128, 64)])
@@ -186,7 +170,7 @@ def test_decoding_layer(impl, capsys):
 )
 def test_decoding_compiles(variables, compile_for):
     model = models("gpu" if compile_for is lower_for_hopper else "tpu", "bfloat16", "absorbed")[1]
-    given = variables, jnp.zeros((2, 1), jnp.int32), init_cache(CONFIG, model.runtime, 2, 256)
+    given = variables, jnp.zeros((2, 1), jnp.int32), init_cache(KERNEL_SIZES, model.runtime, 2, 256)
     given = jax.eval_shape(lambda *a: a, *given)
     compile_for(lambda v, t, c: model.apply(v, t, c, method="decode"), *given)
 
@@ -195,7 +179,7 @@ def test_decoding_compiles(variables, compile_for):
 def test_training_compiles_for_a_tpu(variables, remat):
     """Attention and experts by kernels, forward and backward, in the scan over layers."""
     runtime = Runtime(dtype="bfloat16", attention_impl="tpu", experts_impl="tokamax", remat=remat)
-    model = DeepSeekV3(CONFIG, runtime)
+    model = DeepSeekV3(KERNEL_SIZES, runtime)
     loss = lambda v, tokens, segments: jnp.sum(model.apply(v, tokens, segments=segments))
     tokens = jax.ShapeDtypeStruct((2, 256), jnp.int32)
     compiled = compile_for_tpu(
@@ -211,7 +195,7 @@ def test_decoding_on_a_mesh(variables, sharding, shape):
     ours = ours.clone(runtime=dataclasses.replace(ours.runtime, sharding=sharding, experts_impl="ragged"))
     tokens = jax.random.randint(jax.random.key(1), (4, 2), 0, 64)
     cache = dataclasses.replace(
-        init_cache(CONFIG, plain.runtime, 4, 128), length=jnp.asarray([80, 33, 0, 64], jnp.int32)
+        init_cache(KERNEL_SIZES, plain.runtime, 4, 128), length=jnp.asarray([80, 33, 0, 64], jnp.int32)
     )
     decode = lambda m: jax.jit(lambda v, t, c: m.apply(v, t, c, method="decode")[0])(variables, tokens, cache)
     expected = decode(plain)
@@ -221,7 +205,7 @@ def test_decoding_on_a_mesh(variables, sharding, shape):
 
 def test_decoding_has_no_gradient(variables):
     model = models("pallas_reference", "float32", "absorbed")[1]
-    cache = init_cache(CONFIG, model.runtime, 1, 128)
+    cache = init_cache(KERNEL_SIZES, model.runtime, 1, 128)
     loss = lambda v: model.apply(v, jnp.zeros((1, 1), jnp.int32), cache, method="decode")[0].sum()
     with pytest.raises(ConfigError, match="has no gradient: train in the expanded form"):
         jax.grad(loss)(variables)
@@ -277,10 +261,10 @@ def test_refusals_by_the_model(variables, impl, form, message):
 @pytest.mark.parametrize("form", ["gpu", "tpu"])
 def test_refusals_by_the_backend_when_decoding(variables, form):
     model = models(form, "bfloat16", "absorbed")[1]
-    cache = init_cache(CONFIG, model.runtime, 1, 128)
+    cache = init_cache(KERNEL_SIZES, model.runtime, 1, 128)
     with pytest.raises(ValueError, match="but the device is cpu"):
         model.apply(variables, jnp.zeros((1, 1), jnp.int32), cache, method="decode")
-    odd = init_cache(CONFIG, model.runtime, 1, 100)
+    odd = init_cache(KERNEL_SIZES, model.runtime, 1, 100)
     with pytest.raises(ConfigError, match="multiple of 64"):
         model.apply(variables, jnp.zeros((1, 1), jnp.int32), odd, method="decode")
 

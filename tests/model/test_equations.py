@@ -10,9 +10,9 @@ import pytest
 from dsv3_jax import DeepSeekV3, Runtime
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.cache import init_cache
+from tests.configs import SMALL
 from tests.conftest import new_rng
 from tests.model import equations
-from tests.training.test_losses import SMALL
 
 DOUBLE = dict(dtype="float64", param_dtype="float64")
 V3 = dataclasses.replace(

@@ -17,9 +17,8 @@ from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.step import init_state, make_train_step
+from tests.configs import SCHEDULE, SMALL
 from tests.conftest import new_rng
-from tests.parallel.test_meshes import SCHEDULE
-from tests.training.test_losses import SMALL
 
 B, T, D, V = 4, 6, 8, 40
 

@@ -15,9 +15,9 @@ from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.step import init_state, make_train_step
-from tests.parallel.test_meshes import CONFIG, SCHEDULE
+from tests.configs import SCHEDULE, SHARDABLE
 
-SMALL = dataclasses.replace(CONFIG, hidden_size=128, num_hidden_layers=2, num_nextn_predict_layers=0)
+SMALL = dataclasses.replace(SHARDABLE, hidden_size=128, num_hidden_layers=2, num_nextn_predict_layers=0)
 
 
 def sums_over_devices(mesh, microbatches, **runtime):

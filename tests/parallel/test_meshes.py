@@ -1,39 +1,27 @@
 """The same numbers on every mesh: loss, gradients and updated parameters of three steps equal one device's."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import init_state, make_train_step
+from tests.configs import SCHEDULE, SHARDABLE
 
-# Every part of the architecture; init so large that rounding stays small beside Adam's epsilon.
-CONFIG = dataclasses.replace(
-    ModelConfig.preset("tiny"),
-    **dict(vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=4),
-    **dict(first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8),
-    **dict(qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2),
-    **dict(max_position_embeddings=64, initializer_range=0.1, aux_loss_alpha=0.01),
-)
-SCHEDULE = Schedule(ScheduleConfig(steps=100, batch_size=8, warmup_steps=1, bias_update_speed=0.01))
 BATCH, LENGTH, STEPS = 8, 16, 3
 
 
 def make_batch(seed=0):
     """Packed documents: segments, and positions that start again in each."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, CONFIG.vocab_size, (BATCH, LENGTH + 1), dtype=np.int32)
+    tokens = rng.integers(0, SHARDABLE.vocab_size, (BATCH, LENGTH + 1), dtype=np.int32)
     segments = np.sort(rng.integers(0, 3, (BATCH, LENGTH), dtype=np.int32), axis=1)
     positions = np.arange(LENGTH) - np.array([[np.argmax(row == s) for s in row] for row in segments])
     return {
@@ -60,7 +48,7 @@ class Recorded(dict):
 
 def run(shape, microbatches=1, **runtime):
     """Gradients of the first step, and metrics and variables after three."""
-    model = DeepSeekV3(CONFIG, Runtime(**{"experts_impl": "ragged"} | runtime))
+    model = DeepSeekV3(SHARDABLE, Runtime(**{"experts_impl": "ragged"} | runtime))
     placement = Placement(shape, model.runtime, parameter_axes(model), jax.devices()[: shape.devices])
     optimizer = optax.chain(KEEPS_GRADIENTS, make_optimizer(OptimizerConfig(), SCHEDULE))
     state = placement.init(lambda key: init_state(model, optimizer, key), jax.random.key(0))

@@ -15,7 +15,8 @@ from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.step import init_state, make_train_step
-from tests.parallel.test_meshes import BATCH, CONFIG, SCHEDULE, make_batch
+from tests.configs import SCHEDULE, SHARDABLE
+from tests.parallel.test_meshes import BATCH, make_batch
 
 
 @pytest.mark.parametrize(("layers", "stages"), [(58, 16), (58, 2), (3, 2), (7, 7), (9, 4)])
@@ -34,7 +35,7 @@ def test_durations():
     assert duration("zero_bubble", 4, 32) > duration("1f1b", 4, 32)
 
 
-def first_step(shape, config=CONFIG, microbatches=2):
+def first_step(shape, config=SHARDABLE, microbatches=2):
     model = DeepSeekV3(config, Runtime(sharding="pp_ep_dp"))
     placement = Placement(MeshShape.parse(shape), model.runtime, parameter_axes(model))
     optimizer = make_optimizer(OptimizerConfig(), SCHEDULE)
@@ -57,4 +58,4 @@ def first_step(shape, config=CONFIG, microbatches=2):
 )
 def test_what_a_pipeline_cannot_do_is_named(shape, changes, microbatches, message):
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
-        first_step(shape, dataclasses.replace(CONFIG, **changes), microbatches)
+        first_step(shape, dataclasses.replace(SHARDABLE, **changes), microbatches)

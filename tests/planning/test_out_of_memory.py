@@ -10,7 +10,7 @@ from dsv3_jax.accounting.parameters import count_parameters
 from dsv3_jax.planning.out_of_memory import memory_parts, out_of_memory
 from dsv3_jax.training import loop
 from dsv3_jax.training.config import TrainConfig
-from tests.training.test_trainer import SMALL
+from tests.configs import RUN_OPTIONS
 
 
 def wide(**options):
@@ -37,7 +37,7 @@ def test_train_says_it(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(loop.Loop, "_steps", exhausted)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["train", "--run-dir", str(tmp_path / "run"), *SMALL])
+        cli.main(["train", "--run-dir", str(tmp_path / "run"), *RUN_OPTIONS])
     assert stop.value.code == 2
     last = capsys.readouterr().err.strip()
     assert last.startswith("error: out of device memory. Per device the planner counts ")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
+from dsv3_jax import DeepSeekV3, Runtime
 from dsv3_jax.data import PackedSequences
 from dsv3_jax.model.attention import MultiHeadLatentAttention
 from dsv3_jax.model.cache import TokenPositions
@@ -30,31 +30,10 @@ from dsv3_jax.training.losses import (
     predictable,
     shift_left,
 )
+from tests.configs import DOUBLE, SMALL
 from tests.conftest import new_rng
 from tests.data.corpora import counted
 from tests.model import equations
-
-SMALL = dataclasses.replace(
-    ModelConfig.preset("tiny"),
-    hidden_size=12,
-    intermediate_size=16,
-    moe_intermediate_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    q_lora_rank=8,
-    kv_lora_rank=10,
-    qk_nope_head_dim=6,
-    qk_rope_head_dim=4,
-    v_head_dim=5,
-    vocab_size=17,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    initializer_range=0.5,
-    num_nextn_predict_layers=2,
-)
-DOUBLE = Runtime(dtype="float64", param_dtype="float64", experts_impl="blocked")
 
 
 def test_balance_loss_is_eq_17_to_20():

@@ -13,7 +13,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.training import loop
 from dsv3_jax.training.metrics import MetricsLog
 from dsv3_jax.training.trace import Trace
-from tests.training.test_trainer import SMALL
+from tests.configs import RUN_OPTIONS
 
 
 class Project:
@@ -40,7 +40,7 @@ def test_a_run_shows_what_it_does(tmp_path, monkeypatch, capsys):
     options = ["--schedule.steps", "6", "--schedule.warmup-steps", "1", "--log-every", "2"]
     options += ["--model.num-nextn-predict-layers", "0", "--data.validation-fraction", "0"]  # less to compile
     options += ["--wandb-project", "small", "--trace-steps", "3:4", "--sample-tokens", "0"]
-    cli.main(["train", "--run-dir", str(directory), *SMALL, *options])
+    cli.main(["train", "--run-dir", str(directory), *RUN_OPTIONS, *options])
 
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     logged = [r for r in records if "loss" in r]

@@ -18,9 +18,9 @@ from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, decays, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import TrainState, init_state, make_train_step, update_bias
+from tests.configs import DOUBLE, SMALL
 from tests.conftest import new_rng
 from tests.model import equations
-from tests.training.test_losses import DOUBLE, SMALL
 
 # In float64, against equations 17 to 25 in NumPy and the milestones of section 4.2 -------------------------
 

@@ -16,16 +16,9 @@ import pytest
 from dsv3_jax import cli
 from dsv3_jax.checkpoint import load_pretrained
 from dsv3_jax.training.directory import locked
+from tests.configs import RUN_OPTIONS
 
 ROOT = Path(__file__).parents[2]
-SMALL = [
-    *("--model.hidden-size", "16", "--model.intermediate-size", "16", "--model.moe-intermediate-size", "8"),
-    *("--model.num-hidden-layers", "2", "--model.n-routed-experts", "4", "--model.num-experts-per-tok", "2"),
-    *("--model.n-group", "2", "--model.topk-group", "1", "--model.q-lora-rank", "8", "--model.kv-lora-rank", "8"),
-    *("--data.sequence-length", "16", "--schedule.batch-size", "4", "--schedule.steps", "60"),
-    *("--log-every", "10", "--validate-every", "30", "--checkpoint-every", "10", "--sample-tokens", "8"),
-    *("--validation-batches", "1"),
-]
 
 
 def command(*arguments):
@@ -54,7 +47,7 @@ def _leaves(tree, path=()):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     directory = tmp_path_factory.mktemp("straight") / "run"
-    assert run_in_process("train", "--run-dir", directory, *SMALL) == 0
+    assert run_in_process("train", "--run-dir", directory, *RUN_OPTIONS) == 0
     return directory
 
 
@@ -75,7 +68,7 @@ def test_a_run_leaves_everything(straight):
 def test_killed_and_resumed_equals_straight(straight, tmp_path):
     """kill -9 somewhere after the checkpoint of step 30; the resumed run's parameters are the same bits."""
     directory = tmp_path / "run"
-    arguments = ["train", "--run-dir", directory, *SMALL, "--auto-resume"]
+    arguments = ["train", "--run-dir", directory, *RUN_OPTIONS, "--auto-resume"]
     process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not (directory / "checkpoints" / "30").exists():
@@ -96,7 +89,7 @@ def test_killed_and_resumed_equals_straight(straight, tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     directory = tmp_path / "a run's"
-    arguments = command("train", "--run-dir", directory, *SMALL, "--schedule.steps", "100000")
+    arguments = command("train", "--run-dir", directory, *RUN_OPTIONS, "--schedule.steps", "100000")
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
             if line.startswith("step 20/"):
@@ -125,8 +118,8 @@ def test_generate_continues_with_a_run(straight, capsys):
         (("train", "--data.source", "{tmp}/nowhere"), "nowhere"),
         (("train", "--data.source", "{tmp}/empty"), "empty"),
         (("train", "--model.vocab-size", "100"), "model.vocab_size is 100"),
-        (("train", "--run-dir", "{run}", *SMALL), "add --resume"),
-        (("train", "--run-dir", "{run}", *SMALL, "--seed", "1", "--resume"), "seed: 1, there 0"),
+        (("train", "--run-dir", "{run}", *RUN_OPTIONS), "add --resume"),
+        (("train", "--run-dir", "{run}", *RUN_OPTIONS, "--seed", "1", "--resume"), "seed: 1, there 0"),
         (("train", "--run-dir", "{tmp}/new", "--resume"), "no run to resume"),
         (("train", "--run-dir", "{run}", "--resume", "--preset", "v3-mini"), "another model than --preset v3-mini"),
         (("train", "--run-dir", "{run}", "--resume", "--schedule.steps", "70"), "schedule.steps: 70, there 60"),
@@ -183,7 +176,7 @@ def test_resume_without_checkpoints_or_beside_another_process_loses_nothing(stra
     shutil.move(directory / "checkpoints", tmp_path / "elsewhere")
     before = files(directory)
     for resume in ([], ["--resume"]):
-        assert run_in_process("train", "--run-dir", directory, *SMALL, *resume) == 2
+        assert run_in_process("train", "--run-dir", directory, *RUN_OPTIONS, *resume) == 2
         assert "has no checkpoint to go on from" in capsys.readouterr().err
         assert files(directory) == before
 
@@ -202,7 +195,7 @@ def test_full_disk_keeps_the_last_checkpoint(straight, tmp_path):
         pytest.skip("needs the right to mount a small file system")
     try:
         directory = disk / "run"
-        arguments = ["train", "--run-dir", directory, *SMALL, "--schedule.steps", "100000"]
+        arguments = ["train", "--run-dir", directory, *RUN_OPTIONS, "--schedule.steps", "100000"]
         with subprocess.Popen(
             command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
