@@ -2,10 +2,13 @@
 
     python -m experiments.context_extension [--size gpu]
 
-A small model learns at 128 tokens to say the digit that a mark in a haystack of letters is followed by. Then its
-context is extended four times by YaRN and a short training at 512 tokens; on a GPU, from 512 to 2048 tokens. The grid
-is that of the usual needle test: length of the haystack against the needle's depth, each cell the share of right
-digits; "before" is the model as trained, without YaRN, at lengths that it has never seen.
+A small model learns at 128 tokens to recall: texts are pairs of a key and a digit, a key's digit is the same wherever
+it comes again, and that is what the model is asked for. Then its context is extended four times by YaRN and a short
+training at 512 tokens; on a GPU, from 512 to 2048 tokens. The grid is that of the usual needle test: length of the
+haystack against the needle's depth, each cell the share of right digits for a key that was there once; "before" is the
+model as trained, without YaRN, at lengths that it has never seen. Heads are mostly rotated, and rotations are as slow,
+for the short length, as those of DeepSeek-V3 for its 4,096 tokens: otherwise a model this small finds keys without
+regard to their positions, and there is nothing to extend.
 """
 
 from __future__ import annotations
@@ -41,12 +44,16 @@ from experiments.small_run import (
 
 NAME = "context-extension"
 FACTOR = 4
+ROPE_THETA = 10_000.0
+"""DeepSeek-V3's, whose rotated heads are 64 wide."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-MARK = ord("#")
+KEYS = 192
+"""Different keys, the tokens from 64 on; digits are the tokens 48 to 57."""
 MODEL = dataclasses.replace(
     SMALL,
     **dict(num_hidden_layers=2, first_k_dense_replace=2, num_nextn_predict_layers=0),
-    **dict(hidden_size=64, intermediate_size=128, q_lora_rank=None, kv_lora_rank=32, qk_rope_head_dim=16),
+    **dict(hidden_size=64, intermediate_size=128, q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=4),
+    **dict(qk_rope_head_dim=16),
 )
 
 
@@ -55,9 +62,11 @@ def base_run(size: Size) -> SmallRun:
     length = {"cpu": 128, "gpu": 512}[size]
     model = dataclasses.replace(MODEL, max_position_embeddings=FACTOR * length)
     run = SmallRun.of(size, model, 1, length=length)
-    layers = dict(num_hidden_layers=2, first_k_dense_replace=2)
+    # RoPE's slowest rotation is theta^(-(d - 2) / d) per token: over the short length, V3's over 4,096 tokens.
+    slowest, d = ROPE_THETA ** -(62 / 64) * 4096 / length, run.model.qk_rope_head_dim
+    sizes = dict(num_hidden_layers=2, first_k_dense_replace=2, rope_theta=slowest ** -(d / (d - 2)))
     tokens = {"cpu": 4096, "gpu": 32768}[size]
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, **layers), batch_size=tokens // length)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **sizes), batch_size=tokens // length)
 
 
 def extended(run: SmallRun, steps: int) -> SmallRun:
@@ -69,37 +78,37 @@ def extended(run: SmallRun, steps: int) -> SmallRun:
 
 
 def haystacks(
-    rng: np.random.Generator, rows: int, length: int, depth: float | None = None, asked: int = 1
+    rng: np.random.Generator, rows: int, length: int, depth: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Letters, in them a mark and a digit, and the mark again at the end; and targets, the digit there, else IGNORE.
+    """Pairs of a key and its digit, and a key at the end; and targets: a key's digit where it came before, else IGNORE.
 
-    depth: where the needle is, from 0 (the beginning) to 1; by default anywhere.
-    asked: times that the mark comes again after the needle, as in training: a target each time.
+    depth: where the key that is asked for at the end came, once, from 0 (the beginning) to 1; by default anywhere, and
+      other keys come again too, which gives training more targets.
     """
-    tokens = rng.integers(ord("a"), ord("z") + 1, (rows, length)).astype(np.int32)
-    targets = np.full_like(tokens, IGNORE)
-    digits = rng.integers(ord("0"), ord("9") + 1, rows).astype(np.int32)
-    last = (length - 3) // 2  # marks and digits are at 2 i and 2 i + 1
-    needle = rng.integers(0, last + 1, rows) if depth is None else np.full(rows, round(depth * last))
-    row = np.arange(rows)
-    for i in range(asked):
-        at = needle if i == 0 else rng.integers(needle, last + 1)
-        tokens[row, 2 * at], tokens[row, 2 * at + 1] = MARK, digits
-        targets[row, 2 * at] = np.where(at > needle, digits, IGNORE)
-    tokens[:, -1], targets[:, -1] = MARK, digits
+    pairs, row = (length - 1) // 2, np.arange(rows)
+    few = rng.integers(pairs // 4, KEYS, (rows, 1)) if depth is None else KEYS
+    names = rng.permuted(np.tile(np.arange(KEYS), (rows, 1)), axis=1)  # of a row, the first is the needle
+    chosen = rng.integers(1, np.minimum(few, KEYS), (rows, pairs))
+    needle = rng.integers(0, pairs, rows) if depth is None else np.full(rows, round(depth * (pairs - 1)))
+    chosen[row, needle] = 0
+    keys = np.take_along_axis(names, np.concatenate([chosen, np.zeros((rows, 1), int)], axis=1), axis=1)
+    digits = np.take_along_axis(rng.integers(48, 58, (rows, KEYS)), keys, axis=1).astype(np.int32)
+    again = np.tril(keys[:, :, None] == keys[:, None, :], -1).any(-1)
+    tokens, targets = np.zeros((rows, 2 * pairs + 1), np.int32), np.full((rows, 2 * pairs + 1), IGNORE, np.int32)
+    tokens[:, ::2], tokens[:, 1::2] = 64 + keys, digits[:, :-1]
+    targets[:, ::2] = np.where(again, digits, IGNORE)
     return tokens, targets
 
 
 def learn(run: SmallRun, rng: np.random.Generator, state: TrainState | None) -> TrainState:
-    """Trains on haystacks, half of which ask once and half eight times; from `state`'s parameters, if it is given."""
-    config, steps, length, half = run.model, run.steps, run.length, run.batch_size // 2
+    """Trains on haystacks; from `state`'s parameters, if it is given."""
+    config, steps, length = run.model, run.steps, run.length
     model, optimizer = DeepSeekV3(config, run.runtime), make_optimizer(OptimizerConfig(weight_decay=0.0), run.schedule)
     begun = init_state(model, optimizer, jax.random.key(0))
     state = begun if state is None else dataclasses.replace(begun, params=state.params)
     step = jax.jit(make_train_step(model, optimizer, PretrainingLoss(config, run.schedule)), donate_argnums=0)
     for done in range(1, steps + 1):
-        parts = haystacks(rng, half, length), haystacks(rng, half, length, asked=8)
-        tokens, targets = (np.concatenate(of) for of in zip(*parts, strict=True))
+        tokens, targets = haystacks(rng, run.batch_size, length)
         state, metrics = step(state, {"tokens": tokens, "targets": targets})
         if done % 100 == 0:
             print(f"{length} tokens: step {done}/{steps}, loss {float(metrics['loss']):.3f}", flush=True)

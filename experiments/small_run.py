@@ -196,7 +196,7 @@ def circumstances(command: str) -> dict[str, str]:
         "date": f"{datetime.date.today()}",
         "hardware": hardware,
         "jax": jax.__version__,
-        "commit": commit or os.environ.get("COMMIT", "unknown"),
+        "commit": os.environ.get("COMMIT", commit),  # of a copy that git doesn't know
         "command": command,
     }
 
