@@ -47,7 +47,7 @@ FACTOR = 4
 ROPE_THETA = 10_000.0
 """DeepSeek-V3's, whose rotated heads are 64 wide."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-KEYS = 192
+KEYS = 26
 """Different keys, the tokens from 64 on; digits are the tokens 48 to 57."""
 MODEL = dataclasses.replace(
     SMALL,
@@ -86,9 +86,9 @@ def haystacks(
       other keys come again too, which gives training more targets.
     """
     pairs, row = (length - 1) // 2, np.arange(rows)
-    few = rng.integers(pairs // 4, KEYS, (rows, 1)) if depth is None else KEYS
+    few = 1 + rng.integers(KEYS // 4, KEYS, (rows, 1)) if depth is None else KEYS
     names = rng.permuted(np.tile(np.arange(KEYS), (rows, 1)), axis=1)  # of a row, the first is the needle
-    chosen = rng.integers(1, np.minimum(few, KEYS), (rows, pairs))
+    chosen = rng.integers(1, few, (rows, pairs))
     needle = rng.integers(0, pairs, rows) if depth is None else np.full(rows, round(depth * (pairs - 1)))
     chosen[row, needle] = 0
     keys = np.take_along_axis(names, np.concatenate([chosen, np.zeros((rows, 1), int)], axis=1), axis=1)

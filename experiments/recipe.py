@@ -95,10 +95,11 @@ def configs(out: Path) -> dict[str, TrainConfig]:
     texts = DataConfig(str(out / "texts"), sequence_length=SHORT)
     base = dataclasses.replace(TrainConfig.preset("tiny", "cpu"), model=MODEL, data=texts, **often)
     rates = dict(peak_learning_rate=4e-3, end_learning_rate=4e-4, tail_learning_rate=4e-4)
-    schedule = ScheduleConfig(steps=700, batch_size=32, warmup_steps=40, constant_until=0.5, bias_update_speed=0.01)
+    schedule = ScheduleConfig(steps=1500, batch_size=32, warmup_steps=40, constant_until=0.5, bias_update_speed=0.01)
     pretraining = dataclasses.replace(base, schedule=dataclasses.replace(schedule, **rates))
     yarn = Yarn(LONG / SHORT, SHORT, mscale=1.0, mscale_all_dim=1.0)
     longer = dataclasses.replace(MODEL, max_position_embeddings=LONG, rope_scaling=yarn)
+    gentle = dict(peak_learning_rate=1e-3, end_learning_rate=1e-4, tail_learning_rate=1e-4)
     low = dict(peak_learning_rate=5e-4, end_learning_rate=5e-4, tail_learning_rate=5e-4)
     extension = dataclasses.replace(
         base,
@@ -111,7 +112,7 @@ def configs(out: Path) -> dict[str, TrainConfig]:
     sft = dataclasses.replace(
         dataclasses.replace(base, model=longer).fine_tuning(),
         data=chats,
-        schedule=ScheduleConfig(steps=400, batch_size=16, warmup_steps=20, bias_update_speed=0.0, **rates),
+        schedule=ScheduleConfig(steps=150, batch_size=16, warmup_steps=20, bias_update_speed=0.0, **gentle),
         init_from=str(out / "extension"),
     )
     return {"pretraining": pretraining, "extension": extension, "sft": sft}
@@ -128,7 +129,9 @@ def reinforcement(out: Path, iterations: int) -> GRPOArgs:
         out / "held_out.jsonl",
         grpo=sizes,
         learning_rate=5e-4,
-        checkpoint_every=20,
+        end_learning_rate=5e-5,
+        evaluate_every=20,
+        checkpoint_every=50,
     )
 
 
@@ -244,7 +247,7 @@ def plot(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def main(out: Path = Path("runs/recipe"), transformers_python: str | None = None, iterations: int = 60) -> None:
+def main(out: Path = Path("runs/recipe"), transformers_python: str | None = None, iterations: int = 1000) -> None:
     """Runs all stages, those that were done before excepted, and writes the report.
 
     Args:

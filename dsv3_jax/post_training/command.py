@@ -69,7 +69,9 @@ class GRPOArgs:
     mtp_weight: float = 0.1
     """Weight of the MTP modules' cross entropy on sampled texts, which doesn't affect the model; 0 for no training."""
     learning_rate: float = 3e-6
-    """Learning rate, constant after a warm-up of 5 steps; 3e-6 in R1."""
+    """Learning rate after a warm-up of 5 steps; 3e-6 in R1."""
+    end_learning_rate: float | None = None
+    """Learning rate at the end of a cosine decay that begins half-way; by default the learning rate is constant."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(weight_decay=0.0))
     """Other parameters of AdamW."""
     runtime: Runtime = dataclasses.field(default_factory=lambda: Runtime.for_backend(jax.default_backend()))
@@ -85,8 +87,9 @@ class GRPOArgs:
         for name in ("evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate is {self.learning_rate}: it must be positive")
+        for name in ("learning_rate", "end_learning_rate"):
+            if (rate := getattr(self, name)) is not None and not rate > 0:
+                raise ConfigError(f"{name} is {rate}: it must be positive")
 
 
 def grpo_command(args: GRPOArgs, console: Console | None = None) -> None:
@@ -139,10 +142,11 @@ class _Run:
         self.problems, self.held_out, self.reward = problems, held_out, reward
         self.tokenizer, self.encode = tokenizer, encode
         self.encoded = encode_prompts(held_out, tokenizer, args.grpo, encode)
-        rate = args.learning_rate
-        rates = dict(peak_learning_rate=rate, end_learning_rate=rate, tail_learning_rate=rate)
+        end = args.end_learning_rate or args.learning_rate
+        rates = dict(peak_learning_rate=args.learning_rate, end_learning_rate=end, tail_learning_rate=end)
         steps = args.grpo.iterations * args.grpo.epochs * args.grpo.minibatches
-        schedule = Schedule(ScheduleConfig(steps=steps, batch_size=1, warmup_steps=5, **rates))  # type: ignore[arg-type]
+        how: dict[str, Any] = dict(steps=steps, batch_size=1, warmup_steps=5, constant_until=0.5) | rates
+        schedule = Schedule(ScheduleConfig(**how))
         self.optimizer = make_optimizer(args.optimizer, schedule)
         sizes = EngineConfig(max_batch=64, max_length=args.grpo.length, cache_share=0.2, drafts_up_to=64)
         self.engine = Engine(model, variables, sizes, end_ids={tokenizer.eos_id})

@@ -21,7 +21,7 @@ from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.post_training.losses import GRPOLoss, group_advantages
 from dsv3_jax.post_training.rewards import Problem, Reward, SafeReward
-from dsv3_jax.training.losses import IGNORE, Batch, forward, model_inputs
+from dsv3_jax.training.losses import IGNORE, Batch, chosen_experts, forward, model_inputs
 from dsv3_jax.training.step import TrainState, make_train_step
 
 
@@ -43,6 +43,9 @@ class GRPOConfig:
     """Times that an iteration's texts are trained on."""
     minibatches: int = 1
     """Optimizer steps of an epoch, each with its share of the texts."""
+    replay_experts: bool = True
+    """Whether each token is trained at the experts that it went to with the weights that sampled it: as these change
+    within an iteration, a token whose affinities nearly tie would else go to others, and its probability would jump."""
     seed: int = 0
     """Seed of the problems' order and of the sampling."""
 
@@ -122,6 +125,8 @@ def grpo(
             rewards = np.array([r.reward for r in rollouts]).reshape(config.prompts, config.samples)
             batch = grpo_batch(rollouts, group_advantages(rewards).ravel(), config.length)
             batch["reference_logprobs"] = np.asarray(token_logprobs(model, reference, batch))
+            if config.replay_experts:
+                batch["experts"] = experts_of(model, state.variables, batch)
             metrics: dict[str, Any] = {}
             for pieces in _minibatches(batch, config, iteration):
                 state, metrics = step(state, pieces)
@@ -224,6 +229,12 @@ def token_logprobs(model: DeepSeekV3, variables: Any, batch: Batch) -> jax.Array
     return jnp.where(inputs.masks[0], -logits.cross_entropy(inputs.targets[0])[0], 0)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def experts_of(model: DeepSeekV3, variables: Any, batch: Batch) -> Any:
+    """`chosen_experts` of the batch's tokens."""
+    return chosen_experts(model, variables, {k: batch[k] for k in ("tokens", "targets")})
+
+
 def _order(count: int, seed: int) -> Iterator[int]:
     rng = np.random.default_rng(seed)
     while True:
@@ -235,4 +246,4 @@ def _minibatches(batch: dict[str, Any], config: GRPOConfig, iteration: int) -> I
     for _ in range(config.epochs):
         rows = np.arange(len(batch["tokens"])) if config.minibatches == 1 else rng.permutation(len(batch["tokens"]))
         for part in np.split(rows, config.minibatches):
-            yield {k: jnp.asarray(v[part]) for k, v in batch.items()}
+            yield jax.tree.map(lambda x, part=part: jnp.asarray(x[part]), batch)

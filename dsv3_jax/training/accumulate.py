@@ -111,8 +111,11 @@ def cut_batch(runtime: Runtime, batch: Batch, microbatches: int) -> dict[str, ja
     axes, parts, size = sharding.axes("batch"), sharding.size("batch"), len(batch["tokens"]) // microbatches
     if size % parts:
         raise ConfigError(f"a microbatch of {size} sequences doesn't divide over {' x '.join(axes)} = {parts}")
-    pieces = {name: x.reshape(microbatches, size, *x.shape[1:]) for name, x in batch.items()}
-    return {name: sharding.constrain(x, None, "batch", *(None,) * (x.ndim - 2)) for name, x in pieces.items()}
+
+    def cut(x: jax.Array) -> jax.Array:
+        return sharding.constrain(x.reshape(microbatches, size, *x.shape[1:]), None, "batch", *(None,) * (x.ndim - 1))
+
+    return {name: jax.tree.map(cut, x) for name, x in batch.items()}
 
 
 def evaluated_sums(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -11,18 +12,19 @@ import jax.numpy as jnp
 from flax import struct
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.router import RouterStats
+from dsv3_jax.model.router import CHOICES, RouterStats
 from dsv3_jax.model.transformer import DeepSeekV3, Outputs, router_stats
 from dsv3_jax.parallel.context import sequence_order
 from dsv3_jax.training.schedule import Schedule
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]
 """`tokens` and `targets` (B, T) int32, the latter one token ahead, or `IGNORE` where nothing is to be predicted;
-`segments` and `positions` (B, T) int32 if attention stays within documents; and the `batch_keys` of the loss."""
+`segments` and `positions` (B, T) int32 if attention stays within documents; `experts`, as `chosen_experts`
+returns them, if tokens are to go to those; and the `batch_keys` of the loss."""
 
 Metrics = dict[str, jax.Array]
 
-_KEYS = ("tokens", "targets", "segments", "positions")
+_KEYS = ("tokens", "targets", "segments", "positions", "experts")
 
 IGNORE = -100
 """The target of a position that isn't trained: PyTorch's and transformers' value."""
@@ -169,7 +171,7 @@ class ModelInputs:
     further_tokens: (B, T) each, the tokens 1 to D ahead, which the MTP modules take. targets, masks: (B, T) each, of
     the next token and of the one k further, for k up to D; `masks` says which of them there are. where: `positions`,
     `segments` and `order`, as the model's methods take them. extra: the loss's own arrays (B, T). sequences: how many,
-    padding not counted.
+    padding not counted. experts: the collection `CHOICES` if the batch says which experts its tokens go to, else empty.
     """
 
     tokens: jax.Array
@@ -179,6 +181,7 @@ class ModelInputs:
     where: dict[str, Any]
     extra: dict[str, jax.Array]
     sequences: jax.Array | int
+    experts: Mapping[str, Any]
 
 
 @jax.named_scope("model_inputs")
@@ -204,6 +207,9 @@ def model_inputs(
     def permute(x: jax.Array) -> jax.Array:
         return x if order is None else x[:, order]
 
+    def in_layers(ids: jax.Array) -> jax.Array:
+        return jnp.moveaxis(ids if order is None else jnp.take(ids, order, axis=-2), 0, -3)
+
     positions, segments = batch.get("positions"), batch.get("segments")
     if order is not None and positions is None:
         positions = jnp.broadcast_to(jnp.arange(len(order), dtype=jnp.int32), tokens.shape)
@@ -219,14 +225,26 @@ def model_inputs(
         },
         {key: permute(batch[key]) for key in batch_keys},
         tokens.shape[0] if real is None else jnp.sum(real),
+        jax.tree.map(in_layers, batch.get("experts", {})),
     )
 
 
 def forward(model: DeepSeekV3, variables: Mapping[str, Any], inputs: ModelInputs, detach_mtp: bool = False) -> Outputs:
     """The model's outputs for a batch, MTP and routing included; `detach_mtp` as in `Loss`."""
-    how = inputs.where | {"detach_mtp": detach_mtp}
+    how, variables = inputs.where | {"detach_mtp": detach_mtp}, {**variables, **inputs.experts}
     outputs = model.apply(variables, inputs.tokens, inputs.further_tokens, method="forward", **how)
     return cast(Outputs, outputs)
+
+
+def chosen_experts(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+    """The experts of each token of a batch, as its key `experts`: a step of other weights then sends it to the same.
+
+    Ids (B, ..., T, K) int32 per gate, the dots for the layers of a stack.
+    """
+    inputs = model_inputs(model, batch)
+    call: Any = functools.partial(model.apply, method="forward", mutable=[CHOICES], **inputs.where)
+    _, chosen = call(variables, inputs.tokens, inputs.further_tokens)
+    return {CHOICES: jax.tree.map(lambda ids: jnp.moveaxis(ids, -3, 0), chosen[CHOICES])}
 
 
 def forward_sums(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch) -> LossSums:

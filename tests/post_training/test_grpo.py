@@ -10,8 +10,8 @@ import pytest
 
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.data import load_tokenizer
-from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.post_training.grpo import GRPOConfig, Rollout, grpo, grpo_batch, token_logprobs
+from dsv3_jax.model.transformer import DeepSeekV3, expert_load
+from dsv3_jax.post_training.grpo import GRPOConfig, Rollout, experts_of, grpo, grpo_batch, token_logprobs
 from dsv3_jax.post_training.losses import GRPOLoss, group_advantages
 from dsv3_jax.post_training.rewards import SafeReward, arithmetic_problems, arithmetic_reward, load_reward
 from dsv3_jax.runtime import Runtime
@@ -162,6 +162,40 @@ def test_a_round_of_it(tmp_path):
     short = dataclasses.replace(config, length=8)
     with pytest.raises(ConfigError, match="length is 8"):
         next(grpo(model, state, optimizer, GRPOLoss(CONFIG), problems, reward, tokenizer, short))
+
+
+def test_empty_texts_of_equal_reward_change_nothing():
+    model, optimizer = DeepSeekV3(CONFIG), optax.adam(1e-3)
+    state, tokenizer, seen = init_state(model, optimizer, jax.random.key(0)), load_tokenizer(None), []
+    config = GRPOConfig(iterations=1, prompts=2, samples=2, max_new_tokens=4, length=16)
+    before = jax.tree.map(np.asarray, state.params)
+    reward = lambda problem, text: float(not seen.append(text))
+    how = dict(end_ids=range(CONFIG.vocab_size))  # the first token ends a text
+    rounds = grpo(
+        model, state, optimizer, GRPOLoss(CONFIG, mtp_weight=0), [{"prompt": "a"}], reward, tokenizer, config, **how
+    )
+    ((after, metrics),) = rounds
+    assert seen == [""] * 4
+    assert metrics["groups_without_signal"] == 1
+    assert metrics["length"] == 1
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, after.params))
+
+
+def test_tokens_are_trained_at_the_experts_of_sampling():
+    """After the gate has changed, a batch with the experts of before is still sent to them."""
+    model, rng = DeepSeekV3(CONFIG), new_rng()
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    batch = {k: v for k, v in batch_of(rng, 4, 8).items() if k in ("tokens", "targets")}
+    experts = experts_of(model, variables, batch)
+    moved = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype(x.dtype), variables)
+    run = jax.jit(lambda v, b: expert_load(forward(model, v, model_inputs(model, b))))
+    same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+    assert not same(run(moved, batch), run(variables, batch))
+    assert same(run(moved, batch | {"experts": experts}), run(variables, batch))
+    halves = [jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch | {"experts": experts}) for i in range(2)]
+    parts = [run(moved, half) for half in halves]
+    assert same(jax.tree.map(lambda a, b: a + b, *parts), run(variables, batch))
+    assert same(experts_of(model, moved, batch | {"experts": experts}), experts_of(model, moved, batch))
 
 
 def test_fine_tuning_learns_what_has_a_target():
