@@ -26,7 +26,7 @@ SMALL = dataclasses.replace(
     initializer_range=0.5,
     num_nextn_predict_layers=2,
 )
-"""Every part of the architecture, with widths that all differ, for comparison with the equations."""
+"""Every part of the architecture, with widths that differ, for comparison with the equations."""
 DOUBLE = Runtime(dtype="float64", param_dtype="float64", experts_impl="blocked")
 
 SMALL_CHECKPOINT = dataclasses.replace(
