@@ -60,18 +60,18 @@ def _quiet_failed_writes() -> None:
 _USAGE = """\
 usage: python -m dsv3_jax COMMAND [OPTIONS]
 
-  train      train a model: a small one on this machine's CPU by default
+  train      train a model; by default a small one, on this machine's CPU
   sft        fine-tune a model on chats
   grpo       reinforcement learning with rewards by rule
-  prepare    texts to tokens on disk, for training on more than memory holds
+  prepare    tokenise texts to disk for training
   generate   continue a text, or chat, with a trained or converted model
-  serve      an OpenAI-compatible server of a trained or converted model
-  convert    a Hugging Face checkpoint to orbax, or back, without loss
-  info       parameters and cache of a configuration, counted on the model itself
-  plan       memory, time and cost of training or serving a configuration
-  report     a page about one or several training runs
+  serve      serve a model with an OpenAI-compatible API
+  convert    convert a Hugging Face checkpoint to orbax, or back, without loss
+  info       print parameters and cache size of a configuration
+  plan       estimate memory, time and cost of training or serving
+  report     compare training runs on one page
 
-python -m dsv3_jax COMMAND --help lists a command's options."""
+python -m dsv3_jax COMMAND --help lists the options of a command."""
 
 
 def _fail(message: str) -> NoReturn:

@@ -27,8 +27,8 @@ def _training(console: Console, result: dict[str, Any]) -> None:
     best, sheet = result["plans"][0], result["hardware"]
     console.print(
         f"{result['model']} on {result['devices']:,} x {sheet['title']}: {result['tokens']:.4g} tokens, "
-        f"{result['batch']:,} x {result['length']:,} a step, {result['precision']}, remat {result['remat']}; "
-        f"at {sheet['efficiency']:.1%} of printed rates"
+        f"{result['batch']:,} x {result['length']:,} per step, {result['precision']}, remat {result['remat']}; "
+        f"at {sheet['efficiency']:.1%} of data-sheet rates"
     )
     if not result["meshes_fitting"]:
         console.print(
@@ -41,7 +41,7 @@ def _training(console: Console, result: dict[str, Any]) -> None:
         f"{result['meshes_fitting']} of {result['meshes_tried']} meshes fit; the fastest",
         "mesh",
         "GiB",
-        "s a step",
+        "s/step",
         "tok/s/dev",
         "MFU",
         "days",
@@ -75,7 +75,7 @@ def _training(console: Console, result: dict[str, Any]) -> None:
     console.print(time)
 
     if best["traffic"]:
-        links = _table("received by a device in a step", "axis and what for", "GB", "s at printed rates", "hidden")
+        links = _table("received by a device in a step", "axis and what for", "GB", "s at data-sheet rates", "hidden")
         for t in best["traffic"]:
             hidden = "yes" if t["hidden"] else "no"
             links.add_row(f"{t['axis']}: {t['what']}", f"{t['received'] / 1e9:.2f}", f"{t['seconds']:.3f}", hidden)
@@ -85,7 +85,7 @@ def _training(console: Console, result: dict[str, Any]) -> None:
     money = _table("cost", "what", "value")
     money.add_row("model FLOPs per token (no recomputation)", f"{best['model_flops_per_token']:.4g}")
     money.add_row("FLOPs per token as executed", f"{best['executed_flops_per_token']:.4g}")
-    money.add_row("model TFLOP/s a device", f"{best['flops_per_device_second'] / 1e12:.1f}")
+    money.add_row("model TFLOP/s per device", f"{best['flops_per_device_second'] / 1e12:.1f}")
     money.add_row("device-hours", f"{price['device_hours']:,.0f}")
     money.add_row("days", f"{price['days']:.1f}")
     dollars = "give --dollars-per-hour" if price["dollars"] is None else f"${price['dollars']:,.0f}"

@@ -82,6 +82,6 @@ def report(config: TrainConfig, records: list[dict[str, Any]], sample: str) -> s
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     text = (
         f"# Training run\n\n| | at the end |\n|---|---|\n{table}\n\n"
-        "Losses are in nats a token. The run's config is in `config.json`.\n\n![loss and expert load](metrics.png)\n"
+        "Losses are in nats per token. The run's config is in `config.json`.\n\n![loss and expert load](metrics.png)\n"
     )
     return text + (f"\n## Sample\n\n```\n{sample}\n```\n" if sample else "")
