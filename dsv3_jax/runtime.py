@@ -13,6 +13,10 @@ import numpy as np
 from dsv3_jax.config import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float64"]
+AttentionForm = Literal["expanded", "absorbed"]
+FP8Scales = Literal["tiles", "block_gradients", "tensor"]
+PipelineSchedule = Literal["1f1b", "zero_bubble"]
+Remat = Literal["none", "block", "paper"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Runtime:
     (report section 3.3). Embedding, head, router, norms and attention are unaffected. Requires a Hopper GPU; emulated
     on a CPU.
     """
-    fp8_scales: Literal["tiles", "block_gradients", "tensor"] = "tiles"
+    fp8_scales: FP8Scales = "tiles"
     """FP8 scales. `tiles` is the report's recipe: one per 1 x 128 of activations and gradients, and per 128 x 128 of
     weights. For experiments: gradients in 128 x 128 too, which diverged in the report (appendix B.2), and one scale per
     tensor.
@@ -43,7 +47,7 @@ class Runtime:
     """Whether all FP8 scales are powers of two ("ue8m0", DeepSeek-V3.1). Those of the inputs of experts and of the
     layer after attention always are.
     """
-    attention_form: Literal["expanded", "absorbed"] = "expanded"
+    attention_form: AttentionForm = "expanded"
     """`expanded` computes keys and values per head (training, prefill); `absorbed` attends to the latent (decoding)."""
     attention_impl: Literal[
         "auto", "reference", "blockwise", "pallas_reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret"
@@ -57,7 +61,7 @@ class Runtime:
     """Implementation of experts. `auto`: the fastest that is correct here. `ragged`: `jax.lax.ragged_dot`. `blocked`: a
     loop over blocks of rows, fast on a CPU. In bfloat16: `gpu`, our kernel for Hopper, and `tokamax`, for TPUs.
     """
-    remat: Literal["none", "block", "paper"] = "none"
+    remat: Remat = "none"
     """Rematerialisation: nothing, whole blocks, or norms and up-projections as in the report (section 3.2.3)."""
     sharding: Literal["single", "fsdp", "fsdp_ep", "ep_tp", "pp_ep_dp"] = "single"
     """Sharding rules, a preset of `parallel.rules`: the mesh axes that each logical axis is sharded over."""
@@ -65,7 +69,7 @@ class Runtime:
     """Changes to the sharding rules, each `NAME=MESH,AXES`, such as `embed=fsdp,data`."""
     dispatch: Literal["all_to_all", "ragged_all_to_all", "all_gather"] = "all_to_all"
     """Collective that sends tokens to experts: padded buffers, exact sizes (TPU, GPU), or all tokens to all devices."""
-    pipeline: Literal["1f1b", "zero_bubble"] = "1f1b"
+    pipeline: PipelineSchedule = "1f1b"
     """Pipeline schedule over the mesh axis `stage`; see `parallel.pipeline`."""
     dispatch_slack: float = 1.2
     """Size of dispatch buffers relative to even routing; if routing exceeds it, tokens are sent in several rounds."""

@@ -1,6 +1,7 @@
 """Imports point one way between packages and make no cycle; the pinned requirements fall into pyproject's ranges."""
 
 import ast
+import collections
 import graphlib
 import re
 import tomllib
@@ -86,6 +87,14 @@ def test_docstrings_open_with_a_verb_or_a_noun():
         for path in sorted((ROOT / folder).rglob("*.py")):
             found = re.findall(r'^ *r?"""(?:What|Of|Whose)\b.*', path.read_text(), re.MULTILINE)
             assert not found, f"{path}: {found[0].strip()}"
+
+
+def test_choices_are_stated_once():
+    """Two places that take the same choices share an alias of their Literal."""
+    stated = collections.Counter(
+        choices for path in modules() for choices in re.findall(r"Literal\[([^\]]*,[^\]]*)\]", path.read_text())
+    )
+    assert not {choices for choices, times in stated.items() if times > 1}
 
 
 def test_requirements_are_pinned_within_the_ranges():

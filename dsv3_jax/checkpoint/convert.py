@@ -16,9 +16,9 @@ from dsv3_jax.checkpoint.files import CheckpointError
 from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.ingest import import_hf
 from dsv3_jax.checkpoint.jobs import keep_freed_memory
-from dsv3_jax.checkpoint.plan import ConversionPlan, PlannedStore, Target
+from dsv3_jax.checkpoint.plan import ConversionPlan, PlannedStore
 from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
-from dsv3_jax.checkpoint.store import MANIFEST, Store, Variables
+from dsv3_jax.checkpoint.store import MANIFEST, Store, Target, Variables
 from dsv3_jax.runtime import Runtime
 
 

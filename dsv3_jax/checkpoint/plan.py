@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from typing import Literal
 
 import numpy as np
 from rich.table import Table
@@ -15,10 +14,8 @@ from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.jobs import Unit
 from dsv3_jax.checkpoint.layout import FP8, Region, region_shape
 from dsv3_jax.checkpoint.names import SCALE, Leaf
-from dsv3_jax.checkpoint.store import CASTS, ArraySpec, Store, leaf_arrays, scale_array
+from dsv3_jax.checkpoint.store import CASTS, ArraySpec, Store, Target, leaf_arrays, scale_array
 from dsv3_jax.quantization.fp8 import BLOCK
-
-Target = Literal["keep", "fp8", "bf16", "float32"]
 
 
 @dataclasses.dataclass(frozen=True)

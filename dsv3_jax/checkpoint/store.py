@@ -49,6 +49,7 @@ MANIFEST = "manifest.json"
 FORMAT = "dsv3_jax checkpoint 2"
 _FORMAT_WITHOUT_HASHES = "dsv3_jax checkpoint 1"
 
+Target = Literal["keep", "fp8", "bf16", "float32"]
 CASTS = {"bf16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 """Target dtypes of a conversion other than the source's."""
 
@@ -224,7 +225,7 @@ def _read_manifest(directory: Path, check_hashes: bool) -> tuple[dict[str, Any],
         manifest = unseal(manifest, file, CheckpointError)
     elif kept != _FORMAT_WITHOUT_HASHES:
         raise CheckpointError(f"{file} has format {show(kept)}: it must be {FORMAT!r}")
-    field(manifest, "dtype", Literal["keep", "fp8", "bf16", "float32"], str(file), CheckpointError)
+    field(manifest, "dtype", Target, str(file), CheckpointError)
     field(manifest, "block", tuple[int, int] | None, str(file), CheckpointError)
     if manifest["block"] and min(manifest["block"]) < 1:
         raise CheckpointError(f"{file}: block is {manifest['block']}: it must be two positive numbers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from dsv3_jax.inference.sampling import Sampling, sample
 from dsv3_jax.model.auto import kernels
 from dsv3_jax.model.cache import Cache, init_cache
 from dsv3_jax.model.transformer import DeepSeekV3, check_token_ids
+from dsv3_jax.runtime import AttentionForm
 
 _GREEDY = Sampling(temperature=0)
 _TILE = 128
@@ -127,7 +128,7 @@ def _tile(model: DeepSeekV3) -> int:
     return 1 if plain else _TILE
 
 
-def _in_form(model: DeepSeekV3, form: Literal["expanded", "absorbed"]) -> DeepSeekV3:
+def _in_form(model: DeepSeekV3, form: AttentionForm) -> DeepSeekV3:
     return model.clone(runtime=dataclasses.replace(model.runtime, attention_form=form))
 
 

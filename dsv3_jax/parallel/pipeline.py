@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ConfigError
-
-PipelineSchedule = Literal["1f1b", "zero_bubble"]
+from dsv3_jax.runtime import PipelineSchedule
 
 STAGE = "stage"
 

@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.runtime import Remat
+
+Precision = Literal["bf16", "fp8"]
+PlannedSchedule = Literal["1f1b", "dualpipe"]
+"""Pipeline schedules that the planner models; `runtime.PipelineSchedule` has those that are implemented."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +40,11 @@ class PlanArgs:
     """Sequences per device in a microbatch."""
     mesh: str = ""
     """Mesh axes, such as stage=16,data=2,expert=64; if empty, all meshes are tried."""
-    precision: Literal["bf16", "fp8"] = "bf16"
+    precision: Precision = "bf16"
     """Dtype of the operands of linear layers."""
-    remat: Literal["none", "block", "paper"] = "paper"
+    remat: Remat = "paper"
     """Rematerialisation policy, as in runtime.remat."""
-    pipeline_schedule: Literal["1f1b", "dualpipe"] = "1f1b"
+    pipeline_schedule: PlannedSchedule = "1f1b"
     """Pipeline schedule; dualpipe hides the exchange of tokens between experts."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Dtype of Adam's two moments."""

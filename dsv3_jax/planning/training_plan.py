@@ -9,7 +9,8 @@ from typing import Literal
 from dsv3_jax.accounting.hardware import Hardware
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.parallel.mesh import MeshShape
-from dsv3_jax.runtime import Runtime
+from dsv3_jax.planning.options import PlannedSchedule, Precision
+from dsv3_jax.runtime import Remat, Runtime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +31,15 @@ class TrainingPlan:
     batch: int
     length: int = 4096
     microbatch_size: int = 1
-    precision: Literal["bf16", "fp8"] = "bf16"
-    remat: Literal["none", "block", "paper"] = "paper"
+    precision: Precision = "bf16"
+    remat: Remat = "paper"
     stored: int = 4
     gradient: int = 4
     moment: int = 4
     weight: int = 2
     zero1: bool = True
     fused_attention: bool = True
-    pipeline_schedule: Literal["1f1b", "dualpipe"] = "1f1b"
+    pipeline_schedule: PlannedSchedule = "1f1b"
     mtp: bool = True
     experts_impl: Literal["reference", "ragged", "blocked"] = "ragged"
 

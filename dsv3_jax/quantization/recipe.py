@@ -10,24 +10,23 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.quantization.fp8 import ACTIVATION_FLOOR, TILE, quantise_blocks
+from dsv3_jax.runtime import FP8Scales
 from pallas_kernels.devices import is_hopper, platform
 
-Scales = Literal["tiles", "block_gradients", "tensor"]
-"""`tiles` is the report's recipe. The others are experiments: gradients in 128 x 128 blocks like weights (appendix
-B.2), and one scale per tensor.
-"""
+Implementation = Literal["emulation", "gpu"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """The choices for an FP8 matmul.
 
+    scales: see `Runtime.fp8_scales`.
     power_of_two: for all scales; those of the inputs of experts and of the layer after attention always are (report
       sections 3.3.2, 3.3.3).
     """
 
-    implementation: Literal["emulation", "gpu"] = "emulation"
-    scales: Scales = "tiles"
+    implementation: Implementation = "emulation"
+    scales: FP8Scales = "tiles"
     power_of_two: bool = False
 
     def __str__(self) -> str:
@@ -70,7 +69,7 @@ class Recipe:
         return values, jnp.broadcast_to(scales, (*w.shape[:-2], *(-(-n // TILE) for n in w.shape[-2:])))
 
 
-def fp8_implementation() -> Literal["emulation", "gpu"]:
+def fp8_implementation() -> Implementation:
     """Returns the implementation for the device: our kernels on Hopper, the emulation on a CPU.
 
     Raises ConfigError on other devices, where it would be slower than bfloat16.

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -17,7 +17,7 @@ from dsv3_jax.inference.engine import Engine, EngineConfig
 from dsv3_jax.inference.generation_config import read_generation_config
 from dsv3_jax.inference.text import end_tokens
 from dsv3_jax.model.auto import PAGE
-from dsv3_jax.serving.generate_command import check_tokenizer, chosen_template, chosen_tokenizer
+from dsv3_jax.serving.generate_command import ParameterDtype, check_tokenizer, chosen_template, chosen_tokenizer
 from dsv3_jax.serving.server import Address, Server, bind, run
 from dsv3_jax.serving.service import Limits, Service
 
@@ -48,7 +48,7 @@ class ServeArgs:
     """A tokenizer.json, a tiktoken.model, a folder that contains one, or "bytes"; by default the model's own."""
     grace_seconds: float = 30.0
     """Seconds that running requests have to finish after SIGTERM."""
-    dtype: Literal["float32", "bfloat16", "fp8"] = "float32"
+    dtype: ParameterDtype = "float32"
     """Dtype of the parameters. fp8 keeps the matrices of an FP8 checkpoint in their blocks and multiplies in FP8."""
     check_hashes: bool = True
     """Compare the files of a converted checkpoint or run with their hashes while reading."""

@@ -24,6 +24,7 @@ from dsv3_jax.inference.text import end_tokens, own_tokenizer
 from dsv3_jax.serving.chat import ChatTemplate, read_chat_template, template_file
 from dsv3_jax.serving.detokenize import Detokenizer, Vocabulary
 
+ParameterDtype = Literal["float32", "bfloat16", "fp8"]
 _TEMPERATURE, _TOP_P = 0.7, 0.95
 
 
@@ -61,7 +62,7 @@ class GenerateArgs:
     """Seed of the sampling."""
     tokenizer: str | None = None
     """A tokenizer.json, a tiktoken.model, a folder that contains one, or "bytes"; by default the model's own."""
-    dtype: Literal["float32", "bfloat16", "fp8"] = "float32"
+    dtype: ParameterDtype = "float32"
     """Dtype of the parameters. fp8 keeps the matrices of an FP8 checkpoint in their blocks and multiplies in FP8."""
     check_hashes: bool = True
     """Compare the files of a converted checkpoint or run with their hashes while reading."""
