@@ -80,6 +80,11 @@ class Runtime:
     attention.
     """
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the sharding rules are for more than one device."""
+        return self.sharding != "single"
+
     @classmethod
     def for_backend(cls, backend: str) -> Runtime:
         """Defaults for a backend: float32 on "cpu"; bfloat16 with rematerialisation on "gpu" and "tpu"."""

@@ -165,7 +165,7 @@ def shardings(
     if mesh is None:
         return runs.one_device(config, shapes)
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    rules = RULES["fsdp_ep"] if runtime.sharding == "single" else rules_of(runtime)
+    rules = rules_of(runtime) if runtime.sharded else RULES["fsdp_ep"]
     stored, logical = LogicalSharding(rules, mesh).stored(), parameter_axes(DeepSeekV3(config))
 
     def cut(path: TreePath, shape: tuple[int, ...]) -> list[Axes | None]:

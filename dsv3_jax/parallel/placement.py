@@ -54,7 +54,7 @@ class Placement:
 
         `devices` may belong to an absent topology, to compile for.
         """
-        if shape.devices > 1 and runtime.sharding == "single":
+        if shape.devices > 1 and not runtime.sharded:
             raise ConfigError(f"mesh {shape} with runtime.sharding 'single': choose fsdp, fsdp_ep, ep_tp or pp_ep_dp")
         rules = rules_of(runtime)
         used = {axis for name in dataclasses.asdict(rules) for axis in getattr(rules, name)}

@@ -123,7 +123,7 @@ class LogicalSharding:
 def current_sharding(runtime: Runtime) -> LogicalSharding:
     """Returns the runtime's rules on the mesh of the innermost `jax.set_mesh` or `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return LogicalSharding(rules_of(runtime), None if mesh.empty or runtime.sharding == "single" else mesh)
+    return LogicalSharding(rules_of(runtime), mesh if runtime.sharded and not mesh.empty else None)
 
 
 def constrain(x: jax.Array, runtime: Runtime, *logical: str | None) -> jax.Array:
