@@ -135,7 +135,7 @@ class ContiguousCache:
 
 
 def _in_pages(x: jax.Array) -> jax.Array:
-    """(L, B, S, W) -> (L, B, S / PAGE, PAGE, W); packed pages are what they are."""
+    """Views (L, B, S, W) as (L, B, S / PAGE, PAGE, W). Packed pages are returned unchanged."""
     return x.reshape(*x.shape[:2], -1, PAGE, x.shape[-1]) if x.ndim == 4 else x
 
 

@@ -1,6 +1,6 @@
-"""GRPO: sample groups of texts with the engine, reward them, and train on what was better than its group's mean.
+"""GRPO: samples groups of texts with the engine, rewards them, and trains on advantages within groups.
 
-The engine samples with the arrays that are trained: between two iterations it is handed the new ones, on the device.
+The engine samples with the arrays being trained: after each iteration it gets the new ones, without leaving the device.
 """
 
 from __future__ import annotations
@@ -27,27 +27,29 @@ from dsv3_jax.training.step import TrainState, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class GRPOConfig:
-    """How GRPO samples and trains."""
+    """Parameters of sampling and training."""
 
     iterations: int = 100
-    """Rounds of sampling and training."""
+    """Number of rounds of sampling and training."""
     prompts: int = 16
-    """Problems of an iteration."""
+    """Problems per iteration."""
     samples: int = 8
-    """Texts of each problem: a group."""
+    """Texts per problem, which form a group."""
     max_new_tokens: int = 64
-    """Tokens of a text at most."""
+    """Maximum number of tokens of a text."""
     length: int = 128
-    """Tokens that a prompt and its text may have together: a row of the training batch."""
+    """Maximum number of tokens of a prompt and its text: a row of the training batch."""
     epochs: int = 1
-    """Times that an iteration's texts are trained on."""
+    """Epochs of training on the texts of an iteration."""
     minibatches: int = 1
-    """Optimizer steps of an epoch, each with its share of the texts."""
+    """Optimizer steps per epoch, each on a part of the texts."""
     replay_experts: bool = True
-    """Whether each token is trained at the experts that it went to with the weights that sampled it: as these change
-    within an iteration, a token whose affinities nearly tie would else go to others, and its probability would jump."""
+    """Whether to train each token with the experts that were chosen under the sampling weights. Otherwise, as the
+    weights change within an iteration, tokens whose affinities nearly tie would change experts, and their probabilities
+    would jump.
+    """
     seed: int = 0
-    """Seed of the problems' order and of the sampling."""
+    """Seed for the order of problems and for sampling."""
 
     def __post_init__(self) -> None:
         for name in ("iterations", "prompts", "max_new_tokens", "length", "epochs", "minibatches"):
@@ -66,7 +68,7 @@ class GRPOConfig:
 
 @dataclasses.dataclass
 class Rollout:
-    """One sampled text: its tokens, their log-probabilities by the model that drew them, and its reward."""
+    """A sampled text: its tokens, their log-probabilities under the sampling model, and its reward."""
 
     prompt: list[int]
     tokens: list[int]
@@ -89,16 +91,16 @@ def grpo(
     reference: Any = None,
     start: int = 0,
 ) -> Iterator[tuple[TrainState, dict[str, float]]]:
-    """Trains by GRPO; yields the state and the metrics of each iteration.
+    """Trains by GRPO. Yields the state and the metrics of each iteration.
 
     Args:
-      state: as `init_state` makes it, with the parameters to start from. It is used up: take what is yielded.
-      problems: each with a `prompt`; drawn without repetition until all have been.
-      reward: of a problem and a text; its errors count as 0 and are reported.
+      state: from `init_state`, with the initial parameters. It is donated: use the yielded state instead.
+      problems: each with a `prompt`; drawn without replacement until all have been used.
+      reward: a function of a problem and a text; exceptions count as 0 and are reported.
       end_ids: tokens that end a text; by default the tokenizer's.
-      encode: from a problem's prompt to tokens, as by a chat template; by default the tokenizer's.
-      reference: variables of the model that the KL is to; by default those of `state`.
-      start: iterations that were done before, of a run that goes on.
+      encode: maps a prompt to tokens, such as by a chat template; by default the tokenizer's.
+      reference: variables of the reference model for the KL divergence; by default those of `state`.
+      start: number of previous iterations of a resumed run.
 
     Raises ConfigError if a prompt is too long, or if the reward function fails on every text of an iteration.
     """
@@ -148,7 +150,7 @@ def encode_prompts(
     config: GRPOConfig,
     encode: Callable[[str], list[int]] | None = None,
 ) -> list[list[int]]:
-    """Tokens of each problem's prompt. Raises ConfigError if one has no prompt, or leaves no room for an answer."""
+    """Encodes each problem's prompt. Raises ConfigError if one has no prompt, or leaves no room for an answer."""
     encode = encode or (lambda text: [int(t) for t in tokenizer.encode_prompt(text)])
     if not problems or not all(isinstance(problem.get("prompt"), str) for problem in problems):
         raise ConfigError("problems must be objects with a `prompt`, a text, and there must be some")
@@ -170,7 +172,7 @@ def mean_reward(
     max_new_tokens: int,
     temperature: float = 0.0,
 ) -> float:
-    """Mean reward of one text of each problem. Errors of the reward function count as 0."""
+    """Returns the mean reward over problems, one text each. Exceptions of the reward function count as 0."""
     safe, special = SafeReward(reward), tokenizer.special_ids()
     requests = [
         engine.submit(tokens, Sampling(temperature=temperature, seed=i), max_new_tokens=max_new_tokens)
@@ -184,7 +186,7 @@ def mean_reward(
 
 
 def sample_groups(engine: Engine, prompts: Sequence[list[int]], config: GRPOConfig, iteration: int) -> list[Rollout]:
-    """Draws `config.samples` texts of each prompt at temperature 1, whose log-probabilities are the model's own."""
+    """Samples `config.samples` texts per prompt at temperature 1, whose log-probabilities are the model's own."""
     requests = []
     for i, prompt in enumerate(np.repeat(np.arange(len(prompts)), config.samples).tolist()):
         seed = int(np.random.SeedSequence([config.seed, iteration, i]).generate_state(1)[0])
@@ -204,7 +206,7 @@ def sample_groups(engine: Engine, prompts: Sequence[list[int]], config: GRPOConf
 
 
 def grpo_batch(rollouts: Sequence[Rollout], advantages: np.ndarray, length: int) -> dict[str, Any]:
-    """Rows of `tokens` and `targets` (B, length), the latter for sampled tokens only, and GRPO's arrays beside them."""
+    """Builds `tokens` and `targets` (B, length), the latter for sampled tokens only, and GRPO's further arrays."""
     shape = len(rollouts), length
     batch: dict[str, Any] = {
         "tokens": np.zeros(shape, np.int32),
@@ -222,7 +224,7 @@ def grpo_batch(rollouts: Sequence[Rollout], advantages: np.ndarray, length: int)
 
 @functools.partial(jax.jit, static_argnums=0)
 def token_logprobs(model: DeepSeekV3, variables: Any, batch: Batch) -> jax.Array:
-    """Log-probability of every target, (B, T) float32; 0 where there is none."""
+    """Returns the log-probability of every target, (B, T) float32; 0 where there is none."""
     inputs = model_inputs(model, {k: batch[k] for k in ("tokens", "targets")})
     logits = forward(model, variables, inputs).logits
     assert logits is not None
@@ -231,7 +233,7 @@ def token_logprobs(model: DeepSeekV3, variables: Any, batch: Batch) -> jax.Array
 
 @functools.partial(jax.jit, static_argnums=0)
 def experts_of(model: DeepSeekV3, variables: Any, batch: Batch) -> Any:
-    """`chosen_experts` of the batch's tokens."""
+    """Returns `chosen_experts` for the batch's tokens."""
     return chosen_experts(model, variables, {k: batch[k] for k in ("tokens", "targets")})
 
 

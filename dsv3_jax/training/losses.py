@@ -1,4 +1,4 @@
-"""Training losses: next token, further tokens, balance (report eq. 17 to 20 and 24 to 25)."""
+"""Training losses: next token, multi-token prediction, balance (report eq. 17 to 20 and 24 to 25)."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from dsv3_jax.parallel.context import sequence_order
 from dsv3_jax.training.schedule import Schedule
 
 Batch = Mapping[str, Any]
-"""`tokens` and `targets` (B, T) int32, the latter one token ahead, or `IGNORE` where nothing is to be predicted;
-`segments` and `positions` (B, T) int32 if attention stays within documents; `experts`, as `chosen_experts`
-returns them, if tokens are to go to those; and the `batch_keys` of the loss."""
+"""`tokens` and `targets` (B, T) int32, the latter one token ahead, or `IGNORE` where masked; `segments` and `positions`
+(B, T) int32 if attention is restricted to documents; `experts`, as `chosen_experts` returns them, if tokens are to go
+to those; and the `batch_keys` of the loss.
+"""
 
 Metrics = dict[str, jax.Array]
 
 _KEYS = ("tokens", "targets", "segments", "positions", "experts")
 
 IGNORE = -100
-"""The target of a position that isn't trained: PyTorch's and transformers' value."""
+"""The target at masked positions, as in PyTorch and transformers."""
 
 
 @struct.dataclass
 class Whole:
-    """The whole batch, of which a loss sees a piece. step: int32. tokens: next-token targets. sequences: rows."""
+    """The whole batch, of which a loss gets a piece. step: int32. tokens, sequences: numbers of targets and rows."""
 
     step: jax.Array
     tokens: jax.Array
@@ -43,34 +44,35 @@ class Loss:
     """The objective of a training step, as sums over pieces: of the batch, and of the model in a pipeline."""
 
     batch_keys: tuple[str, ...] = ()
-    """Further arrays (B, T) of a batch that it reads, from `ModelInputs.extra`."""
+    """Further arrays (B, T) of the batch that the loss reads from `ModelInputs.extra`."""
     detach_mtp: bool = False
-    """Whether the gradient of what the MTP modules predict stays in them: the rest is trained as if they weren't."""
+    """Whether to stop the gradient of MTP predictions at the MTP modules, so that they don't affect the model."""
 
     def __call__(self, outputs: Outputs, inputs: ModelInputs, whole: Whole) -> tuple[jax.Array, Any]:
-        """Returns the part of the objective that this piece adds, a scalar, and sums for metrics: a pytree.
+        """Returns the contribution of this piece to the objective, a scalar, and sums for metrics, a pytree.
 
-        outputs: in a pipeline those of one stage: `logits` is None but on the last, `stats` those of its own layers.
+        outputs: in a pipeline, those of one stage: `logits` is None except on the last, and `stats` is for its own
+          layers.
         """
         raise NotImplementedError
 
     def metrics(self, sums: Any, whole: Whole) -> Metrics:
-        """Means and rates from the sums over all pieces."""
+        """Computes metrics from the sums over all pieces."""
         return {}
 
     def bias_update_speed(self, step: jax.Array) -> jax.Array:
-        """Gamma of auxiliary-loss-free balancing at this step; 0 leaves the routers' biases as they are."""
+        """Gamma of auxiliary-loss-free balancing at this step; 0 for no update of router biases."""
         return jnp.zeros((), jnp.float32)
 
 
 @struct.dataclass
 class LossSums:
-    """Sums over the tokens of a batch, so that pieces of a batch add up. float32 scalars.
+    """Sums over the tokens of a batch, which add up over pieces. float32 scalars.
 
-    cross_entropy: of the next token, in nats. mtp_cross_entropy: of the further tokens, a mean over depths.
-    tokens, mtp_tokens: how many were predicted. mtp_correct: of those, predicted right by the argmax.
-    balance: eq. 17 without its factor, summed over sequences and layers. sequences: how many.
-    depths, sparse: of multi-token prediction, and whether there are sparse layers: Python values.
+    cross_entropy: of the next token, in nats. mtp_cross_entropy: of MTP, a mean over depths.
+    tokens, mtp_tokens: numbers of targets. mtp_correct: MTP targets that equal the argmax.
+    balance: eq. 17 without its factor, summed over sequences and layers. sequences: their number. depths: of MTP.
+    sparse: whether there are sparse layers. The last two are Python values.
     """
 
     cross_entropy: jax.Array
@@ -86,10 +88,10 @@ class LossSums:
 
 @struct.dataclass
 class StepSums:
-    """Sums over the pieces of a batch: the objective, the loss's own, and tokens sent to each expert.
+    """Sums over the pieces of a batch: the objective, the sums of the loss, and tokens sent to each expert.
 
-    load: {"moe_layers": (L, E), "mtp_0": (E,), ...}, float32, keyed as the `router` collection is.
-    exchanges: (2,), as `model.transformer.exchanges` counts them.
+    load: {"moe_layers": (L, E), "mtp_0": (E,), ...}, float32, with the keys of the `router` collection.
+    exchanges: (2,), see `model.transformer.exchanges`.
     """
 
     objective: jax.Array
@@ -102,7 +104,7 @@ class StepSums:
 class PretrainingLoss(Loss):
     """CE + lambda/D sum_k CE_k (eq. 24, 25) + alpha sum over layers of the balance loss (eq. 17).
 
-    config: of the model, which has alpha. schedule: gives lambda and gamma at a step.
+    config: of the model, with alpha. schedule: returns lambda and gamma at a step.
     """
 
     config: ModelConfig
@@ -121,9 +123,9 @@ class PretrainingLoss(Loss):
 
 @dataclasses.dataclass(frozen=True)
 class SFTLoss(Loss):
-    """Cross entropy of the tokens that have a target, and of the MTP modules, whose gradient stays in them.
+    """Cross entropy of the targets, and of the MTP modules, whose gradient is stopped at the modules.
 
-    So the modules keep up with the model, and its own training is as if there were none.
+    The modules follow the model, whose own training is unaffected.
     """
 
     config: ModelConfig
@@ -145,15 +147,16 @@ def balance_loss(stats: RouterStats) -> jax.Array:
 
 
 def shift_left(x: jax.Array, by: int) -> jax.Array:
-    """x[:, i] becomes x[:, i + by]; the last `by` entries repeat the last one and are for the caller to mask."""
+    """Shifts x[:, i + by] to x[:, i]. The last `by` entries repeat the last one; the caller must mask them."""
     return jnp.concatenate([x[:, by:], jnp.repeat(x[:, -1:], by, axis=1)], axis=1) if by else x
 
 
 def predictable(batch: Batch, ahead: int) -> jax.Array:
-    """Mask (B, T) of positions with a target `ahead` tokens on: within the sequence and, with segments, the document.
+    """Mask (B, T) of positions with a target `ahead` tokens later, within the sequence and, with segments, the
+    document.
 
-    The row's last target, which lies just past it, counts to the document of the row's last token, unless it is
-    `IGNORE`. Nor does any other target that is.
+    The last target of a row, just after it, belongs to the document of the row's last token. Targets that are `IGNORE`
+    are masked.
     """
     tokens, segments, targets = batch["tokens"], batch.get("segments"), batch.get("targets")
     there = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < tokens.shape[1] - (ahead - 1), tokens.shape)
@@ -166,12 +169,12 @@ def predictable(batch: Batch, ahead: int) -> jax.Array:
 
 @struct.dataclass
 class ModelInputs:
-    """A batch as the model takes it: its tokens in the order in which devices hold them (context parallelism).
+    """A batch as input of the model, with tokens in the order in which devices hold them (context parallelism).
 
-    further_tokens: (B, T) each, the tokens 1 to D ahead, which the MTP modules take. targets, masks: (B, T) each, of
-    the next token and of the one k further, for k up to D; `masks` says which of them there are. where: `positions`,
-    `segments` and `order`, as the model's methods take them. extra: the loss's own arrays (B, T). sequences: how many,
-    padding not counted. experts: the collection `CHOICES` if the batch says which experts its tokens go to, else empty.
+    further_tokens: (B, T) each, the tokens 1 to D ahead, for the MTP modules. targets, masks: (B, T) each, of
+    the next token and of the one k further, for k up to D; `masks` says which of them exist. where: `positions`,
+    `segments` and `order` for the model's methods. extra: the loss's own arrays (B, T). sequences: their number,
+    without padding. experts: the collection `CHOICES` if the batch says which experts its tokens go to, else empty.
     """
 
     tokens: jax.Array
@@ -188,14 +191,14 @@ class ModelInputs:
 def model_inputs(
     model: DeepSeekV3, batch: Batch, batch_keys: tuple[str, ...] = (), real: jax.Array | None = None
 ) -> ModelInputs:
-    """Everything that looks along the sequence, done before its tokens are permuted for context parallelism.
+    """Prepares everything that depends on the order of tokens, before they are permuted for context parallelism.
 
     Args:
-      batch_keys: keys that the loss reads beyond the usual ones.
-      real: (B,) bool, sequences that aren't padding, whose targets are all `IGNORE`; None if none is.
+      batch_keys: additional keys that the loss reads.
+      real: (B,) bool, false for padding, whose targets are all `IGNORE`; None if there is no padding.
 
     Raises:
-      ValueError: the batch has a key that isn't known: what it is meant to change would be left out in silence.
+      ValueError: the batch has an unknown key, which would otherwise silently have no effect.
     """
     if unknown := sorted(set(batch) - {*_KEYS, *batch_keys}):
         raise ValueError(f"a batch has {unknown[0]!r}: its keys are {', '.join((*_KEYS, *batch_keys))}")
@@ -230,7 +233,7 @@ def model_inputs(
 
 
 def forward(model: DeepSeekV3, variables: Mapping[str, Any], inputs: ModelInputs, detach_mtp: bool = False) -> Outputs:
-    """The model's outputs for a batch, MTP and routing included; `detach_mtp` as in `Loss`."""
+    """Returns the model's outputs for a batch, including MTP and routing. `detach_mtp`: see `Loss`."""
     how, variables = inputs.where | {"detach_mtp": detach_mtp}, {**variables, **inputs.experts}
     outputs = model.apply(variables, inputs.tokens, inputs.further_tokens, method="forward", **how)
     return cast(Outputs, outputs)
@@ -248,13 +251,13 @@ def chosen_experts(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch
 
 
 def forward_sums(model: DeepSeekV3, variables: Mapping[str, Any], batch: Batch) -> LossSums:
-    """Runs the model on a batch and sums everything that pre-training's objective and metrics need."""
+    """Runs the model on a batch, and sums everything that the pre-training objective and metrics need."""
     inputs = model_inputs(model, batch)
     return loss_sums(forward(model, variables, inputs), inputs, model.config)
 
 
 def loss_sums(outputs: Outputs, inputs: ModelInputs, config: ModelConfig) -> LossSums:
-    """Sums over a batch what the model made of it; of a pipeline's stage, what the stage has of it."""
+    """Sums the outputs of the model over a batch or, for a pipeline stage, the outputs of that stage."""
     wide = jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(outputs)))
     zero, depths = jnp.zeros((), wide), config.num_nextn_predict_layers
     nll = tokens = sequences = mtp_nll = mtp_count = mtp_correct = zero
@@ -279,15 +282,15 @@ def objective(
     """The training loss: CE + lambda/D sum_k CE_k (eq. 24, 25) + alpha sum over layers of the balance loss (eq. 17).
 
     Each CE_k is divided by the number of next-token targets, as eq. 24 divides by T; the balance loss is a mean
-    over sequences. `tokens` and `sequences` are those of the whole batch, of which `sums` may be a piece. Without any
-    target there is no CE to learn from: 0.
+    over sequences. `tokens` and `sequences` are for the whole batch, of which `sums` may be a piece. Without any target
+    CE is 0.
     """
     predicted = (sums.cross_entropy + mtp_weight * sums.mtp_cross_entropy) / jnp.maximum(tokens, 1)
     return predicted + alpha * sums.balance / sequences
 
 
 def mean_metrics(sums: LossSums) -> Metrics:
-    """Readable means: losses in nats per predicted token, accuracy of MTP."""
+    """Returns means: losses in nats per target, and the accuracy of MTP."""
     metrics = {"loss": sums.cross_entropy / jnp.maximum(sums.tokens, 1)}
     if sums.depths:
         predicted = jnp.maximum(sums.mtp_tokens, 1)  # of all depths, over which `mtp_cross_entropy` is a mean
@@ -299,5 +302,5 @@ def mean_metrics(sums: LossSums) -> Metrics:
 
 
 def load_violations(load: Mapping[str, jax.Array]) -> Metrics:
-    """Each layer's load violation, max / mean - 1 (section 4.5.2)."""
+    """Load violation of each layer, max / mean - 1 (section 4.5.2)."""
     return {f"load_violation/{name}": x.max(-1) / x.mean(-1) - 1 for name, x in load.items()}
