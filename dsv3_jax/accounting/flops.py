@@ -168,7 +168,7 @@ def forward_flops(config: ModelConfig, keys: float, *, mtp: bool = False) -> Tok
     """FLOPs of the forward pass of one token, in expanded form, with `keys` keys on average (causal: half the
     sequence).
 
-    Linears cost 2 FLOPs per weight; scores and values 2 H (N + P + V) per key and layer.
+    Linears cost 2 FLOPs per weight; scores and values 2 H (N + P + Vd) per key and layer.
     """
     c = config
     linear, head, router = _weights(c, mtp)
