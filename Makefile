@@ -58,10 +58,10 @@ docs: $(VENV)/docs
 	$</bin/python -m pip install --quiet --disable-pip-version-check mkdocs-material==9.8.2
 	NO_MKDOCS_2_WARNING=1 $</bin/mkdocs build --strict
 
-# Asks PyPI for advisories: a machine that doesn't reach it can't.
+# Asks PyPI for advisories. Where an index without them is all that can be reached, it says so and fails.
 audit: $(VENV)/audit
 	$</bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
-	$</bin/pip-audit --disable-pip --require-hashes -r requirements.lock
+	$</bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
 
 # Needs uv. `pip install --require-hashes -r requirements.lock` then installs these files and no others.
 lock:
