@@ -41,7 +41,8 @@ import orbax.checkpoint as ocp
 
 import dsv3_jax.training.trainer  # noqa: F401  # imported once: each life is a fork of this process
 from dsv3_jax import cli
-from dsv3_jax.checkpoint.runs import complete_steps
+from dsv3_jax.checkpoint.files import CheckpointError
+from dsv3_jax.checkpoint.runs import complete_steps, step_hashes
 
 STEPS, INTERVAL = 240, 40
 MOST_LIVES = 60
@@ -352,8 +353,19 @@ def damage(step: Path, rng: random.Random) -> None:
 
 
 def complete(directory: Path) -> list[int]:
-    """Steps of the complete checkpoints, ascending."""
-    return complete_steps(directory / "checkpoints") if (directory / "checkpoints").is_dir() else []
+    """Steps of the complete checkpoints, ascending. A damaged one isn't, which the next life sets aside."""
+    checkpoints = directory / "checkpoints"
+    return [s for s in complete_steps(checkpoints) if undamaged(checkpoints / str(s))] if checkpoints.is_dir() else []
+
+
+def undamaged(step: Path) -> bool:
+    """Whether all files of a checkpoint are as they were written."""
+    try:
+        hashes = step_hashes(step)
+        hashes.check(hashes.expected)
+    except (OSError, CheckpointError):
+        return False
+    return bool(hashes.expected)
 
 
 def newest(directory: Path) -> int:

@@ -334,6 +334,12 @@ def piece(name: str, folder: Path, seed: int, seconds: float) -> None:
     (folder / "cases.json").write_text(json.dumps({"cases": cases, "peak": test_fuzz.resident_memory()}))
 
 
+def end_of(log: Path) -> str:
+    """The last lines of a log, each of moderate length; a folder may be gone with the machine that it was on."""
+    lines = log.read_text(errors="replace").splitlines()[-40:] if log.exists() else ["(there is no log)"]
+    return "\n".join(line if len(line) < 600 else f"{line[:300]} ... {line[-300:]}" for line in lines)
+
+
 def main() -> None:
     """Runs the parts, writes fuzz.md, and ends with 1 if one of them found something."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -364,7 +370,8 @@ def main() -> None:
             name, folder, process = entry
             ended[name].append((folder, process.exitcode))
             if process.exitcode:
-                print(f"{name} ended with {process.exitcode}: see {folder / 'log.txt'}", flush=True)
+                print(f"{name} ended with {process.exitcode}: {folder / 'log.txt'} ends so", flush=True)
+                print(end_of(folder / "log.txt"), flush=True)
     lines = [
         *("# Damaged input", ""),
         f"{datetime.date.today()}, {os.cpu_count()} CPU cores, Python {sys.version.split()[0]}, jax {jax.__version__},",

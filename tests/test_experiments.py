@@ -1,12 +1,17 @@
-"""Every figure of an experiment's report follows from its JSON, which is committed beside it."""
+"""Every figure of an experiment's report follows from its JSON, which is committed beside it; how chaos observes."""
 
 import importlib
 import json
+import random
+import shutil
 from pathlib import Path
 
 import pytest
 
+from dsv3_jax.training.checkpoints import Checkpoints
+from experiments import chaos
 from experiments.small_run import result_name
+from tests.training.test_checkpoints import save
 
 RESULTS = Path(__file__).parents[1] / "docs/results"
 MODULES = ("attention_variants", "balance", "context_extension", "moe_vs_dense", "mtp", "recipe")
@@ -22,3 +27,17 @@ def test_a_report_follows_from_its_json(name, size):
     results = json.loads(file.read_text())
     assert module.render(results) == file.with_suffix(".md").read_text()
     assert file.with_suffix(".png").stat().st_size > 1000
+
+
+def test_chaos_counts_no_damaged_checkpoint_as_complete(tmp_path):
+    """Else its loss would be held against the next life, which sets it aside."""
+    checkpoints = Checkpoints(tmp_path / "run/checkpoints", keep=2)
+    save(checkpoints, 40)
+    save(checkpoints, 80)
+    checkpoints.close()
+    assert chaos.complete(tmp_path / "run") == [40, 80]
+    for seed in range(20):
+        run = tmp_path / str(seed)
+        shutil.copytree(tmp_path / "run", run)
+        chaos.damage(run / "checkpoints/80", random.Random(seed))
+        assert chaos.complete(run) == [40], seed

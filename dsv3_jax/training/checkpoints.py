@@ -92,7 +92,7 @@ class Checkpoints:
         for name in ("absl", "asyncio", "concurrent.futures"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
-        self.good: int | None = max((step for step in self.steps() if self._saved_as_good(step)), default=None)
+        self.good = self._newest_good()
 
     def _drop_damaged_metadata(self) -> None:
         """Removes files of orbax that it stumbles over before anything is restored; it can do without them.
@@ -197,6 +197,9 @@ class Checkpoints:
             f"{self.directory} has no checkpoint that is whole and finite ({reasons or 'none at all'})"
         )
 
+    def _newest_good(self) -> int | None:
+        return max((step for step in self.steps() if self._saved_as_good(step)), default=None)
+
     def _saved_as_good(self, step: int) -> bool:
         """Whether a checkpoint was saved as good. Earlier versions didn't record it."""
         try:
@@ -219,6 +222,8 @@ class Checkpoints:
             (self.directory / str(step)).rename(target)
         all_processes_here()
         self._manager.reload()
+        if step == self.good:  # else the one that is the newest good now would be deleted in time
+            self.good = self._newest_good()
         return target
 
     def close(self) -> None:

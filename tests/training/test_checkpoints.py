@@ -54,6 +54,27 @@ def test_the_newest_every_mth_and_the_last_good_one_stay(tmp_path):
     checkpoints.close()
 
 
+def test_the_last_good_one_stays_after_a_newer_good_one_was_set_aside(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    save(checkpoints, 10)
+    save(checkpoints, 20, good=False)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
+    save(checkpoints, 30)
+    next((tmp_path / "checkpoints/30/state").rglob("d/*")).write_bytes(b"damaged")
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    _, passed_over = checkpoints.restore_newest(state_of(0))
+    for step in passed_over:
+        checkpoints.set_aside(step)
+    assert checkpoints.good == 10
+    for step in (30, 40):  # as in a spike
+        save(checkpoints, step, good=False)
+    assert checkpoints.steps() == [10, 40]
+    same(checkpoints.restore(state_of(0), checkpoints.good), 10)
+    checkpoints.close()
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
     """One flipped bit in each file in turn: noticed, or without effect; then the one before it is taken."""
     directory = tmp_path / "checkpoints"
