@@ -28,6 +28,8 @@ from dsv3_jax.planning.attention_designs import PUBLISHED, mla, mla_expanded, sa
 from dsv3_jax.planning.cost import cost, sustained_flops, tokens_for, training_hours
 from dsv3_jax.planning.published import report_plan
 from dsv3_jax.planning.step_time import step_time
+from experiments import attention_variants
+from experiments.small_run import RESULTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -178,7 +180,23 @@ def claims(n: dict[str, float]) -> list[Claim]:
             f"{n['intensity_gqa8']:.0f}.",
             "decode",
         ),
+        accuracy(),
     ]
+
+
+def accuracy() -> Claim:
+    """MLA's claim to lose no accuracy, from the committed result of `experiments.attention_variants`."""
+    results = json.loads((RESULTS / f"{attention_variants.NAME}.json").read_text())
+    mean, half = attention_variants.difference(results)
+    size = f"{results['parameters']['MLA'] / 1e6:.2f}M parameters and {results['tokens'] / 1e6:.2f}M tokens"
+    return Claim(
+        "MLA sacrifices no accuracy",
+        FAILS if mean - half > 0 else CONDITION,
+        f"{attention_variants.verdict(results)} That is at {size}.",
+        "Models that differ in their attention alone, of equal parameters, on the same tokens "
+        "(docs/results/attention-variants.md). At 16B and 250B parameters the DeepSeek-V2 report (arXiv 2405.04434, "
+        "table 9) has MLA ahead of MHA.",
+    )
 
 
 # Figures ---------------------------------------------------------------------------------------------------

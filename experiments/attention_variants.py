@@ -175,10 +175,14 @@ def losses(results: Results, variant: str) -> list[float]:
     return [r["records"][-1]["validation_loss"] for r in results["runs"] if r["variant"] == variant]
 
 
+def difference(results: Results) -> tuple[float, float]:
+    """MLA's loss minus MHA's, with the same seeds: the mean, and half the width of its 95 % confidence interval."""
+    return interval([a - b for a, b in zip(losses(results, "MLA"), losses(results, "MHA"), strict=True)])
+
+
 def verdict(results: Results) -> str:
-    """States whether MLA's loss is MHA's, by the confidence interval of the paired differences."""
-    gaps = [a - b for a, b in zip(losses(results, "MLA"), losses(results, "MHA"), strict=True)]
-    mean, half = interval(gaps)
+    """States whether MLA's loss is MHA's, by that interval."""
+    mean, half = difference(results)
     factor = results["cache_numbers"]["MHA"] / results["cache_numbers"]["MLA"]
     if mean - half > 0:
         says = "MLA's loss is higher than MHA's"
@@ -187,7 +191,7 @@ def verdict(results: Results) -> str:
     else:
         says = "MLA's loss is MHA's within the seeds' confidence"
     return (
-        f"{says}: the difference is {mean:+.4f} ± {half:.4f} nats per byte (95 %, {len(gaps)} seeds). "
+        f"{says}: the difference is {mean:+.4f} ± {half:.4f} nats per byte (95 %, {len(results['seeds'])} seeds). "
         f"Its cache is smaller by a factor of {factor:.2f}."
     )
 
