@@ -2,13 +2,13 @@
 
     python -m experiments.context_extension [--size gpu]
 
-A small model learns at 128 tokens to recall: texts are pairs of a key and a digit, a key's digit is the same wherever
-it comes again, and that is what the model is asked for. Then its context is extended four times by YaRN and a short
-training at 512 tokens; on a GPU, from 512 to 2048 tokens. The grid is that of the usual needle test: length of the
-haystack against the needle's depth, each cell the share of right digits for a key that was there once; "before" is the
-model as trained, without YaRN, at lengths that it has never seen. Heads are mostly rotated, and rotations are as slow,
-for the short length, as those of DeepSeek-V3 for its 4,096 tokens: otherwise a model this small finds keys without
-regard to their positions, and there is nothing to extend.
+A small model learns at 128 tokens to recall: each token of a haystack is a key with a digit, and the tokens at its end
+are keys whose digits are asked for. Then its context is extended four times by YaRN and a short training at 512 tokens;
+on a GPU, from 512 to 2048 tokens. The grid is that of the usual needle test: length of the haystack against the
+needle's depth, each cell the share of right digits for a key that was there once; "before" is the model as trained,
+without YaRN, at lengths that it has never seen. Heads are mostly rotated, and rotations are as slow, for the short
+length, as those of DeepSeek-V3 for its 4,096 tokens: otherwise a model this small finds keys without regard to their
+positions, and there is nothing to extend.
 """
 
 from __future__ import annotations
@@ -46,13 +46,15 @@ NAME = "context-extension"
 FACTOR = 4
 ROPE_THETA = 10_000.0
 """DeepSeek-V3's, whose rotated heads are 64 wide."""
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-KEYS = 26
-"""Different keys, the tokens from 64 on; digits are the tokens 48 to 57."""
+DEPTHS = tuple(i / 10 for i in range(10))
+KEYS, ASKED = 16, 8
+"""Different keys, and how many are asked for at the end of a training text."""
+PAIRS, QUESTIONS, DIGITS = 64, 64 + 10 * KEYS, 48
+"""First ids of the tokens: of a key with its digit, of a key that is asked for, of the digits."""
 MODEL = dataclasses.replace(
     SMALL,
     **dict(num_hidden_layers=2, first_k_dense_replace=2, num_nextn_predict_layers=0),
-    **dict(hidden_size=64, intermediate_size=128, q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=4),
+    **dict(hidden_size=64, intermediate_size=128, q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=1),
     **dict(qk_rope_head_dim=16),
 )
 
@@ -80,24 +82,23 @@ def extended(run: SmallRun, steps: int) -> SmallRun:
 def haystacks(
     rng: np.random.Generator, rows: int, length: int, depth: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of a key and its digit, and a key at the end; and targets: a key's digit where it came before, else IGNORE.
+    """Keys with their digits, the same wherever a key comes again, and questions at the end; targets: their digits.
 
-    depth: where the key that is asked for at the end came, once, from 0 (the beginning) to 1; by default anywhere, and
-      other keys come again too, which gives training more targets.
+    depth: where the one key that is asked for came, once, as a share of the length; by default `ASKED` keys that came
+      anywhere, as in training.
     """
-    pairs, row = (length - 1) // 2, np.arange(rows)
-    few = 1 + rng.integers(KEYS // 4, KEYS, (rows, 1)) if depth is None else KEYS
-    names = rng.permuted(np.tile(np.arange(KEYS), (rows, 1)), axis=1)  # of a row, the first is the needle
-    chosen = rng.integers(1, few, (rows, pairs))
-    needle = rng.integers(0, pairs, rows) if depth is None else np.full(rows, round(depth * (pairs - 1)))
-    chosen[row, needle] = 0
-    keys = np.take_along_axis(names, np.concatenate([chosen, np.zeros((rows, 1), int)], axis=1), axis=1)
-    digits = np.take_along_axis(rng.integers(48, 58, (rows, KEYS)), keys, axis=1).astype(np.int32)
-    again = np.tril(keys[:, :, None] == keys[:, None, :], -1).any(-1)
-    tokens, targets = np.zeros((rows, 2 * pairs + 1), np.int32), np.full((rows, 2 * pairs + 1), IGNORE, np.int32)
-    tokens[:, ::2], tokens[:, 1::2] = 64 + keys, digits[:, :-1]
-    targets[:, ::2] = np.where(again, digits, IGNORE)
-    return tokens, targets
+    asked, row = (ASKED if depth is None else 1), np.arange(rows)
+    digits = rng.integers(0, 10, (rows, KEYS))
+    names = rng.permuted(np.tile(np.arange(KEYS), (rows, 1)), axis=1)[:, :asked]
+    keys = rng.integers(0, KEYS, (rows, length))
+    if depth is not None:  # the needle's key comes nowhere else
+        keys = (names + rng.integers(1, KEYS, (rows, length))) % KEYS
+        keys[row, int(depth * (length - 1))] = names[:, 0]
+    tokens = PAIRS + 10 * keys + np.take_along_axis(digits, keys, axis=1)
+    targets = np.full((rows, length), IGNORE)
+    tokens[:, -asked:] = QUESTIONS + names
+    targets[:, -asked:] = DIGITS + np.take_along_axis(digits, names, axis=1)
+    return tokens.astype(np.int32), targets.astype(np.int32)
 
 
 def learn(run: SmallRun, rng: np.random.Generator, state: TrainState | None) -> TrainState:
