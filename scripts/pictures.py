@@ -99,12 +99,13 @@ def _own(name: str) -> bool:
 
 
 def draw(folder: Path) -> None:
-    """Writes both pictures."""
+    """Writes the kernels' picture, and the losses' if a run was taken over."""
     matplotlib.use("Agg")
     folder.mkdir(exist_ok=True)
-    losses = draw_loss(json.loads((RESULTS / "make-train.json").read_text()))
-    kernels = draw_kernels(kernel_rows((RESULTS / "kernels-h100.md").read_text()))
-    for name, figure in (("loss", losses), ("kernels", kernels)):
+    figures = {"kernels": draw_kernels(kernel_rows((RESULTS / "kernels-h100.md").read_text()))}
+    if (losses := RESULTS / "make-train.json").exists():
+        figures["loss"] = draw_loss(json.loads(losses.read_text()))
+    for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=110)
         plt.close(figure)
 
