@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from tokenizers import processors
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.token_bytes import bytes_reader
-from dsv3_jax.data.tokenizer import valid_unicode
-from dsv3_jax.json_input import check_type, read_json
+from dsv3_jax.data.tokenizer import EncodingError, valid_unicode
+from dsv3_jax.json_input import check_type, one_line, read_json, show
 
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
@@ -50,6 +52,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, tokenizer: RustTokenizer, config: dict[str, Any], name: str) -> None:
         self._tokenizer, self._config = tokenizer, config
+        self._name = name
         tokenizer.encode_special_tokens = True  # as text
         # What inference would need (truncation, padding) may be stored in the file; a corpus wants neither.
         tokenizer.no_truncation()
@@ -74,25 +77,24 @@ class HuggingFaceTokenizer:
 
         Raises ConfigError.
         """
-        try:
+        with _refused(f"{path} is not a Hugging Face {TOKENIZER_JSON}"):
+            _check_merges(path.read_bytes())
             tokenizer = RustTokenizer.from_file(str(path))
             tokenizer.encode("a")  # a template without its tokens fails only now
-        except BaseException as error:  # the library raises nothing narrower than Exception, and panics besides
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise ConfigError(f"{path} is not a Hugging Face {TOKENIZER_JSON}: {str(error)[:300]}") from None
         return cls(tokenizer, read_tokenizer_config(path.parent) | config, str(path))
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast([valid_unicode(t) for t in texts], add_special_tokens=False)
+        with _refused(f"{self._name} can't encode a text", EncodingError):
+            encodings = self._tokenizer.encode_batch_fast([valid_unicode(t) for t in texts], add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
-        tokenizer, before = self._for_prompts
-        ids = tokenizer.encode(valid_unicode(text), add_special_tokens=False).ids
+        with _refused(f"{self._name} can't encode a text", EncodingError):
+            tokenizer, before = self._for_prompts
+            ids = tokenizer.encode(valid_unicode(text), add_special_tokens=False).ids
         if not add_special_tokens:
             return np.array(ids, np.int32)
         if ids[:1] != [self.bos_id]:  # a chat template's text has its own bos: two would be another prompt
@@ -100,7 +102,8 @@ class HuggingFaceTokenizer:
         return np.array(ids or [self.bos_id], np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._tokenizer.decode([int(i) for i in ids if i >= 0], skip_special_tokens=True)
+        with _refused(f"{self._name} can't decode ids"):
+            return self._tokenizer.decode([int(i) for i in ids if i >= 0], skip_special_tokens=True)
 
     def token_bytes(self) -> list[bytes]:
         read = bytes_reader(json.loads(self._tokenizer.to_str())["decoder"])
@@ -142,6 +145,32 @@ class HuggingFaceTokenizer:
         whole, text = (tokenizer.encode("a", add_special_tokens=add).ids for add in (True, False))
         extra = range(len(whole) - len(text) + 1)
         return tokenizer, whole[: next((i for i in extra if whole[i : i + len(text)] == text), 0)]
+
+
+@contextlib.contextmanager
+def _refused(what: str, kind: type[ConfigError] = ConfigError) -> Iterator[None]:
+    """Turns the library's errors into one of ours. A damaged file may be read, and fail at some texts or ids only."""
+    try:
+        yield
+    except BaseException as error:  # the library raises nothing narrower than Exception, and panics besides
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise kind(f"{what}: {one_line(str(error))[:300]}") from None
+
+
+def _check_merges(content: bytes) -> None:
+    """Checks that second parts of merges begin with `continuing_subword_prefix`, if there is one. Raises ValueError.
+
+    The library cuts it off without looking, and if that isn't between two characters, it ends the process.
+    """
+    if not re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', content):
+        return
+    model = json.loads(content).get("model", {})
+    prefix = model.get("continuing_subword_prefix") or ""
+    for merge in model.get("merges", []):
+        second = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1]
+        if not second.startswith(prefix):
+            raise ValueError(f"the merge {show(merge)} doesn't go on with continuing_subword_prefix, {show(prefix)}")
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and are repeated here, since code from checkpoints isn't executed.
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ import numpy as np
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.hf_tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON, declared_token, read_tokenizer_config
 from dsv3_jax.data.tokenizer import valid_unicode
+from dsv3_jax.json_input import one_line
 
 TIKTOKEN_MODEL = "tiktoken.model"
 
@@ -62,23 +64,22 @@ class TiktokenTokenizer:
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         try:
             import tiktoken
-            from tiktoken.load import load_tiktoken_bpe
         except ImportError:
             raise ConfigError(
                 f"reading {path} needs the tiktoken library: pip install tiktoken, or give a {TOKENIZER_JSON}"
             ) from None
         self._path, self._config = path, config
         _check_kind(path, config)
-        try:
-            ranks = load_tiktoken_bpe(str(path))
-        except Exception as error:  # of base64, of int, of the library
-            raise ConfigError(f"{path} is not a {TIKTOKEN_MODEL}: {str(error)[:200]}") from None
+        ranks = _read_ranks(path)
         if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
             raise ConfigError(f"{path} is not a {TIKTOKEN_MODEL}: every byte must be in it, ranks one after another")
         special = _special_tokens(len(ranks), self._config)
-        self._encoding = tiktoken.Encoding(
-            name=str(path), pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=special
-        )
+        try:
+            self._encoding = tiktoken.Encoding(
+                name=str(path), pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=special
+            )
+        except ValueError as error:  # names of special tokens that are too long
+            raise ConfigError(f"{path} can't be used: {one_line(str(error))[:200]}") from None
         self._ordinary, self.vocab_size = len(ranks), len(ranks) + _SPECIAL_TOKENS
         self.bos_id, self.eos_id = (_special_id(kind, special, self._config, path) for kind in ("bos", "eos"))
 
@@ -123,6 +124,25 @@ class TiktokenTokenizer:
             shutil.copyfile(file, directory / file.name)
         fields = self._config | {"add_bos_token": True}
         (directory / TOKENIZER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Reads lines of a token in base64 and its rank.
+
+    tiktoken's own reader keeps a copy in the machine's temporary folder under the name of the path, and returns the
+    copy when the file has changed.
+    """
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            if line:
+                token, rank = line.split()
+                ranks[base64.b64decode(token)] = int(rank)
+        except ValueError:
+            raise ConfigError(
+                f"{path} is not a {TIKTOKEN_MODEL}: line {number} isn't a token in base64 and its rank"
+            ) from None
+    return ranks
 
 
 def _check_kind(path: Path, config: dict[str, Any]) -> None:

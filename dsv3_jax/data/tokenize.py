@@ -14,7 +14,7 @@ import numpy as np
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.sources import cut, decode
-from dsv3_jax.data.tokenizer import Tokenizer, valid_unicode
+from dsv3_jax.data.tokenizer import EncodingError, Tokenizer, valid_unicode
 from dsv3_jax.data.tokenizer_files import load_tokenizer
 from dsv3_jax.json_input import one_line, show
 
@@ -96,9 +96,9 @@ class Tokenize:
             return self._pack(conversations, hashes, data, found, errors)
         try:
             encoded = self._encode(texts, hashes)
-        except ConfigError:
-            raise
-        except Exception:  # libraries raise nothing narrower: find whose fault it is
+        except Exception as error:  # tokenizers of others raise nothing narrower: find whose fault it is
+            if isinstance(error, ConfigError) and not isinstance(error, EncodingError):
+                raise
             encoded, good = [], []
             for k, text in enumerate(texts):
                 try:

@@ -10,6 +10,12 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
+from dsv3_jax.config import ConfigError
+
+
+class EncodingError(ConfigError):
+    """A tokenizer's library fails at a text. Its file may be damaged, but other texts can be encoded."""
+
 
 class Tokenizer(Protocol):
     """The tokenizer protocol of the pipeline and the command line."""
@@ -32,7 +38,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> np.ndarray:
         """Encodes text to (n,) int32, without bos and eos. Names of special tokens are encoded as ordinary text.
 
-        Lone surrogates, which Python strings allow but UTF-8 doesn't, become U+FFFD.
+        Lone surrogates, which Python strings allow but UTF-8 doesn't, become U+FFFD. Raises EncodingError.
         """
         ...
 
@@ -44,12 +50,12 @@ class Tokenizer(Protocol):
         """Encodes a prompt to (n,) int32, with the tokens that the tokenizer adds before a text, but none after.
 
         Names of special tokens become those tokens, as in transformers. There is at least one token, bos if necessary.
-        Without `add_special_tokens` nothing is added, and an empty text has no tokens.
+        Without `add_special_tokens` nothing is added, and an empty text has no tokens. Raises EncodingError.
         """
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Decodes `ids` to text without special tokens. Accepts any ids."""
+        """Decodes `ids` to text without special tokens. Accepts any ids. Raises ConfigError if its file is damaged."""
         ...
 
     def token_bytes(self) -> list[bytes]:

@@ -235,6 +235,23 @@ def test_tiktoken_files_of_other_models_are_refused(kimi):
         load_tokenizer(kimi)
 
 
+def test_a_tiktoken_file_that_has_changed_is_read_anew(kimi):
+    """tiktoken's reader would return the copy that it made at first."""
+    before = load_tokenizer(kimi)
+    lines = (kimi / "tiktoken.model").read_text().splitlines()
+    (kimi / "tiktoken.model").write_text("".join(line + "\n" for line in lines[:-1]))  # without the last token
+    assert load_tokenizer(kimi).token_bytes()[: len(lines) - 1] == before.token_bytes()[: len(lines) - 1]
+    assert load_tokenizer(kimi).vocab_size == before.vocab_size - 1
+
+
+def test_names_of_tiktoken_tokens_that_are_too_long_are_refused(kimi):
+    config = json.loads((kimi / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"]["422"]["content"] = "x" * 10**6
+    (kimi / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"tiktoken\.model can't be used: .*regex"):
+        load_tokenizer(kimi)
+
+
 @pytest.mark.parametrize("content", ["", "x", "YQ== 0 1\n", "YQ== 0\n", "YQ== a\n", "\x00"])
 def test_damaged_tiktoken_files_are_named(kimi, content):
     (kimi / "tiktoken.model").write_text(content)
@@ -292,6 +309,55 @@ def test_damaged_tokenizer_json_is_named(part, value, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         load_tokenizer(path)
+
+
+def test_a_name_with_a_line_break_is_named_in_one_line(tmp_path):
+    shutil.copytree(GOLDEN / "sentencepiece", tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["]\n"]  # which a merge needs
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"Token `.*\\n.*` out of vocabulary") as raised:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["deepseek", "glm", "sentencepiece"])
+def test_a_prefix_that_merges_lack_is_refused(name, tmp_path):
+    """With deepseek's file the library would end the process: it cuts a character of several bytes."""
+    shutil.copytree(GOLDEN / name, tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = "x"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="doesn't go on with continuing_subword_prefix, 'x'"):
+        load_tokenizer(tmp_path)
+
+
+def test_merges_with_a_prefix_are_read(tmp_path):
+    model = {"type": "BPE", "vocab": {"a": 0, "##b": 1, "ab": 2, "</s>": 3}, "continuing_subword_prefix": "##"}
+    for merges in (["a ##b"], [["a", "##b"]]):
+        content = {"version": "1.0", "model": {**model, "merges": merges}, "added_tokens": []}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        assert load_tokenizer(tmp_path).encode("ab").tolist() == [2]
+
+
+def test_a_decoder_or_a_model_that_fails_later_is_named(tmp_path):
+    """The library raises plain Exceptions here, and panics, which `except Exception` doesn't catch."""
+    shutil.copytree(GOLDEN / "sentencepiece", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["decoder"]["decoders"][-1]["stop"] = 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json can't decode ids: index out of bounds"):
+        load_tokenizer(tmp_path).decode([])
+    model = {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "no such"}
+    path.write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    (tmp_path / "tokenizer_config.json").unlink()
+    for encode in (load_tokenizer(tmp_path).encode, load_tokenizer(tmp_path).encode_prompt):
+        with pytest.raises(ConfigError, match=r"tokenizer\.json can't encode a text: .*UNK"):
+            encode("b")
+    found = Tokenize(str(path)).whole(["a", "b", "a"], [False] * 3)  # only the documents at fault are left out
+    assert found.records.tolist() == [0, 2]
+    assert [i for i, _ in found.errors] == [1]
 
 
 def test_null_means_that_nothing_is_said(tmp_path):
