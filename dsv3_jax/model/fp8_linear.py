@@ -76,7 +76,7 @@ def weight_specs(sharding: LogicalSharding, w: QuantisedWeight, logical: Logical
     stack = w.scales.ndim - 2
     heads = [i for i in range(len(spec)) if i <= stack or i == stack + w.contract]
     for i, cut in enumerate(spec):
-        parts = sharding.size(str(logical[i])) if cut else 1
+        parts = sharding.size_left(str(logical[i])) if cut else 1
         inner = math.prod(w.shape[i : stack + w.contract] if i < stack + w.contract else w.shape[i:])
         if i >= stack and parts > 1 and (i not in heads or inner // parts % TILE):
             raise ConfigError(
@@ -91,12 +91,23 @@ def weight_specs(sharding: LogicalSharding, w: QuantisedWeight, logical: Logical
 def all_gather_blocks(sharding: LogicalSharding, name: str, w: QuantisedWeight, logical: Logical) -> QuantisedWeight:
     """Prepares a weight for a layer: quantised where it is stored, then all-gathered at one byte per number.
 
-    Raises ConfigError as `weight_specs`.
+    Raises ConfigError as `weight_specs`, and where a part that is gathered by hand ends within a block.
     """
     if sharding.mesh is None:
         return w
+    values, scales, stack = w.values, w.scales, w.scales.ndim - 2
+    for i, axes in sharding.gathered_by_hand(logical):
+        inner = math.prod(w.shape[i : stack + w.contract] if i < stack + w.contract else w.shape[i:])
+        along = i if i < stack else {stack: stack, stack + w.contract: stack + 1}.get(i)
+        if along is None or (i >= stack and inner % TILE):
+            raise ConfigError(f"{name} in FP8 is cut over {' x '.join(axes)} within a block of {TILE}")
+        values = lax.all_gather(values, axes, axis=i, tiled=True)
+        scales = lax.all_gather(scales, axes, axis=along, tiled=True)
+    if sharding.automatic:
+        state: Compute = jax.lax.with_sharding_constraint
+        stored, used = (s.spec(name, values.shape, logical) for s in (sharding.stored(), sharding.used()))
+        values = state(state(values, stored), used)
+    w = dataclasses.replace(w, values=values, scales=scales)
     if not sharding.manual:
         weight_specs(sharding.used(), w, logical)
-    state: Compute = jax.lax.with_sharding_constraint
-    stored, used = sharding.stored().spec(name, w.shape, logical), sharding.used().spec(name, w.shape, logical)
-    return dataclasses.replace(w, values=state(state(w.values, stored), used))
+    return w

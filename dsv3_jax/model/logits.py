@@ -55,7 +55,7 @@ class Logits:
           mask it.
         """
         sharding = current_sharding(self.runtime)
-        parts = 1 if sharding.manual else math.prod(map(sharding.size, ("batch", "sequence", "vocab")))
+        parts = math.prod(map(sharding.size_left, ("batch", "sequence", "vocab")))
         pieces = -(-targets.size * self.head.shape[1] // (parts * PIECE))
         if pieces == 1:
             logits = self.array()
@@ -122,7 +122,7 @@ def _backward(
             return d_head, (d_hidden.astype(h.dtype),)
 
         d_head, d_hidden = lax.scan(of_piece, jnp.zeros(head.shape, wide), _cut((hidden, *of_tokens), pieces))
-        over = () if sharding.manual else (*sharding.axes("batch"), *sharding.axes("sequence"))
+        over = (*sharding.axes_left("batch"), *sharding.axes_left("sequence"))
         return _join(d_hidden, hidden.shape)[0], lax.psum(d_head, over)
 
     run = _on_each_device(on_device, sharding, (_HIDDEN, _HEAD, *(_TOKENS,) * 3), (_HIDDEN, _HEAD))
@@ -137,9 +137,9 @@ class _VocabularyPart:
     """A device's part of the vocabulary, and the collectives that combine the parts."""
 
     def __init__(self, head: jax.Array, sharding: LogicalSharding) -> None:
-        self.axes = () if sharding.manual else sharding.axes("vocab")
+        self.axes = sharding.axes_left("vocab")
         self.tokens = head.shape[1]
-        self.vocabulary = self.tokens * (1 if sharding.manual else sharding.size("vocab"))
+        self.vocabulary = self.tokens * sharding.size_left("vocab")
         self.first = lax.axis_index(self.axes) * self.tokens if self.axes else 0
 
     def is_target(self, targets: jax.Array) -> jax.Array:

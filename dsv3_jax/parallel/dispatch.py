@@ -202,10 +202,10 @@ def _route(
         y: jax.Array = lax.scan(step, None, (cut(x, 0), cut(ids, none), cut(weights, 0)))[1]
         return y.reshape(rounds * size, -1)[: len(x)]
 
-    nothing = lambda x, ids, weights: jnp.zeros_like(x)
     fits = _fits(ids, layout)
-    slower: jax.Array = lax.cond(fits, nothing, in_rounds, x, ids, weights)
-    return once(x, jnp.where(fits, ids, none), weights) + slower, jnp.where(fits, quick, 1)
+    y = once(x, jnp.where(fits, ids, none), weights)
+    y = lax.cond(fits, lambda y, *_: y, lambda _, *tokens: in_rounds(*tokens), y, x, ids, weights)
+    return y, jnp.where(fits, quick, 1)
 
 
 def _reached(ids: jax.Array, bins: int, width: int) -> jax.Array:
@@ -217,7 +217,7 @@ def _fits(ids: jax.Array, layout: DispatchSizes) -> jax.Array:
     """Whether the routing of this batch fits into the buffers of all devices. The result is the same on each."""
     count = functools.partial(jnp.sum, axis=0, dtype=jnp.int32)
     devices = count(_reached(ids, layout.devices, layout.local)).reshape(layout.node, layout.expert)
-    rows = jnp.bincount(ids.ravel() // layout.local, length=layout.devices)
+    rows = (ids[:, :, None] // layout.local == jnp.arange(layout.devices)).sum((0, 1), dtype=jnp.int32)
     nodes = count(_reached(ids, layout.node, layout.expert * layout.local))
     if layout.node > 1:
         devices = lax.psum(devices, "node")
@@ -263,7 +263,7 @@ def _exchange(
         x, weights = _dispatch(packing, x, send), jnp.where(mine < hop.width, send.dispatch(weights, 0), 0)
         ids = mine
         hops.append((send, x.dtype))
-    y = compute(x, ids, weights, w, layout.row_room)
+    y = compute(x, ids, weights, w, min(layout.row_room, ids.size))
     for send, dtype in reversed(hops):
         y = _combine(packing, y, send).astype(dtype)
     return y
@@ -285,27 +285,35 @@ class Hop:
 class Send:
     """Metadata of a hop, shared by dispatch and combine: the tokens that a device sends to each position.
 
-    source, places: the token of each row of the send buffer, and the rows of each token; see `parallel.rows`.
+    maps: the token of each row of the send buffer, and the rows of each token, as `source` and `places` of
+      `parallel.rows`; None if all tokens are sent to every position.
     ragged: sizes and offsets for `ragged_all_to_all`, out and back; None for equal pieces of `room` tokens.
     """
 
     axis: str = struct.field(pytree_node=False)
-    source: jax.Array
-    places: jax.Array
+    maps: tuple[jax.Array, jax.Array] | None
     ragged: tuple[Any, Any] | None
 
     @jax.named_scope("dispatch")
     def dispatch(self, a: jax.Array, fill: Any) -> jax.Array:
         """Sends rows of `a` (tokens, X) to the positions of their experts; empty rows are `fill`."""
-        rows = spread(a, self.source, self.places)
+        if self.maps is None:
+            gathered: jax.Array = lax.all_gather(a, self.axis, tiled=True)
+            return gathered
+        source, places = self.maps
+        rows = spread(a, source, places)
         if fill != 0:
-            rows = jnp.where((self.source < len(self.places))[:, None], rows, fill)
+            rows = jnp.where((source < len(places))[:, None], rows, fill)
         return self._exchange(rows, fill, 0)
 
     @jax.named_scope("combine")
     def combine(self, y: jax.Array) -> jax.Array:
         """Sends results (size * room, X) back and sums them per token: (tokens, X), float32 or wider."""
-        return collect(self._exchange(y, 0, 1), self.source, self.places)
+        back = self._exchange(y, 0, 1)
+        if self.maps is None:
+            each = back.reshape(lax.axis_size(self.axis), -1, back.shape[-1])
+            return each.sum(0, dtype=jnp.promote_types(y.dtype, jnp.float32))
+        return collect(back, *self.maps)
 
     def _exchange(self, rows: jax.Array, fill: Any, way: int) -> jax.Array:
         if self.ragged is None:
@@ -361,6 +369,8 @@ def _all_to_all(a: jax.Array, axis: str) -> jax.Array:
 @jax.named_scope("plan_dispatch")
 def _plan_send(hop: Hop, ids: jax.Array, method: str) -> Send:
     """Plans a hop for ids (N, K) among `size * width` experts; `size * width` for none."""
+    if method == "all_to_all" and hop.room >= len(ids):
+        return Send(hop.axis, None, None)
     reached = _reached(ids, hop.size, hop.width)
     place = jnp.cumsum(reached, axis=0) - 1  # of a token among those that go to the same position
     starts, ragged = jnp.arange(hop.size) * hop.room, None
@@ -376,4 +386,4 @@ def _plan_send(hop: Hop, ids: jax.Array, method: str) -> Send:
     rows = hop.size * hop.room
     places = jnp.where(reached, starts + place, rows)
     source = jnp.full((rows,), len(ids)).at[places].set(jnp.arange(len(ids))[:, None], mode="drop")
-    return Send(hop.axis, source, places, ragged)
+    return Send(hop.axis, (source, places), ragged)

@@ -6,14 +6,14 @@ microbatch m is at stage s
 - in tick m + s for its forward pass, of which only the input is saved (on the last stage it is part of the next),
 - in tick m + 2 (S - 1) - s for the gradient, for which the forward pass is recomputed,
 
-so that in between every stage does one forward and one backward pass per tick (1F1B). Under `zero_bubble` the second of
-these makes the gradient of the stage's input alone, which is what the stage before waits for, and
+so that in between every stage does one forward and one backward pass per tick (1F1B). Under `zero_bubble` nothing is
+recomputed: a stage saves the residuals of its forward pass, as many as the rematerialisation policy leaves. The second
+pass makes the gradient of the stage's input alone, which is what the stage before waits for, and
 
 - in tick m + 2 (S - 1), on all stages, the gradient of the weights follows,
 
 which moves work from filling the pipeline to draining it, when stages would be idle (as ZB-H1 of arXiv 2401.10241 and
-DualPipe, report section 3.2.1, do). Since both recompute the forward pass, this is faster only with fewer microbatches
-than stages; see `duration`.
+DualPipe, report section 3.2.1, do). `parallel.split_backward` splits the backward pass.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.parallel.split_backward import SplitBackward
 from dsv3_jax.runtime import PipelineSchedule
 
 STAGE = "stage"
@@ -38,11 +39,17 @@ STAGE = "stage"
 def duration(schedule: PipelineSchedule, stages: int, microbatches: int) -> int:
     """Duration of a step, in units of one forward pass of a microbatch on one stage; each gradient takes one unit.
 
-    M 4 + (S - 1) 4 for 1F1B: forward, recomputation, two gradients. M 5 + (S - 1) 3 for zero_bubble.
+    M 4 + (S - 1) 4 for 1F1B: forward, forward again, two gradients. M 3 + (S - 1) 2 for zero_bubble: forward and the
+    gradient of the input wait for each other, that of the weights for nothing.
     """
     if schedule == "1f1b":
         return 4 * (microbatches + stages - 1)
-    return 5 * microbatches + 3 * (stages - 1)
+    return 3 * microbatches + 2 * (stages - 1)
+
+
+def bubble(schedule: PipelineSchedule, stages: int, microbatches: int) -> float:
+    """The share of that time in which a stage waits for others."""
+    return 1 - (4 if schedule == "1f1b" else 3) * microbatches / duration(schedule, stages, microbatches)
 
 
 StageFunction = Callable[..., tuple[jax.Array, jax.Array, Any, Any]]
@@ -68,6 +75,7 @@ def pipeline_gradients(
     batch: tuple[str, ...],
     activation: jax.ShapeDtypeStruct,
     schedule: PipelineSchedule,
+    held: frozenset[str],
 ) -> tuple[Any, Any, Any, Any]:
     """Computes gradients of the summed objective on the current mesh. Each device runs `function` on its part.
 
@@ -79,9 +87,11 @@ def pipeline_gradients(
         transpose returns gradients, summed over the devices that it communicates with.
       dtypes: a tree of the dtypes in which `own` is communicated and passed to `function`.
       stages: devices along the mesh axis `stage`.
-      specs: PartitionSpecs of `own` and of `shared`, which is replicated except for experts.
-      batch: the mesh axes that shard sequences.
-      activation: shape and dtype between stages, of one microbatch on one device.
+      specs: PartitionSpecs of `own` and of `shared`, which lies whole on a device but for experts.
+      batch: the mesh axes that cut the sequences.
+      activation: of one microbatch on one device, between stages.
+      held: the mesh axes over which arrays are cut by hand here, all that the specs and `batch` name. Over others, as
+        `tensor` and `context`, XLA cuts what a device has further.
 
     Returns:
       gradients of `own` and `shared`, sharded alike, in float32 or wider; `total`; and `local` with a leading axis of
@@ -91,8 +101,9 @@ def pipeline_gradients(
     def on_stage(own: Any, shared: Any, pieces: Any, constants: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
         of_stage = jax.tree.map(lambda a: a[0], constants[0])
         mine = take(jax.tree.map(lambda a, dtype: a.astype(dtype), own, dtypes))
-        work = _Work(function, mine, shared, (of_stage, constants[1]), lax.axis_index(STAGE), schedule)
-        (d_mine, d_shared), (total, local) = _run(work, pieces, stages, activation)
+        work = _Work(function, mine, shared, (of_stage, constants[1]), lax.axis_index(STAGE))
+        run = _run if schedule == "1f1b" else _run_split
+        (d_mine, d_shared), (total, local) = run(work, pieces, stages, activation)
         wide = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, jnp.float32)), own)
         d_own = jax.linear_transpose(take, wide)(d_mine)[0]
         return (
@@ -107,6 +118,7 @@ def pipeline_gradients(
         on_stage,
         in_specs=(*specs, PartitionSpec(None, batch or None), (by_stage, whole)),
         out_specs=(*specs, whole, by_stage),
+        axis_names=held,
         check_vma=False,
     )
     return run(own, shared, pieces, constants)
@@ -128,7 +140,7 @@ def _add_up(gradients: Any, specs: Any, axes: tuple[str, ...]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """One stage's passes over one microbatch: forward, gradient, and zero_bubble's gradient of the weights.
+    """One stage's passes over one microbatch: forward and gradient.
 
     Each pass takes the stage's input x, the gradient g of its output, the microbatch, and the sums so far: gradients of
     (own, shared), and (total, local).
@@ -139,7 +151,6 @@ class _Work:
     shared: Any
     constants: tuple[Any, Any]
     stage: jax.Array
-    schedule: PipelineSchedule
 
     def evaluate(self, own: Any, shared: Any, x: jax.Array, piece: Any) -> tuple[Any, Any]:
         """Returns ((y, objective), (total, local)): the differentiated outputs, and the others."""
@@ -153,22 +164,17 @@ class _Work:
 
     @jax.named_scope("gradient")
     def gradient(self, x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> tuple[jax.Array, Any]:
-        """Computes the gradient of the input and, under 1F1B, of the weights."""
-        d_parameters, totals = sums
-        if self.schedule == "zero_bubble":
-            of_input = lambda x: self.evaluate(self.own, self.shared, x, piece)
-            (_, objective), pull, measured = jax.vjp(of_input, x, has_aux=True)
-            return pull((g, jnp.ones_like(objective)))[0], (d_parameters, _add(totals, measured))
+        """The gradients of the input and of the weights."""
         of_all = lambda own, shared, x: self.evaluate(own, shared, x, piece)
         (_, objective), pull, measured = jax.vjp(of_all, self.own, self.shared, x, has_aux=True)
         *made, dx = pull((g, jnp.ones_like(objective)))
-        return dx, (_add(d_parameters, tuple(made)), _add(totals, measured))
+        return dx, (_add(sums[0], tuple(made)), _add(sums[1], measured))
 
-    @jax.named_scope("weight_gradient")
-    def weight_gradient(self, x: jax.Array, g: jax.Array, piece: Any, sums: Any) -> Any:
-        of_weights = lambda own, shared: self.evaluate(own, shared, x, piece)
-        (_, objective), pull, _ = jax.vjp(of_weights, self.own, self.shared, has_aux=True)
-        return _add(sums[0], pull((g, jnp.ones_like(objective)))), sums[1]
+    def no_sums(self, x: Any, piece: Any) -> Any:
+        """Sums of nothing yet, float32 or wider, as microbatches and devices are added up in."""
+        measured = jax.eval_shape(self.evaluate, self.own, self.shared, x, piece)[1]
+        wide = lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32))
+        return jax.tree.map(wide, ((self.own, self.shared), measured))
 
 
 def _run(work: _Work, pieces: Any, stages: int, activation: jax.ShapeDtypeStruct) -> Any:
@@ -190,27 +196,97 @@ def _run(work: _Work, pieces: Any, stages: int, activation: jax.ShapeDtypeStruct
         backward = t - 2 * (stages - 1)
         y = do(t - stage, work.forward, nothing, unless=stage == stages - 1)
         dx, sums = do(backward + stage, work.gradient, (nothing, sums))
-        if work.schedule == "zero_bubble":
-            sums = do(backward, work.weight_gradient, sums)
         arrive = functools.partial(_arrive, stage=stage, stages=stages, microbatches=microbatches)
         inputs = arrive(y, inputs, t - (stage - 1), 1)
         gradients = arrive(dx, gradients, backward + stage + 1, -1)
         return (inputs, gradients, sums), None
 
-    first = jax.tree.map(lambda a: a[0], pieces)
-    measured = jax.eval_shape(work.evaluate, work.own, work.shared, activation, first)[1]
-    wide = lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32))  # sums over microbatches and devices
-    sums = jax.tree.map(wide, ((work.own, work.shared), measured))
+    sums = work.no_sums(activation, jax.tree.map(lambda a: a[0], pieces))
     buffer = jnp.zeros((slots, *activation.shape), activation.dtype)
     return lax.scan(tick, (buffer, buffer, sums), jnp.arange(microbatches + 2 * (stages - 1)))[0][2]
 
 
+def _run_split(work: _Work, pieces: Any, stages: int, activation: jax.ShapeDtypeStruct) -> Any:
+    """`_run` with the backward pass in two: what arrives is used at once, what a forward pass made is kept."""
+    stage, microbatches, last = work.stage, len(jax.tree.leaves(pieces)[0]), stages - 1
+
+    def evaluate(own: Any, shared: Any, x: jax.Array, rest: Any) -> Any:
+        constants, piece, stage = rest
+        y, objective, total, local = work.function(own, shared, x, piece, constants, stage)
+        return (y, objective), (total, local)
+
+    def of(m: Any) -> Any:
+        return work.constants, jax.tree.map(lambda a: a[m], pieces), stage
+
+    nothing = jnp.zeros(activation.shape, activation.dtype)
+    own, shared = work.own, work.shared
+    split = SplitBackward(evaluate, own, shared, nothing, of(0))
+    (_, objective), _ = jax.eval_shape(lambda: split.forward(own, shared, nothing, of(0))[0])
+
+    @jax.named_scope("forward")
+    def forward(x: jax.Array, m: jax.Array) -> Any:
+        ((y, _), measured), kept = split.forward(own, shared, x, of(m))
+        return y, measured, kept
+
+    @jax.named_scope("gradient")
+    def gradient(kept: Any, g: jax.Array) -> Any:
+        (d_shared, dx), handed_on = split.first(own, shared, kept, (g, jnp.ones(objective.shape, objective.dtype)))
+        return dx, d_shared, handed_on
+
+    @jax.named_scope("weight_gradient")
+    def weight_gradient(kept: Any, handed_on: Any) -> Any:
+        return split.second(own, shared, kept, handed_on)
+
+    def do(m: jax.Array, what: Callable[..., Any], *arguments: Any) -> Any:
+        """`what`, if there is a microbatch m, else zeros."""
+        none = _zeros(jax.eval_shape(what, *arguments))
+        return lax.cond((m >= 0) & (m < microbatches), what, lambda *_: none, *arguments)
+
+    def store(buffer: Any, made: Any, m: jax.Array) -> Any:
+        there = (m >= 0) & (m < microbatches)
+        put = lambda b, a: b.at[jnp.where(there, m % len(b), len(b))].set(a, mode="drop")
+        return jax.tree.map(put, buffer, made)
+
+    def load(buffer: Any, m: jax.Array) -> Any:
+        return jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, m % len(b), keepdims=False), buffer)
+
+    def tick(carry: Any, t: jax.Array) -> tuple[Any, None]:
+        x, g, kept, handed_on, ((d_own, d_shared), measured) = carry
+        m = t - stage, t - 2 * last + stage, t - 2 * last
+        y, of_m, made = do(m[0], forward, x, jnp.clip(m[0], 0, microbatches - 1))
+        kept = store(kept, made, m[0])
+        dx, of_shared, made = do(m[1], gradient, load(kept, m[1]), g)
+        handed_on = store(handed_on, made, m[1])
+        of_own = do(m[2], weight_gradient, load(kept, m[2]), load(handed_on, m[2]))
+        sums = (_add(d_own, of_own), _add(d_shared, of_shared)), _add(measured, of_m)
+        return (_shift(y, 1, stages), _shift(dx, -1, stages), kept, handed_on, sums), None
+
+    def buffers(like: Any, slots: int) -> Any:
+        return jax.tree.map(lambda a: jnp.zeros((min(slots, microbatches), *a.shape), a.dtype), like)
+
+    made = jax.eval_shape(forward, nothing, 0)[2]
+    later = jax.eval_shape(gradient, made, nothing)[2]
+    sums = work.no_sums(activation, of(0)[1])
+    start = nothing, nothing, buffers(made, 2 * stages - 1), buffers(later, stages), sums
+    return lax.scan(tick, start, jnp.arange(microbatches + 2 * last))[0][4]
+
+
+def _zeros(like: Any) -> Any:
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+
+
 @jax.named_scope("send_to_neighbour")
+def _shift(value: jax.Array, to: int, stages: int) -> jax.Array:
+    """Sends a value to the next stage (`to` 1) or the one before (-1); zeros arrive where there is none."""
+    arrived: jax.Array = lax.ppermute(value, STAGE, [(i, i + to) for i in range(stages) if 0 <= i + to < stages])
+    return arrived
+
+
 def _arrive(
     value: jax.Array, buffer: jax.Array, m: jax.Array, to: int, *, stage: jax.Array, stages: int, microbatches: int
 ) -> jax.Array:
-    """Sends a value to the next stage (`to` 1) or the previous one (-1). Stores what arrives for a microbatch."""
-    arrived = lax.ppermute(value, STAGE, [(i, i + to) for i in range(stages) if 0 <= i + to < stages])
+    """Sends a value to the next stage (`to` 1) or the one before (-1); stores what arrives, if it is a microbatch's."""
+    arrived = _shift(value, to, stages)
     there = (m >= 0) & (m < microbatches) & (stage - to >= 0) & (stage - to < stages)
     slots = len(buffer)
     return buffer.at[jnp.where(there, m % slots, slots)].set(arrived, mode="drop")

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsv3_jax.config import ConfigError
 from dsv3_jax.parallel.mesh import AXES, MeshShape, make_mesh
 from dsv3_jax.parallel.rules import rules_of
-from dsv3_jax.parallel.sharding import Logical, LogicalSharding, state_shardings
+from dsv3_jax.parallel.sharding import Logical, LogicalSharding, mesh_axes, state_shardings
 from dsv3_jax.runtime import Runtime
 
 
@@ -88,7 +88,7 @@ class Placement:
 
         state = jax.eval_shape(init, jax.random.key(0))
         shardings = state_shardings(state, self.mesh, self.sharding.rules, self._axes)
-        cut = {axis for sharding in jax.tree.leaves(shardings) for axes in sharding.spec for axis in _axes(axes)}
+        cut = {axis for sharding in jax.tree.leaves(shardings) for axes in sharding.spec for axis in mesh_axes(axes)}
         cut |= {*self.sharding.axes("batch"), *self.sharding.axes("sequence")}
         for axis in AXES:
             if self.sharding.axis_size(axis) > 1 and axis not in cut:
@@ -148,11 +148,6 @@ class Placement:
         if batch_size % self.parts:
             axes = " x ".join(self.sharding.axes("batch"))
             raise ConfigError(f"a batch of {batch_size} sequences doesn't divide over {axes} = {self.parts} devices")
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Returns the mesh axes of an entry of a PartitionSpec as a tuple."""
-    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def any_process(flag: bool) -> bool:

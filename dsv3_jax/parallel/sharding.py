@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -34,8 +34,28 @@ class LogicalSharding:
 
     @property
     def manual(self) -> bool:
-        """Whether the trace is inside a `shard_map`, where arrays are the parts of one device."""
-        return self.mesh is not None and AxisType.Manual in self.mesh.axis_types
+        """Whether the trace is inside a `shard_map` over all that cuts arrays, which are one device's part already."""
+        return self.mesh is not None and AxisType.Manual in self.mesh.axis_types and not self.automatic
+
+    @property
+    def automatic(self) -> Axes:
+        """Mesh axes of more than one device that no `shard_map` holds, over which XLA cuts arrays."""
+        if self.mesh is None:
+            return ()
+        types = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        return tuple(a for a, of in types if of != AxisType.Manual and self.axis_size(a) > 1)
+
+    def all_but(self, automatic: Iterable[str]) -> frozenset[str]:
+        """The mesh's axes without these: for a `shard_map` that leaves them to XLA."""
+        return frozenset(() if self.mesh is None else self.mesh.axis_names) - frozenset(automatic)
+
+    def axes_left(self, logical: str) -> Axes:
+        """Those of `axes` that no `shard_map` holds: over which an array at hand is cut further."""
+        return tuple(a for a in self.axes(logical) if a in self.automatic)
+
+    def size_left(self, logical: str) -> int:
+        """Parts that an array at hand is cut into along a logical axis."""
+        return math.prod(map(self.axis_size, self.axes_left(logical)))
 
     def axes(self, logical: str) -> Axes:
         """Returns the mesh axes of more than one device that shard a logical axis, outermost first."""
@@ -62,11 +82,10 @@ class LogicalSharding:
           ValueError: `logical` and `shape` have different lengths, or a name isn't a logical axis.
         """
         _check_names(logical)
-        types = {} if self.mesh is None else dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
         used: dict[str, str] = {}
         spec: list[Axes | None] = []
         for name, size in zip(logical, shape, strict=True):
-            axes = tuple(a for a in self.axes(name) if types[a] != AxisType.Manual) if name else ()
+            axes = self.axes_left(name) if name else ()
             for axis in axes:
                 if axis in used:
                     raise ConfigError(
@@ -95,18 +114,27 @@ class LogicalSharding:
         """
         if self.mesh is None:
             return _all_gather(w, None, use)
+        stored, used, by_hand = self.stored(), self.used(), self.gathered_by_hand(logical)
+        whole = list(w.shape)
+        for i, axes in by_hand:
+            whole[i] *= math.prod(map(self.axis_size, axes))
+        if not self.automatic:
+            return _all_gather(w, _Cuts(None, None, by_hand), use)
+        specs = [sharding.spec(what, tuple(whole), logical) for sharding in (used, stored)]
+        return _all_gather(w, _Cuts(specs[0], specs[1], by_hand), use)
+
+    def gathered_by_hand(self, logical: Logical) -> tuple[tuple[int, Axes], ...]:
+        """Where a weight is gathered for use over mesh axes that a `shard_map` holds: its axes, each with those."""
         stored, used = self.stored(), self.used()
-        apart = [tuple(a for a in stored.axes(n) if a not in used.axes(n)) if n else () for n in logical]
-        by_hand = tuple((i, axes) for i, axes in enumerate(apart) if axes) if self.manual else None
-        cuts = _Cuts(used.spec(what, w.shape, logical), stored.spec(what, w.shape, logical), by_hand)
-        return _all_gather(w, cuts, use)
+        apart = (tuple(a for a in stored.axes(n) if a not in used.axes(n)) if n else () for n in logical)
+        held = (tuple(a for a in axes if a not in self.automatic) for axes in apart)
+        return tuple((i, axes) for i, axes in enumerate(held) if axes)
 
     def part(self, shape: tuple[int, ...], logical: Logical) -> tuple[int, ...]:
-        """Returns the local shape of a stored parameter: inside a `shard_map`, that of a device's part."""
-        if not self.manual:
-            return shape
+        """The shape of a stored parameter as it is at hand: inside a `shard_map`, that of a device's part."""
         stored = self.stored()
-        return tuple(n // stored.size(name) if name else n for n, name in zip(shape, logical, strict=True))
+        held = (stored.size(name) // stored.size_left(name) if name else 1 for name in logical)
+        return tuple(n // parts for n, parts in zip(shape, held, strict=True))
 
     def used(self) -> LogicalSharding:
         """Returns the sharding of weights as layers use them, all-gathered along `embed`."""
@@ -129,6 +157,16 @@ def current_sharding(runtime: Runtime) -> LogicalSharding:
 def constrain(x: jax.Array, runtime: Runtime, *logical: str | None) -> jax.Array:
     """Constrains the sharding of an activation on the current mesh; the identity without one. Differentiable."""
     return current_sharding(runtime).constrain(x, *logical)
+
+
+def only(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
+    """How an array is cut by these mesh axes alone, of those that `LogicalSharding.spec` gave."""
+    return PartitionSpec(*(tuple(a for a in mesh_axes(cut) if a in axes) or None for cut in spec))
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> Axes:
+    """The mesh axes of an entry of a PartitionSpec, which leaves the tuple out where there is one."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def state_shardings(tree: Any, mesh: Mesh, rules: Rules, axes: Mapping[tuple[str, ...], Logical]) -> Any:
@@ -168,22 +206,21 @@ class WeightUse(NamedTuple):
 
 
 class _Cuts(NamedTuple):
-    """Shardings of a weight as used and as stored. by_hand: inside a `shard_map`, where there is no partitioner, the
-    axes to all-gather and their mesh axes; else None.
-    """
+    """How XLA cuts a weight as it is used and as it is stored; None inside a `shard_map` over all axes. by_hand: the
+    axes of the array that are gathered over mesh axes that a `shard_map` holds, and over which."""
 
-    used: PartitionSpec
-    stored: PartitionSpec
-    by_hand: tuple[tuple[int, Axes], ...] | None
+    used: PartitionSpec | None
+    stored: PartitionSpec | None
+    by_hand: tuple[tuple[int, Axes], ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _all_gather(w: jax.Array, cuts: _Cuts | None, use: WeightUse) -> jax.Array:
     gathered = w.astype(use.dtype)
     if cuts is not None:
-        for i, axes in cuts.by_hand or ():
+        for i, axes in cuts.by_hand:
             gathered = jax.lax.all_gather(gathered, axes, axis=i, tiled=True)
-        if cuts.by_hand is None:
+        if cuts.used is not None:
             gathered = jax.lax.with_sharding_constraint(gathered, cuts.used)
     return gathered.astype(jnp.promote_types(w.dtype, use.dtype))
 
@@ -196,10 +233,10 @@ def _scatter_gradient(cuts: _Cuts | None, use: WeightUse, like: jax.Array, g: ja
     if cuts is not None:
         # Named as used first: else the partitioner would rather cut the activations anew than add up and scatter this.
         g = g.astype(use.gradient_dtype)
-        for i, axes in cuts.by_hand or ():
-            g = jax.lax.psum_scatter(g, axes, scatter_dimension=i, tiled=True)
-        if cuts.by_hand is None:
+        if cuts.used is not None:
             g = jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(g, cuts.used), cuts.stored)
+        for i, axes in cuts.by_hand:
+            g = jax.lax.psum_scatter(g, axes, scatter_dimension=i, tiled=True)
     return (g.astype(like.dtype),)
 
 

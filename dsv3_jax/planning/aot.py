@@ -65,12 +65,12 @@ def aot_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
         remat=args.remat,
         moment=4 if args.moments == "float32" else 2,
         zero1=mesh.stage > 1,
-        fused_attention=False,
+        fused_attention=args.attention != "reference",
         mtp=bool(config.num_nextn_predict_layers),
     )
     runtime = Runtime(
         dtype="bfloat16",
-        attention_impl="reference",
+        attention_impl=args.attention,
         experts_impl="ragged",
         remat=args.remat,
         sharding="single" if mesh.devices == 1 else "pp_ep_dp" if mesh.stage > 1 else "fsdp_ep",

@@ -121,6 +121,17 @@ def collectives(compiled: Any) -> list[Collective]:
     return found
 
 
+def largest_arrays(compiled: Any, count: int = 10) -> list[tuple[int, str]]:
+    """Bytes and types of the largest arrays of a `jax.stages.Compiled` on one device, parts of fusions left out."""
+    found = {}
+    for line in re.split(r"\n(?=\S)", compiled.as_text()):
+        if re.match(r"%fused|%wrapped|%bitcast_fusion", line):
+            continue
+        for kind, dims in _ARRAY.findall(line):
+            found[f"{kind}[{dims}]"] = _bytes(f"{kind}[{dims}]")[0]
+    return sorted(((size, name) for name, size in found.items()), reverse=True)[:count]
+
+
 @dataclasses.dataclass(frozen=True)
 class Overlap:
     """An asynchronous collective in a compiled program, and the matmuls scheduled while it is in flight.

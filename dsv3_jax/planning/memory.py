@@ -128,6 +128,8 @@ def _stage_memory(plan: TrainingPlan, stage: StageShare, index: int) -> Memory:
     in_flight = min(plan.microbatches, m.stage - index + (1 if copies == 2 else 0)) if m.stage > 1 else 1
     if copies == 2:
         in_flight = min(plan.microbatches, m.stage + 1)  # both directions: the sum is the same on every stage
+    if plan.pipeline_schedule == "zero_bubble":
+        in_flight = min(plan.microbatches, 2 * m.stage - 1)  # until the last gradient of weights, on every stage
     kept, pairs = _activations(plan)
     working, working_pairs = _largest_block(plan)
     if plan.remat == "none":

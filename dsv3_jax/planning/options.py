@@ -11,7 +11,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.runtime import Remat
 
 Precision = Literal["bf16", "fp8"]
-PlannedSchedule = Literal["1f1b", "dualpipe"]
+PlannedSchedule = Literal["1f1b", "zero_bubble", "dualpipe"]
 """Pipeline schedules that the planner models; `runtime.PipelineSchedule` has those that are implemented."""
 
 
@@ -62,6 +62,8 @@ class PlanArgs:
     """Compile the real training step for a TPU topology, such as v5p:8x16x16, without the hardware, over --mesh (by
     default one chip), and report the compiler's memory, FLOPs and communication.
     """
+    attention: Literal["reference", "blockwise", "tpu"] = "reference"
+    """With --aot: implementation of attention, as in runtime.attention_impl; `reference` stores all scores."""
     validate: bool = False
     """Print a markdown table of predictions and published measurements instead."""
     top: int = 5

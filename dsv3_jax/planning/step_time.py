@@ -6,6 +6,7 @@ import dataclasses
 
 from dsv3_jax.accounting.activations import saved_by_block
 from dsv3_jax.accounting.flops import matmul_seconds, model_flops, recomputed_flops
+from dsv3_jax.parallel import pipeline
 from dsv3_jax.planning.communication import Traffic, traffic
 from dsv3_jax.planning.memory import parameters_per_device, stage_shares
 from dsv3_jax.planning.training_plan import TrainingPlan
@@ -110,8 +111,11 @@ def step_time(plan: TrainingPlan, efficiency: float | None = None) -> StepTime:
 def bubble(plan: TrainingPlan) -> float:
     """Ratio of a pipeline's idle time to its busy time.
 
-    1F1B idles for stage - 1 passes (forward and backward). DualPipe for stage / 2 - 1 times the passes F&B + B - 3 W
-    of the report's table 2: with F : B : W as 1 : 2 : 1 and F&B as 3, two thirds of a pass.
+    1F1B idles for stage - 1 passes (forward and backward), zero_bubble for two thirds of that, as `parallel.pipeline`
+    counts it. DualPipe for stage / 2 - 1 times the passes F&B + B - 3 W of the report's table 2: with F : B : W as
+    1 : 2 : 1 and F&B as 3, two thirds of a pass.
     """
-    idle = plan.mesh.stage - 1 if plan.pipeline_schedule == "1f1b" else max(0.0, plan.mesh.stage / 2 - 1) * 2 / 3
-    return idle / plan.microbatches
+    if plan.pipeline_schedule == "dualpipe":
+        return max(0.0, plan.mesh.stage / 2 - 1) * 2 / 3 / plan.microbatches
+    idle = pipeline.bubble(plan.pipeline_schedule, plan.mesh.stage, plan.microbatches)
+    return idle / (1 - idle)

@@ -1,7 +1,8 @@
 """Gradients of a batch as float32 sums: over its tokens, its microbatches, and the devices that share it.
 
-Devices that hold the same parameter reduce its gradient once per step, after the last microbatch. Axes that shard the
-parameter (FSDP, experts) reduce-scatter in each microbatch, just as they all-gather the parameter.
+Devices with sequences of their own that hold the same parameter add its gradient up once a step, after the last
+microbatch. What cuts a parameter further (FSDP, experts) takes its gradient apart in each microbatch, as it put the
+parameter together. Over the devices that share sequences (tensor, context) XLA places the sums.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.router import ROUTER
 from dsv3_jax.model.transformer import DeepSeekV3, exchanges, expert_load, only_of, parameter_axes
-from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.parallel.sharding import LogicalSharding, current_sharding
+from dsv3_jax.parallel.sharding import current_sharding, only
+from dsv3_jax.quantization.fp8 import TILE
 from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import Batch, Loss, StepSums, Whole, forward, model_inputs
 
@@ -59,40 +60,42 @@ def accumulated_gradients(
         sequences,
     )
     sharding = current_sharding(model.runtime)
-    if not _by_hand(model, sharding):
-        return of_pieces(*arguments)
     axes = sharding.axes("batch")
+    if not axes or (model.runtime.precision == "fp8" and _cuts_blocks(model, variables["params"])):
+        return of_pieces(*arguments)
 
     def on_device(*arguments: Any) -> tuple[Any, StepSums]:
         grads, sums = of_pieces(*arguments)
         return jax.tree.map(functools.partial(_add_up, model, axes), grads, specs), lax.psum(sums, axes)
 
-    specs, whole_array = parameter_specs(model, variables["params"]), PartitionSpec()
+    held = sharding.all_but(set(sharding.automatic) - set(axes))
+    specs, whole_array = parameter_specs(model, variables["params"], held), PartitionSpec()
     takes = (specs, whole_array, PartitionSpec(None, axes), whole_array, whole_array)
-    run = jax.shard_map(on_device, in_specs=takes, out_specs=(specs, whole_array), check_vma=False)
+    run = jax.shard_map(on_device, in_specs=takes, out_specs=(specs, whole_array), axis_names=held, check_vma=False)
     return run(*arguments)
 
 
-def _by_hand(model: DeepSeekV3, sharding: LogicalSharding) -> bool:
-    """Whether each device of the mesh has its own sequences, so that it first sums their gradients locally.
-
-    Otherwise XLA places the reductions. In FP8 it also places the all-gathered blocks of weights.
-    """
-    batch = sharding.axes("batch")
-    apart = sharding.stored().axes("embed")
-    if model.runtime.precision == "fp8" and apart:
-        return False
-    return bool(batch) and {a for a in AXES if sharding.axis_size(a) > 1} <= set(batch)
+def _cuts_blocks(model: DeepSeekV3, params: Any) -> bool:
+    """Whether FP8 weights are stored in parts that end within a block: then XLA puts them together."""
+    parts, axes = current_sharding(model.runtime).stored().size("embed"), parameter_axes(model)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    cut = (a.shape[i] for path, a in paths for i, name in enumerate(axes[keys(path)]) if name == "embed")
+    return parts > 1 and any(n % (parts * TILE) for n in cut)
 
 
-def parameter_specs(model: DeepSeekV3, params: Any) -> Any:
-    """Returns the PartitionSpec of each parameter as stored."""
+def parameter_specs(model: DeepSeekV3, params: Any, held: frozenset[str]) -> Any:
+    """How the parameters are stored over the mesh axes `held`: a PartitionSpec for each."""
     stored, axes = current_sharding(model.runtime).stored(), parameter_axes(model)
 
     def spec(path: Any, a: jax.Array) -> PartitionSpec:
-        return stored.spec(jax.tree_util.keystr(path), a.shape, axes[tuple(key.key for key in path)])
+        return only(stored.spec(jax.tree_util.keystr(path), a.shape, axes[keys(path)]), held)
 
     return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def keys(path: Any) -> tuple[str, ...]:
+    """A parameter's path below the collection, as `parameter_axes` has it."""
+    return tuple(key.key for key in path)
 
 
 def _add_up(model: DeepSeekV3, axes: tuple[str, ...], gradient: jax.Array, spec: PartitionSpec) -> jax.Array:

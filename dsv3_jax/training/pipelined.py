@@ -23,7 +23,7 @@ from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.router import ROUTER, RouterStats
 from dsv3_jax.model.transformer import DeepSeekV3, Outputs, exchanges, expert_load, parameter_axes
 from dsv3_jax.parallel.pipeline import layers_of_stages, pipeline_gradients, take_stage
-from dsv3_jax.parallel.sharding import Logical, current_sharding
+from dsv3_jax.parallel.sharding import Logical, current_sharding, only
 from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import Batch, Loss, StepSums, Whole, model_inputs
 
@@ -57,6 +57,7 @@ def pipelined_gradients(
     if not config.num_moe_layers:
         raise ConfigError("mesh.stage spreads sparse layers, but the model has none")
     layers = layers_of_stages(config.num_moe_layers, stages)  # (S, most)
+    split = runtime.pipeline == "zero_bubble"
 
     shared = dict(variables["params"])
     own = shared.pop(SPARSE)
@@ -69,10 +70,15 @@ def pipelined_gradients(
             cut = (logical.index("embed"), stored.axes("embed")) if "embed" in logical else None
             return take_stage(part, layers, cut)
 
-        return jax.tree.map(of, parts, names)
+        stack = jax.tree.map(of, parts, names)
+        return tuple(jax.tree.map(lambda a, i=i: a[i], stack) for i in range(layers.shape[1])) if split else stack
 
     exists = jnp.asarray(layers < config.num_moe_layers)
     block = rematerialise(Block, runtime)(config, runtime, is_moe=True)
+
+    everywhere = (layers < config.num_moe_layers).all(0)  # of the layers of a stage, those that every stage has
+    # What the two ends do besides is computed again, so that other stages keep nothing of it but its input.
+    again = jax.checkpoint if split else lambda f: f
 
     def sparse_layers(
         own: Any, bias: Any, exists: jax.Array, x: jax.Array, index: Any
@@ -86,7 +92,15 @@ def pipelined_gradients(
             none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run, x, *weights)[1])
             return cast(tuple[jax.Array, RouterStats], lax.cond(there, run, lambda x, *_: (x, none), x, *weights))
 
-        return lax.scan(layer, x, (own, bias, exists))
+        if not split:
+            return lax.scan(layer, x, (own, bias, exists))
+        # One by one, so that each one's backward pass can be cut in two.
+        routing = []
+        for i, weights in enumerate(own):
+            of = weights, jax.tree.map(lambda a, i=i: a[i], bias)
+            x, stats = run(x, *of) if everywhere[i] else jax.checkpoint(layer)(x, (*of, exists[i]))
+            routing.append(stats)
+        return x, jax.tree.map(lambda *stats: jnp.stack(stats), *routing)
 
     def on_stage(
         own: Any, shared: Any, x: jax.Array, piece: Batch, constants: Any, stage: jax.Array
@@ -94,7 +108,8 @@ def pipelined_gradients(
         (bias, exists), (router, whole) = constants
         apply = functools.partial(model.apply, {"params": shared, ROUTER: router})
         inputs = model_inputs(model, piece, loss.batch_keys)
-        x = lax.cond(stage == 0, lambda: apply(inputs.tokens, method="first_stage", **inputs.where), lambda: x)
+        embed = lambda: apply(inputs.tokens, method="first_stage", **inputs.where)
+        x = again(lambda x: lax.cond(stage == 0, embed, lambda: x))(x)
         x, stats = sparse_layers(own, bias, exists, x, model.token_positions(inputs.tokens, **inputs.where))
 
         def of(outputs: Outputs) -> StepSums:
@@ -105,7 +120,7 @@ def pipelined_gradients(
 
         last_stage = lambda x: of(cast(Any, apply)(x, inputs.further_tokens, method="last_stage", **inputs.where))
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(last_stage, x))
-        total = lax.cond(stage == stages - 1, last_stage, lambda _: nothing, x)
+        total = again(lambda x: lax.cond(stage == stages - 1, last_stage, lambda _: nothing, x))(x)
         here = of(Outputs(None, (), stats, ()))
         total = total.replace(
             objective=total.objective + here.objective,
@@ -115,9 +130,9 @@ def pipelined_gradients(
         return x, total.objective, total, jnp.sum(stats.load, axis=-2)
 
     sharding = current_sharding(runtime)
-    if unsuited := [axis for axis in ("context", "tensor") if sharding.axis_size(axis) > 1]:
-        raise ConfigError(f"mesh.{unsuited[0]} doesn't go with mesh.stage: data, fsdp, node and expert do")
     batch, parts = sharding.axes("batch"), sharding.size("batch")
+    by_xla = {a for name in ("sequence", "vocab", "heads", "ffn", "expert_ffn") for a in sharding.axes(name)}
+    held = sharding.all_but(by_xla)
     sequences, length = pieces["tokens"].shape[1:]
     d_own, d_shared, sums, load = pipeline_gradients(
         on_stage,
@@ -133,12 +148,15 @@ def pipelined_gradients(
         ),
         stages=stages,
         specs=(
-            jax.tree.map(lambda a, logical: stored.spec("a layer's parameter", a.shape, logical), own, names),
+            jax.tree.map(
+                lambda a, logical: only(stored.spec("a layer's parameter", a.shape, logical), held), own, names
+            ),
             _specs(shared, runtime, axes),
         ),
         batch=batch,
         activation=jax.ShapeDtypeStruct((sequences // parts, length, config.hidden_size), jnp.dtype(runtime.dtype)),
         schedule=runtime.pipeline,
+        held=held,
     )
     place = np.argsort(layers, axis=None, kind="stable")[: config.num_moe_layers]
     sparse_load = load.reshape(-1, load.shape[-1])[place]

@@ -18,6 +18,9 @@ from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.transformer import parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.placement import Placement
+from dsv3_jax.training.accumulate import accumulated_gradients
+from dsv3_jax.training.losses import PretrainingLoss, Whole
+from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from tests.conftest import new_rng
 
 CONFIG = dataclasses.replace(
@@ -92,6 +95,29 @@ def test_on_a_mesh(sharding, shape, variables, fp8):
         loss, gradients = loss_and_gradients(runtime, variables)
     np.testing.assert_allclose(loss, fp8[0], rtol=1e-3)
     assert max(jax.tree.leaves(distances(gradients, fp8[1]))) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "by_hand"), [(256, True), (128, False)])
+def test_gradients_are_summed_once_a_step_where_parts_are_of_whole_blocks(rank, by_hand):
+    """Over `data`, with blocks that are gathered over `fsdp` by hand; elsewhere XLA does both."""
+    config = dataclasses.replace(CONFIG, q_lora_rank=rank, kv_lora_rank=rank)
+    schedule = Schedule(ScheduleConfig(steps=10, batch_size=8))
+    batch = {"tokens": TOKENS, "targets": jnp.roll(TOKENS, -1, 1)}
+    whole = Whole(jnp.int32(0), jnp.float32(TOKENS.size), jnp.int32(len(TOKENS)))
+    variables = jax.jit(DeepSeekV3(config).init)(jax.random.key(0), TOKENS)
+
+    def gradients(runtime, mesh):
+        model = DeepSeekV3(config, runtime)
+        of = lambda v, b: accumulated_gradients(model, PretrainingLoss(config, schedule), v, b, 2, whole)[0]
+        placement = Placement(mesh, runtime, parameter_axes(model), jax.devices()[: mesh.devices])
+        with jax.set_mesh(placement.mesh):
+            return jax.jit(of)(variables, batch), str(jax.make_jaxpr(of)(variables, batch))
+
+    expected, _ = gradients(Runtime(precision="fp8"), MeshShape())
+    got, program = gradients(Runtime(precision="fp8", sharding="fsdp"), MeshShape(data=2, fsdp=2))
+    assert ("reduce_scatter" in program) == by_hand
+    assert max(jax.tree.leaves(distances(got, expected))) < 0.1
 
 
 def test_a_run_says_its_precision():

@@ -84,8 +84,9 @@ def test_buffers_hold_what_even_routing_sends_and_half_as_much_again(shape, grou
     assert not fits(layout.round_tokens + 1)
 
 
-def test_even_routing():
-    check("node=2,expert=4", {}, "spread")
+@pytest.mark.parametrize("shape", ["node=2,expert=4", "fsdp=4,expert=2"])
+def test_even_routing(shape):
+    check(shape, {}, "spread")
 
 
 @pytest.mark.parametrize("shape", ["expert=8", "node=2,expert=4"])
@@ -111,6 +112,7 @@ def test_full_buffers_need_no_rounds(shape, monkeypatch):
         ("expert=8", {"dispatch_slack": 1.0}),
         ("node=2,expert=4", {}),
         ("node=8", {}),
+        ("fsdp=4,expert=2", {}),
         ("expert=4,tensor=2", {"dispatch": "all_gather"}),
         ("node=2,expert=4", {"sharding": "ep_tp"}),
     ],

@@ -9,7 +9,7 @@ import pytest
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
-from dsv3_jax.parallel.pipeline import duration, layers_of_stages
+from dsv3_jax.parallel.pipeline import bubble, duration, layers_of_stages
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import PretrainingLoss
@@ -29,10 +29,11 @@ def test_every_layer_is_on_one_stage_and_the_ends_have_fewest(layers, stages):
 
 
 def test_durations():
-    """With S stages, 1F1B waits for S - 1 of M + S - 1 rounds; zero_bubble saves work there, and adds it elsewhere."""
+    """With S stages, 1F1B waits for S - 1 of M + S - 1 rounds; zero_bubble for two thirds of S - 1 shorter ones."""
     assert duration("1f1b", 4, 12) == 4 * 15
-    assert duration("zero_bubble", 8, 4) < duration("1f1b", 8, 4)
-    assert duration("zero_bubble", 4, 32) > duration("1f1b", 4, 32)
+    assert duration("zero_bubble", 4, 12) == 3 * 12 + 2 * 3
+    assert np.isclose(bubble("1f1b", 16, 120), 15 / 135)
+    assert np.isclose(bubble("zero_bubble", 16, 120), 30 / 390)
 
 
 def first_step(shape, config=SHARDABLE, microbatches=2):
@@ -51,7 +52,6 @@ def first_step(shape, config=SHARDABLE, microbatches=2):
     ("shape", "changes", "microbatches", "message"),
     [
         ("stage=8", {}, 2, "mesh.stage is 8, but there are only 3 sparse layers"),
-        ("stage=2,tensor=4", {}, 2, "mesh.tensor doesn't go with mesh.stage"),
         ("stage=2,expert=4", {}, 4, "a microbatch of 2 sequences doesn't divide over expert = 4"),
         ("stage=2,expert=4", {"first_k_dense_replace": 4}, 2, "the model has none"),
     ],

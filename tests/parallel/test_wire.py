@@ -42,7 +42,8 @@ def compiled_experts(shape, **runtime):
 def test_dispatch_crosses_to_each_node_once(node, reached):
     """M = 2 groups of experts per token, which lie within nodes: at most min(K, nodes reached) copies cross."""
     found = compiled_experts(MeshShape(node=node, expert=8 // node))
-    usual = [c for c in found if "cond" not in c.where and c.kind == "all-to-all" and "node" in c.axes]
+    kinds = ("all-to-all", "all-gather")  # to both of two nodes
+    usual = [c for c in found if "cond" not in c.where and c.kind in kinds and "node" in c.axes]
     assert usual, [c.where for c in found]
     back = max(i for i, c in enumerate(usual) if c.bytes == max(u.bytes for u in usual))
     there = sum(c.bytes for i, c in enumerate(usual) if i != back) * (node - 1) / node  # a share stays in its node
@@ -80,7 +81,15 @@ def test_fp8_halves_what_dispatch_sends():
 @pytest.mark.parametrize("shape", [MeshShape(expert=8), MeshShape(node=2, expert=4)])
 def test_no_device_gets_all_tokens(shape):
     found = compiled_experts(shape)
-    assert not [c for c in found if c.kind in ("all-gather", "all-reduce") and c.bytes >= TOKENS * WIDTH * 4]
+    assert not [c for c in found if c.kind in ("all-gather", "all-reduce") and c.bytes >= 8 * TOKENS * WIDTH * 4]
+
+
+def test_what_goes_to_all_devices_is_gathered_as_it_lies():
+    """Over two devices a buffer has room for all tokens: no more is sent than it would hold."""
+    found = compiled_experts(MeshShape(fsdp=4, expert=2))
+    usual = [c for c in found if "cond" not in c.where and c.bytes >= TOKENS * WIDTH * 4]
+    everything = 2 * TOKENS * WIDTH * 4
+    assert [(c.kind, c.bytes) for c in usual] == [("all-gather", everything), ("all-to-all", everything)]
 
 
 def test_all_gather_is_what_its_name_says():
