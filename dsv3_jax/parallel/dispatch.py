@@ -9,6 +9,9 @@ No token is dropped, and buffers have fixed sizes: `dispatch_slack` times that o
 batch is more uneven, which all devices determine together before anything is sent, the usual exchange carries nothing,
 and the tokens are sent in several rounds, each so small that even the worst routing fits. The usual exchange is outside
 of that conditional, so that a compiler can overlap it with other work.
+
+If a buffer has room for all tokens, as over few devices, they are all-gathered instead: that sends as many bytes, and
+nothing is packed.
 """
 
 from __future__ import annotations
