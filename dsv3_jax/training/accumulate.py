@@ -61,14 +61,20 @@ def accumulated_gradients(
     )
     sharding = current_sharding(model.runtime)
     axes = sharding.axes("batch")
-    if not axes or (model.runtime.precision == "fp8" and _cuts_blocks(model, variables["params"])):
+    rest = set(sharding.automatic) - set(axes)
+    # Several axes that a `shard_map` leaves to XLA can abort its partitioner.
+    if (
+        not axes
+        or not rest <= {"tensor"}
+        or (model.runtime.precision == "fp8" and _cuts_blocks(model, variables["params"]))
+    ):
         return of_pieces(*arguments)
 
     def on_device(*arguments: Any) -> tuple[Any, StepSums]:
         grads, sums = of_pieces(*arguments)
         return jax.tree.map(functools.partial(_add_up, model, axes), grads, specs), lax.psum(sums, axes)
 
-    held = sharding.all_but(set(sharding.automatic) - set(axes))
+    held = sharding.all_but(rest)
     specs, whole_array = parameter_specs(model, variables["params"], held), PartitionSpec()
     takes = (specs, whole_array, PartitionSpec(None, axes), whole_array, whole_array)
     run = jax.shard_map(on_device, in_specs=takes, out_specs=(specs, whole_array), axis_names=held, check_vma=False)

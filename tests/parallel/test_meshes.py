@@ -84,7 +84,7 @@ MESHES = [
     ("node=2,expert=2,context=2", "fsdp_ep", {"dispatch_slack": 1.0, "interleave": 2}),
     ("fsdp=2,expert=4", "fsdp_ep", {"dispatch": "all_gather"}),
     ("stage=2,expert=4", "pp_ep_dp", {"microbatches": 2}),
-    ("stage=2,context=2,tensor=2", "pp_ep_dp", {"microbatches": 2}),
+    ("stage=2,tensor=2", "pp_ep_dp", {"microbatches": 2}),
 ]
 MORE = [
     ("data=2,tensor=4", "fsdp", {}),
@@ -104,6 +104,7 @@ MORE = [
     ("node=8", "fsdp_ep", {"dispatch": "all_gather"}),
     ("stage=2,expert=2,tensor=2", "pp_ep_dp", {"microbatches": 2, "attention_impl": "pallas_reference"}),
     ("stage=2,data=2,context=2", "pp_ep_dp", {"microbatches": 2, "attention_impl": "pallas_reference"}),
+    ("stage=2,context=2", "pp_ep_dp", {"microbatches": 2}),
     ("stage=2,context=2", "pp_ep_dp", {"microbatches": 2, "pipeline": "zero_bubble"}),
     ("fsdp=2,context=2,tensor=2", "fsdp", {"microbatches": 2}),
     ("data=2,expert=2", "fsdp_ep", {"microbatches": 2}),

@@ -52,6 +52,7 @@ def first_step(shape, config=SHARDABLE, microbatches=2):
     ("shape", "changes", "microbatches", "message"),
     [
         ("stage=8", {}, 2, "mesh.stage is 8, but there are only 3 sparse layers"),
+        ("stage=2,tensor=2,context=2", {}, 2, "mesh.context and mesh.tensor can't both be combined with mesh.stage"),
         ("stage=2,expert=4", {}, 4, "a microbatch of 2 sequences doesn't divide over expert = 4"),
         ("stage=2,expert=4", {"first_k_dense_replace": 4}, 2, "the model has none"),
     ],
