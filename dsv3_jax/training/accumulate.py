@@ -2,7 +2,7 @@
 
 Devices with sequences of their own that hold the same parameter add its gradient up once a step, after the last
 microbatch. What cuts a parameter further (FSDP, experts) takes its gradient apart in each microbatch, as it put the
-parameter together. Over the devices that share sequences (tensor, context) XLA places the sums.
+parameter together. Over `tensor`, and over all axes with others whose devices share sequences, XLA places the sums.
 """
 
 from __future__ import annotations
@@ -62,12 +62,9 @@ def accumulated_gradients(
     sharding = current_sharding(model.runtime)
     axes = sharding.axes("batch")
     rest = set(sharding.automatic) - set(axes)
+    cuts_blocks = model.runtime.precision == "fp8" and _cuts_blocks(model, variables["params"])
     # Several axes that a `shard_map` leaves to XLA can abort its partitioner.
-    if (
-        not axes
-        or not rest <= {"tensor"}
-        or (model.runtime.precision == "fp8" and _cuts_blocks(model, variables["params"]))
-    ):
+    if not axes or not rest <= {"tensor"} or cuts_blocks:
         return of_pieces(*arguments)
 
     def on_device(*arguments: Any) -> tuple[Any, StepSums]:

@@ -133,9 +133,8 @@ def pipelined_gradients(
     batch, parts = sharding.axes("batch"), sharding.size("batch")
     by_xla = {a for name in ("sequence", "vocab", "heads", "ffn", "expert_ffn") for a in sharding.axes(name)}
     if len(by_xla) > 1:  # which abort XLA's partitioner
-        raise ConfigError(
-            f"mesh.{' and mesh.'.join(sorted(by_xla))} can't both be combined with mesh.stage: choose one"
-        )
+        names = " and ".join(f"mesh.{axis}" for axis in sorted(by_xla))
+        raise ConfigError(f"{names} can't both be combined with mesh.stage: choose one of them")
     held = sharding.all_but(by_xla)
     sequences, length = pieces["tokens"].shape[1:]
     d_own, d_shared, sums, load = pipeline_gradients(
