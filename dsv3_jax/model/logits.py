@@ -48,6 +48,7 @@ class Logits:
         """Returns all logits: (B, T, V), float32 or wider."""
         return constrain(wide_linear(self.hidden, self.head), self.runtime, "batch", "sequence", "vocab")
 
+    @jax.named_scope("cross_entropy")
     def cross_entropy(self, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         """-log p(target) in nats, float32 or wider, and whether the target is the most likely token: (B, T) both.
 

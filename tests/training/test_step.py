@@ -280,12 +280,13 @@ def test_a_profile_reads_like_the_model():
     with jax.set_mesh(mesh):
         text = step.lower(state, {"tokens": tokens, "targets": tokens}).as_text(debug_info=True)
     paths = [set(re.split(r"[/()]", path)) for path in re.findall(r'loc\("([^"]*/[^"]*)"', text)]
-    for name in ("model_inputs", "loss", "optimizer", "router_bias", "metrics"):
+    for name in ("model_inputs", "loss", "cross_entropy", "optimizer", "router_bias", "metrics"):
         assert any(name in path for path in paths), name
     attention = ("q_a_proj", "k_b_proj", "o_proj", "rms_norm", "rope", "attend", "all_gather_weight")
     for block, seams in {"self_attn": attention, "mlp": ("gate", "select_experts", "shared_experts")}.items():
         for seam in seams:
             for stack in ("moe_layers", "mtp_0"):
                 assert any({stack, block, seam} <= path for path in paths), (stack, block, seam)
-    for name in ("plan_dispatch", "dispatch", "grouped_swiglu", "combine"):  # in a shard_map, which is lowered apart
+    apart = ("plan_dispatch", "dispatch", "grouped_swiglu", "combine")  # in a shard_map, which is lowered apart
+    for name in apart:
         assert f"/{name}/" in text, name
