@@ -64,7 +64,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "copies between devices by memcpy": {"XLA_FLAGS": "--xla_gpu_use_memcpy_local_p2p=true"},
     "32 channels between two devices": {"NCCL_MIN_P2P_NCHANNELS": "32", "NCCL_MAX_P2P_NCHANNELS": "32"},
 }
-"""Of the exchange on GPUs: environment variables to try."""
+"""Environment variables to try for the exchange on GPUs."""
 
 LIMITS: dict[Part, int] = {"exchange": 100, "throughput": 180, "steps": 160}
 """Seconds for a part, with its start; for the exchange, with each of the settings."""
@@ -304,7 +304,7 @@ class Throughput:
 
 
 def at_once(programs: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """What each makes, or the exception that it raises; compiled side by side where there are cores."""
+    """Returns the result of each, or the exception that it raised; they run side by side if there are cores."""
 
     def made(make: Callable[[], Any]) -> Any:
         try:
