@@ -33,7 +33,7 @@ from dsv3_jax.accounting.parameters import cache_bytes_per_token, model_variable
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference import Engine, EngineConfig, Sampling
 from dsv3_jax.inference.paged_cache import batch_cache, pool_of
-from dsv3_jax.inference.sampling import rows, sample_rows
+from dsv3_jax.inference.sampling import kind, rows, sample_rows
 from dsv3_jax.model.auto import PAGE, choices
 from dsv3_jax.model.router import CHOICES
 from dsv3_jax.model.transformer import DeepSeekV3
@@ -84,8 +84,8 @@ class Bench:
         e._batch_sizes = [batch]  # no padding
         requests = [e.submit(prompt, Sampling(temperature=0), max_new_tokens=3 * STEPS) for prompt in prompts]
         e._admit()
-        for r in list(e._running):
-            e._prefill_piece(r)
+        while pieces := e._next_pieces():
+            e._prefill_pieces(pieces)
         e._read(0)
         assert len(e._running) == batch
         return requests
@@ -99,8 +99,9 @@ class Bench:
                 taken.append(time.perf_counter() - start)
         e._read(0)
         running, host = list(e._running), time.perf_counter()
-        table = next(s for s in e._table_sizes if s >= max(len(r.pages) for r in running))
-        decode = functools.partial(e._decode, running, batch, table, 0, False, False)
+        table = next(s for s in e._decode_tables if s >= max(len(r.pages) for r in running))
+        packed = e._put(e._batch_of(running, batch, table))
+        decode = lambda: e._draw(e._decode(packed, 0)[1], packed, None, 0, False).result
         jax.block_until_ready(decode())
         start = time.perf_counter()
         for _ in range(STEPS):
@@ -126,7 +127,8 @@ class Bench:
     def bytes_of_weights(self, running: list[Any], batch: int, table: int) -> int:
         """Bytes of the weights that a step of these texts reads, with the experts that its tokens went to."""
         e = self.engine
-        tables, slot = e._tables(running, batch, table), np.array([r.slot for r in running])
+        of = e._batch_of(running, batch, table)
+        tables, slot = of.tables, of.slot
 
         @functools.partial(jax.jit, donate_argnums=0)
         def choose(pool: Any, variables: Any, slots: Any) -> Any:
@@ -141,8 +143,11 @@ class Bench:
     def sampling(self, batch: int) -> float:
         """Milliseconds to draw a token of each text from logits of the whole vocabulary."""
         logits = jax.random.normal(jax.random.key(2), (batch, self.config.vocab_size)) * 3
-        how = rows([Sampling(temperature=0.6, top_p=0.95)] * batch, list(range(batch)))
-        return seconds(jax.jit(sample_rows), logits, how, np.arange(batch, dtype=np.int32), at_least=0.1) * 1e3
+        how = [Sampling(temperature=0.6, top_p=0.95)] * batch
+        draw = jax.jit(functools.partial(sample_rows, kind=kind(how)))
+        return (
+            seconds(draw, logits, rows(how, list(range(batch))), np.arange(batch, dtype=np.int32), at_least=0.1) * 1e3
+        )
 
 
 def main(out: Path = Path("runs/bench_decode"), batches: str = "", contexts: str = "", seconds: float = 225.0) -> None:

@@ -30,9 +30,9 @@ from dsv3_jax import load_pretrained
 from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import validation_batches
-from dsv3_jax.inference import Engine, EngineConfig, Sampling
+from dsv3_jax.inference import Engine, EngineConfig, Sampling, steps
 from dsv3_jax.inference.paged_cache import LayersPool, PagedCache
-from dsv3_jax.inference.sampling import rows, sample_rows
+from dsv3_jax.inference.sampling import kind, rows, sample_rows
 from dsv3_jax.model.attend import arrange, attend
 from dsv3_jax.model.auto import PAGE
 from dsv3_jax.model.cache import TokenPositions
@@ -101,7 +101,7 @@ def speculative(model: Any, variables: Any, prompts: list[list[int]]) -> dict[st
             }
             engine.close()
     engines = [make(0), make(1)]
-    for batch in (1, 4, 16, 32):
+    for batch in (1, 2, 4, 8, 16, 32):
         plain, drafted = (timed(e, prompts[:batch]) / (batch * NEW) * 1e3 for e in engines)
         result["batches"][batch] = {
             "plain ms per token": plain,
@@ -110,17 +110,22 @@ def speculative(model: Any, variables: Any, prompts: list[list[int]]) -> dict[st
         }
     for e in engines:
         e.close()
+    gains = {batch: row["gain"] for batch, row in result["batches"].items()}
+    result["drafts pay up to"] = max((b for b in gains if all(gains[n] > 1 for n in gains if n <= b)), default=0)
     return result
 
 
 def together(model: Any, variables: Any, prompts: list[list[int]]) -> dict[str, Any]:
-    """64 requests at once, and one after another."""
-    engine = Engine(model, variables, EngineConfig(max_batch=64, max_length=256))
-    at_once = timed(engine, (prompts * 2)[:64])
-    alone = statistics.mean(timed(engine, [p]) for p in prompts[:8])
-    engine.close()
-    rate = {"together": 64 * NEW / at_once, "one after another": NEW / alone}
-    return {"tokens per second": rate, "times": rate["together"] / rate["one after another"]}
+    """64 requests at once, and one after another; without drafts, and as the engine uses them by itself."""
+    result: dict[str, Any] = {}
+    for name, drafts in (("no drafts", 0), ("by default", None)):
+        engine = Engine(model, variables, EngineConfig(max_batch=64, max_length=256, drafts=drafts))
+        at_once = timed(engine, (prompts * 2)[:64])
+        alone = statistics.mean(timed(engine, [p]) for p in prompts[:8])
+        engine.close()
+        rate = {"together": 64 * NEW / at_once, "one after another": NEW / alone}
+        result[name] = {"tokens per second": rate, "times": rate["together"] / rate["one after another"]}
+    return result
 
 
 def long_caches(config: ModelConfig) -> dict[str, Any]:
@@ -131,20 +136,18 @@ def long_caches(config: ModelConfig) -> dict[str, Any]:
     engine, batch = Engine(model, variables, EngineConfig(max_batch=32, max_length=4200, cache_tokens=32 * 4352)), 32
     result: dict[str, Any] = {}
     for cached in (100, 4000):
-        size = next(s for s in engine._table_sizes if s >= -(-(cached + 64) // PAGE))
+        size = next(s for s in engine._decode_tables if s >= -(-(cached + 64) // PAGE))
+        every = np.arange(batch, dtype=np.int32)
         tables = np.arange(1, 1 + batch * size, dtype=np.int32).reshape(batch, size) % engine.pages.total
+        one, none = np.ones(batch, np.int32), np.zeros(batch, np.int32)
+        packed = steps.Batch(every, none, one, none, rows([GREEDY] * batch, [0] * batch), tables).pack()
         lengths = jnp.full(batch + 1, cached, jnp.int32)
-        how = rows([GREEDY] * batch, [0] * batch)
 
-        def step(tables: Any = tables, lengths: Any = lengths, how: Any = how) -> Any:
-            from dsv3_jax.inference import steps
-
+        def step(packed: Any = packed, lengths: Any = lengths) -> Any:
             slots = dataclasses.replace(engine._slots, length=jnp.array(lengths))
-            engine._pool, engine._slots, drawn = steps.decode(
-                engine._absorbed, variables, engine._pool, slots, tables, np.arange(batch, dtype=np.int32),
-                np.ones(batch, bool), np.zeros(batch, bool), how, None, drafts=0, scored=False,
-            )  # fmt: skip
-            return drawn.tokens
+            engine._pool, _, logits = steps.decode(engine._absorbed, variables, engine._pool, slots, packed, drafts=0)
+            engine._slots, drawn = steps.draw(slots, logits, packed[:1], None, kind=0, scored=False)
+            return drawn.result
 
         result[str(cached)] = {
             "step ms": seconds(step) * 1e3,
@@ -197,7 +200,8 @@ def sampling(vocabulary: int = 129280, batch: int = 8) -> dict[str, Any]:
         ("top-p", Sampling(temperature=0.6, top_p=0.95)),
         ("top-k and top-p", Sampling(temperature=0.6, top_k=50, top_p=0.95)),
     ):
-        how[name] = seconds(jax.jit(sample_rows), logits, rows([sampling] * batch, range(batch)), at) * 1e3
+        draw = jax.jit(functools.partial(sample_rows, kind=kind([sampling])))
+        how[name] = seconds(draw, logits, rows([sampling] * batch, range(batch)), at) * 1e3
     sort = seconds(jax.jit(functools.partial(jnp.sort, axis=-1)), logits) * 1e3
     x, head = jnp.ones((batch, 7168)), jnp.ones((7168, vocabulary), jnp.bfloat16)
     product = seconds(jax.jit(lambda x, w: x.astype(jnp.bfloat16) @ w), x, head) * 1e3

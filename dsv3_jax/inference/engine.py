@@ -8,24 +8,29 @@ host only waits if it needs each token first, for penalties or a grammar.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import os
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference import steps
-from dsv3_jax.inference.paged_cache import SCRATCH, PagePool, init_pool
+from dsv3_jax.inference.paged_cache import SCRATCH, PagePool, init_pool, spread
 from dsv3_jax.inference.pages import PageAllocator
 from dsv3_jax.inference.request import Grammar, Request, Score, Stats, Step
-from dsv3_jax.inference.sampling import Edits, Sampling, edits_of, rows
-from dsv3_jax.model.auto import PAGE
+from dsv3_jax.inference.sampling import ALL, Edits, Sampling, edits_of, kind, rows
+from dsv3_jax.model.auto import PAGE, kernels
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.parallel.sharding import current_sharding
 
 _GREEDY = Sampling(temperature=0)
 
@@ -39,15 +44,14 @@ class EngineConfig:
     max_length: int | None = None
     """Maximum length of a prompt and its continuation in tokens; by default the model's range."""
     cache_tokens: int | None = None
-    """Capacity of the cache in tokens; by default what cache_share allows, and at most max_batch times max_length. On
-    devices that don't report their memory, such as CPUs, a quarter of that.
-    """
+    """Tokens that the cache has room for; by default what cache_share allows, and at most max_batch times max_length.
+    On a CPU a quarter of the machine's free memory counts as free."""
     cache_share: float = 0.6
     """Fraction of the free memory, after loading the model, for the cache; the rest is for activations."""
     cache_dtype: str | None = None
     """Dtype of the latents in the cache, by default the runtime's; float8_e4m3fn takes 5/9 of bfloat16's bytes."""
     prefill_chunk: int = 256
-    """Tokens of a prompt that are processed between two decoding steps."""
+    """Tokens of prompts that are put into the cache between two steps of the texts."""
     drafts: int | None = None
     """Tokens that the MTP module drafts per step; by default 1 if the model has MTP, else 0."""
     drafts_up_to: int = 8
@@ -123,21 +127,36 @@ class Engine:
         def pool(pages: int) -> PagePool:
             return init_pool(c, model.runtime, pages, mtp=self.drafts > 0, dtype=config.cache_dtype)
 
+        self._mesh = _mesh_of(variables)
+        with self._on_mesh():
+            self._rows = current_sharding(model.runtime).size("batch")  # a batch has a multiple of so many texts
         devices = {d for x in jax.tree.leaves(variables) if isinstance(x, jax.Array) for d in x.devices()}
-        page_bytes = jax.eval_shape(lambda: pool(1)).bytes
+        page_bytes = jax.eval_shape(lambda: pool(1)).bytes / self._rows
         ahead = 2 * (self.drafts + 1)  # tokens that two steps write past a text's end
         self.max_length, count = _sizes(config, limit, ahead, page_bytes, _free_memory(devices))
+        count += -(1 + count) % self._rows
         self._most_pages = -(-(self.max_length + ahead) // PAGE)
-        self._pool: PagePool = jax.jit(pool, static_argnums=0)(1 + count)  # and the scratch page
+        with self._on_mesh():
+            made = jax.jit(lambda: spread(pool(1 + count), model.runtime))  # and the scratch page
+            self._pool: PagePool = made()
         self._slots = steps.init_slots(config.max_batch, self.drafts)
-        if len(devices) == 1:  # said, as a step's results say it: or its program would be compiled again for them
-            self._pool, self._slots = jax.device_put((self._pool, self._slots), next(iter(devices)))
+        # Said, as a step's results say it: or its program would be compiled again for them.
+        one = next(iter(devices)) if len(devices) == 1 else None
+        self._place = one if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
+        if self._place is not None:
+            self._slots = jax.device_put(self._slots, self._place)
+        if one is not None:
+            self._pool = jax.device_put(self._pool, one)
         self.bytes_per_token = self._pool.bytes / ((1 + count) * PAGE)
         self.pages = PageAllocator(1 + count)
         self._free_slots = list(range(config.max_batch - 1, -1, -1))
-        self._batch_sizes = _buckets(config.max_batch, 4)
+        self._batch_sizes = sorted({-(-size // self._rows) * self._rows for size in _buckets(config.max_batch, 2)})
         self._table_sizes = _buckets(self._most_pages, 4)
-        self._chunk_sizes = sorted({min(32, config.prefill_chunk), config.prefill_chunk})
+        by_kernel = kernels(model.runtime) is not None and self._mesh is None  # which doesn't read what a text hasn't
+        self._decode_tables = _buckets(self._most_pages, 16 if by_kernel else 2)
+        self._chunk_sizes = sorted({-(-config.prefill_chunk // 4), config.prefill_chunk})
+        self._piece_rows = sorted({self._rows, -(-min(4, config.max_batch) // self._rows) * self._rows})
+        self._batch: tuple[Any, steps.Packed] | None = None  # of the last step, and what it was made of
 
         self._waiting: collections.deque[Request] = collections.deque()
         self._running: list[_Running] = []
@@ -260,6 +279,9 @@ class Engine:
             self._variables = variables
             self.pages.forget()
 
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
     def close(self) -> None:
         """Stops the thread after all requests have finished; new ones are rejected."""
         with self._new:
@@ -269,32 +291,61 @@ class Engine:
             self._thread.join()
 
     def warm_up(self, progress: Callable[[int, int], None] = lambda done, count: None) -> int:
-        """Compiles the programs for ordinary requests, for every batch size and length, in advance.
+        """Compiles all programs, of every batch and length, before the first request comes.
 
-        progress: called with the number of compiled programs and the total, which is returned. Programs for penalties,
-        grammars and log-probabilities aren't included.
+        progress: called with how many are done, of how many. Returns the latter.
         """
         programs: list[Callable[[], Any]] = []
         for table in self._table_sizes:
             for size in self._chunk_sizes:
                 if size <= table * PAGE or table == self._most_pages:
-                    programs.append(functools.partial(self._prefill_nothing, size, table))
-            for before, batch in zip([0, *self._batch_sizes], self._batch_sizes, strict=False):
-                up_to = self.config.drafts_up_to
-                for drafts in {self.drafts} if batch <= up_to else {0} if before >= up_to else {0, self.drafts}:
-                    programs.append(functools.partial(self._decode, [], batch, table, drafts, False, False))
+                    for count in self._piece_rows if size == self._chunk_sizes[0] else self._piece_rows[:1]:
+                        programs.append(functools.partial(self._prefill_nothing, count, size, table))
+        for table in self._decode_tables:
+            for batch in self._batch_sizes:
+                for drafts in self._drafts_of(batch):
+                    programs.append(functools.partial(self._decode_nothing, batch, table, drafts))
+        for batch in sorted({*self._batch_sizes, *self._piece_rows}):
+            for drafts in {0, *self._drafts_of(batch)} if batch in self._piece_rows else self._drafts_of(batch):
+                programs.append(functools.partial(self._draw_nothing, batch, drafts))
         for done, program in enumerate(programs):
             progress(done, len(programs))
-            jax.block_until_ready(program())
+            with self._on_mesh():
+                program()
+            jax.block_until_ready(self._pool)
         progress(len(programs), len(programs))
         return len(programs)
 
-    def _prefill_nothing(self, size: int, table: int) -> steps.Drawn:
-        tokens, tables = np.zeros((1, size), np.int32), np.full((1, table), SCRATCH, np.int32)
-        none, nobody = np.zeros(1, np.int32), np.array([self.config.max_batch], np.int32)
-        return self._prefill(
-            tokens, tokens, tables, nobody, none, none, np.zeros(1, bool), [_GREEDY], [0], None, False, False
-        )
+    def _drafts_of(self, batch: int) -> set[int]:
+        """Numbers of drafts that steps of a batch's bucket may have."""
+        up_to = self.config.drafts_up_to
+        return {self.drafts} if batch <= up_to else {0} if batch // 2 >= up_to else {0, self.drafts}
+
+    def _prefill_nothing(self, count: int, size: int, table: int) -> None:
+        tokens = np.zeros((count, size), np.int32)
+        packed = self._put(self._batch_of([], count, table))
+        hidden, logits = self._prefill(tokens, packed)
+        steps.score_prompt(self._expanded, self._variables, hidden, tokens)
+        if self.drafts:
+            drawn = self._draw(logits, packed, None, 0, False)
+            self._draft(hidden, tokens, packed, drawn.result)
+            self._draft(hidden, tokens, packed, None)
+
+    def _decode_nothing(self, batch: int, table: int, drafts: int) -> None:
+        packed = self._put(self._batch_of([], batch, table))
+        hidden, logits = self._decode(packed, drafts)
+        if drafts:
+            self._draft(hidden, None, packed, self._draw(logits, packed, None, 0, False).result)
+
+    def _draw_nothing(self, batch: int, drafts: int) -> None:
+        """Every way of drawing; of the tables only the smallest: drawing doesn't look at them."""
+        packed = self._put(self._batch_of([], batch, 1))
+        dtype = jnp.promote_types(self._expanded.runtime.dtype, jnp.float32)
+        logits = jax.device_put(np.zeros((batch, 1 + drafts, self.vocab_size), dtype), self._place)
+        for how in range(ALL + 1):
+            self._draw(logits, packed, None, how, False)
+        for edited, scored in ((False, True), (True, False), (True, True)):
+            self._draw(logits, packed, self._edits([], batch) if edited else None, ALL, scored)
 
     # The thread.
 
@@ -306,7 +357,8 @@ class Engine:
                         self._new.wait()
                     if self._closing and not (self._waiting or self._running or self._unread):
                         return
-                self._turn()
+                with self._on_mesh():
+                    self._turn()
         except BaseException as error:
             self.failure = f"{type(error).__name__}: {error}"
             traceback.print_exc()
@@ -318,9 +370,9 @@ class Engine:
         """Runs one iteration of the loop."""
         self._end_cancelled()
         self._admit()
-        prefilling = next((r for r in self._running if r.in_prefill), None)
-        if prefilling is not None:
-            self._prefill_piece(prefilling)
+        room = self.config.prefill_chunk
+        while room > 0 and (pieces := self._next_pieces()):
+            room -= self._prefill_pieces(pieces)
         ready = [r for r in self._running if not r.in_prefill and not self._surely_ends(r)]
         if any(r.request.constrained for r in ready):
             self._read(0)
@@ -399,86 +451,144 @@ class Engine:
 
     # Device programs.
 
-    def _prefill_piece(self, r: _Running) -> None:
-        request, start = r.request, r.prefilled
-        piece = r.tokens[start : start + self.config.prefill_chunk]
-        size = next(s for s in self._chunk_sizes if s >= len(piece))
-        tokens, following = np.zeros((2, 1, size), np.int32)
-        tokens[0, : len(piece)] = piece
-        after = r.tokens[start + 1 : start + 1 + len(piece)]
-        following[0, : len(after)] = after
-        last = start + len(piece) == len(r.tokens)
-        if last and request.constrained:
-            self._read(0)
-        needed = -(-(start + size) // PAGE)
-        table = next((s for s in self._table_sizes if s >= needed), self._table_sizes[-1])
-        tables = self._tables([r], 1, table)
-        edits = self._edits([r], 1) if last and request.constrained else None
-        scored_prompt = request.prompt_logprobs is not None and not request.was_scored
-        one = functools.partial(np.full, 1, dtype=np.int32)
-        drawn = self._prefill(
-            tokens, following, tables, one(r.slot), one(start), one(len(piece)), np.array([last]),
-            [request.sampling], [request.seed], edits, request.logprobs is not None, scored_prompt,
-        )  # fmt: skip
-        r.prefilled += len(piece)
-        if scored_prompt:
-            assert drawn.prompt_scores is not None
-            if not request.prompt_scores:
-                request.prompt_scores = [(request.prompt[0], None, [])]
-            most = request.prompt_logprobs or 0
-            request.prompt_scores += _scores(drawn.prompt_scores, 0, after, most)
-        if last:
-            self.pages.publish(r.tokens, r.pages)
-            r.pending += 1
-            self._unread.append(([r], drawn, 0))
+    def _next_pieces(self) -> list[_Running]:
+        """The prompts to put into the cache next: the oldest, with others if all that is left of each is short."""
+        todo = [r for r in self._running if r.in_prefill]
+        short = [r for r in todo if len(r.tokens) - r.prefilled <= self._chunk_sizes[0]]
+        return short[: self._piece_rows[-1]] if todo[:1] == short[:1] else todo[:1]
 
-    def _prefill(
-        self, tokens: Any, following: Any, tables: Any, slot: Any, cached: Any, new: Any, last: Any,
-        samplings: list[Sampling], seeds: list[int], edits: Edits | None, scored: bool, scored_prompt: bool,
-    ) -> steps.Drawn:  # fmt: skip
-        self._programs.add(("prefill", tokens.shape[1], tables.shape[1], edits is not None, scored, scored_prompt))
-        drawn: steps.Drawn
-        self._pool, self._slots, drawn = steps.prefill(
-            self._expanded, self._variables, self._pool, self._slots, tokens, following, tables, slot, cached, new,
-            last, rows(samplings, seeds), edits, scored=scored, scored_prompt=scored_prompt,
-        )  # fmt: skip
-        return drawn
+    def _prefill_pieces(self, group: list[_Running]) -> int:
+        """Puts a piece of each prompt into the cache, and draws after last ones. Returns the tokens, padding counted.
+
+        Several pieces are their prompts' last.
+        """
+        pieces = [r.tokens[r.prefilled : r.prefilled + self.config.prefill_chunk] for r in group]
+        size = next(s for s in self._chunk_sizes if s >= max(map(len, pieces)))
+        rows = next(n for n in self._piece_rows if n >= len(group))
+        needed = -(-(max(r.prefilled for r in group) + size) // PAGE)
+        table = next((s for s in self._table_sizes if s >= needed), self._table_sizes[-1])
+        last = group[0].prefilled + len(pieces[0]) == len(group[0].tokens)
+        constrained = last and any(r.request.constrained for r in group)
+        if constrained:
+            self._read(0)
+        of = self._batch_of(group, rows, table)
+        tokens, following = np.zeros((2, rows, size), np.int32)
+        for i, (r, piece) in enumerate(zip(group, pieces, strict=True)):
+            after = r.tokens[r.prefilled + 1 : r.prefilled + 1 + len(piece)]
+            tokens[i, : len(piece)], following[i, : len(after)] = piece, after
+            of.cached[i], of.new[i] = r.prefilled, len(piece)
+        packed = self._put(of)
+        hidden, logits = self._prefill(tokens, packed)
+        drawn = None
+        if last:
+            edits = self._edits(group, rows) if constrained else None
+            scored = any(r.request.logprobs is not None for r in group)
+            drawn = self._draw(logits, packed, edits, self._kind(group), scored)
+        if self.drafts:
+            self._draft(hidden, following, packed, None if drawn is None else drawn.result)
+        self._score_prompts(group, hidden, following)
+        for r, piece in zip(group, pieces, strict=True):
+            r.prefilled += len(piece)
+            if drawn is not None:
+                self.pages.publish(r.tokens, r.pages)
+                r.pending += 1
+        if drawn is not None:
+            self._unread.append((group, drawn, 0))
+        return rows * size
+
+    def _score_prompts(self, group: list[_Running], hidden: jax.Array, following: np.ndarray) -> None:
+        """Scores the tokens of prompts that asked for it, after their pieces, before these count as prefilled."""
+        want = [r.request.prompt_logprobs is not None and not r.request.was_scored for r in group]
+        if not any(want):
+            return
+        self._programs.add(("score_prompt", hidden.shape))
+        scores = steps.score_prompt(self._expanded, self._variables, hidden, following)
+        for i, r in enumerate(group):
+            if want[i]:
+                request = r.request
+                if not request.prompt_scores:
+                    request.prompt_scores = [(request.prompt[0], None, [])]
+                after = r.tokens[r.prefilled + 1 : r.prefilled + 1 + following.shape[1]]
+                request.prompt_scores += _scores(scores, i, after, request.prompt_logprobs or 0)
 
     def _step(self, ready: list[_Running]) -> None:
         drafts = self.drafts if len(ready) <= self.config.drafts_up_to else 0
         batch = next(s for s in self._batch_sizes if s >= len(ready))
-        pages = max(len(r.pages) for r in ready)
-        table = next(s for s in self._table_sizes if s >= pages)
+        pages = [len(r.pages) for r in ready]
+        table = next(s for s in self._decode_tables if s >= max(pages))
         scored = any(r.request.logprobs is not None for r in ready)
-        edited = any(r.request.constrained for r in ready)
-        drawn = self._decode(ready, batch, table, drafts, scored, edited)
+        edits = self._edits(ready, batch) if any(r.request.constrained for r in ready) else None
+        made_of = (list(ready), pages)
+        if self._batch is None or self._batch[0] != made_of:  # else it is there already
+            self._batch = made_of, self._put(self._batch_of(ready, batch, table))
+        packed = self._batch[1]
+        hidden, logits = self._decode(packed, drafts)
+        drawn = self._draw(logits, packed, edits, self._kind(ready), scored)
+        if drafts:
+            self._draft(hidden, None, packed, drawn.result)
         self._counts["steps"] += 1
         for r in ready:
             r.pending += 1
         self._unread.append((ready, drawn, drafts))
 
-    def _decode(
-        self, ready: list[_Running], batch: int, table: int, drafts: int, scored: bool, edited: bool
-    ) -> steps.Drawn:
-        self._programs.add(("decode", batch, table, drafts, scored, edited))
+    def _batch_of(self, ready: list[_Running], batch: int, table: int) -> steps.Batch:
+        """The arrays of a step, on the host, padded to sizes that are compiled for."""
         pad = batch - len(ready)
-        slot = np.array([r.slot for r in ready] + [self.config.max_batch] * pad, np.int32)
-        real = np.arange(batch) < len(ready)
-        plain = np.array([r.request.constrained for r in ready] + [False] * pad)
+        column: Any = lambda values, padding: np.array([*values, *[padding] * pad], np.int32)
         how = rows([r.request.sampling for r in ready] + [_GREEDY] * pad, [r.request.seed for r in ready] + [0] * pad)
-        edits = self._edits(ready, batch) if edited else None
+        tables = np.full((batch, table), SCRATCH, np.int32)
+        for row, r in zip(tables, ready, strict=False):
+            row[: len(r.pages)] = r.pages[:table]
+        return steps.Batch(
+            slot=column([r.slot for r in ready], self.config.max_batch),
+            cached=column([0] * len(ready), 0),
+            new=column([1] * len(ready), 0),
+            plain=column([r.request.constrained for r in ready], 0),
+            how=how,
+            tables=tables,
+        )
+
+    def _put(self, batch: steps.Batch) -> steps.Packed:
+        packed: steps.Packed = jax.device_put(batch.pack(), self._place)
+        return packed
+
+    def _kind(self, ready: list[_Running]) -> int:
+        """How the texts are drawn; all of `Sampling` where edits or scores are wanted, so that programs stay few."""
+        if any(r.request.constrained or r.request.logprobs is not None for r in ready):
+            return ALL
+        return kind(r.request.sampling for r in ready)
+
+    def _prefill(self, tokens: np.ndarray, packed: steps.Packed) -> tuple[jax.Array, jax.Array]:
+        self._programs.add(("prefill", tokens.shape, packed[1].shape))
+        self._pool, self._slots, hidden, logits = steps.prefill(
+            self._expanded, self._variables, self._pool, self._slots, tokens, packed
+        )
+        return hidden, logits
+
+    def _decode(self, packed: steps.Packed, drafts: int) -> tuple[jax.Array, jax.Array]:
+        self._programs.add(("decode", packed[1].shape, drafts))
+        self._pool, hidden, logits = steps.decode(
+            self._absorbed, self._variables, self._pool, self._slots, packed, drafts=drafts
+        )
+        return hidden, logits
+
+    def _draw(
+        self, logits: jax.Array, packed: steps.Packed, edits: Edits | None, how: int, scored: bool
+    ) -> steps.Drawn:
+        self._programs.add(("draw", logits.shape, how, edits is not None, scored))
         drawn: steps.Drawn
-        self._pool, self._slots, drawn = steps.decode(
-            self._absorbed, self._variables, self._pool, self._slots, self._tables(ready, batch, table), slot, real,
-            plain, how, edits, drafts=drafts, scored=scored,
-        )  # fmt: skip
+        self._slots, drawn = steps.draw(self._slots, logits, packed[:1], edits, kind=how, scored=scored)
+        drawn.result.copy_to_host_async()
         return drawn
 
-    def _tables(self, ready: list[_Running], batch: int, size: int) -> np.ndarray:
-        tables = np.full((batch, size), SCRATCH, np.int32)
-        for row, r in zip(tables, ready, strict=False):
-            row[: len(r.pages)] = r.pages[:size]
-        return tables
+    def _draft(
+        self, hidden: jax.Array, following: np.ndarray | None, packed: steps.Packed, result: jax.Array | None
+    ) -> None:
+        model = self._absorbed if following is None else self._expanded
+        self._programs.add(("draft", hidden.shape, packed[1].shape, following is None, result is None))
+        self._pool, self._slots = steps.draft(
+            model, self._variables, self._pool, self._slots, hidden, following, packed, result
+        )
 
     def _edits(self, ready: list[_Running], batch: int) -> Edits:
         factor, bias = np.ones((batch, self.vocab_size), np.float32), np.zeros((batch, self.vocab_size), np.float32)
@@ -496,8 +606,8 @@ class Engine:
         """Reads the results of all steps except the newest `leave`, and delivers them."""
         while len(self._unread) > leave:
             ready, drawn, drafts = self._unread.popleft()
-            tokens, count, finite = jax.device_get((drawn.tokens, drawn.count, drawn.finite))
-            scores = jax.device_get(drawn.scores)
+            result, scores = jax.device_get((drawn.result, drawn.scores))
+            tokens, count, finite = result[:, :-2].tolist(), result[:, -2].tolist(), result[:, -1].tolist()
             for i, r in enumerate(ready):
                 r.pending -= 1
                 if r.ended:
@@ -506,8 +616,8 @@ class Engine:
                     self._fail(r, "the logits are not finite: the weights or an activation hold NaN or infinity")
                     continue
                 if drafts and not r.request.constrained:
-                    self._count_drafts(int(count[i]) - 1, drafts)
-                self._hand_out(r, tokens[i, : count[i]].tolist(), None if scores is None else (scores, i))
+                    self._count_drafts(count[i] - 1, drafts)
+                self._hand_out(r, tokens[i][: count[i]], None if scores is None else (scores, i))
 
     def _count_drafts(self, accepted: int, drafts: int) -> None:
         self._counts.update(drafts=1, draft_tokens=drafts, accepted_tokens=accepted)
@@ -548,8 +658,8 @@ class Engine:
         r.request.put(Step([], error=message))
 
 
-def _sizes(config: EngineConfig, limit: int, ahead: int, page_bytes: int, free: int | None) -> tuple[int, int]:
-    """Returns the maximum length of a text in tokens, and the number of pages.
+def _sizes(config: EngineConfig, limit: int, ahead: int, page_bytes: float, free: int | None) -> tuple[int, int]:
+    """Tokens of the longest text, and pages of the cache.
 
     limit: the model's range. ahead: additional tokens that a text needs room for. free: bytes of memory, if known.
     Raises ConfigError if there is no room for one text.
@@ -574,15 +684,24 @@ def _sizes(config: EngineConfig, limit: int, ahead: int, page_bytes: int, free: 
     return length, pages
 
 
+def _mesh_of(variables: Any) -> Any:
+    """The mesh that weights are spread over, if they are."""
+    of = (getattr(x, "sharding", None) for x in jax.tree.leaves(variables))
+    return next((s.mesh for s in of if isinstance(s, NamedSharding) and s.mesh.size > 1), None)
+
+
 def _free_memory(devices: Collection[jax.Device]) -> int | None:
-    """Free bytes on the device with the fewest; None if devices don't report it, such as CPUs."""
+    """Bytes, on the device that has the fewest: of a CPU a quarter of the machine's; None where devices don't tell."""
     stats = [d.memory_stats() for d in devices]
     told = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s]
+    if not told and all(d.platform == "cpu" for d in devices):
+        with contextlib.suppress(ValueError, OSError):
+            told = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4]
     return min(told, default=None)
 
 
 def _buckets(most: int, factor: int) -> list[int]:
-    """Returns the sizes for which programs are compiled: 1, 4, 16, ... and the largest."""
+    """Sizes that programs are compiled for: powers of the factor, and the largest."""
     sizes, size = [], 1
     while size < most:
         sizes.append(size)

@@ -7,7 +7,7 @@ and no padding except in the last page.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from flax import struct
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.auto import PAGE
 from dsv3_jax.model.cache import Cache, Keys, Pages, TokenPositions
+from dsv3_jax.parallel.sharding import constrain
 from dsv3_jax.runtime import Runtime
 
 SCRATCH = 0
@@ -62,6 +63,11 @@ def init_pool(config: ModelConfig, runtime: Runtime, pages: int, *, mtp: bool = 
     return PagePool(layers(config.num_dense_layers), layers(config.num_moe_layers), layers(1 if mtp else 0))
 
 
+def spread(pool: PagePool, runtime: Runtime) -> PagePool:
+    """Each page on one of the devices that share a batch: their number must divide the pool's."""
+    return cast(PagePool, jax.tree.map(lambda x: constrain(x, runtime, None, "batch", None, None), pool))
+
+
 @struct.dataclass
 class PagedCache:
     """The pages of a batch, as a cache for the model's layers.
@@ -92,7 +98,8 @@ class PagedCache:
 
         pool = LayersPool(write(self.pool.latent, latent), write(self.pool.rope_key, rope_key))
         places = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (batch, size))
-        as_stored = pool.latent.dtype == latent.dtype
+        # On a mesh a text's pages lie anywhere: what is read then is the copy, on the text's own device.
+        as_stored = pool.latent.dtype == latent.dtype and jax.sharding.get_abstract_mesh().empty
         pages = Pages(pool.latent, pool.rope_key, layer, self.tables) if as_stored else None
         held = where.cached + count
         return dataclasses.replace(self, pool=pool), Keys(

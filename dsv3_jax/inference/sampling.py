@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from dsv3_jax.config import ConfigError
+from pallas_kernels.devices import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,20 @@ class Sampling:
         return bool(penalties or self.logit_bias)
 
 
+GREEDY, DRAWN, TOP_P, ALL = range(4)
+"""How much of `Sampling` a batch wants: the most likely tokens; drawing by temperature; top-p; top-k and min-p too.
+
+The host knows it and chooses the program: a condition on the device would have it wait for the logits there."""
+
+
+def kind(samplings: Iterable[Sampling]) -> int:
+    """The least of GREEDY, DRAWN, TOP_P and ALL that draws as each of a batch wants."""
+    drawn = [s for s in samplings if s.temperature > 0]
+    if any(s.top_k is not None or s.min_p > 0 for s in drawn):
+        return ALL
+    return TOP_P if any(s.top_p < 1 for s in drawn) else DRAWN if drawn else GREEDY
+
+
 @struct.dataclass
 class Rows:
     """`Sampling` for a batch, each (B,): float32, int32 top_k with 0 for none, uint32 seed."""
@@ -110,61 +124,63 @@ def cut(logits: jax.Array, sampling: Sampling) -> jax.Array:
     (B, V) float -> (B, V) float32.
     """
     column = rows([sampling] * len(logits), [0] * len(logits))
-    return _cut(logits, jax.tree.map(jnp.asarray, column))
+    return _cut(logits, jax.tree.map(jnp.asarray, column), kind([sampling]))
 
 
-def sample_rows(logits: jax.Array, how: Rows, positions: jax.Array) -> jax.Array:
-    """Draws one token per row, with sampling parameters per row.
+def sample_rows(logits: jax.Array, how: Rows, positions: jax.Array, kind: int = ALL) -> jax.Array:
+    """Draws one token of each row by the row's own sampling.
 
     Random numbers depend only on the row's seed and the position of the token in its text, so that the tokens of a text
     are the same whatever else is in the batch, and after a restart.
 
     Args:
       logits: (B, V) float32. positions: (B,) int32, of the tokens to draw.
+      kind: at least what `kind` says of the rows.
 
     Returns (B,) int32.
     """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    draw = functools.partial(_draw, logits, how, positions)
-    drawn = jax.lax.cond(jnp.any(how.temperature > 0), draw, lambda: best)
+    if kind == GREEDY:
+        return best
+    allowed = _cut(logits, how, kind)
+    keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(jnp.asarray(how.seed), positions)
+    gumbel = jax.vmap(lambda key: jax.random.gumbel(key, allowed.shape[1:]))(keys)
+    drawn = jnp.argmax(allowed + gumbel, axis=-1).astype(jnp.int32)
     return jnp.where(how.temperature > 0, drawn, best)
 
 
-def _draw(logits: jax.Array, how: Rows, positions: jax.Array) -> jax.Array:
-    cut = _cut(logits, how)
-    keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(jnp.asarray(how.seed), positions)
-    gumbel = jax.vmap(lambda key: jax.random.gumbel(key, cut.shape[1:]))(keys)
-    return jnp.argmax(cut + gumbel, axis=-1).astype(jnp.int32)
-
-
-def _cut(logits: jax.Array, how: Rows) -> jax.Array:
-    """`cut` with sampling parameters per row. The caller must ignore rows with temperature 0."""
+def _cut(logits: jax.Array, how: Rows, kind: int) -> jax.Array:
+    """`cut` by each row's sampling; rows of temperature 0 are for the caller to leave out."""
     logits = logits.astype(jnp.float32)
     temperature = jnp.where(how.temperature > 0, how.temperature, 1)[:, None]
     logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature  # no overflow at small temperatures
-    logits = jax.lax.cond(jnp.any(how.top_k > 0), _cut_top_k, lambda logits, k: logits, logits, jnp.asarray(how.top_k))
-    logits = jax.lax.cond(jnp.any(how.top_p < 1), _cut_top_p, lambda logits, p: logits, logits, jnp.asarray(how.top_p))
-    return jnp.where(logits < jnp.log(how.min_p)[:, None], -jnp.inf, logits)
+    if kind >= ALL:
+        logits = _cut_top_k(logits, jnp.asarray(how.top_k))
+    if kind >= TOP_P:
+        logits = _cut_top_p(logits, jnp.asarray(how.top_p))
+    return jnp.where(logits < jnp.log(how.min_p)[:, None], -jnp.inf, logits) if kind >= ALL else logits
 
 
 def _cut_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
     wanted = jnp.where(k > 0, jnp.minimum(k, logits.shape[-1]), logits.shape[-1])
     ordered = _ordered(logits)
-    least = _least(ordered, lambda above: jnp.sum(above, axis=-1, dtype=jnp.int32) >= wanted)
+    least = _least(ordered, jnp.int32(1), wanted)
     return jnp.where(ordered >= least[:, None], logits, -jnp.inf)
 
 
 def _cut_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
-    chances, ordered = jax.nn.softmax(logits, axis=-1), _ordered(logits)
-
-    def total(mask: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(mask, chances, 0), axis=-1)
-
-    least = _least(ordered, lambda above: total(above) >= p)[:, None]
-    # Of equally likely tokens at the limit, the first.
+    vocabulary, ordered = logits.shape[-1], _ordered(logits)
+    chances = jnp.exp(logits)
+    chances /= chances.sum(axis=-1, keepdims=True)
+    least = _least(ordered, chances, p)[:, None]
+    # Of equally likely tokens at the limit, the first: as many as it takes.
     last = ordered == least
-    before = total(ordered > least)[:, None] + jnp.cumsum(jnp.where(last, chances, 0), axis=-1) - chances
-    allowed = (ordered > least) | (last & (before < p[:, None]))
+    before = jnp.sum(jnp.where(ordered > least, chances, 0), axis=-1)
+    each = jnp.max(jnp.where(last, chances, 0), axis=-1)
+    wanted = jnp.maximum(jnp.ceil((p - before) / each), 1)
+    from_end = jnp.where(last, jnp.uint32(vocabulary) - jnp.arange(vocabulary, dtype=jnp.uint32), 0)
+    first = _least(from_end, jnp.float32(1), wanted, bits=vocabulary.bit_length())[:, None]
+    allowed = (ordered > least) | (last & (from_end >= first))
     return jnp.where(allowed | (p >= 1)[:, None], logits, -jnp.inf)
 
 
@@ -174,18 +190,39 @@ def _ordered(logits: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _least(ordered: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Returns the largest threshold (B,) for which the entries at or above it, a mask (B, V), are `enough` (B,).
+def _least(
+    keys: jax.Array, weights: jax.Array, wanted: jax.Array, bits: int = 32, at_a_time: int | None = None
+) -> jax.Array:
+    """The largest value (B,) uint32 for which the weights of the keys at or above it add up to `wanted` (B,).
 
-    It is found bit by bit in 32 passes over the vocabulary, many times faster than a sort.
+    It is found some bits at a time, with a pass over the vocabulary each: a sort would take many times as long.
+
+    Args:
+      keys: (B, V) uint32 below 2^bits. weights: (B, V) or () of `wanted`'s dtype, not negative.
+      at_a_time: 1, 2 or 4 bits; by default 4, whose 15 sums a pass adds up while it waits for memory, on a CPU 1.
     """
+    size = at_a_time or (1 if platform() == "cpu" else 4)
+    passes = -(-bits // size)
 
     def decide(i: jax.Array, least: jax.Array) -> jax.Array:
-        candidate = least | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(enough(ordered >= candidate[:, None]), candidate, least)
+        shift = jnp.uint32(size) * (passes - 1 - i).astype(jnp.uint32)
+        candidates = [least | (jnp.uint32(digit) << shift) for digit in range(1, 1 << size)]
+        sums = _sums([jnp.where(keys >= c[:, None], weights, jnp.zeros((), wanted.dtype)) for c in candidates])
+        digit: jax.Array = jnp.stack([s >= wanted for s in sums]).sum(axis=0, dtype=jnp.uint32)
+        found: jax.Array = least | (digit << shift)
+        return found
 
-    least: jax.Array = jax.lax.fori_loop(0, 32, decide, jnp.zeros(len(ordered), jnp.uint32))
+    start = jnp.zeros(len(keys), jnp.uint32)
+    least: jax.Array = jax.lax.fori_loop(0, passes, decide, start, unroll=size > 1)
     return least
+
+
+def _sums(of: list[jax.Array]) -> Sequence[jax.Array]:
+    """Sums over the last axis of arrays (B, V), in one pass for all."""
+    zero = jnp.zeros((), of[0].dtype)
+    add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))
+    sums: Sequence[jax.Array] = jax.lax.reduce(tuple(of), (zero,) * len(of), add, (1,))
+    return sums
 
 
 @struct.dataclass

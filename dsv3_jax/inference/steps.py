@@ -1,9 +1,11 @@
-"""The two device programs of the engine: a chunk of one prompt, and a decoding step for all texts.
+"""The device programs of the engine: a piece of a prompt, a step of all texts, what is drawn after either, and drafts.
 
-A step verifies drafts and makes new ones. With k drafts, the last token of a text and its drafts pass through the model
-together. At each of these positions a token is drawn as without drafts, and is accepted as long as the drafts before it
-equal the drawn tokens. So the tokens, greedy or sampled, are those of plain decoding, and one pass yields 1 to k + 1 of
-them. The drafts come from the first MTP module, which is applied to its own output for those after the first.
+A step verifies drafts and makes the next ones. With k drafts a text's last token and its drafts pass through the model
+together; the model's own choice at each of these positions is drawn as without drafts, and stands as long as the
+drafts before it are what was drawn. So the tokens, greedy or sampled, are those of plain decoding, and one pass gives
+1 to k + 1 of them. The first MTP module makes the drafts, applied to its own output for those after the first.
+
+Drawing is a program of its own: it has many variants, which compile fast, and the passes through the model have none.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from dsv3_jax.inference.paged_cache import PagePool, batch_cache, pool_of
+from dsv3_jax.inference.paged_cache import PagePool, batch_cache, pool_of, spread
 from dsv3_jax.inference.sampling import Edits, Rows, edit, sample_rows
 from dsv3_jax.model.transformer import DeepSeekV3
 
@@ -55,17 +58,64 @@ class Scores:
 
 @struct.dataclass
 class Drawn:
-    """Results of a step: tokens (B, k + 1) int32, of which the first `count` (B,) are valid; finite (B,): whether
-    logits were.
+    """Results of a step.
 
-    scores: of the tokens; None unless requested. prompt_scores: of a prompt's next tokens, (B, T), likewise.
+    result: (B, k + 3) int32, one array, which the host reads at once: k + 1 tokens, how many of them hold, and whether
+    the logits were finite. scores: of the tokens; None unless asked for.
     """
 
-    tokens: jax.Array
-    count: jax.Array
-    finite: jax.Array
+    result: jax.Array
     scores: Scores | None = None
-    prompt_scores: Scores | None = None
+
+    @property
+    def tokens(self) -> jax.Array:
+        return self.result[:, :-2]
+
+    @property
+    def count(self) -> jax.Array:
+        return self.result[:, -2]
+
+    @property
+    def finite(self) -> jax.Array:
+        return self.result[:, -1]
+
+
+type Packed = tuple[jax.Array, ...]
+"""A `Batch` on its way to the device: (B, 9) int32 and, for passes through the model, its tables."""
+
+
+@struct.dataclass
+class Batch:
+    """Texts of a step, (B,) each.
+
+    slot: int32, the last one for padding. cached: int32, of a prompt's piece the tokens before it. new: int32, its
+    tokens; of a decoding step 1; 0 for padding. plain: whether drafts don't count. how: sampling. tables: (B, n)
+    int32, pages.
+    """
+
+    slot: Any
+    cached: Any
+    new: Any
+    plain: Any
+    how: Rows
+    tables: Any
+
+    def pack(self) -> tuple[np.ndarray, np.ndarray]:
+        """Packs on the host: few arrays, since each takes its time to hand over."""
+        how = [self.how.temperature, self.how.top_k, self.how.top_p, self.how.min_p, self.how.seed]
+        as_int: Any = lambda x: x.view(np.int32) if x.dtype in (np.float32, np.uint32) else x.astype(np.int32)
+        columns = [as_int(np.asarray(c)) for c in (self.slot, self.cached, self.new, self.plain, *how)]
+        return np.stack(columns, axis=1), self.tables
+
+    @staticmethod
+    def unpack(packed: Packed) -> Batch:
+        """The opposite, on the device."""
+        columns, *tables = packed
+        slot, cached, new, plain, temperature, top_k, top_p, min_p, seed = columns.T
+        floats: Any = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)
+        seeds = jax.lax.bitcast_convert_type(seed, jnp.uint32)
+        how = Rows(floats(temperature), top_k, floats(top_p), floats(min_p), seeds)
+        return Batch(slot, cached, new, plain != 0, how, *tables or (None,))
 
 
 def init_slots(count: int, drafts: int) -> Slots:
@@ -74,125 +124,106 @@ def init_slots(count: int, drafts: int) -> Slots:
     return Slots(zeros(count + 1), zeros(count + 1), zeros((count + 1, drafts)))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("scored", "scored_prompt"), donate_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def prefill(
-    model: DeepSeekV3,
-    variables: Any,
-    pool: PagePool,
-    slots: Slots,
-    tokens: jax.Array,
-    following: jax.Array,
-    tables: jax.Array,
-    slot: jax.Array,
-    cached: jax.Array,
-    new: jax.Array,
-    last: jax.Array,
-    how: Rows,
-    edits: Edits | None,
-    *,
-    scored: bool,
-    scored_prompt: bool,
-) -> tuple[PagePool, Slots, Drawn]:
-    """Processes a chunk of one prompt; after the last chunk, draws the first token into the slot.
+    model: DeepSeekV3, variables: Any, pool: PagePool, slots: Slots, tokens: jax.Array, packed: Packed
+) -> tuple[PagePool, Slots, jax.Array, jax.Array]:
+    """Adds pieces of prompts to their pages, and says so in their slots, as if their last tokens were yet to be drawn.
 
-    Args:
-      tokens, following: (1, T) int32, padded on the right: the chunk, and the token after each.
-      tables: (1, n) int32. slot, cached, new: (1,) int32: the slot, the number of cached tokens, and of tokens in the
-        chunk. last: (1,) bool.
-      how, edits: for the token to draw.
+    tokens: (B, T) int32, padded on the right.
+
+    Returns pool and slots, hidden states (B, T, D), and logits (B, 1, V) after the pieces.
     """
-    hidden, cache = _apply(model, variables, tokens, batch_cache(pool, tables, cached, new), method="extend")
-    at_last = jnp.take_along_axis(hidden, (new - 1)[:, None, None], axis=1)
-    drawn, pool_after, slots = _finish(
-        model, variables, pool_of(cache), slots, hidden, at_last, tables, slot, cached, new, how, edits, scored,
-        following=following, drafted=None, last=last,
-    )  # fmt: skip
-    if scored_prompt:
-        logits = _apply(model, variables, hidden, method="head")
-        drawn = dataclasses.replace(drawn, prompt_scores=_scores(logits, following))
-    return pool_after, slots, drawn
+    b = Batch.unpack(packed)
+    hidden, cache = _apply(model, variables, tokens, batch_cache(pool, b.tables, b.cached, b.new), method="extend")
+    at_last = jnp.take_along_axis(hidden, (b.new - 1)[:, None, None], axis=1)
+    slots = dataclasses.replace(slots, length=slots.length.at[b.slot].set(b.cached + b.new - 1))
+    return spread(pool_of(cache), model.runtime), slots, hidden, _apply(model, variables, at_last, method="head")
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("drafts", "scored"), donate_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=0)
+def score_prompt(model: DeepSeekV3, variables: Any, hidden: jax.Array, following: jax.Array) -> Scores:
+    """Scores (B, T) of tokens (B, T) int32 by the hidden states (B, T, D) before each."""
+    return _scores(_apply(model, variables, hidden, method="head"), following)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="drafts", donate_argnums=2)
 def decode(
-    model: DeepSeekV3,
-    variables: Any,
-    pool: PagePool,
-    slots: Slots,
-    tables: jax.Array,
-    slot: jax.Array,
-    real: jax.Array,
-    plain: jax.Array,
-    how: Rows,
-    edits: Edits | None,
-    *,
-    drafts: int,
-    scored: bool,
-) -> tuple[PagePool, Slots, Drawn]:
-    """Takes one decoding step for the texts in `slot` (B,) int32.
+    model: DeepSeekV3, variables: Any, pool: PagePool, slots: Slots, packed: Packed, *, drafts: int
+) -> tuple[PagePool, jax.Array, jax.Array]:
+    """One step of the texts of a `Batch`, up to their logits.
 
-    Args:
-      tables: (B, n) int32. real: (B,) bool, not padding. plain: (B,) bool, texts whose drafts are ignored.
-      drafts: number of drafts to verify, all of the slots' or none.
+    drafts: of the slots', how many are verified: all or none.
+
+    Returns the pool, hidden states (B, 1 + drafts, D) and logits (B, 1 + drafts, V).
     """
-    drafted = slots.drafts[slot][:, :drafts]
-    tokens = jnp.concatenate([slots.token[slot][:, None], drafted], axis=1)
-    length, new = slots.length[slot], jnp.where(real, 1 + drafts, 0)
-    hidden, cache = _apply(model, variables, tokens, batch_cache(pool, tables, length, new), method="extend")
-    drawn, pool, slots = _finish(
-        model, variables, pool_of(cache), slots, hidden, hidden, tables, slot, length, new, how, edits, scored,
-        following=None, drafted=jnp.where(plain[:, None], -1, drafted), last=real,
-    )  # fmt: skip
-    return pool, slots, drawn
+    b = Batch.unpack(packed)
+    tokens = jnp.concatenate([slots.token[b.slot][:, None], slots.drafts[b.slot][:, :drafts]], axis=1)
+    cache = batch_cache(pool, b.tables, slots.length[b.slot], b.new * (1 + drafts))
+    hidden, cache = _apply(model, variables, tokens, cache, method="extend")
+    return spread(pool_of(cache), model.runtime), hidden, _apply(model, variables, hidden, method="head")
 
 
-def _finish(
+@functools.partial(jax.jit, static_argnames=("kind", "scored"), donate_argnums=0)
+def draw(
+    slots: Slots, logits: jax.Array, packed: Packed, edits: Edits | None, *, kind: int, scored: bool
+) -> tuple[Slots, Drawn]:
+    """Draws after a piece or a step, accepts drafts, and writes the last token and the length into the slots.
+
+    logits: (B, 1 + drafts, V). edits: of the first position; texts that have any don't count drafts.
+    kind: as `sampling.kind` says. scored: whether log-probabilities are wanted.
+    """
+    b = Batch.unpack(packed)
+    raw, (batch, count, _) = logits, logits.shape
+    if edits is not None:
+        logits = logits.at[:, 0].set(edit(logits[:, 0], edits))
+    cached, drafted = slots.length[b.slot], slots.drafts[b.slot][:, : count - 1]
+    positions = cached[:, None] + 1 + jnp.arange(count, dtype=jnp.int32)
+    repeat = lambda x: jnp.repeat(x, count, axis=0)
+    flat = sample_rows(logits.reshape(batch * count, -1), jax.tree.map(repeat, b.how), positions.ravel(), kind)
+    tokens = flat.reshape(batch, count)
+    right = (tokens[:, :-1] == drafted) & ~b.plain[:, None]
+    accepted = jnp.cumprod(right, axis=1).sum(axis=1).astype(jnp.int32)
+    last = jnp.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0]
+    length = jnp.where(b.new > 0, cached + accepted + 1, 0)  # padding never grows longer than its pages
+    slots = dataclasses.replace(
+        slots, token=slots.token.at[b.slot].set(last), length=slots.length.at[b.slot].set(length)
+    )
+    finite = jnp.isfinite(raw).all((1, 2)).astype(jnp.int32)
+    result = jnp.concatenate([tokens, (accepted + 1)[:, None], finite[:, None]], axis=1)
+    return slots, Drawn(result, _scores(raw, tokens) if scored else None)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def draft(
     model: DeepSeekV3,
     variables: Any,
     pool: PagePool,
     slots: Slots,
     hidden: jax.Array,
-    wanted: jax.Array,
-    tables: jax.Array,
-    slot: jax.Array,
-    cached: jax.Array,
-    new: jax.Array,
-    how: Rows,
-    edits: Edits | None,
-    scored: bool,
-    *,
     following: jax.Array | None,
-    drafted: jax.Array | None,
-    last: jax.Array,
-) -> tuple[Drawn, PagePool, Slots]:
-    """Draws from hidden states `wanted` (B, N, D), verifies `drafted` (B, N - 1), drafts, and updates the slots."""
-    logits = _apply(model, variables, wanted, method="head")
-    raw, (batch, count, _) = logits, logits.shape
-    if edits is not None:  # of the first position: texts that have any don't count their drafts
-        logits = logits.at[:, 0].set(edit(logits[:, 0], edits))
-    first = cached + new if drafted is None else cached + 1
-    positions = first[:, None] + jnp.arange(count, dtype=jnp.int32)
-    repeat = lambda x: jnp.repeat(jnp.asarray(x), count, axis=0)
-    flat = sample_rows(logits.reshape(batch * count, -1), jax.tree.map(repeat, how), positions.ravel())
-    tokens = flat.reshape(batch, count)
-    accepted = jnp.zeros(batch, jnp.int32)
-    if drafted is not None and count > 1:
-        accepted = jnp.cumprod(tokens[:, :-1] == drafted, axis=1).sum(axis=1).astype(jnp.int32)
-    token = jnp.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0]
-    length = cached + (new if drafted is None else accepted + 1)
-    drawn = Drawn(tokens, accepted + 1, jnp.isfinite(raw).all((1, 2)), _scores(raw, tokens) if scored else None)
+    packed: Packed,
+    result: jax.Array | None,
+) -> tuple[PagePool, Slots]:
+    """Passes tokens through the MTP module, which has its own pages, and drafts what may follow the last of them.
 
-    drafts = slots.drafts[slot]
-    if slots.drafts.shape[1] and (drafted is None or count > 1):
-        if following is None:
-            following, ends, held = tokens, accepted, jnp.where(last, accepted + 1, 0)
-        else:
-            at_end = jnp.arange(following.shape[1]) == (new - 1)[:, None]
-            following = jnp.where(at_end & last[:, None], token[:, None], following)
-            ends, held = new - 1, new
-        drafts, pool = _draft(model, variables, pool, hidden, following, tables, cached, held, ends, drafts.shape[1])
-    new_slots = Slots(token, length, drafts)
-    return drawn, pool, jax.tree.map(lambda state, value: state.at[slot].set(value), slots, new_slots)
+    Args:
+      hidden: of `prefill` or `decode`.
+      following: (B, T) int32, the tokens after each of prompts' pieces; None after a step.
+      packed: as that program had it. result: of `draw`; None after pieces that aren't prompts' last.
+    """
+    b = Batch.unpack(packed)
+    if following is None:
+        assert result is not None
+        following, held = result[:, :-2], result[:, -2]
+        cached, ends, held = slots.length[b.slot] - held, held - 1, jnp.where(b.new > 0, held, 0)
+    else:
+        cached, ends, held = b.cached, b.new - 1, b.new
+        if result is not None:
+            following = following.at[jnp.arange(len(following)), ends].set(result[:, 0])
+    count = slots.drafts.shape[1]
+    drafts, pool = _draft(model, variables, pool, hidden, following, b.tables, cached, held, ends, count)
+    return spread(pool, model.runtime), dataclasses.replace(slots, drafts=slots.drafts.at[b.slot].set(drafts))
 
 
 def _draft(

@@ -6,17 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from dsv3_jax.checkpoint.load import open_checkpoint
 from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
 from dsv3_jax.checkpoint.runs import CHECKPOINTS
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.data import Tokenizer, has_tokenizer, load_tokenizer
 from dsv3_jax.data.tokenizer import valid_unicode
-from dsv3_jax.inference import generate as tokens
+from dsv3_jax.inference.engine import Engine, EngineConfig
 from dsv3_jax.inference.generation_config import read_generation_config
 from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.model.auto import PAGE
 from dsv3_jax.model.transformer import DeepSeekV3
 
 
@@ -30,7 +29,7 @@ def generate(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> Iterator[str]:
-    """Continues all prompts in one batch, and yields the new text of each in order.
+    """Continues each prompt on an engine, up to 32 at a time, and yields the new text of each, in their order.
 
     Args:
       max_new_tokens: maximum number of new tokens; a text ends earlier at one of the checkpoint's end tokens.
@@ -39,7 +38,8 @@ def generate(
       tokenizer: by default that of the checkpoint given to `load_pretrained`.
 
     Raises:
-      ConfigError: the model has no tokenizer, or `stream` rejects the prompts.
+      ConfigError: the model has no tokenizer, or the engine refuses a prompt.
+      RuntimeError: a text failed.
     """
     source = None if model.source is None else Path(model.source)
     if tokenizer is None:
@@ -48,14 +48,24 @@ def generate(
         tokenizer = own_tokenizer(source)
     ends = {tokenizer.eos_id} if source is None else end_tokens(source, model.config, tokenizer)
     encoded = [tokenizer.encode_prompt(valid_unicode(prompt)).tolist() for prompt in prompts]
-    how = {} if sampling is None else {"sampling": sampling}
-    drawn = tokens.generate(
-        model, variables, encoded, max_new_tokens, key=jax.random.key(seed), end_ids=tuple(ends), **how
+    size = max(map(len, encoded), default=1) + max_new_tokens
+    config = EngineConfig(
+        max_batch=max(min(len(encoded), 32), 1), max_length=rounded_length(model.config, size), seed=seed
     )
-    for prompt, new in zip(encoded, drawn.tolist(), strict=True):
-        length = next((i for i, token in enumerate(new) if token in ends), len(new))
-        before = len(tokenizer.decode(prompt))
-        yield tokenizer.decode([*prompt, *new[:length]])[before:]
+    engine = Engine(model, variables, config, end_ids=ends)
+    try:
+        drawn = engine.generate(encoded, sampling or Sampling(temperature=0), max_new_tokens=max_new_tokens)
+        for prompt, new in zip(encoded, drawn, strict=True):
+            length = next((i for i, token in enumerate(new) if token in ends), len(new))
+            before = len(tokenizer.decode(prompt))
+            yield tokenizer.decode([*prompt, *new[:length]])[before:]
+    finally:
+        engine.close()
+
+
+def rounded_length(config: ModelConfig, tokens: int) -> int:
+    """An engine's `max_length` for texts of so many tokens: one of few, since each has programs of its own."""
+    return max(min(max(PAGE, 1 << (tokens - 1).bit_length()), config.max_position_embeddings), 2)
 
 
 def own_tokenizer(path: Path) -> Tokenizer:

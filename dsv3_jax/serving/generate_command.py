@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
-import numpy as np
 import tyro
 
 from dsv3_jax.checkpoint import load_pretrained
@@ -17,10 +15,11 @@ from dsv3_jax.checkpoint.runs import CHECKPOINTS
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.data import Tokenizer, has_tokenizer, load_tokenizer
 from dsv3_jax.data.tokenizer import valid_unicode
-from dsv3_jax.inference.generate import stream
+from dsv3_jax.inference.engine import Engine, EngineConfig
 from dsv3_jax.inference.generation_config import GENERATION_CONFIG, GenerationConfig, read_generation_config
+from dsv3_jax.inference.request import Request
 from dsv3_jax.inference.sampling import Sampling
-from dsv3_jax.inference.text import end_tokens, own_tokenizer
+from dsv3_jax.inference.text import end_tokens, own_tokenizer, rounded_length
 from dsv3_jax.serving.chat import ChatTemplate, read_chat_template, template_file
 from dsv3_jax.serving.detokenize import Detokenizer, Vocabulary
 
@@ -86,27 +85,34 @@ def generate_command(args: GenerateArgs) -> None:
     model, variables = load_pretrained(args.model, dtype=args.dtype, mtp=False, check_hashes=args.check_hashes)
     check_tokenizer(tokenizer, model.config, args.tokenizer or f"of {args.model}")
     ends = end_tokens(args.model, model.config, tokenizer)
-    vocabulary, keys = Vocabulary(tokenizer), iter(jax.random.split(jax.random.key(args.seed), 1 << 16))
+    vocabulary, text = Vocabulary(tokenizer), valid_unicode(args.prompt)
+    prompt = tokenizer.encode_prompt(text).tolist()
+    # A chat may grow to whatever the model takes.
+    length = None if args.chat else rounded_length(model.config, len(prompt) + args.max_new_tokens)
+    engine = Engine(model, variables, EngineConfig(max_batch=1, max_length=length, seed=args.seed), end_ids=ends)
 
-    def begin(prompt: list[int]) -> Iterator[np.ndarray]:
-        return stream(model, variables, [prompt], args.max_new_tokens, sampling=sampling, key=next(keys), end_ids=ends)
+    def begin(prompt: list[int]) -> Request:
+        return engine.submit(prompt, sampling, max_new_tokens=args.max_new_tokens)
 
-    def show(drawn: Iterator[np.ndarray]) -> str:
-        """Prints the text as it is generated, and returns it."""
+    def show(request: Request) -> str:
+        """Prints the text as it is drawn, and returns it. Raises RuntimeError if it fails."""
         text, whole = Detokenizer(vocabulary), ""
-        for token in drawn:
-            if int(token[0]) not in ends:
-                print(piece := text.add(int(token[0])), end="", flush=True)
-                whole += piece
+        for step in request:
+            if step.error is not None:
+                raise RuntimeError(step.error)
+            for token in step.tokens:
+                if token not in ends:
+                    print(piece := text.add(token), end="", flush=True)
+                    whole += piece
         print(last := text.end())
         return whole + last
 
-    text, how = valid_unicode(args.prompt), f"{said}; ends at token {', '.join(map(str, sorted(ends)))}"
+    how = f"{said}; ends at token {', '.join(map(str, sorted(ends)))}"
     if template is None:
-        drawn = begin(tokenizer.encode_prompt(text).tolist())  # or an error, before anything is printed
+        request = begin(prompt)  # or an error, before anything is printed
         print(how, file=sys.stderr, flush=True)
         print(text, end="", flush=True)
-        show(drawn)
+        show(request)
         return
     print(how, file=sys.stderr, flush=True)
     talk = [] if args.system is None else [{"role": "system", "content": args.system}]

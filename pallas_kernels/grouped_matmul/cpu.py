@@ -18,12 +18,19 @@ from jax import lax
 TILE = 64
 
 
-def _rows(x: jax.Array, at: jax.Array) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x, at, min(TILE, len(x)))
+def _tile(rows: int, groups: int) -> int:
+    """Rows of a tile: fewer where groups have few, as in decoding, whose tiles would be mostly other groups' rows."""
+    usual = 1 << max(2 * rows // groups - 1, 0).bit_length()
+    return min(TILE, rows, max(usual, 8))
+
+
+def _rows(x: jax.Array, at: jax.Array, mine: jax.Array) -> jax.Array:
+    """The rows from `at` on, as many as `mine` has."""
+    return lax.dynamic_slice_in_dim(x, at, len(mine))
 
 
 def _write(out: jax.Array, rows: jax.Array, at: jax.Array, mine: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, rows, _rows(out, at)), at, 0)
+    return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, rows, _rows(out, at, mine)), at, 0)
 
 
 def _wide_product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -37,8 +44,8 @@ def _wide_zeros(w: jax.Array) -> jax.Array:
 def _over_tiles(
     g: jax.Array, rows: int, group_sizes: jax.Array, tile: Callable[[jax.Array, jax.Array, Any], Any], start: Any
 ) -> Any:
-    """Folds `tile(first row, which of its rows are new ones of the group (TILE, 1), so far)` over group g's tiles."""
-    size = min(TILE, rows)
+    """Folds `tile(first row, which of its rows are new ones of the group (tile, 1), so far)` over group g's tiles."""
+    size = _tile(rows, len(group_sizes))
     end = jnp.cumsum(group_sizes)[g]
 
     def step(i: jax.Array, so_far: Any) -> Any:
@@ -63,7 +70,7 @@ def _forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, transpos
         matrix = rhs[g]
 
         def tile(at: jax.Array, mine: jax.Array, out: jax.Array) -> jax.Array:
-            return _write(out, lax.dot_general(_rows(lhs, at), matrix, contract), at, mine)
+            return _write(out, lax.dot_general(_rows(lhs, at, mine), matrix, contract), at, mine)
 
         written: jax.Array = _over_tiles(g, len(lhs), group_sizes, tile, out)
         return written
@@ -76,7 +83,7 @@ def _forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, transpos
 def _weight_gradient(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array) -> jax.Array:
     def group(g: jax.Array, drhs: jax.Array) -> jax.Array:
         def tile(at: jax.Array, mine: jax.Array, total: jax.Array) -> jax.Array:
-            return total + _wide_product(jnp.where(mine, _rows(lhs, at), 0).T, _rows(dout, at))
+            return total + _wide_product(jnp.where(mine, _rows(lhs, at, mine), 0).T, _rows(dout, at, mine))
 
         total = _over_tiles(g, len(lhs), group_sizes, tile, _wide_zeros(drhs[0]))
         updated: jax.Array = lax.dynamic_update_index_in_dim(drhs, total.astype(drhs.dtype), g, 0)
@@ -116,10 +123,8 @@ def _swiglu_forward(
     """The result (M, D) and, for a gradient, what gate and up made of each row, (M, F) each."""
 
     def group(g: jax.Array, out: Any) -> Any:
-        w_gate, w_up, w_down = gate[g], up[g], down[g]
-
         def tile(at: jax.Array, mine: jax.Array, out: Any) -> Any:
-            rows = _rows(x, at)
+            w_gate, w_up, w_down, rows = gate[g], up[g], down[g], _rows(x, at, mine)
             a, b = rows @ w_gate, rows @ w_up
             made = ((jax.nn.silu(a) * b) @ w_down, a, b)[: len(out)]
             return tuple(_write(o, m, at, mine) for o, m in zip(out, made, strict=True))
@@ -148,10 +153,10 @@ def _swiglu_vjp_backward(residuals: tuple[jax.Array, ...], dy: jax.Array) -> tup
 
         def tile(at: jax.Array, mine: jax.Array, out: Any) -> Any:
             dx, dw_gate, dw_up, dw_down = out
-            dy_rows = jnp.where(mine, _rows(dy, at), 0)
-            h, swiglu_vjp = jax.vjp(lambda a, b: jax.nn.silu(a) * b, _rows(a, at), _rows(b, at))
+            dy_rows = jnp.where(mine, _rows(dy, at, mine), 0)
+            h, swiglu_vjp = jax.vjp(lambda a, b: jax.nn.silu(a) * b, _rows(a, at, mine), _rows(b, at, mine))
             da, db = swiglu_vjp(dy_rows @ w_down.T)
-            rows = _rows(x, at)
+            rows = _rows(x, at, mine)
             dx = _write(dx, da @ w_gate.T + db @ w_up.T, at, mine)
             new = (_wide_product(rows.T, da), _wide_product(rows.T, db), _wide_product(h.T, dy_rows))
             return dx, dw_gate + new[0], dw_up + new[1], dw_down + new[2]

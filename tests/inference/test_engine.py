@@ -14,6 +14,8 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.inference import steps
 from dsv3_jax.inference.engine import Engine, EngineConfig
 from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.parallel.mesh import MeshShape, make_mesh
+from dsv3_jax.runtime import Runtime
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GREEDY = Sampling(temperature=0)
@@ -38,7 +40,8 @@ def engine(checkpoint, **sizes):
 
 
 def compiled():
-    return steps.prefill._cache_size() + steps.decode._cache_size()
+    programs = steps.prefill, steps.decode, steps.draw, steps.draft, steps.score_prompt
+    return sum(program._cache_size() for program in programs)
 
 
 def assert_nothing_leaks(e):
@@ -82,6 +85,11 @@ def test_after_warming_up_nothing_is_compiled(checkpoints):
     assert e.stats().programs > 0
     before = e.stats().programs, compiled()
     assert list(e.generate(expected["prompts"], GREEDY, max_new_tokens=64)) == expected["new"]
+    ways = [{}, dict(top_p=0.9), dict(top_k=5, min_p=0.1), dict(presence_penalty=1.0), dict(logit_bias={3: 2.0})]
+    prompts = expected["prompts"]
+    requests = [e.submit(prompts[i], Sampling(**how), max_new_tokens=20) for i, how in enumerate(ways)]
+    requests += [e.submit(prompt, GREEDY, max_new_tokens=9, logprobs=2, prompt_logprobs=1) for prompt in prompts]
+    assert all(list(request)[-1].finish_reason == "length" for request in requests)
     assert (e.stats().programs, compiled()) == before
     assert_nothing_leaks(e)
 
@@ -193,6 +201,24 @@ def test_end_tokens_cancellation_and_errors_of_one_request(checkpoints):
     next(iter(request))
     e.cancel(request)
     assert [t for s in other for t in s.tokens] == new
+    assert_nothing_leaks(e)
+
+
+@pytest.mark.slow
+def test_over_a_mesh_pages_are_spread_and_texts_are_the_same():
+    expected = EXPECTED["mtp_1"]
+    mesh = make_mesh(MeshShape(data=2, expert=2, tensor=2))
+    model, variables = load_pretrained(GOLDEN / "mtp_1", runtime=Runtime(sharding="fsdp_ep"), mesh=mesh)
+    e = engine((model, variables), drafts=1)
+    pages = e.pages.total + 1
+
+    def on_each_device():
+        return {s.data.shape[1] for x in jax.tree.leaves(e._pool) for s in x.addressable_shards}
+
+    assert on_each_device() == {pages // 4}  # data x expert
+    prompts, new = expected["prompts"][:3], [text[:8] for text in expected["new"][:3]]
+    assert list(e.generate(prompts, GREEDY, max_new_tokens=8)) == new
+    assert on_each_device() == {pages // 4}
     assert_nothing_leaks(e)
 
 

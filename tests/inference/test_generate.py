@@ -9,10 +9,12 @@ import pytest
 
 from dsv3_jax import DeepSeekV3
 from dsv3_jax.config import ConfigError
+from dsv3_jax.inference import sampling as of_sampling
 from dsv3_jax.inference.generate import _prefill, generate, stream
-from dsv3_jax.inference.sampling import Sampling, cut, sample
+from dsv3_jax.inference.sampling import ALL, DRAWN, GREEDY, TOP_P, Sampling, cut, kind, rows, sample, sample_rows
 from dsv3_jax.model.cache import init_cache
-from tests.configs import SMALL
+from tests.conftest import new_rng
+from tests.training.test_losses import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,36 @@ def test_cut_logits_are_those_of_the_definition(temperature, top_k, top_p):
     got = jax.nn.softmax(cut(jnp.asarray(logits), sampling), axis=-1)
     for row, of in zip(got, logits.astype(np.float64), strict=True):
         np.testing.assert_allclose(row, expected_distribution(of, sampling), atol=1e-6)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2, 4])
+def test_the_limit_is_the_same_however_many_bits_are_found_at_a_time(at_a_time):
+    rng = new_rng()
+    keys = rng.integers(0, 2**32, (6, 50), dtype=np.uint32)
+    keys[0] >>= 20
+    keys[1, 10:] = keys[1, 0]
+    weights = rng.integers(0, 9, keys.shape).astype(np.float32)
+    wanted = np.maximum(weights.sum(1) * rng.random(6), 1).astype(np.float32)
+    got = jax.jit(of_sampling._least, static_argnums=(3, 4))(keys, weights, wanted, 32, at_a_time)
+    for row, w, least, value in zip(keys, weights, wanted, np.asarray(got), strict=True):
+        assert value == max(k for k in row if w[row >= k].sum() >= least)
+
+
+def test_a_batch_computes_no_more_than_it_wants():
+    for want, samplings in (
+        (GREEDY, [Sampling(0, 5, 0.5), Sampling(0)]),
+        (DRAWN, [Sampling(0, 5), Sampling(0.5)]),
+        (TOP_P, [Sampling(1), Sampling(1, None, 0.5)]),
+        (ALL, [Sampling(1, None, 0.5), Sampling(1, 3)]),
+        (ALL, [Sampling(min_p=0.1)]),
+    ):
+        assert kind(samplings) == want
+    how = rows([Sampling(0.7, None, 0.5)] * 2, [0, 1])
+    program = lambda of: str(jax.make_jaxpr(lambda x: sample_rows(x, how, jnp.arange(2), of))(jnp.zeros((2, 40))))
+    texts = [program(of) for of in (GREEDY, DRAWN, TOP_P, ALL)]
+    assert [text.count("while") + text.count("scan") > 0 for text in texts[:2]] == [False, False]  # no search
+    assert "random" not in texts[0]
+    assert not any("cond[" in text for text in texts)  # the host would wait for it
 
 
 def test_top_p_is_of_what_top_k_left():

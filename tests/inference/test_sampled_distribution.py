@@ -13,7 +13,7 @@ from jax.scipy.stats import chi2
 from dsv3_jax.checkpoint import load_pretrained
 from dsv3_jax.inference import steps
 from dsv3_jax.inference.paged_cache import init_pool
-from dsv3_jax.inference.sampling import Sampling, rows
+from dsv3_jax.inference.sampling import Sampling, kind, rows
 from tests.inference.test_generate import expected_distribution
 
 MTP_1 = Path(__file__).parents[1] / "golden/mtp_1"
@@ -41,25 +41,25 @@ def test_verified_tokens_have_the_distribution_of_the_definition():
 
     absorbed = model.clone(runtime=dataclasses.replace(model.runtime, attention_form="absorbed"))
     pool, slots = init_pool(model.config, model.runtime, 2, mtp=True), steps.init_slots(BATCH, 1)
-    one, false = np.array([len(PROMPT) - 1], np.int32), np.zeros(1, bool)
-    tokens = np.array([PROMPT[:-1]], np.int32)
     expanded = model.clone(runtime=dataclasses.replace(model.runtime, attention_form="expanded"))
-    pool, slots, _ = steps.prefill(
-        expanded, variables, pool, slots, tokens, np.array([PROMPT[1:]], np.int32), np.ones((1, 1), np.int32),
-        np.array([BATCH], np.int32), np.zeros(1, np.int32), one, false, rows([Sampling()], [0]), None,
-        scored=False, scored_prompt=False,
-    )  # fmt: skip
+
+    def batch(slot, cached, new, how, seeds):
+        full = lambda value: np.full(len(slot), value, np.int32)
+        tables = np.ones((len(slot), 1), np.int32)
+        return steps.Batch(slot, full(cached), full(new), full(0), rows([how] * len(slot), seeds), tables).pack()
+
+    one = batch(np.array([BATCH], np.int32), 0, len(PROMPT) - 1, Sampling(), [0])
+    pool, slots, hidden, _ = steps.prefill(expanded, variables, pool, slots, np.array([PROMPT[:-1]], np.int32), one)
+    pool, slots = steps.draft(expanded, variables, pool, slots, hidden, np.array([PROMPT[1:]], np.int32), one, None)
     # All rows are the same text, over the same page: what they write there is the same too.
     full, every = lambda value: jnp.full(BATCH + 1, value, jnp.int32), np.arange(BATCH, dtype=np.int32)
     for number, how in enumerate(HOW):
         first, second = np.zeros((2, model.config.vocab_size), int)
         for start in range(0, DRAWS, BATCH):
-            seeds = number * DRAWS + start + every
-            pool, _, drawn = steps.decode(
-                absorbed, variables, pool, steps.Slots(full(PROMPT[-1]), full(len(PROMPT) - 1), full(draft)[:, None]),
-                np.ones((BATCH, 1), np.int32), every, np.ones(BATCH, bool), np.zeros(BATCH, bool),
-                rows([how] * BATCH, seeds.tolist()), None, drafts=1, scored=False,
-            )  # fmt: skip
+            packed = batch(every, 0, 1, how, (number * DRAWS + start + every).tolist())
+            slots = steps.Slots(full(PROMPT[-1]), full(len(PROMPT) - 1), full(draft)[:, None])
+            pool, _, logits_now = steps.decode(absorbed, variables, pool, slots, packed, drafts=1)
+            _, drawn = steps.draw(slots, logits_now, packed[:1], None, kind=kind([how]), scored=False)
             first += np.bincount(drawn.tokens[:, 0], minlength=len(first))
             accepted = np.asarray(drawn.count) == 2
             np.testing.assert_array_equal(accepted, np.asarray(drawn.tokens[:, 0]) == draft)

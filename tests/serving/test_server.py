@@ -1,6 +1,7 @@
 """The server's endpoints on an engine that writes what it is told to."""
 
 import asyncio
+import concurrent.futures
 import json
 import re
 
@@ -344,6 +345,21 @@ def test_limits_and_draining(served):
     assert served.post("/v1/completions", prompt="a").status_code == 503
     assert served.client.get("/health").status_code == 503
     assert served.client.get("/v1/models").status_code == 200
+
+
+def test_over_the_limit_clients_get_429_and_the_others_finish():
+    served = Served(pause=0.1, limits=Limits(max_requests=5))
+
+    with served.client as client, concurrent.futures.ThreadPoolExecutor(20) as threads:  # one event loop for all
+        post = lambda _: client.post("/v1/completions", json={"prompt": "a"})
+        answers = list(threads.map(post, range(20)))
+    assert [a.status_code for a in answers].count(200) == 5
+    refused = [a for a in answers if a.status_code != 200]
+    assert {(a.status_code, a.headers["retry-after"]) for a in refused} == {(429, "1")}
+    assert "5 texts are being generated or wait" in refused[0].json()["error"]["message"]
+    assert all(a.json()["choices"][0]["text"] == "Hello wörld" for a in answers if a.status_code == 200)
+    assert served.service.running == set()
+    assert served.post("/v1/completions", prompt="a").status_code == 200
 
 
 def test_an_error_of_the_engine_is_that_requests_alone():
