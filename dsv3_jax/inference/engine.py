@@ -14,7 +14,7 @@ import functools
 import os
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -235,19 +235,23 @@ class Engine:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling = _GREEDY, *, max_new_tokens: int
-    ) -> Iterator[list[int]]:
+    ) -> Generator[list[int]]:
         """Continues all prompts in parallel, and yields the new tokens of each in order.
 
         Raises ConfigError as `submit` does, and RuntimeError for a text that failed.
         """
         requests = [self.submit(prompt, sampling, max_new_tokens=max_new_tokens) for prompt in prompts]
-        for request in requests:
-            tokens: list[int] = []
-            for step in request:
-                if step.error is not None:
-                    raise RuntimeError(step.error)
-                tokens += step.tokens
-            yield tokens
+        try:
+            for request in requests:
+                tokens: list[int] = []
+                for step in request:
+                    if step.error is not None:
+                        raise RuntimeError(step.error)
+                    tokens += step.tokens
+                yield tokens
+        finally:  # also where the caller wants no more
+            for request in requests:
+                self.cancel(request)
 
     def stats(self) -> Stats:
         """Returns counts and the current state."""

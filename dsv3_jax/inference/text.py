@@ -53,13 +53,14 @@ def generate(
         max_batch=max(min(len(encoded), 32), 1), max_length=rounded_length(model.config, size), seed=seed
     )
     engine = Engine(model, variables, config, end_ids=ends)
+    drawn = engine.generate(encoded, sampling or Sampling(temperature=0), max_new_tokens=max_new_tokens)
     try:
-        drawn = engine.generate(encoded, sampling or Sampling(temperature=0), max_new_tokens=max_new_tokens)
         for prompt, new in zip(encoded, drawn, strict=True):
             length = next((i for i, token in enumerate(new) if token in ends), len(new))
             before = len(tokenizer.decode(prompt))
             yield tokenizer.decode([*prompt, *new[:length]])[before:]
     finally:
+        drawn.close()
         engine.close()
 
 
