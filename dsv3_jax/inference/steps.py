@@ -137,7 +137,8 @@ def prefill(
     b = Batch.unpack(packed)
     hidden, cache = _apply(model, variables, tokens, batch_cache(pool, b.tables, b.cached, b.new), method="extend")
     at_last = jnp.take_along_axis(hidden, (b.new - 1)[:, None, None], axis=1)
-    slots = dataclasses.replace(slots, length=slots.length.at[b.slot].set(b.cached + b.new - 1))
+    length = jnp.maximum(b.cached + b.new - 1, 0)  # of padding 0
+    slots = dataclasses.replace(slots, length=slots.length.at[b.slot].set(length))
     return spread(pool_of(cache), model.runtime), slots, hidden, _apply(model, variables, at_last, method="head")
 
 
@@ -216,7 +217,8 @@ def draft(
     if following is None:
         assert result is not None
         following, held = result[:, :-2], result[:, -2]
-        cached, ends, held = slots.length[b.slot] - held, held - 1, jnp.where(b.new > 0, held, 0)
+        cached, ends = jnp.maximum(slots.length[b.slot] - held, 0), held - 1
+        held = jnp.where(b.new > 0, held, 0)
     else:
         cached, ends, held = b.cached, b.new - 1, b.new
         if result is not None:
