@@ -71,7 +71,9 @@ def test_a_batch_is_continued_as_by_transformers(checkpoints, name, sizes):
     stats = e.stats()
     assert compiled() - before <= stats.programs  # none twice
     if e.drafts:
-        assert stats.accepted_tokens == sum(stats.accepted_per_position) > 0
+        assert stats.drafts > 0
+        assert stats.accepted_tokens == sum(stats.accepted_per_position)
+        assert stats.accepted_tokens > 0 or "drafts_up_to" in sizes  # a batch of more than that makes few drafts
     assert_nothing_leaks(e)
 
 
