@@ -49,6 +49,9 @@ def sums_over_devices(mesh, microbatches, **runtime):
 def test_once_a_step_and_in_float32(mesh, sharding):
     """Of two microbatches, whose loop is the only one that these sums could be in besides those over layers."""
     found = sums_over_devices(mesh, 2, sharding=sharding)
+    # A layer whose tokens are gathered adds up the gradients of their routing weights, of 2 rows of 64 here.
+    routing = 4 * 2 * 64 * SMALL.num_experts_per_tok
+    found = [c for c in found if c.loops == 0 or c.axes != ("expert",) or c.bytes > routing]
     assert sum(c.bytes for c in found) > 4 * SMALL.vocab_size * SMALL.hidden_size
     assert {(c.loops, dtype) for c in found for dtype in c.dtypes if dtype != "s32"} == {(0, "f32")}
 
