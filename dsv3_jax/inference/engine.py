@@ -329,7 +329,7 @@ class Engine:
         tokens = np.zeros((count, size), np.int32)
         packed = self._put(self._batch_of([], count, table))
         hidden, logits = self._prefill(tokens, packed)
-        steps.score_prompt(self._expanded, self._variables, hidden, tokens)
+        self._score_prompt(hidden, tokens)
         if self.drafts:
             drawn = self._draw(logits, packed, None, 0, False)
             self._draft(hidden, tokens, packed, drawn.result)
@@ -505,8 +505,7 @@ class Engine:
         want = [r.request.prompt_logprobs is not None and not r.request.was_scored for r in group]
         if not any(want):
             return
-        self._programs.add(("score_prompt", hidden.shape))
-        scores = steps.score_prompt(self._expanded, self._variables, hidden, following)
+        scores = self._score_prompt(hidden, following)
         for i, r in enumerate(group):
             if want[i]:
                 request = r.request
@@ -593,6 +592,11 @@ class Engine:
         self._pool, self._slots = steps.draft(
             model, self._variables, self._pool, self._slots, hidden, following, packed, result
         )
+
+    def _score_prompt(self, hidden: jax.Array, following: np.ndarray) -> steps.Scores:
+        self._programs.add(("score_prompt", hidden.shape))
+        scores: steps.Scores = steps.score_prompt(self._expanded, self._variables, hidden, following)
+        return scores
 
     def _edits(self, ready: list[_Running], batch: int) -> Edits:
         factor, bias = np.ones((batch, self.vocab_size), np.float32), np.zeros((batch, self.vocab_size), np.float32)
