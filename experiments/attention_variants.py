@@ -175,9 +175,9 @@ def losses(results: Results, variant: str) -> list[float]:
     return [r["records"][-1]["validation_loss"] for r in results["runs"] if r["variant"] == variant]
 
 
-def difference(results: Results) -> tuple[float, float]:
-    """MLA's loss minus MHA's, with the same seeds: the mean, and half the width of its 95 % confidence interval."""
-    return interval([a - b for a, b in zip(losses(results, "MLA"), losses(results, "MHA"), strict=True)])
+def difference(results: Results, other: str = "MHA") -> tuple[float, float]:
+    """MLA's loss minus another's, with the same seeds: the mean, and half the width of its 95 % confidence interval."""
+    return interval([a - b for a, b in zip(losses(results, "MLA"), losses(results, other), strict=True)])
 
 
 def verdict(results: Results) -> str:
@@ -190,9 +190,11 @@ def verdict(results: Results) -> str:
         says = "MLA's loss is lower than MHA's"
     else:
         says = "MLA's loss is MHA's within the seeds' confidence"
+    numbers, (gap, width) = results["cache_numbers"], difference(results, "GQA")
     return (
         f"{says}: the difference is {mean:+.4f} ± {half:.4f} nats per byte (95 %, {len(results['seeds'])} seeds). "
-        f"Its cache is smaller by a factor of {factor:.2f}."
+        f"Its cache is smaller by a factor of {factor:.2f}. From GQA, which caches {numbers['GQA']} numbers per token "
+        f"and layer where MLA has {numbers['MLA']}, the difference is {gap:+.4f} ± {width:.4f}."
     )
 
 

@@ -169,7 +169,7 @@ def plot(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def main(size: Size = "cpu", steps: int = 800, more: int = 100, pieces: Path = Path("runs/context_extension")) -> None:
+def main(size: Size = "cpu", steps: int = 1500, more: int = 250, pieces: Path = Path("runs/context_extension")) -> None:
     """Trains, extends, measures, and writes the report.
 
     Args:
