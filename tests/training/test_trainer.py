@@ -126,7 +126,7 @@ def test_generate_continues_with_a_run(straight, capsys):
         (("train", "--processes.count", "two"), "--processes.count"),
         (("train", "--run-dir", "{tmp}/occupied"), "not empty"),
         (("generate", "{tmp}/nowhere"), "nowhere"),
-        (("generate", "{run}", "--max-new-tokens", "5000"), "max_position_embeddings (2048)"),
+        (("generate", "{run}", "--max-new-tokens", "5000"), "exceed the 2048 tokens"),
         (("generate", "{run}", "--temperature", "-1"), "temperature is -1"),
         (("fly",), "unknown command 'fly'"),
     ],
