@@ -89,6 +89,11 @@ def test_docstrings_open_with_a_verb_or_a_noun():
             assert not found, f"{path}: {found[0].strip()}"
 
 
+def test_the_current_mesh_is_asked_for_in_one_place():
+    found = [p for p in (ROOT / "dsv3_jax").rglob("*.py") if "get_abstract_mesh" in p.read_text()]
+    assert found == [ROOT / "dsv3_jax/parallel/sharding.py"]
+
+
 def test_choices_are_stated_once():
     """Two places that take the same choices share an alias of their Literal."""
     stated = collections.Counter(

@@ -16,7 +16,7 @@ from flax import struct
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.auto import PAGE
 from dsv3_jax.model.cache import Cache, Keys, Pages, TokenPositions
-from dsv3_jax.parallel.sharding import constrain
+from dsv3_jax.parallel.sharding import constrain, current_mesh
 from dsv3_jax.runtime import Runtime
 
 SCRATCH = 0
@@ -99,7 +99,7 @@ class PagedCache:
         pool = LayersPool(write(self.pool.latent, latent), write(self.pool.rope_key, rope_key))
         places = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (batch, size))
         # On a mesh a text's pages lie anywhere: what is read then is the copy, on the text's own device.
-        as_stored = pool.latent.dtype == latent.dtype and jax.sharding.get_abstract_mesh().empty
+        as_stored = pool.latent.dtype == latent.dtype and current_mesh() is None
         pages = Pages(pool.latent, pool.rope_key, layer, self.tables) if as_stored else None
         held = where.cached + count
         return dataclasses.replace(self, pool=pool), Keys(

@@ -149,9 +149,14 @@ class LogicalSharding:
 
 
 def current_sharding(runtime: Runtime) -> LogicalSharding:
-    """Returns the runtime's rules on the mesh of the innermost `jax.set_mesh` or `jax.shard_map`."""
+    """Returns the runtime's rules on the current mesh."""
+    return LogicalSharding(rules_of(runtime), current_mesh() if runtime.sharded else None)
+
+
+def current_mesh() -> AbstractMesh | None:
+    """Returns the mesh of the innermost `jax.set_mesh` or `jax.shard_map`, or None if there is none."""
     mesh = jax.sharding.get_abstract_mesh()
-    return LogicalSharding(rules_of(runtime), mesh if runtime.sharded and not mesh.empty else None)
+    return None if mesh.empty else mesh
 
 
 def constrain(x: jax.Array, runtime: Runtime, *logical: str | None) -> jax.Array:
