@@ -212,8 +212,7 @@ def _run_split(work: _Work, pieces: Any, stages: int, activation: jax.ShapeDtype
 
     def evaluate(own: Any, shared: Any, x: jax.Array, rest: Any) -> Any:
         constants, piece, stage = rest
-        y, objective, total, local = work.function(own, shared, x, piece, constants, stage)
-        return (y, objective), (total, local)
+        return dataclasses.replace(work, constants=constants, stage=stage).evaluate(own, shared, x, piece)
 
     def of(m: Any) -> Any:
         return work.constants, jax.tree.map(lambda a: a[m], pieces), stage
