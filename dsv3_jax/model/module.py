@@ -49,7 +49,12 @@ def logical_axes(module: Module, *args: Any) -> dict[tuple[str, ...], Logical]:
     """
     variables = jax.eval_shape(lambda: nn.Module.init(module, jax.random.key(0), *args))
     boxes = jax.tree_util.tree_leaves_with_path(variables, is_leaf=lambda x: isinstance(x, _Declared))
-    return {tuple(k.key for k in path[1:]): box.logical for path, box in boxes if isinstance(box, _Declared)}
+    return {keys(path[1:]): box.logical for path, box in boxes if isinstance(box, _Declared)}
+
+
+def keys(path: Any) -> tuple[str, ...]:
+    """Returns a path in a tree of nested dicts, as `jax.tree_util` has it, as its keys."""
+    return tuple(key.key for key in path)
 
 
 @struct.dataclass

@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.model.module import keys
 from dsv3_jax.model.router import ROUTER
 from dsv3_jax.model.transformer import DeepSeekV3, exchanges, expert_load, only_of, parameter_axes
 from dsv3_jax.parallel.sharding import current_sharding, only
@@ -94,11 +95,6 @@ def parameter_specs(model: DeepSeekV3, params: Any, held: frozenset[str]) -> Any
         return only(stored.spec(jax.tree_util.keystr(path), a.shape, axes[keys(path)]), held)
 
     return jax.tree_util.tree_map_with_path(spec, params)
-
-
-def keys(path: Any) -> tuple[str, ...]:
-    """A parameter's path below the collection, as `parameter_axes` has it."""
-    return tuple(key.key for key in path)
 
 
 def _add_up(model: DeepSeekV3, axes: tuple[str, ...], gradient: jax.Array, spec: PartitionSpec) -> jax.Array:

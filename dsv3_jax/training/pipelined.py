@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.block import Block
+from dsv3_jax.model.module import keys
 from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.router import ROUTER, RouterStats
 from dsv3_jax.model.transformer import DeepSeekV3, Outputs, exchanges, expert_load, parameter_axes
@@ -61,7 +62,7 @@ def pipelined_gradients(
 
     shared = dict(variables["params"])
     own = shared.pop(SPARSE)
-    names = jax.tree_util.tree_map_with_path(lambda path, _: axes[SPARSE, *(key.key for key in path)], own)
+    names = jax.tree_util.tree_map_with_path(lambda path, _: axes[SPARSE, *keys(path)], own)
     router = dict(variables[ROUTER])
     bias = jax.tree.map(lambda a: jnp.take(a, layers, axis=0, mode="fill", fill_value=0), router.pop(SPARSE, {}))
 
@@ -171,7 +172,7 @@ def _specs(shared: Any, runtime: Runtime, axes: Mapping[tuple[str, ...], Logical
     sharding = current_sharding(runtime)
 
     def spec(path: Any, a: jax.Array) -> PartitionSpec:
-        logical = tuple(name if name == "experts" else None for name in axes[tuple(key.key for key in path)])
+        logical = tuple(name if name == "experts" else None for name in axes[keys(path)])
         return sharding.spec(jax.tree_util.keystr(path), a.shape, logical)
 
     return jax.tree_util.tree_map_with_path(spec, shared)
