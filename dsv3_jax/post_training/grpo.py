@@ -127,7 +127,7 @@ def grpo(
             rewards = np.array([r.reward for r in rollouts]).reshape(config.prompts, config.samples)
             batch = grpo_batch(rollouts, group_advantages(rewards).ravel(), config.length)
             batch["reference_logprobs"] = np.asarray(token_logprobs(model, reference, batch))
-            if config.replay_experts:
+            if config.replay_experts and config.epochs * config.minibatches > 1:  # one step chooses them anyway
                 batch["experts"] = experts_of(model, state.variables, batch)
             metrics: dict[str, Any] = {}
             for pieces in _minibatches(batch, config, iteration):

@@ -167,7 +167,7 @@ def test_a_round_of_it(tmp_path):
 def test_empty_texts_of_equal_reward_change_nothing():
     model, optimizer = DeepSeekV3(CONFIG), optax.adam(1e-3)
     state, tokenizer, seen = init_state(model, optimizer, jax.random.key(0)), load_tokenizer(None), []
-    config = GRPOConfig(iterations=1, prompts=2, samples=2, max_new_tokens=4, length=16)
+    config = GRPOConfig(iterations=1, prompts=2, samples=2, max_new_tokens=4, length=16, epochs=2)  # experts replayed
     before = jax.tree.map(np.asarray, state.params)
     reward = lambda problem, text: float(not seen.append(text))
     how = dict(end_ids=range(CONFIG.vocab_size))  # the first token ends a text
