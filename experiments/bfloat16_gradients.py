@@ -25,10 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.router import CHOICES
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.runtime import Runtime
-from dsv3_jax.training.losses import ModelInputs, forward, loss_sums, model_inputs, objective
+from dsv3_jax.training.losses import chosen_experts, forward, loss_sums, model_inputs, objective
 
 V2_LITE = dataclasses.replace(
     ModelConfig.preset("tiny"),
@@ -77,12 +76,7 @@ def gradient(model: DeepSeekV3, variables: Any, batch: Any) -> Any:
     return jax.grad(loss)(variables["params"])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def choices(model: DeepSeekV3, variables: Any, batch: Any) -> Any:
-    """Experts of each token (..., B, T, K) by gate, which variables can hold beside their other collections."""
-    inputs: ModelInputs = model_inputs(model, batch)
-    call = functools.partial(model.apply, method="forward", mutable=[CHOICES], **inputs.where)
-    return call(variables, inputs.tokens, inputs.further_tokens)[1]
+choices = jax.jit(chosen_experts, static_argnums=0)
 
 
 @jax.jit
@@ -177,7 +171,7 @@ def main(out: Path = Path("runs/bfloat16_gradients"), sizes: str = "", seeds: in
                 rows["errors"][how] = errors(gradient(model, variables, data), expected)
                 rows["moved"][how] = float(moved(choices(model, variables, data), chosen))
                 rows["errors"][f"{how}, float32's experts"] = errors(
-                    gradient(model, variables | chosen, data), expected
+                    gradient(model, variables, data | {"experts": chosen}), expected
                 )
             except (ImportError, jax.errors.JaxRuntimeError) as error:  # no such library, or too little memory
                 rows["errors"][how] = f"not measured: {str(error).splitlines()[0]}"
