@@ -3,7 +3,8 @@
     python -m experiments.article_claims
 
 Writes report.html (self-contained, opens offline), figures as PNG, and claims.json. Inputs are the model's own
-parameters, hardware sheets, and the hours that the technical report prints; nothing is fitted.
+parameters, hardware sheets, and the hours that the technical report prints; nothing is fitted. MLA's accuracy is that
+of the committed result of `experiments.attention_variants`.
 """
 
 from __future__ import annotations
