@@ -18,6 +18,7 @@ import jax
 import matplotlib
 import matplotlib.pyplot as plt
 
+from dsv3_jax.training.directory import METRICS
 from dsv3_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,7 @@ CASES = {
 
 def record(run: Path) -> None:
     """Writes the losses of a run, with date and hardware."""
-    records = read_metrics(run / "metrics.jsonl")
+    records = read_metrics(run / METRICS)
     curves = {name: [[r["step"], r[name]] for r in records if name in r] for name in LOSSES}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
     where = {"date": f"{datetime.date.today()}", "hardware": f"{os.cpu_count()} CPU cores", "jax": jax.__version__}
@@ -116,6 +117,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path)
     arguments = parser.parse_args()
     if arguments.run:
+        if not (arguments.run / METRICS).exists():
+            parser.error(f"{arguments.run} holds no run: it has no {METRICS}")
         record(arguments.run)
     draw(PICTURES)
 
