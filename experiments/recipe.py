@@ -95,7 +95,7 @@ def configs(out: Path) -> dict[str, TrainConfig]:
     texts = DataConfig(str(out / "texts"), sequence_length=SHORT)
     base = dataclasses.replace(TrainConfig.preset("tiny", "cpu"), model=MODEL, data=texts, **often)
     rates = dict(peak_learning_rate=4e-3, end_learning_rate=4e-4, tail_learning_rate=4e-4)
-    schedule = ScheduleConfig(steps=1500, batch_size=32, warmup_steps=40, constant_until=0.5, bias_update_speed=0.01)
+    schedule = ScheduleConfig(steps=3000, batch_size=32, warmup_steps=40, constant_until=0.5, bias_update_speed=0.01)
     pretraining = dataclasses.replace(base, schedule=dataclasses.replace(schedule, **rates))
     yarn = Yarn(LONG / SHORT, SHORT, mscale=1.0, mscale_all_dim=1.0)
     longer = dataclasses.replace(MODEL, max_position_embeddings=LONG, rope_scaling=yarn)

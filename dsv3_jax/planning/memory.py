@@ -113,10 +113,16 @@ def parameters_per_device(plan: TrainingPlan, stage: StageShare) -> tuple[float,
 
 def memory(plan: TrainingPlan) -> Memory:
     """Memory per device on the stage that needs most."""
-    return max((_stage_memory(plan, s, i) for i, s in enumerate(stage_shares(plan))), key=lambda m: m.total)
+    # Of stages with the same share, the first has the most microbatches in flight.
+    first = {stage: index for index, stage in reversed(list(enumerate(stage_shares(plan))))}
+    per_block = _activations(plan), _largest_block(plan)
+    return max((_stage_memory(plan, s, i, *per_block) for s, i in first.items()), key=lambda m: m.total)
 
 
-def _stage_memory(plan: TrainingPlan, stage: StageShare, index: int) -> Memory:
+def _stage_memory(
+    plan: TrainingPlan, stage: StageShare, index: int, saved: tuple[float, float], temporary: tuple[float, float]
+) -> Memory:
+    """Memory per device of one stage, from `_activations` and `_largest_block`."""
     m, c = plan.mesh, plan.config
     plain, routed = parameters_per_device(plan, stage)
     copies = 2 if plan.pipeline_schedule == "dualpipe" and m.stage > 1 else 1
@@ -130,8 +136,7 @@ def _stage_memory(plan: TrainingPlan, stage: StageShare, index: int) -> Memory:
         in_flight = min(plan.microbatches, m.stage + 1)  # both directions: the sum is the same on every stage
     if plan.pipeline_schedule == "zero_bubble":
         in_flight = min(plan.microbatches, 2 * m.stage - 1)  # until the last gradient of weights, on every stage
-    kept, pairs = _activations(plan)
-    working, working_pairs = _largest_block(plan)
+    (kept, pairs), (working, working_pairs) = saved, temporary
     if plan.remat == "none":
         working = working_pairs = 0.0
     # Float32 logits of every head wait for the backward pass, which then makes the gradient of one; or, where they are

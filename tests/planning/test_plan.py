@@ -239,7 +239,9 @@ def test_nonsense_gets_one_clear_line(options, message):
 
 
 def test_a_plan_takes_less_than_five_seconds():
-    """Processor time, imports included, so that other work on the machine doesn't count."""
-    code = "import time; from dsv3_jax.planning.plan import *; plan_command(PlanArgs()); print(time.process_time())"
+    """Processor time, imports included. A machine that needs more than a second to import jax gets as much more."""
+    code = "import time, jax; jax_alone = time.process_time(); from dsv3_jax.planning.plan import *\n"
+    code += "plan_command(PlanArgs()); print(jax_alone, time.process_time())"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert float(out.split()[-1]) < 5
+    jax_alone, total = map(float, out.split()[-2:])
+    assert total < 5 * max(1, jax_alone)
