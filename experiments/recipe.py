@@ -5,8 +5,8 @@
 Prepares data, pre-trains with MTP, extends the context four times by YaRN, fine-tunes on chats, does GRPO, exports to
 Hugging Face's layout, and compares logits with transformers' (by an interpreter that has it; skipped without). The task
 is arithmetic of two digits. Pre-training texts are right; of the chats only `SHARE_RIGHT` are, as of bad annotators: so
-the fine-tuned model, sampled, is right about as often, and GRPO has something to gain. Problems that are held out are
-in no chat and no GRPO prompt. Each stage is a directory, so that a recipe that was stopped goes on.
+the fine-tuned model, sampled, errs at least as often, and GRPO has something to gain. Problems that are held out are in
+no chat and no GRPO prompt. Each stage is a directory, so that a recipe that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from dsv3_jax.training.trainer import train
 from experiments.small_run import Results, circumstances, circumstances_line, once, table, write_results
 
 NAME = "recipe"
-SHARE_RIGHT = 0.4
+SHARE_RIGHT = 0.6
 SHORT, LONG = 64, 256
 MODEL = dataclasses.replace(
     ModelConfig.preset("tiny"),
@@ -76,7 +76,7 @@ def prepare_data(out: Path) -> None:
     lines = lambda: [f"{p}={answer}" for p, answer in (PROBLEMS[i] for i in rng.integers(0, len(PROBLEMS), 40))]
     _write(out / "texts.jsonl", [{"text": "\n".join(lines())} for _ in range(3000)])
     chats = []
-    for _ in range(4000):
+    for _ in range(20000):
         problem, answer = others[rng.integers(len(others))]
         says = answer if rng.random() < SHARE_RIGHT else int(rng.integers(-9, 19))
         talk = [{"role": "user", "content": problem}, {"role": "assistant", "content": f"{problem}={says}"}]
@@ -112,7 +112,7 @@ def configs(out: Path) -> dict[str, TrainConfig]:
     sft = dataclasses.replace(
         dataclasses.replace(base, model=longer).fine_tuning(),
         data=chats,
-        schedule=ScheduleConfig(steps=150, batch_size=16, warmup_steps=20, bias_update_speed=0.0, **gentle),
+        schedule=ScheduleConfig(steps=300, batch_size=16, warmup_steps=20, bias_update_speed=0.0, **gentle),
         init_from=str(out / "extension"),
     )
     return {"pretraining": pretraining, "extension": extension, "sft": sft}
@@ -128,8 +128,8 @@ def reinforcement(out: Path, iterations: int) -> GRPOArgs:
         out / "problems.jsonl",
         out / "held_out.jsonl",
         grpo=sizes,
-        learning_rate=5e-4,
-        end_learning_rate=5e-5,
+        learning_rate=2e-4,
+        end_learning_rate=2e-5,
         evaluate_every=20,
         checkpoint_every=50,
     )
@@ -204,10 +204,11 @@ def render(results: Results) -> str:
     """The report in Markdown."""
     first, last = results["grpo"][0], results["grpo"][-1]
     rewards = [r["reward"] for r in results["grpo"] if "reward" in r]
+    at_the_end = sum(rewards[-20:]) / len(rewards[-20:])  # of other problems each
     percent = lambda x: f"{100 * x:.1f} %"
     gain = 100 * (last["held_out_sampled_reward"] - first["held_out_sampled_reward"])
     rows = [
-        ["mean reward of sampled texts, of at most 1", f"{rewards[0]:.3f}", f"{rewards[-1]:.3f}"],
+        ["mean reward of sampled texts, of at most 1", f"{rewards[0]:.3f}", f"{at_the_end:.3f} (of 20 iterations)"],
         ["held-out, sampled", f"{first['held_out_sampled_reward']:.3f}", f"{last['held_out_sampled_reward']:.3f}"],
         ["held-out, greedy", f"{first['held_out_reward']:.3f}", f"{last['held_out_reward']:.3f}"],
         ["KL to the fine-tuned model (nats per token)", "0", f"{last['kl']:.3f}"],
@@ -240,14 +241,14 @@ def plot(results: Results, path: Path) -> None:
     for key in ("reward", "held_out_sampled_reward", "mtp_acceptance", "kl"):
         points = [(r["step"], r[key]) for r in results["grpo"] if key in r]
         axes.plot(*zip(*points, strict=True), label=key.replace("_", " "))
-    axes.set(xlabel="GRPO iteration", title="from fine-tuning on mostly wrong answers")
+    axes.set(xlabel="GRPO iteration", title="from fine-tuning on answers of which two fifths are wrong")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def main(out: Path = Path("runs/recipe"), transformers_python: str | None = None, iterations: int = 1000) -> None:
+def main(out: Path = Path("runs/recipe"), transformers_python: str | None = None, iterations: int = 500) -> None:
     """Runs all stages, those that were done before excepted, and writes the report.
 
     Args:
