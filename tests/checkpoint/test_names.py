@@ -109,6 +109,7 @@ def test_dry_run_accounts_for_every_tensor_once(headers, capsys):
     assert f"and back -> {TENSORS:,} tensors, {ELEMENTS:,} numbers" in printed
 
 
+@pytest.mark.slow
 def test_dry_run_of_a_cast_and_without_mtp(headers):
     cast = ConversionPlan(HFCheckpoint(headers, headers_only=True), "bf16")
     assert len(cast.tensor_names()) == TENSORS

@@ -349,6 +349,7 @@ def tree(directory):
     return {p.name: p.read_bytes() for p in directory.iterdir()}
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_gone_on_with_it_is_the_same_bytes(tmp_path):
     rng = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma,", "delta.\n", "{", "}\n\n"]

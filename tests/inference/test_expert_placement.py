@@ -55,7 +55,10 @@ def test_groups_stay_on_their_node():
     assert busy.max() / busy.mean() < 1.2
 
 
-@pytest.mark.parametrize("sharding", ["single", "ep_tp", "fsdp_ep"])
+@pytest.mark.parametrize(
+    "sharding",
+    [pytest.param("single", marks=pytest.mark.slow), "ep_tp", pytest.param("fsdp_ep", marks=pytest.mark.slow)],
+)
 def test_slots_compute_the_same(sharding):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, SHARDABLE.vocab_size, (4, 16)), jnp.int32)
     model = DeepSeekV3(SHARDABLE)

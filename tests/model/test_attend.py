@@ -64,7 +64,7 @@ def test_logits_of_packed_documents(variables, impl, dtype):
     [
         ("pallas_reference", "float32", "expanded", 7),  # a second piece of a prompt, at two places
         ("pallas_reference", "float32", "absorbed", 2),
-        ("tpu_interpret", "bfloat16", "expanded", 128),
+        pytest.param("tpu_interpret", "bfloat16", "expanded", 128, marks=pytest.mark.slow),
     ],
 )
 def test_continuing_from_a_cache(variables, impl, dtype, form, tokens):
@@ -141,7 +141,7 @@ def test_layer_continues_from_a_cache(form):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, cache_a, cache_b))
 
 
-@pytest.mark.parametrize("impl", ["tpu_interpret", "gpu_interpret"])
+@pytest.mark.parametrize("impl", [pytest.param("tpu_interpret", marks=pytest.mark.slow), "gpu_interpret"])
 def test_decoding_layer(impl, capsys):
     """The interpreters' effects don't fit into a scan over layers."""
     key = jax.random.key(int(new_rng().integers(1 << 30)))
@@ -175,7 +175,7 @@ def test_decoding_compiles(variables, compile_for):
     compile_for(lambda v, t, c: model.apply(v, t, c, method="decode"), *given)
 
 
-@pytest.mark.parametrize("remat", ["none", "paper"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "paper"])
 def test_training_compiles_for_a_tpu(variables, remat):
     """Attention and experts by kernels, forward and backward, in the scan over layers."""
     runtime = Runtime(dtype="bfloat16", attention_impl="tpu", experts_impl="tokamax", remat=remat)
@@ -220,8 +220,9 @@ def test_generation(variables):
 
 @pytest.mark.parametrize(
     ("impl", "dtype", "steps"),
-    [("pallas_reference", "float32", 8), pytest.param("tpu_interpret", "bfloat16", 4, marks=pytest.mark.slow)],
+    [("pallas_reference", "float32", 8), ("tpu_interpret", "bfloat16", 4)],
 )
+@pytest.mark.slow
 def test_training_learns_the_same_curve(impl, dtype, steps):
     schedule = Schedule(
         ScheduleConfig(

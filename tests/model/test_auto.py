@@ -56,7 +56,7 @@ def test_a_name_is_taken_as_it_is():
         assert experts_impl(runtime) == "ragged"
 
 
-@pytest.mark.parametrize("mesh", [None, "context=2"])
+@pytest.mark.parametrize("mesh", [None, pytest.param("context=2", marks=pytest.mark.slow)])
 def test_long_sequences_are_right_and_never_square(mesh):
     """Loss and gradient of 1,280 tokens in two documents, and no array of H T S numbers in the program."""
     rng = new_rng()

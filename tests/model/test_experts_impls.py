@@ -40,7 +40,7 @@ def test_our_kernel_is_hoppers_default():
         assert experts_impl(TrainConfig.preset("v3-mini", "gpu").runtime) == "gpu"
 
 
-@pytest.mark.parametrize("shape", ["expert=8", "fsdp=2,expert=2,tensor=2"])
+@pytest.mark.parametrize("shape", [pytest.param("expert=8", marks=pytest.mark.slow), "fsdp=2,expert=2,tensor=2"])
 def test_our_kernel_lowers_on_a_mesh(shape, monkeypatch):
     """Forward and backward under the exchange of tokens, at v3-mini's widths, which are no multiples of 256."""
     monkeypatch.setattr(api, "require_hopper", lambda kernel: None)  # the mesh is of CPUs

@@ -76,6 +76,7 @@ def test_gradients_are_those_of_float32_but_for_rounding(fp8, exact):
     assert worst[1] < 0.3, worst
 
 
+@pytest.mark.slow
 def test_recomputation_changes_little(variables, fp8):
     again = loss_and_gradients(Runtime(precision="fp8", remat="paper"), variables)
     assert max(jax.tree.leaves(distances(again[1], fp8[1]))) < 0.02

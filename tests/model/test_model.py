@@ -36,8 +36,8 @@ V2 = dataclasses.replace(
 RUNTIMES = [
     Runtime(attention_form="absorbed"),
     Runtime(experts_impl="reference"),
-    Runtime(experts_impl="blocked"),
-    Runtime(remat="block"),
+    pytest.param(Runtime(experts_impl="blocked"), marks=pytest.mark.slow),  # what `auto` chooses here
+    pytest.param(Runtime(remat="block"), marks=pytest.mark.slow),
     Runtime(remat="paper"),
 ]
 

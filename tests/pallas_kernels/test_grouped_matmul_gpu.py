@@ -116,7 +116,10 @@ def close(got, expected):
 
 # Multiples of 64, and what is filled up to such. Each form is made to run by how few rows count as few.
 @pytest.mark.parametrize("few", [0, 1000])
-@pytest.mark.parametrize(("depth", "columns"), [(192, 96), (8, 264), pytest.param(320, 704, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("depth", "columns"),
+    [pytest.param(192, 96, marks=pytest.mark.slow), (8, 264), pytest.param(320, 704, marks=pytest.mark.slow)],
+)
 def test_other_widths(depth, columns, few, interpreted, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "FEW", few)
     rng = new_rng()

@@ -54,7 +54,7 @@ def result_and_gradients(x, w, dy, sizes):
     return out, *vjp(dy)
 
 
-@pytest.mark.parametrize(("depth", "columns"), [(7168, 4096), (2048, 7168)])
+@pytest.mark.parametrize(("depth", "columns"), [(7168, 4096), pytest.param(2048, 7168, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_compiles(generation, depth, columns, record_property):
     sd = jax.ShapeDtypeStruct

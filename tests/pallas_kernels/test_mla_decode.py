@@ -82,8 +82,8 @@ def test_gpu(heads, tokens, lengths, extra, form, capsys):
     [
         (1, 1, [0, 1, 63, 64, 65], 0),
         (16, 4, [2, 700, 0, 512], 3),
-        (64, 2, [600, 1100], 4),
-        (128, 1, [577], 2),
+        pytest.param(64, 2, [600, 1100], 4, marks=pytest.mark.slow),
+        pytest.param(128, 1, [577], 2, marks=pytest.mark.slow),
     ],
 )
 def test_tpu(heads, tokens, lengths, extra, capsys):

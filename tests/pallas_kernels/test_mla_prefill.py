@@ -106,7 +106,9 @@ def test_blockwise(tokens, keys, order, packed, one_key, monkeypatch):
             np.testing.assert_allclose(x, y, atol=1e-11)
 
 
-@pytest.mark.parametrize(("tokens", "keys", "packed"), [(600, 600, False), (300, 700, True)])
+@pytest.mark.parametrize(
+    ("tokens", "keys", "packed"), [(600, 600, False), pytest.param(300, 700, True, marks=pytest.mark.slow)]
+)
 def test_blockwise_in_bfloat16(tokens, keys, packed):
     attend = functools.partial(mla_prefill, implementation="blockwise")
     assert_right(attend, tokens, keys, 2, segments_of(2, keys) if packed else None, 2)
@@ -161,7 +163,7 @@ def assert_right(attend, tokens, keys, heads, segments=None, batch=1, **widths):
     [
         (1, 256, 256, 2, False),
         pytest.param(2, 128, 384, 3, True, marks=pytest.mark.slow),  # an odd head, a prefix
-        (1, 1024, 1024, 1, False),  # blocks above, on and below the diagonal
+        pytest.param(1, 1024, 1024, 1, False, marks=pytest.mark.slow),  # blocks above, on and below the diagonal
         (1, 512, 1536, 2, True),
     ],
 )
@@ -238,7 +240,15 @@ def test_tpu_compiles_for_a_piece_of_a_prompt():
     assert 0 < vmem_bytes(compile_for_tpu("v5p", attend, *real_shapes(1024, 8192, 16))) < 16 << 20
 
 
-@pytest.mark.parametrize(("tokens", "packed"), [(4096, False), (4096, True), (100, False), (100, True)])
+@pytest.mark.parametrize(
+    ("tokens", "packed"),
+    [
+        (4096, True),
+        pytest.param(4096, False, marks=pytest.mark.slow),
+        pytest.param(100, False, marks=pytest.mark.slow),
+        (100, True),
+    ],
+)
 def test_tokamax_lowers(tokens, packed, monkeypatch):
     """With no mask, which would be an array of B T S elements."""
     pretend_hopper(monkeypatch)

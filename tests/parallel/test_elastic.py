@@ -35,7 +35,15 @@ ONE, EXPERTS, NODES = ("", "single"), ("fsdp=2,expert=4", "fsdp_ep"), ("node=2,e
 CUT, SEQUENCES, STAGES = ("data=2,tensor=4", "fsdp"), ("context=2,fsdp=4", "fsdp"), ("stage=2,expert=4", "pp_ep_dp")
 
 
-@pytest.mark.parametrize(("before", "after"), [(ONE, NODES), (EXPERTS, ONE), (CUT, EXPERTS), (NODES, STAGES)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (ONE, NODES),
+        pytest.param(EXPERTS, ONE, marks=pytest.mark.slow),
+        (CUT, EXPERTS),
+        pytest.param(NODES, STAGES, marks=pytest.mark.slow),
+    ],
+)
 def test_values_are_the_same_on_another_mesh(tmp_path, before, after):
     def placed(mesh, sharding, seed):
         config = small_config(mesh, sharding)
@@ -65,6 +73,7 @@ def test_values_are_the_same_on_another_mesh(tmp_path, before, after):
         pytest.param(CUT, SEQUENCES, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_resume_on_another_mesh(one_device, tmp_path, monkeypatch, before, after):
     directory = tmp_path / "run"
     with monkeypatch.context() as patch:

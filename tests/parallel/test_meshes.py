@@ -78,15 +78,15 @@ def assert_close(got, expected, tolerance=1e-5):
 
 
 MESHES = [
-    ("fsdp=8", "fsdp", {}),
-    ("context=2,tensor=2", "fsdp", {"attention_impl": "pallas_reference"}),
     ("fsdp=2,expert=2,tensor=2", "fsdp_ep", {"attention_impl": "pallas_reference"}),
-    ("node=2,expert=2,context=2", "fsdp_ep", {"dispatch_slack": 1.0, "interleave": 2}),
-    ("fsdp=2,expert=4", "fsdp_ep", {"dispatch": "all_gather"}),
-    ("stage=2,expert=4", "pp_ep_dp", {"microbatches": 2}),
     ("stage=2,tensor=2", "pp_ep_dp", {"microbatches": 2}),
 ]
 MORE = [
+    ("fsdp=8", "fsdp", {}),
+    ("context=2,tensor=2", "fsdp", {"attention_impl": "pallas_reference"}),
+    ("node=2,expert=2,context=2", "fsdp_ep", {"dispatch_slack": 1.0, "interleave": 2}),
+    ("fsdp=2,expert=4", "fsdp_ep", {"dispatch": "all_gather"}),
+    ("stage=2,expert=4", "pp_ep_dp", {"microbatches": 2}),
     ("data=2,tensor=4", "fsdp", {}),
     ("context=8", "fsdp", {}),
     ("node=4,expert=2", "fsdp_ep", {"dispatch_slack": 8.0, "remat": "block"}),

@@ -57,8 +57,7 @@ def one_process(tmp_path_factory):
     return losses(directory)
 
 
-@pytest.mark.slow  # the next test covers two of them: what resumes there equals one process from the first step on
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_equal_one(one_process, tmp_path, count):
     directory = tmp_path / "run"
     finish(start(directory, count))
@@ -68,6 +67,7 @@ def test_processes_equal_one(one_process, tmp_path, count):
         np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=str(name))
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_it_resumes(one_process, tmp_path):
     directory = tmp_path / "run"
     processes = start(directory, 2, "--pause")  # after step 4, so that there is time to kill

@@ -198,6 +198,7 @@ def test_tokens_are_trained_at_the_experts_of_sampling():
     assert same(experts_of(model, moved, batch | {"experts": experts}), experts_of(model, moved, batch))
 
 
+@pytest.mark.slow
 def test_fine_tuning_learns_what_has_a_target():
     model, optimizer = DeepSeekV3(CONFIG), optax.adam(1e-2)
     state = init_state(model, optimizer, jax.random.key(0))

@@ -84,6 +84,7 @@ def test_microbatches_of_a_validation(sequences, least, unit, pieces):
     assert setup.cut_evenly(sequences, least, unit) == pieces
 
 
+@pytest.mark.slow
 def test_a_ramp_compiles_one_step():
     """Batch sizes that neither two devices nor microbatches divide."""
     config = ramp(TWO, 3, 8)

@@ -58,9 +58,9 @@ def check(got, expected, limits):
 
 WAYS = [
     dict(microbatches=4, experts_impl="ragged", attention_impl="pallas_reference", remat="paper"),
-    dict(shape="fsdp=2,expert=2,tensor=2", sharding="fsdp_ep"),
 ]
 MORE = [
+    dict(shape="fsdp=2,expert=2,tensor=2", sharding="fsdp_ep"),
     dict(shape="stage=2,expert=4", sharding="pp_ep_dp", microbatches=2),
     {},
     dict(remat="block"),

@@ -76,6 +76,7 @@ def test_at_the_widths_of_v3_on_a_tpu():
     check(compiled_at, V3, (4096, 8192, 16384))
 
 
+@pytest.mark.slow
 def test_validation_takes_no_more_memory_than_a_step():
     """On a batch of 16 in 8 microbatches."""
     runtime = Runtime(experts_impl="blocked", remat="block")

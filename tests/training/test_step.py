@@ -120,7 +120,7 @@ def setup(optimizer_config=OptimizerConfig(), **how):
     return state, jax.jit(make_train_step(model, optimizer, PretrainingLoss(model.config, SCHEDULE), **how))
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moments", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_it_learns(moments):
     state, step = setup(OptimizerConfig(moments_dtype=moments))
     assert {x.dtype.name for x in jax.tree.leaves(state.opt_state) if x.ndim} == {moments}

@@ -186,6 +186,7 @@ def test_unknown_field_is_named(capsys):
     assert "hiden-size" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_last_checkpoint(straight, tmp_path):
     """On a file system of its own that fills up after the first checkpoint."""
     disk = tmp_path / "disk"
