@@ -83,7 +83,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 def test_docstrings_open_with_a_verb_or_a_noun():
     """A field's or argument's help begins with its own words, not with a relative clause."""
-    for folder in ("dsv3_jax", "pallas_kernels", "experiments", "scripts"):
+    for folder in ("dsv3_jax", "pallas_kernels", "experiments", "scripts", "tests"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             found = re.findall(r'^ *r?"""(?:What|Of|Whose)\b.*', path.read_text(), re.MULTILINE)
             assert not found, f"{path}: {found[0].strip()}"

@@ -101,7 +101,7 @@ def test_other_precisions_take_layers_out_of_their_blocks(checkpoint):
 
 
 def test_a_weight_takes_1_04_bytes(checkpoint):
-    """Of the arrays that are there; embedding, head, norms, router and MTP's projection are bfloat16."""
+    """Counts the arrays in memory; embedding, head, norms, router and MTP's projection are bfloat16."""
     _, variables = load_pretrained(checkpoint, dtype="fp8")
     params = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(variables["params"])}
     in_blocks = {path: x for path, x in params.items() if x.dtype == jnp.float8_e4m3fn}

@@ -200,7 +200,7 @@ def test_bad_sources_are_named(tmp_path):
 
 
 def rows_of_the_hub(name, config, *, split, revision, streaming):
-    """What `datasets.load_dataset` gives, of two texts and rows that are none."""
+    """A stand-in for `datasets.load_dataset`: two texts, and rows that are none."""
     rows = {"train": [{"text": "one", "n": 1}, {"text": None, "n": 2}, {"text": "three", "n": 3}], "bad": [{"text": 5}]}
 
     class Rows(list):

@@ -23,7 +23,7 @@ HOW = [Sampling(t, k, p) for t, k, p in itertools.product((0.4, 1.0), (None, 5),
 
 
 def p_value(counts, expected):
-    """Of a chi-square test; what is expected fewer than ten times counts as one kind of token."""
+    """The p-value of a chi-square test; tokens expected fewer than ten times count as one."""
     assert counts[expected == 0].sum() == 0
     wanted, rare = expected * counts.sum(), expected * counts.sum() < 10
     observed = np.append(counts[~rare], counts[rare].sum())

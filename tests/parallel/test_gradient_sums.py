@@ -47,7 +47,7 @@ def sums_over_devices(mesh, microbatches, **runtime):
     ("mesh", "sharding"), [("data=2,expert=2", "fsdp_ep"), pytest.param("data=4", "fsdp", marks=pytest.mark.slow)]
 )
 def test_once_a_step_and_in_float32(mesh, sharding):
-    """Of two microbatches, whose loop is the only one that these sums could be in besides those over layers."""
+    """Two microbatches, whose loop is the only one that these sums could be in besides those over layers."""
     found = sums_over_devices(mesh, 2, sharding=sharding)
     # A layer whose tokens are gathered adds up the gradients of their routing weights, of 2 rows of 64 here.
     routing = 4 * 2 * 64 * SMALL.num_experts_per_tok
@@ -59,7 +59,7 @@ def test_once_a_step_and_in_float32(mesh, sharding):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2,tensor=2", "fsdp=2,tensor=2"])
 def test_once_a_step_over_those_that_share_no_sequence(mesh):
-    """What XLA adds up over `tensor` is in the loop over microbatches; over `data` nothing is."""
+    """Sums that XLA makes over `tensor` are in the loop over microbatches; none over `data` is."""
     found = sums_over_devices(mesh, 2, sharding="fsdp", attention_impl="reference")
     outside, whole = [c for c in found if c.loops == 0], SMALL.vocab_size * SMALL.hidden_size
     assert sum(c.bytes for c in outside) > 2 * whole

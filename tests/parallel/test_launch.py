@@ -59,7 +59,7 @@ def write_script(path, text):
 
 @pytest.fixture
 def shared(tmp_path):
-    """What all hosts see: texts and a tokenizer."""
+    """Files that all hosts see: texts and a tokenizer."""
     (tmp_path / "data").mkdir()
     texts = [" ".join(str(i * j % 97) for j in range(60)) for i in range(400)]
     for i, text in enumerate(texts):

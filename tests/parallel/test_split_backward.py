@@ -49,7 +49,7 @@ def test_the_halves_together_are_the_backward_pass(rest):
 
 
 def test_nothing_is_computed_in_both_halves_and_no_weight_is_kept():
-    """Of three layers: forward again and the gradient of the input in the first half, that of weights in the second."""
+    """Three layers: forward again and the gradient of the input in the first half, that of weights in the second."""
 
     def three(late, early, x, rest):
         for w in late:

@@ -20,7 +20,7 @@ def wide(**options):
 
 
 def test_moments_are_two_numbers_per_parameter():
-    """Of a wide model with a short batch the optimizer is the largest; a longer batch's activations are."""
+    """A wide model with a short batch has the optimizer as its largest part; a longer batch, the activations."""
     config = wide(microbatches=16)
     counted = count_parameters(config.model)
     assert memory_parts(config)["moments"] == pytest.approx(2 * 4 * (counted.total + counted.mtp_total), rel=0.01)
