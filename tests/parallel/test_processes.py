@@ -65,6 +65,9 @@ def test_processes_equal_one(one_process, tmp_path, count):
     assert got.keys() == one_process.keys()
     for name, value in one_process.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=str(name))
+    sample = (directory / "sample.txt").read_text()  # drawn by all of them together
+    assert sample.startswith("def ")
+    assert sample in (directory / "report.md").read_text()
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ SMALL = {
     **{"model.num-hidden-layers": 2, "model.n-routed-experts": 8, "model.num-experts-per-tok": 2},
     **{"model.n-group": 4, "model.topk-group": 2, "model.q-lora-rank": 8, "model.kv-lora-rank": 8},
     **{"data.sequence-length": 16, "schedule.batch-size": 8, "schedule.steps": 8, "schedule.warmup-steps": 2},
-    **{"log-every": 2, "validate-every": 4, "validation-batches": 1, "checkpoint-every": 2, "sample-tokens": 0},
+    **{"log-every": 2, "validate-every": 4, "validation-batches": 1, "checkpoint-every": 2, "sample-tokens": 4},
     **{"runtime.sharding": "fsdp_ep", "mesh.fsdp": 2, "mesh.expert": 2},
 }
 arguments = [part for name, value in SMALL.items() for part in (f"--{name}", str(value))]
