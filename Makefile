@@ -33,7 +33,7 @@ train: setup
 	echo "training took $$(( $$(date +%s) - start )) s"; exit $$status
 
 test: setup lint $(LIBTPU)
-	$(RUN) -m pytest -n 2 $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: setup $(LIBTPU)
 	$(RUN) -m pytest -m slow $(ARGS)

@@ -126,6 +126,7 @@ TRUE_SHAPES = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_round_trip_of_true_shapes(tmp_path):
     """One dense layer, one sparse layer and MTP as released, 256 experts; only experts' width and words are fewer."""
     write_random_checkpoint(tmp_path / "source", TRUE_SHAPES, scales_apart=True, file_bytes=200_000_000)

@@ -50,7 +50,7 @@ def ue8m0(tmp_path_factory):
     return write(tmp_path_factory.mktemp("fp8") / "ue8m0", CONFIG, power_of_two=True)
 
 
-both = pytest.mark.parametrize("source", ["checkpoint", "ue8m0"])
+both = pytest.mark.parametrize("source", ["checkpoint", pytest.param("ue8m0", marks=pytest.mark.slow)])
 
 
 def write(directory, config, *, power_of_two=False):

@@ -88,6 +88,7 @@ def headers(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_dry_run_accounts_for_every_tensor_once(headers, capsys):
     plan = ConversionPlan(HFCheckpoint(headers, headers_only=True), "keep")
     taken = plan.tensor_names()

@@ -54,7 +54,7 @@ def assert_nothing_leaks(e):
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("v3_base", {}),
+        pytest.param("v3_base", {}, marks=pytest.mark.slow),
         pytest.param("v3_base", {"prefill_chunk": 17}, marks=pytest.mark.slow),
         pytest.param("v3_yarn", {}, marks=pytest.mark.slow),
         pytest.param("v2_greedy", {}, marks=pytest.mark.slow),
@@ -121,6 +121,7 @@ def test_a_prefix_is_found_and_one_after_another_is_the_same(checkpoints):
     assert_nothing_leaks(e)
 
 
+@pytest.mark.slow
 def test_seeded_texts_dont_depend_on_the_batch_or_on_drafts(checkpoints):
     prompts = EXPECTED["mtp_1"]["prompts"]
     sampling = Sampling(seed=7, top_k=20, top_p=0.9)

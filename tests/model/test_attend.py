@@ -141,7 +141,8 @@ def test_layer_continues_from_a_cache(form):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, cache_a, cache_b))
 
 
-@pytest.mark.parametrize("impl", [pytest.param("tpu_interpret", marks=pytest.mark.slow), "gpu_interpret"])
+@pytest.mark.parametrize("impl", ["tpu_interpret", "gpu_interpret"])
+@pytest.mark.slow
 def test_decoding_layer(impl, capsys):
     """The interpreters' effects don't fit into a scan over layers."""
     key = jax.random.key(int(new_rng().integers(1 << 30)))

@@ -21,9 +21,9 @@ from tests.pallas_kernels.test_mla_decode import RACE, SCALE, check, in_fp8, sha
 @pytest.mark.parametrize(
     ("page", "heads", "tokens", "lengths", "extra"),
     [
-        (256, 1, 1, [0, 1, 255, 256, 257], 0),
+        pytest.param(256, 1, 1, [0, 1, 255, 256, 257], 0, marks=pytest.mark.slow),
         (256, 16, 4, [2, 700, 0, 512], 3),
-        (256, 64, 2, [600, 1100], 4),
+        pytest.param(256, 64, 2, [600, 1100], 4, marks=pytest.mark.slow),
         (256, 128, 1, [577], 2),
         (512, 16, 2, [1, 1030, 0, 513], 3),
     ],

@@ -126,6 +126,7 @@ def test_blockwise_works_on_no_empty_pair(monkeypatch):
     np.testing.assert_array_equal(out[:, 64:], attend(q_nope, q_rope, *keys, segments=segments)[:, 64:])
 
 
+@pytest.mark.slow
 def test_blockwise_memory_is_linear():
     """Memory of a compiled training step with as many heads as V3 has; and so is its largest array."""
     used = {}

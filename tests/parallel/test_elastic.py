@@ -40,7 +40,7 @@ CUT, SEQUENCES, STAGES = ("data=2,tensor=4", "fsdp"), ("context=2,fsdp=4", "fsdp
     [
         (ONE, NODES),
         pytest.param(EXPERTS, ONE, marks=pytest.mark.slow),
-        (CUT, EXPERTS),
+        pytest.param(CUT, EXPERTS, marks=pytest.mark.slow),
         pytest.param(NODES, STAGES, marks=pytest.mark.slow),
     ],
 )

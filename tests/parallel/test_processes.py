@@ -57,7 +57,8 @@ def one_process(tmp_path_factory):
     return losses(directory)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_processes_equal_one(one_process, tmp_path, count):
     directory = tmp_path / "run"
     finish(start(directory, count))

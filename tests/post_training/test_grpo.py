@@ -164,6 +164,7 @@ def test_a_round_of_it(tmp_path):
         next(grpo(model, state, optimizer, GRPOLoss(CONFIG), problems, reward, tokenizer, short))
 
 
+@pytest.mark.slow
 def test_empty_texts_of_equal_reward_change_nothing():
     model, optimizer = DeepSeekV3(CONFIG), optax.adam(1e-3)
     state, tokenizer, seen = init_state(model, optimizer, jax.random.key(0)), load_tokenizer(None), []
