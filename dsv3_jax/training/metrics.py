@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dsv3_jax.config import ConfigError
 
@@ -38,7 +42,7 @@ class MetricsLog:
         beside.write_text("".join(json.dumps(r) + "\n" for r in kept))
         beside.replace(self.path)  # in one step: a crash or a full disk leaves the old one
         self._lines = self.path.open("a", buffering=1)
-        self._events = tensorboardX.SummaryWriter(str(self._directory / "tensorboard"), purge_step=first_step + 1)
+        self._events = _Events(self._directory / "tensorboard", first_step)
 
     def rewind(self, step: int) -> None:
         """Drops the lines of steps after `step`."""
@@ -56,8 +60,7 @@ class MetricsLog:
         for name, value in plain.items():
             for i, scalar in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 scalars[name if i is None else f"{name}/{i}"] = scalar
-        for name, scalar in scalars.items():
-            self._events.add_scalar(name, scalar, step)
+        self._events.write(step, [summary.scalar(name, scalar) for name, scalar in scalars.items()])
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
         return plain
@@ -66,7 +69,7 @@ class MetricsLog:
         """Records an event at a step."""
         if self.path is not None:
             self._line({"step": step, "event": what})
-            self._events.add_text("event", what, step)
+            self._events.write(step, [summary.text("event", what)])
 
     def _line(self, record: dict[str, Any]) -> None:
         try:
@@ -87,6 +90,40 @@ class MetricsLog:
             self.close_files()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class _Events:
+    """A TensorBoard event file.
+
+    tensorboardX's `SummaryWriter` writes in a thread, which a full disk ends: its callers then wait forever.
+    """
+
+    FLUSH_SECONDS = 10.0
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        """Opens a new file in `directory`, whose older files then count up to `first_step`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory, self._flushed = directory, 0.0
+        self._file = EventsWriter(str(directory / "events"), filename_suffix=f".{time.time_ns()}")
+        self._write(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, summaries: Iterable[Any]) -> None:
+        """Writes the summaries of a step. Raises OSError."""
+        self._write(*(Event(wall_time=time.time(), step=step, summary=value) for value in summaries))
+
+    def _write(self, *events: Any) -> None:
+        try:
+            for event in events:
+                self._file.write_event(event)
+            if time.monotonic() > self._flushed + self.FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed = time.monotonic()
+        except OSError as error:
+            raise OSError(error.errno, f"{self._directory} couldn't be written: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
 def _wandb_run(project: str, directory: Path) -> Any:

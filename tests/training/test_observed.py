@@ -2,11 +2,13 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dsv3_jax import cli
 from dsv3_jax.config import ConfigError
@@ -86,3 +88,41 @@ def test_a_trace_is_taken_once_and_ends_with_its_run(monkeypatch):
         trace.before(3)
         trace.after(3, None)
     assert calls == ["start", "stop"] * 2
+
+
+FULL = """
+import io, resource, signal, sys
+from pathlib import Path
+from dsv3_jax.training.metrics import MetricsLog
+log = MetricsLog(Path(sys.argv[1]), first_step=0)
+log._lines = io.StringIO()  # else these would fail first
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+for step in range(1000):
+    log.write(step, {name: 1.0 for name in "abcdefgh"})
+"""
+
+
+def test_a_full_disk_is_an_error_and_no_hang(tmp_path):
+    """The file of TensorBoard's events: the disk refuses every further byte."""
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith(f"{tmp_path / 'tensorboard'} couldn't be written: File too large")
+
+
+def test_events_are_as_tensorboard_reads_them(tmp_path):
+    log = MetricsLog(tmp_path, first_step=3)
+    log.write(4, {"loss": 2.5, "load": [1.0, 3.0]})
+    log.event(5, "a spike")
+    log.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    events, data = [], file.read_bytes()
+    while data:  # length, its checksum, the event, its checksum
+        length = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert events[0].file_version == "brain.Event:2"
+    assert (events[1].step, events[1].session_log.status) == (4, SessionLog.START)  # hides older ones from there on
+    scalars = {(e.step, v.tag): v.simple_value for e in events[2:5] for v in e.summary.value}
+    assert scalars == {(4, "loss"): 2.5, (4, "load/0"): 1.0, (4, "load/1"): 3.0}
+    assert events[5].summary.value[0].tensor.string_val == [b"a spike"]
