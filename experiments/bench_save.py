@@ -4,7 +4,8 @@ python -m experiments.bench_save --blocks 4 --sequences 32
 
 Steps of `v3-mini`, reduced, in blocks of 20: every second block begins with the look for numbers that aren't
 finite, and a save, whose writing goes on beside the steps of the block and is waited for at its end. The kinds take
-turns, so that both meet the same machine.
+turns, so that both meet the same machine. Processor time is reported besides: on a CPU all cores compute, so that what
+a save takes of them, steps wait for; other programs change it less than they change time.
 """
 
 from __future__ import annotations
@@ -50,11 +51,12 @@ def main() -> None:
     setup = Setup(config, load_tokenizer(None))
     state, done = setup.placement.init(setup.init, jax.random.key(0)), 0
     times: dict[bool, list[float]] = {False: [], True: []}
+    processor: dict[bool, list[float]] = {False: [], True: []}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), keep=2)
         for block in range(2 * arguments.blocks + 1):
-            saving, began = block % 2 == 0, time.perf_counter()
+            saving, began, used = block % 2 == 0, time.perf_counter(), time.process_time()
             if not saving and block > 1 and began - started > arguments.seconds:
                 break
             if saving:
@@ -68,21 +70,22 @@ def main() -> None:
                 checkpoints.wait()
             if block:  # the first one compiles
                 times[saving].append(time.perf_counter() - began)
-                print(f"block {block}: {'saving' if saving else 'not saving'}, {times[saving][-1]:.2f} s", flush=True)
+                processor[saving].append(time.process_time() - used)
+                kind = "saving" if saving else "not saving"
+                print(
+                    f"block {block}: {kind}, {times[saving][-1]:.2f} s, cores {processor[saving][-1]:.2f} s", flush=True
+                )
         checkpoints.close()
     setup.data.stop()
     size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.router, state.opt_state)))
-    plain, saved = (statistics.median(times[kind]) for kind in (False, True))
+    plain = statistics.median(times[False])
     tokens = config.schedule.batch_size * config.data.sequence_length
     print(f"{datetime.date.today()}, {os.cpu_count()} CPU cores, jax {jax.__version__}, {tokens:,} tokens in a step")
     print(f"state {size / 1e6:.1f} MB, step {plain / INTERVAL * 1e3:.1f} ms (median of {len(times[False])} blocks)")
-    print(
-        f"saving every {INTERVAL} steps adds {saved / plain - 1:+.2%} to the median, {_least(times):+.2%} to the least"
-    )
-
-
-def _least(times: dict[bool, list[float]]) -> float:
-    return min(times[True]) / min(times[False]) - 1
+    for what, these in (("time", times), ("processor time", processor)):
+        median = statistics.median(these[True]) / statistics.median(these[False]) - 1
+        least = min(these[True]) / min(these[False]) - 1
+        print(f"saving every {INTERVAL} steps adds {median:+.2%} to the median of {what}, {least:+.2%} to the least")
 
 
 if __name__ == "__main__":
