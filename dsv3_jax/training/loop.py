@@ -88,9 +88,7 @@ class Loop:
                 self.checkpoints.close()
         self._say_summary(int(state.step) - first)
         finished = int(state.step) == config.schedule.steps
-        sample = self.setup.sample(state) if finished and config.sample_tokens else ""  # by all processes together
-        if self.primary:
-            self._finish(finished, sample)
+        self._finish(state, finished)
         return TrainResult(state, self.last | {"step": int(state.step), "stopped": not finished}, self.directory)
 
     def _begin(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> TrainState:
@@ -249,11 +247,15 @@ class Loop:
         parts += [f"{guard.rollbacks} rollbacks"] if guard.rollbacks else []
         self.console.print("; ".join([*parts, f"newest checkpoint: step {self.checkpoints.latest()}"]), soft_wrap=True)
 
-    def _finish(self, finished: bool, sample: str) -> None:
-        """Writes figure, sample and report; for a stopped run only the figure."""
-        records = read_metrics(self.directory / METRICS)
-        (self.directory / "metrics.png").write_bytes(draw_runs({str(self.directory): records}))
+    def _finish(self, state: TrainState, finished: bool) -> None:
+        """Writes figure, sample and report; for a stopped run only the figure. All processes sample together."""
+        records = read_metrics(self.directory / METRICS) if self.primary else []
+        if self.primary:
+            (self.directory / "metrics.png").write_bytes(draw_runs({str(self.directory): records}))
         if not finished:
+            return
+        sample = self.setup.sample(state) if self.config.sample_tokens else ""
+        if not self.primary:
             return
         (self.directory / "sample.txt").write_text(sample)
         (self.directory / "report.md").write_text(report(self.config, records, sample))
