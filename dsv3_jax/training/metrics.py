@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dsv3_jax.config import ConfigError
+
+_FLUSH_SECONDS = 10.0
 
 
 class MetricsLog:
@@ -72,10 +74,8 @@ class MetricsLog:
             self._events.write(step, [summary.text("event", what)])
 
     def _line(self, record: dict[str, Any]) -> None:
-        try:
+        with _named(self.path):
             self._lines.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise OSError(error.errno, f"{self.path} couldn't be written: {error.strerror}") from None
 
     def close_files(self) -> None:
         """Closes the files; `rewind` opens them again."""
@@ -92,13 +92,20 @@ class MetricsLog:
             self._wandb.finish()
 
 
+@contextlib.contextmanager
+def _named(path: Path | None) -> Iterator[None]:
+    """Names the path in the message of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{path} couldn't be written: {error.strerror}") from None
+
+
 class _Events:
     """A TensorBoard event file.
 
     tensorboardX's `SummaryWriter` writes in a thread, which a full disk ends: its callers then wait forever.
     """
-
-    FLUSH_SECONDS = 10.0
 
     def __init__(self, directory: Path, first_step: int) -> None:
         """Opens a new file in `directory`, whose older files then count up to `first_step`."""
@@ -112,14 +119,12 @@ class _Events:
         self._write(*(Event(wall_time=time.time(), step=step, summary=value) for value in summaries))
 
     def _write(self, *events: Any) -> None:
-        try:
+        with _named(self._directory):
             for event in events:
                 self._file.write_event(event)
-            if time.monotonic() > self._flushed + self.FLUSH_SECONDS:
+            if time.monotonic() > self._flushed + _FLUSH_SECONDS:
                 self._file.flush()
                 self._flushed = time.monotonic()
-        except OSError as error:
-            raise OSError(error.errno, f"{self._directory} couldn't be written: {error.strerror}") from None
 
     def close(self) -> None:
         """Closes the file."""
