@@ -72,9 +72,8 @@ def main() -> None:
                 times[saving].append(time.perf_counter() - began)
                 processor[saving].append(time.process_time() - used)
                 kind = "saving" if saving else "not saving"
-                print(
-                    f"block {block}: {kind}, {times[saving][-1]:.2f} s, cores {processor[saving][-1]:.2f} s", flush=True
-                )
+                seconds = f"{times[saving][-1]:.2f} s, {processor[saving][-1]:.2f} s of processors"
+                print(f"block {block}: {kind}, {seconds}", flush=True)
         checkpoints.close()
     setup.data.stop()
     size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.router, state.opt_state)))

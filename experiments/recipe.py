@@ -241,7 +241,7 @@ def plot(results: Results, path: Path) -> None:
     for key in ("reward", "held_out_sampled_reward", "mtp_acceptance", "kl"):
         points = [(r["step"], r[key]) for r in results["grpo"] if key in r]
         axes.plot(*zip(*points, strict=True), label=key.replace("_", " "))
-    axes.set(xlabel="GRPO iteration", title="from fine-tuning on answers of which two fifths are wrong")
+    axes.set(xlabel="GRPO iteration", title=f"after fine-tuning on chats, {results['share_right']:.0%} of them right")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
