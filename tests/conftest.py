@@ -60,7 +60,7 @@ def pytest_configure(config):
     global _seed
     _seed = config.getoption("--seed")
     hypothesis.settings.register_profile(
-        "tests", deadline=None, max_examples=20, print_blob=True, database=None, derandomize=not _seed
+        "tests", deadline=None, max_examples=30, print_blob=True, database=None, derandomize=not _seed
     )
     hypothesis.settings.load_profile("tests")
     if _seed:

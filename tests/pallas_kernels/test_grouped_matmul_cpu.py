@@ -27,7 +27,7 @@ def values_and_gradients(f, *arrays):
 
 
 @pytest.mark.parametrize("what", ["product", "experts"])
-@settings(max_examples=3)
+@settings(max_examples=6)
 @given(group_sizes=sizes, unused=st.sampled_from([0, 1, 70]))
 @example(group_sizes=[0, 0], unused=0)
 @example(group_sizes=[5], unused=2)

@@ -78,10 +78,10 @@ def assert_close(got, expected, tolerance=1e-5):
 
 
 MESHES = [
+    ("fsdp=2,expert=2,tensor=2", "fsdp_ep", {"attention_impl": "pallas_reference"}),
     ("stage=2,tensor=2", "pp_ep_dp", {"microbatches": 2}),
 ]
 MORE = [
-    ("fsdp=2,expert=2,tensor=2", "fsdp_ep", {"attention_impl": "pallas_reference"}),
     ("fsdp=8", "fsdp", {}),
     ("context=2,tensor=2", "fsdp", {"attention_impl": "pallas_reference"}),
     ("node=2,expert=2,context=2", "fsdp_ep", {"dispatch_slack": 1.0, "interleave": 2}),

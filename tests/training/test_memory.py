@@ -56,7 +56,8 @@ def check(compiled_at, config, lengths):
     assert all(b <= 2.2 * a for a, b in itertools.pairwise(temporaries)), temporaries
 
 
-@pytest.mark.parametrize("remat", ["none", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "paper"])
 def test_on_a_cpu(remat, monkeypatch):
     monkeypatch.setattr(logits, "PIECE", 2**20)
 
