@@ -57,8 +57,9 @@ def main(steps: int = 480, out: Path = Path("runs/dense_vs_moe"), resume: bool =
     for name, model in (("moe", sparse), ("dense", dense_twin(sparse))):
         config = dataclasses.replace(base, model=model)
         directory = out / name
-        if not (directory / "report.md").exists():
-            train(config, directory, resume=resume)
+        done = (directory / "report.md").exists()
+        if not done and train(config, directory, resume=resume).metrics["stopped"]:
+            raise SystemExit("stopped: add --resume to go on")
         curves[name] = read_metrics(directory / "metrics.jsonl")
         rows.append(_row(name, config, curves[name]))
     _write(out, rows, curves, steps, base)

@@ -36,6 +36,7 @@ from dsv3_jax.post_training.grpo import GRPOConfig
 from dsv3_jax.post_training.rewards import Problem
 from dsv3_jax.serving.chat import chat_template_beside
 from dsv3_jax.training.config import TrainConfig
+from dsv3_jax.training.directory import has_begun
 from dsv3_jax.training.metrics import read_metrics
 from dsv3_jax.training.schedule import ScheduleConfig
 from dsv3_jax.training.trainer import train
@@ -257,6 +258,11 @@ def main(out: Path = Path("runs/recipe"), transformers_python: str | None = None
       iterations: of GRPO.
     """
     console, seconds = Console(), dict[str, float]()
+    args = reinforcement(out, iterations)  # what is wrong with it is said before the stages that come first
+
+    def train_all_steps(config: TrainConfig, directory: Path) -> None:
+        if train(config, directory, resume=has_begun(directory), console=console).metrics["stopped"]:
+            raise SystemExit("stopped: the same command goes on")
 
     def stage(name: str, work: Callable[[], Any]) -> None:
         def timed() -> float:
@@ -269,9 +275,7 @@ def main(out: Path = Path("runs/recipe"), transformers_python: str | None = None
 
     stage("data", lambda: prepare_data(out))
     for name, config in configs(out).items():
-        again = (out / name / "checkpoints").exists()
-        stage(name, lambda n=name, c=config, r=again: train(c, out / n, resume=r, console=console))
-    args = reinforcement(out, iterations)
+        stage(name, lambda n=name, c=config: train_all_steps(c, out / n))
     args = dataclasses.replace(args, resume=(args.run_dir / "checkpoints").exists())
     stage("grpo", lambda: grpo_command(args, console))
     stage("export", lambda: convert_command(ConvertArgs(str(out / "grpo"), out / "hf")))
