@@ -88,12 +88,17 @@ def init(model: DeepSeekV3) -> Any:
     return jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))()
 
 
-def train(config: ModelConfig, batch: int, length: int) -> tuple[float, dict[str, float]]:
-    """Milliseconds of the loss and its gradient, with the recomputation that `train` uses by default; FLOPs."""
-    model = DeepSeekV3(config, dataclasses.replace(Runtime.for_backend(jax.default_backend()), dtype="bfloat16"))
+def gradient_of(
+    config: ModelConfig, batch: int, length: int, **changes: Any
+) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    """The loss with its gradient, a function of variables, and one that makes them, by `train`'s default runtime.
+
+    changes: other fields of the runtime.
+    """
+    runtime = dataclasses.replace(Runtime.for_backend(jax.default_backend()), dtype="bfloat16", **changes)
+    model = DeepSeekV3(config, runtime)
     tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size)
 
-    @jax.jit
     def gradient(variables: Any) -> Any:
         def loss(params: Any) -> jax.Array:
             inputs = model_inputs(model, {"tokens": tokens, "targets": jnp.roll(tokens, -1, axis=1)})
@@ -102,7 +107,13 @@ def train(config: ModelConfig, batch: int, length: int) -> tuple[float, dict[str
 
         return jax.value_and_grad(loss)(variables["params"])
 
-    variables = init(model)
+    return gradient, lambda: init(model)
+
+
+def train(config: ModelConfig, batch: int, length: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds of the loss and its gradient, with the recomputation that `train` uses by default; FLOPs."""
+    gradient, make = gradient_of(config, batch, length)
+    gradient, variables = jax.jit(gradient), make()
     return median_ms(lambda: gradient(variables)), {"flops": model_flops(config, length).total * batch * length}
 
 
