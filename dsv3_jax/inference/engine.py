@@ -51,7 +51,7 @@ class EngineConfig:
     cache_dtype: str | None = None
     """Dtype of the latents in the cache, by default the runtime's; float8_e4m3fn takes 5/9 of bfloat16's bytes."""
     prefill_chunk: int = 256
-    """Tokens of prompts that are put into the cache between two steps of the texts."""
+    """Tokens of prompts that are put into the cache between two steps of the texts, if more texts run than wait."""
     drafts: int | None = None
     """Tokens that the MTP module drafts per step; by default 1 if the model has MTP, else 0."""
     drafts_up_to: int = 8
@@ -374,9 +374,10 @@ class Engine:
         """Runs one iteration of the loop."""
         self._end_cancelled()
         self._admit()
-        room = self.config.prefill_chunk
+        room = self._room_for_prompts()
         while room > 0 and (pieces := self._next_pieces()):
             room -= self._prefill_pieces(pieces)
+            self._read(1)
         ready = [r for r in self._running if not r.in_prefill and not self._surely_ends(r)]
         if any(r.request.constrained for r in ready):
             self._read(0)
@@ -385,6 +386,14 @@ class Engine:
         if ready:
             self._step(ready)
         self._read(1 if ready else 0)
+
+    def _room_for_prompts(self) -> int:
+        """Tokens of prompts to process before the next step: a chunk, or one per prompt for each text that waits.
+
+        Many prompts would otherwise join one by one, and the steps between them have small batches.
+        """
+        prompts = sum(r.in_prefill for r in self._running)
+        return self.config.prefill_chunk * max(1, prompts // max(len(self._running) - prompts, 1))
 
     def _surely_ends(self, r: _Running) -> bool:
         """Whether the pending steps, of at least one token each, complete the text."""
