@@ -130,7 +130,7 @@ def runtimes(cpu: bool) -> dict[str, Runtime]:
     plain = Runtime(dtype="bfloat16", attention_impl="reference", experts_impl="ragged")
     if cpu:
         return {"ragged": plain, "blocked": dataclasses.replace(plain, experts_impl="blocked")}
-    return {"auto, remat paper": Runtime(dtype="bfloat16", remat="paper")}
+    return {"auto, remat paper": Runtime(dtype="bfloat16", remat="paper"), "ragged": plain}
 
 
 def main(out: Path = Path("runs/bfloat16_gradients"), sizes: str = "", seeds: int = 1) -> None:

@@ -51,7 +51,7 @@ class EngineConfig:
     cache_dtype: str | None = None
     """Dtype of the latents in the cache, by default the runtime's; float8_e4m3fn takes 5/9 of bfloat16's bytes."""
     prefill_chunk: int = 256
-    """Tokens of prompts that are put into the cache between two steps of the texts, if more texts run than wait."""
+    """Tokens of prompts put into the cache between two steps of the texts; more if there are several prompts per text."""
     drafts: int | None = None
     """Tokens that the MTP module drafts per step; by default 1 if the model has MTP, else 0."""
     drafts_up_to: int = 8
@@ -388,9 +388,9 @@ class Engine:
         self._read(1 if ready else 0)
 
     def _room_for_prompts(self) -> int:
-        """Tokens of prompts to process before the next step: a chunk, or one per prompt for each text that waits.
+        """Tokens of prompts to process before the next step: a chunk, or as many chunks as there are prompts per text.
 
-        Many prompts would otherwise join one by one, and the steps between them have small batches.
+        Where few texts wait for a step, this delays few, and the prompts join in time for one large batch.
         """
         prompts = sum(r.in_prefill for r in self._running)
         return self.config.prefill_chunk * max(1, prompts // max(len(self._running) - prompts, 1))
