@@ -51,7 +51,7 @@ class EngineConfig:
     cache_dtype: str | None = None
     """Dtype of the latents in the cache, by default the runtime's; float8_e4m3fn takes 5/9 of bfloat16's bytes."""
     prefill_chunk: int = 256
-    """Tokens of prompts put into the cache between two steps of the texts; more if there are several prompts per text."""
+    """Prompt tokens put into the cache between two steps of the texts; more if there are several prompts per text."""
     drafts: int | None = None
     """Tokens that the MTP module drafts per step; by default 1 if the model has MTP, else 0."""
     drafts_up_to: int = 8
