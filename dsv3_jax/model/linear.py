@@ -158,19 +158,27 @@ def linear_einsum(
 
 @jax.named_scope("grouped_swiglu")
 def grouped_swiglu(
-    x: jax.Array, gate: Weight, up: Weight, down: Weight, group_sizes: jax.Array, *, implementation: str
+    x: jax.Array,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    factors: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    implementation: str,
 ) -> jax.Array:
     """Applies experts to the rows sent to them, (M, D) sorted by expert -> (M, D); see `pallas_kernels.grouped_matmul`.
 
     Args:
       gate, up: (G, D, F). down: (G, F, D).
+      factors: (M, 1) float32, what each row's result is multiplied by.
       group_sizes: (G,) int32, rows of each expert.
     """
     if _in_blocks(weights := (gate, up, down)):
-        return fp8.swiglu(x, *weights, group_sizes, keep=save_activation)
+        return fp8.swiglu(x, *weights, group_sizes, keep=save_activation) * factors
     product = functools.partial(grouped_matmul.grouped_swiglu, implementation=implementation, keep=save_activation)
     gate, up, down = (cast(jax.Array, w).astype(x.dtype) for w in weights)
-    y: jax.Array = product(x, gate, up, down, group_sizes)
+    y: jax.Array = product(x, gate, up, down, factors, group_sizes)
     return y
 
 

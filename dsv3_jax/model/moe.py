@@ -58,9 +58,9 @@ def experts_grouped(
     sizes = jnp.bincount(ids.ravel(), length=w.gate_proj.shape[0]).astype(jnp.int32)
     place = jnp.full((tokens * k,), rows, order.dtype).at[order].set(jnp.arange(rows, dtype=order.dtype))
     maps = order // k, place.reshape(tokens, k)
-    out = grouped_swiglu(spread(x, *maps), *w, sizes, implementation=implementation)
-    weighted = out * spread(weights.reshape(-1, 1), order, place[:, None])
-    return collect(weighted, *maps).astype(x.dtype)
+    weights = spread(weights.reshape(-1, 1), order, place[:, None])
+    out = grouped_swiglu(spread(x, *maps), *w, weights, sizes, implementation=implementation)
+    return collect(out, *maps).astype(x.dtype)
 
 
 def experts(
