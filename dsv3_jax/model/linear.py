@@ -108,7 +108,7 @@ def linear(
       shape: of the weight, input axes first: the transpose of PyTorch's.
       logical: the logical axis of each, or None; see `parallel.rules.Rules`.
       contract: number of axes in I.
-      keep_input: whether policy `paper` saves x; in FP8 it is saved in FP8, with power-of-two scales.
+      keep_input: whether policy `paper` saves x in FP8, with power-of-two scales, if it multiplies in FP8.
       whole_sequence: whether every device that shares a sequence has all tokens of x, (B, S, ...).
     """
     with jax.named_scope(name):
@@ -118,7 +118,7 @@ def linear(
                 fp8.linear, power_of_two=keep_input, keep=save_activation if keep_input else _as_is
             )
             return fp8_linear.linear(module.runtime, compute, x, w, logical, whole_sequence=whole_sequence)
-        return multiply(save_activation(x) if keep_input else x, w, contract=contract)
+        return multiply(x, w, contract=contract)
 
 
 def swiglu(module: Module, x: jax.Array, width: int) -> jax.Array:
