@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from dsv3_jax.model.auto import unrolls
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import Cache, LayerCache, LayersCache, TokenPositions
 from dsv3_jax.model.linear import SCALES, weight
@@ -99,9 +100,9 @@ class DeepSeekV3(Module):
         wide = jnp.promote_types(r.dtype, jnp.float32)
         self.embed_tokens = weight(self, "embed_tokens", (c.vocab_size, c.hidden_size), ("vocab", "embed"), dtype=wide)
         if c.num_dense_layers:
-            self.dense_layers = rematerialise(Block, r)(c, r, is_moe=False)
+            self.dense_layers = rematerialise(Block, r, in_loop=not unrolls(c.num_dense_layers))(c, r, is_moe=False)
         if c.num_moe_layers:
-            self.moe_layers = rematerialise(Block, r)(c, r, is_moe=True)
+            self.moe_layers = rematerialise(Block, r, in_loop=not unrolls(c.num_moe_layers))(c, r, is_moe=True)
         self.norm = norm_scale(self, "norm", c.hidden_size)
         self.lm_head = weight(self, "lm_head", (c.hidden_size, c.vocab_size), ("embed", "vocab"))
         self.mtp = [rematerialise(MTPModule, r)(c, r, name=f"mtp_{k}") for k in range(c.num_nextn_predict_layers)]
@@ -295,8 +296,9 @@ def _through(
 ) -> tuple[jax.Array, LayersCache | None, RouterStats | None]:
     """Applies `layers` blocks of one kind to x (B, T, D). Returns x, the extended cache, and the routing of each layer.
 
-    Blocks are scanned: parameters have a leading axis of layers, and compile time doesn't grow with depth. The cache of
-    all layers is carried rather than split and stacked, so that each layer extends it in place.
+    Blocks are scanned: parameters have a leading axis of layers, and compile time doesn't grow with depth, except where
+    `unrolls` says so. The cache of all layers is carried rather than split and stacked, so that each layer extends it
+    in place.
     """
 
     def layer(block: Any, carry: Any, where: TokenPositions, index: jax.Array) -> tuple[Any, RouterStats | None]:
@@ -311,6 +313,7 @@ def _through(
         in_axes=(nn.broadcast, 0),
         out_axes=0,
         length=layers,
+        unroll=layers if cache is None and unrolls(layers) else 1,
         metadata_params=LAYERS,
     )
     (x, cache), stats = scanned(block, (x, cache), where, jnp.arange(layers, dtype=jnp.int32))

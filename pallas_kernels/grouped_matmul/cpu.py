@@ -44,7 +44,7 @@ def _wide_zeros(w: jax.Array) -> jax.Array:
 
 
 def _over_groups(group_sizes: jax.Array, group: Callable[[jax.Array, Any], Any], start: Any) -> Any:
-    """Folds `group(g, so far)` over the groups that have rows. In decoding these are few, and no other matrix is read."""
+    """Folds `group(g, so far)` over the groups that have rows: in decoding few, and no other matrix is read."""
     order = jnp.argsort(group_sizes == 0)
     return lax.fori_loop(0, jnp.count_nonzero(group_sizes), lambda i, so_far: group(order[i], so_far), start)
 

@@ -1,4 +1,4 @@
-"""Reference of grouped matmul: multiplies every row with every matrix, and selects the result of its own; and SwiGLU."""
+"""Reference of grouped matmul: multiplies every row with every matrix, selects the result of its own; and SwiGLU."""
 
 from __future__ import annotations
 
