@@ -362,8 +362,8 @@ class Steps:
         losses, gradients = [], []
         for i in range(STEPS):
             state, metrics = self.compiled(state, self.placement.batch(np.arange(BATCH), packed_batch(i), BATCH))
-            metrics.pop("dispatch_in_rounds", None)  # one device has no such thing
-            losses.append(metrics)
+            # One device has no dispatch.
+            losses.append({name: value for name, value in metrics.items() if not name.startswith("dispatch_")})
             gradients.append(jax.tree.map(np.asarray, state.opt_state[0]))
         trees = (losses, gradients, state.variables, state.opt_state[1:])
 
