@@ -34,7 +34,7 @@ from dsv3_jax.parallel.sharding import LogicalSharding, current_sharding
 from dsv3_jax.runtime import Runtime
 
 SLACKS = (1.2, 1.5, 2.0, 3.0, 4.0)
-"""Of `runtime.dispatch_slack`: the default, and those that a run may choose."""
+"""Values of `runtime.dispatch_slack`: the default, and those that a run may choose."""
 
 LocalExperts = Callable[..., jax.Array]
 """`(x (M, D), ids (M, K), weights (M, K), expert weights, rows) -> (M, D)`: applies one device's experts to its tokens.
