@@ -79,8 +79,8 @@ def _cudnn_forward(a: blockwise.Arrays, scale: float) -> tuple[jax.Array, _Resid
 
 def _cudnn_backward(scale: float, residuals: _Residuals, dout: jax.Array) -> tuple[blockwise.Arrays]:
     a, out, lse = residuals
-    known = (*_cudnn_arrays(a), lse, out)
-    dq, dk, dv, *_ = fused_attention_stablehlo._dot_product_attention_bwd_rule(*_cudnn_options(scale), known, dout)
+    given: tuple[Any, ...] = (*_cudnn_options(scale), (*_cudnn_arrays(a), lse, out), dout)
+    dq, dk, dv, *_ = fused_attention_stablehlo._dot_product_attention_bwd_rule(*given)
     return ((*jax.vjp(_joined, *a[:4])[1]((dq, dk)), dv),)
 
 
