@@ -56,12 +56,13 @@ def attention_impl(
     return "reference" if tokens * keys <= SMALL else "blockwise"
 
 
-def unrolls(layers: int) -> bool:
-    """Whether training unrolls a stack of layers: on GPUs, if they are few enough to compile fast.
+def unrolls(layers: int, runtime: Runtime) -> bool:
+    """Whether training unrolls a stack of layers: on one GPU, if they are few enough to compile fast.
 
-    A loop slices weights and stacks gradients, which costs a tenth of a step of V2-Lite's widths (docs/results).
+    A loop slices weights and stacks gradients, a tenth of a step's time at V2-Lite's widths. Without one, XLA keeps all
+    layers' weights in the runtime's dtype until the backward pass, which on a mesh would be all-gathered ones.
     """
-    return platform() == "gpu" and layers <= UNROLLED
+    return platform() == "gpu" and runtime.sharding == "single" and layers <= UNROLLED
 
 
 def experts_impl(runtime: Runtime) -> str:

@@ -103,9 +103,9 @@ class DeepSeekV3(Module):
         wide = jnp.promote_types(r.dtype, jnp.float32)
         self.embed_tokens = weight(self, "embed_tokens", (c.vocab_size, c.hidden_size), ("vocab", "embed"), dtype=wide)
         if c.num_dense_layers:
-            self.dense_layers = rematerialise(Block, r, in_loop=not unrolls(c.num_dense_layers))(c, r, is_moe=False)
+            self.dense_layers = rematerialise(Block, r)(c, r, is_moe=False)
         if c.num_moe_layers:
-            self.moe_layers = rematerialise(Block, r, in_loop=not unrolls(c.num_moe_layers))(c, r, is_moe=True)
+            self.moe_layers = rematerialise(Block, r)(c, r, is_moe=True)
         self.norm = norm_scale(self, "norm", c.hidden_size)
         self.lm_head = weight(self, "lm_head", (c.hidden_size, c.vocab_size), ("embed", "vocab"))
         self.mtp = [rematerialise(MTPModule, r)(c, r, name=f"mtp_{k}") for k in range(c.num_nextn_predict_layers)]
@@ -316,7 +316,7 @@ def _through(
         in_axes=(nn.broadcast, 0),
         out_axes=0,
         length=layers,
-        unroll=layers if cache is None and unrolls(layers) else 1,
+        unroll=layers if cache is None and unrolls(layers, block.runtime) else 1,
         metadata_params=LAYERS,
     )
     (x, cache), stats = scanned(block, (x, cache), where, jnp.arange(layers, dtype=jnp.int32))
