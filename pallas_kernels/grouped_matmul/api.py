@@ -69,7 +69,7 @@ def grouped_swiglu(
 ) -> jax.Array:
     """Applies experts to groups of rows: factor * down(silu(gate(x)) * up(x)) with the three matrices of each group.
 
-    Factors are applied before `down`, where their gradient needs nothing else than that of the product.
+    Factors are applied before `down`, where their gradient doesn't need its result; with few rows on a GPU after it.
 
     Args:
       x: (M, D) rows, sorted by group. gate, up: (G, D, F). down: (G, F, D). factors: (M, 1), float32 or wider.
@@ -85,6 +85,8 @@ def grouped_swiglu(
     hidden = jax.ShapeDtypeStruct((len(x), gate.shape[-1]), x.dtype)
     for rows, matrices in ((x, gate), (x, up), (hidden, down)):
         _check(rows, matrices, group_sizes, implementation)
+    if factors.shape != (len(x), 1):
+        raise ValueError(f"grouped_swiglu needs factors ({len(x)}, 1), but got {factors.shape}")
     if implementation == "blocked":
         return cpu.grouped_swiglu(x, gate, up, down, factors, group_sizes)
     if implementation == "gpu" and gpu.few(len(x), len(gate)):

@@ -97,8 +97,8 @@ def _cudnn_options(scale: float) -> tuple[Any, ...]:
     return scale, 42, 0.0, (False, False), lib.MaskType.CAUSAL, layout, None, version, False
 
 
-for function in (_cudnn, _tokamax_with_gradients_by_cudnn):
-    function.defvjp(_cudnn_forward, _cudnn_backward)
+_cudnn.defvjp(_cudnn_forward, _cudnn_backward)
+_tokamax_with_gradients_by_cudnn.defvjp(_cudnn_forward, _cudnn_backward)
 
 
 def has_cudnn(q_nope: jax.Array, q_rope: jax.Array, k_nope: jax.Array, k_rope: jax.Array, v: jax.Array) -> bool:

@@ -73,3 +73,5 @@ def test_experts_that_do_not_fit_are_refused(implementation):
         grouped_swiglu(x.astype(jnp.bfloat16), gate, up, down, *rest, implementation=implementation)
     with pytest.raises(ValueError, match=r"needs \(M, K\), \(G, K, N\) and \(G,\)"):
         grouped_swiglu(x, gate, up, gate, *rest, implementation=implementation)
+    with pytest.raises(ValueError, match=r"needs factors \(5, 1\), but got \(5,\)"):
+        grouped_swiglu(x, gate, up, down, rest[0][:, 0], rest[1], implementation=implementation)
