@@ -60,6 +60,7 @@ from dsv3_jax.training.step import init_state, make_train_step
 from experiments.bench_step import scaled
 
 Part = Literal["exchange", "throughput", "steps"]
+Axis = Literal["fsdp", "expert", "tensor", "context", "data"]
 Row = dict[str, Any]
 
 SETTINGS: dict[str, dict[str, str]] = {
@@ -537,7 +538,7 @@ def main(
     parts: tuple[Part, ...] = ("exchange", "throughput", "steps"),
     tokens: tuple[int, ...] = (),
     experts: int = 256,
-    meshes: tuple[str, ...] = (),
+    meshes: tuple[Axis, ...] = (),
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = (),
     limit: int = 0,
     part: Part | None = None,
