@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -48,6 +49,7 @@ class Remote:
 
     def __init__(self, url: str) -> None:
         self.url, scheme = url, url.partition(":")[0]
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)  # it logs tracebacks of what it raises
         options = {"auto_mkdir": True} if scheme in ("file", "local") else {}
         try:
             self._files, root = fsspec.core.url_to_fs(url, **options)
@@ -109,11 +111,11 @@ class Remote:
         finally:
             beside.unlink(missing_ok=True)
 
-    def remove(self, names: Collection[str]) -> None:
-        """Removes files. Those that are gone already are none to remove."""
-        for name in names:
-            with self._named(f"removed ({name})"), contextlib.suppress(FileNotFoundError):
-                self._files.rm_file(self._path(name))
+    def remove(self, name: str) -> None:
+        """Removes a file, or all files below a directory, if there are any."""
+        with self._named(f"removed ({name})"), contextlib.suppress(FileNotFoundError):
+            self._files.invalidate_cache()
+            self._files.rm(self._path(name), recursive=True)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -139,11 +139,10 @@ class Mirror:
         found = self.remote.list()
         for step in complete_steps_of(found):
             self._there[step] = self.remote.read(_hashes(step)) or b""
-        # Those without hashes: of an interruption.
-        self.remote.remove([name for name in found if in_step(name) not in (None, *self._there)])
+        for step in {in_step(name) for name in found} - {None, *self._there}:  # without hashes: of an interruption
+            self.remote.remove(f"{CHECKPOINTS}/{step}")
         if not ours:
             self._clear()
-        self._seen.clear()
         self._copy_down(found)
         replace_file(self.here.with_name(OWNER), json.dumps(self._owner).encode())
         for thread in self._threads:
@@ -202,6 +201,7 @@ class Mirror:
                 in_parallel(lambda name, at=arriving: self.remote.get(name, at / name), names, WORKERS)  # type: ignore[misc]
                 folder.mkdir(exist_ok=True)
                 (arriving / CHECKPOINTS / str(step)).rename(folder / str(step))
+        self._seen = set(steps)
 
     # Meanwhile -------------------------------------------------------------------------------------------
 
@@ -245,25 +245,31 @@ class Mirror:
         content = self.remote.read(OWNER)
         return None if content is None else _owner(content)
 
-    def _pending(self) -> list[int]:
-        """Lists the complete steps here that aren't at the URL, newest first."""
+    def _steps(self) -> list[int]:
+        """Lists the complete steps here, ascending."""
         folder = self.here / CHECKPOINTS
         steps = complete_steps(folder) if folder.is_dir() else []
         self._seen |= set(steps)
-        return [s for s in reversed(steps) if self._there.get(s) != _content(folder / str(s) / HASHES)]
+        return steps
+
+    def _pending(self) -> list[int]:
+        """Lists the complete steps here that aren't at the URL, newest first."""
+        hashes = {step: _content(self.here / _hashes(step)) for step in reversed(self._steps())}
+        return [step for step, content in hashes.items() if self._there.get(step) != content]
 
     def copy(self) -> None:
         """Copies what has changed to the URL, and removes there the checkpoints that were removed here.
 
         The order makes each moment one to go on from: no checkpoint without a config, no metrics without a
-        checkpoint, and no checkpoint without the metrics before it.
+        checkpoint, no checkpoint without the metrics before it, and none of before a rollback with those after it.
 
         Raises OSError.
         """
         if self._lost:
             raise OSError(self._lost)
         small = self._small_files()
-        steps = self._pending()
+        steps, newest = self._pending(), max(self._steps(), default=-1)
+        self._remove([step for step in self._gone() if step > newest] + [step for step in steps if step in self._there])
         self._copy_small([name for name in small if name in _FIRST])
         if steps and not self._there:
             self._copy_step(steps.pop())
@@ -271,10 +277,11 @@ class Mirror:
             self._copy_small(self._small_files() if steps else small)
         for step in steps:
             self._copy_step(step)
-        folder = self.here / CHECKPOINTS
-        gone = [step for step in self._there if step in self._seen and not (folder / str(step)).exists()]
-        if len(gone) < len(self._there):
-            self._remove(gone)
+        self._remove(self._gone())
+
+    def _gone(self) -> list[int]:
+        """Lists the steps at the URL that training has removed here."""
+        return sorted(set(self._there) & self._seen - set(self._steps()))
 
     def _small_files(self) -> list[str]:
         """Lists the files beside the checkpoints, except for those with a leading dot, which are unfinished."""
@@ -313,8 +320,7 @@ class Mirror:
             return
         except (ValueError, KeyError, TypeError) as error:
             raise OSError(f"{self.here / _hashes(step)} is damaged: {error}") from None
-        if step in self._there:  # of a state before a rollback
-            self._remove([step])
+        self._remove([step] if step in self._there else [], last=True)
         top, names = f"{CHECKPOINTS}/{step}", [str(f.relative_to(links)) for f in links.rglob("*") if f.is_file()]
         files = [name for name in names if name != HASHES]
         in_parallel(lambda name: self.remote.put(links / name, f"{top}/{name}"), files, WORKERS)
@@ -322,14 +328,12 @@ class Mirror:
         self._there[step] = hashes
         shutil.rmtree(links, ignore_errors=True)
 
-    def _remove(self, steps: list[int]) -> None:
-        """Removes checkpoints at the URL, their hashes first."""
-        if not steps:
-            return
-        found = self.remote.list()
-        for step in steps:
-            self.remote.remove([_hashes(step), *(name for name in found if in_step(name) == step)])
+    def _remove(self, steps: list[int], *, last: bool = False) -> None:
+        """Removes checkpoints at the URL, their hashes first. Leaves at least one, unless `last`."""
+        for step in steps if last or len(steps) < len(self._there) else ():
+            self.remote.remove(_hashes(step))
             self._there.pop(step)
+            self.remote.remove(f"{CHECKPOINTS}/{step}")
 
     # End -------------------------------------------------------------------------------------------------
 
