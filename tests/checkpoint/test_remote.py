@@ -1,6 +1,7 @@
 """Directories at URLs, read through a copy in the user's cache."""
 
 from pathlib import Path
+
 import pytest
 from fsspec.registry import known_implementations
 

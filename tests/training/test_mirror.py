@@ -188,31 +188,34 @@ def test_a_network_that_fails_for_a_while(url, capsys):
     assert sum("can be written again" in line for line in lines) == 1
 
 
+def lose_the_network(url, error=None):
+    """Saves steps 0 and 1, of which 1 doesn't arrive."""
+    with working_copy(url) as here:
+        save(here, 0)
+        wait_for(lambda: 0 in complete_steps_of(Remote(url).list()))
+        unsteady.allow(0)
+        save(here, 1)
+        if error is not None:
+            raise error
+
+
 def test_what_couldnt_be_copied_is_kept_and_copied_later(url, tmp_path, capsys):
     with pytest.raises(OSError, match=r"the network is down; everything is in .*/run: the same command on this"):
-        with working_copy(url) as here:
-            save(here, 0)
-            wait_for(lambda: complete_steps_of(Remote(url).list()) == [0])
-            unsteady.allow(0)
-            save(here, 1)
+        lose_the_network(url)
     unsteady.allow()
     assert complete_steps_of(Remote(url).list()) == [0]
     with working_copy(url) as here:  # at once: it is this machine's
         assert check_whole(here) == 1
     assert complete_steps_of(Remote(url).list()) == [0, 1]
-    with pytest.raises(ZeroDivisionError), working_copy(url) as here:
-        unsteady.allow(0)
-        save(here, 2)
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        lose_the_network(url, ZeroDivisionError)
     assert "everything is in" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_another_machine_has_gone_past_is_set_aside(url, tmp_path, monkeypatch):
-    with pytest.raises(OSError, match="the network is down"), working_copy(url) as here:
-        save(here, 0)
-        wait_for(lambda: complete_steps_of(Remote(url).list()) == [0])
-        unsteady.allow(0)
-        save(here, 1)
+    with pytest.raises(OSError, match="the network is down"):
+        lose_the_network(url)
+    here = cached("runs", url)
     unsteady.allow()
     machine(tmp_path, monkeypatch, "second")
     with working_copy(url) as other:
@@ -226,32 +229,36 @@ def test_what_another_machine_has_gone_past_is_set_aside(url, tmp_path, monkeypa
 
 
 def test_two_processes_of_one_machine(url):
-    with working_copy(url):
-        with pytest.raises(ConfigError, match="is held by another process"), working_copy(url):
-            pass
+    with working_copy(url), pytest.raises(ConfigError, match="is held by another process"), working_copy(url):
+        pass
 
 
 def test_two_machines(url, tmp_path, monkeypatch, capsys):
     with working_copy(url) as here:
         save(here, 0)
         machine(tmp_path, monkeypatch, "second")
-        with pytest.raises(ConfigError, match=r"^unsteady://.*/run is held by process \d+ on .*, which trains there"):
-            with working_copy(url):
-                pass
+        held = pytest.raises(ConfigError, match=r"^unsteady://.*/run is held by process \d+ on .*, which trains there")
+        with held, working_copy(url):
+            pass
     began = time.monotonic()
     with working_copy(url):
         assert time.monotonic() < began + 0.4, "one that has ended isn't waited for"
     assert "waiting" in capsys.readouterr().out
 
 
-def test_a_run_that_was_taken_over_copies_nothing_more(url, tmp_path, monkeypatch):
-    with pytest.raises(OSError, match="was taken over by process"), working_copy(url) as here:
-        save(here, 0)
-        wait_for(lambda: complete_steps_of(Remote(url).list()) == [0])
-        Remote(url).write(OWNER, json.dumps({"session": "another", "process": 1, "host": "other"}).encode())
-        save(here, 1)
+def test_a_run_that_was_taken_over_copies_nothing_more(url, capsys):
+    def lose_it():
+        with working_copy(url) as here:
+            save(here, 0)
+            wait_for(lambda: complete_steps_of(Remote(url).list()) == [0])
+            Remote(url).write(OWNER, json.dumps({"session": "another", "process": 1, "host": "other"}).encode())
+            wait_for(lambda: "taken over" in capsys.readouterr().out)
+            save(here, 1)
+
+    with pytest.raises(OSError, match="was taken over by process 1 on other: what this process did since is in"):
+        lose_it()
     assert complete_steps_of(Remote(url).list()) == [0]
-    assert check_whole(here) == 1
+    assert check_whole(cached("runs", url)) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"time": 0}'])
