@@ -1,6 +1,6 @@
 """Directories on object stores, such as gs://bucket/run. `fetched` copies one to the user's cache, to be read there.
 
-Through fsspec: gs:// (gcsfs comes with orbax), s3:// with s3fs, az:// with adlfs, file://, and others.
+Through fsspec: gs:// with gcsfs, s3:// with s3fs, az:// with adlfs, file://, and others.
 """
 
 from __future__ import annotations
