@@ -185,7 +185,7 @@ def _fetch(remote: Remote, here: Path, weights: bool) -> None:
     if not set(found) - {OWNER}:
         raise FileNotFoundError(f"{remote.url} holds no files: give the URL of a training run or checkpoint")
     steps = complete_steps_of(found)[-1:] if weights else []
-    wanted = {n: v for n, v in found.items() if not n.startswith(f"{CHECKPOINTS}/") or in_step(n) in steps}
+    wanted = {n: v for n, v in found.items() if not n.startswith(CHECKPOINTS) or in_step(n) in steps}  # none set aside
     wanted.pop(OWNER, None)
     try:
         known = json.loads(journal.read_text())

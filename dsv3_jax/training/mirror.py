@@ -188,7 +188,7 @@ class Mirror:
             with contextlib.suppress(ValueError):
                 if len(steps) > 1 and json.loads(run).get("good"):
                     break
-        small = [name for name in found if not name.startswith(f"{CHECKPOINTS}/") and name != OWNER]
+        small = [name for name in found if not name.startswith(CHECKPOINTS) and name != OWNER]  # none set aside
         lacking = [name for name in small if not (self.here / name).exists()]
         in_parallel(lambda name: self.remote.get(name, self.here / name), lacking, WORKERS)
         for name in lacking:

@@ -22,7 +22,8 @@ def cache(tmp_path, monkeypatch):
 def bucket(tmp_path):
     """A run with two checkpoints at a URL, the newer of which hasn't arrived entirely."""
     run = tmp_path / "bucket/run"
-    for name in ("config.json", "owner.json", "checkpoints/5/state/d/x", "checkpoints/5/hashes.json"):
+    whole = ("checkpoints/5/state/d/x", "checkpoints/5/hashes.json", "checkpoints_set_aside/6-1/hashes.json")
+    for name in ("config.json", "owner.json", *whole):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(name)
     (run / "checkpoints/7/state").mkdir(parents=True)
