@@ -67,6 +67,7 @@ def test_a_run_leaves_everything(straight):
     )
 
 
+@pytest.mark.slow  # the next one is also of a kill, and leaves the resumed run less
 def test_killed_and_resumed_equals_straight(straight, tmp_path):
     """kill -9 somewhere after the checkpoint of step 30; the resumed run's parameters are the same bits."""
     directory = tmp_path / "run"
@@ -90,7 +91,7 @@ def test_killed_and_resumed_equals_straight(straight, tmp_path):
 
 
 def test_killed_and_resumed_at_a_url(straight, tmp_path, monkeypatch, capsys):
-    """kill -9 after a checkpoint has arrived; another machine, which has nothing but the URL, ends with the same."""
+    """kill -9 after a checkpoint has arrived; another machine, which has nothing but the URL, ends with the same bits."""
     bucket = tmp_path / "bucket/run"
     url = f"file://{bucket}"
     arguments = ["train", "--run-dir", url, *RUN_OPTIONS, "--auto-resume"]
