@@ -139,8 +139,8 @@ class Mirror:
         found = self.remote.list()
         for step in complete_steps_of(found):
             self._there[step] = self.remote.read(_hashes(step)) or b""
-        for step in {in_step(name) for name in found} - {None, *self._there}:  # without hashes: of an interruption
-            self.remote.remove(f"{CHECKPOINTS}/{step}")
+        for part in {in_step(name) for name in found} - {None, *self._there}:  # without hashes: of an interruption
+            self.remote.remove(f"{CHECKPOINTS}/{part}")
         if not ours:
             self._clear()
         self._copy_down(found)

@@ -91,7 +91,7 @@ def test_killed_and_resumed_equals_straight(straight, tmp_path):
 
 
 def test_killed_and_resumed_at_a_url(straight, tmp_path, monkeypatch, capsys):
-    """kill -9 after a checkpoint has arrived; another machine, which has nothing but the URL, ends with the same bits."""
+    """kill -9 after a checkpoint has arrived; another machine, with nothing but the URL, ends with the same bits."""
     bucket = tmp_path / "bucket/run"
     url = f"file://{bucket}"
     arguments = ["train", "--run-dir", url, *RUN_OPTIONS, "--auto-resume"]
