@@ -31,7 +31,7 @@ WORKERS = 8
 _SMALL = 16 << 20
 _TRIES = 3
 _VERSION = ("size", "ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
-"""What file systems say of a file that differs when its content does."""
+"""Fields of a file system's listing that differ when the content does."""
 
 
 def as_url(path: str | Path) -> str | None:
