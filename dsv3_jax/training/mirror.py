@@ -29,7 +29,7 @@ from dsv3_jax.checkpoint.remote import OWNER, WORKERS, Remote, as_url, cached, c
 from dsv3_jax.checkpoint.runs import CHECKPOINTS, HASHES, RUN_ITEM, complete_steps
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer_files import TOKENIZER_FILES
-from dsv3_jax.parallel.placement import any_process
+from dsv3_jax.parallel.placement import all_processes_here, any_process
 from dsv3_jax.training.directory import CONFIG, LOCK, locked, replace_file
 
 COPY_SECONDS = 60.0
@@ -64,6 +64,7 @@ def working_copy(directory: Path | str, console: Console | None = None) -> Itera
         return
     console = console or Console(quiet=jax.process_index() != 0)
     here, refused = cached("runs", url), None
+    all_processes_here()  # they connect at their first exchange, and wait for that half a minute only
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             try:
