@@ -108,14 +108,9 @@ def _one_line(box: str) -> str:
 
 
 def _train(arguments: list[str], command: str = "train") -> None:
-    import jax
-
-    from dsv3_jax.compilation_cache import keep_compiled_programs
-    from dsv3_jax.parallel.processes import Processes, join, last_words
-    from dsv3_jax.training.config import SFTArgs, TrainArgs, TrainConfig
-    from dsv3_jax.training.directory import CONFIG, has_begun
-    from dsv3_jax.training.initial import with_model_of
-    from dsv3_jax.training.trainer import train
+    from dsv3_jax.checkpoint.remote import as_url
+    from dsv3_jax.parallel.processes import Processes, join
+    from dsv3_jax.training.mirror import working_copy
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = lambda message: _fail(message)  # type: ignore[method-assign]
@@ -123,27 +118,53 @@ def _train(arguments: list[str], command: str = "train") -> None:
     first.add_argument("--run-dir", "--run_dir", type=Path)
     first.add_argument("--resume", action=argparse.BooleanOptionalAction)
     first.add_argument("--auto-resume", "--auto_resume", action=argparse.BooleanOptionalAction)
-    first.add_argument("--init-from", "--init_from", type=Path)
+    first.add_argument("--init-from", "--init_from")
     first.add_argument("--processes.coordinator", dest="coordinator")
     first.add_argument("--processes.count", dest="count", type=int)
     first.add_argument("--processes.index", dest="index", type=int)
     known = first.parse_known_args(arguments)[0]
+    known.help = bool({"-h", "--help"} & set(arguments))
     preset = known.preset or "tiny"
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}")
-    join(Processes(known.coordinator, known.count, known.index))  # before JAX is asked for its devices
-    run_dir, kind = known.run_dir or Path("runs") / preset, TrainArgs
+    processes = Processes(known.coordinator, known.count, known.index)
+    join(processes)  # before JAX is asked for its devices
+    known.run_dir = known.run_dir or Path("runs") / ("sft" if command == "sft" else preset)
+    with contextlib.nullcontext(known.run_dir) if known.help else working_copy(known.run_dir) as directory:
+        result = _train_in(directory, known, arguments, command)
+    shown = as_url(known.run_dir) or str(known.run_dir)
+    if result["stopped"]:
+        again = ["python", "-m", "dsv3_jax", command, "--run-dir", shown, "--resume"]
+        for name, value in dataclasses.asdict(processes).items():
+            again += [] if value is None else [f"--processes.{name}", str(value)]
+        print(f"stopped and saved at step {result['step']}; continue with: {shlex.join(again)}")
+        sys.exit(_INTERRUPTED)
+    print(f"done: {shown}/report.md")
+
+
+def _train_in(run_dir: Path, known: argparse.Namespace, arguments: list[str], command: str) -> dict[str, Any]:
+    """Trains in `run_dir`, which is the working copy if `--run-dir` is a URL. Returns the last metrics."""
+    import jax
+
+    from dsv3_jax.compilation_cache import keep_compiled_programs
+    from dsv3_jax.parallel.processes import last_words
+    from dsv3_jax.training.config import SFTArgs, TrainArgs, TrainConfig
+    from dsv3_jax.training.directory import CONFIG, has_begun
+    from dsv3_jax.training.initial import with_model_of
+    from dsv3_jax.training.trainer import train
+
+    preset, kind = known.preset or "tiny", TrainArgs
     config = TrainConfig.preset(preset, jax.default_backend())
     if command == "sft":
-        run_dir, kind, config = known.run_dir or Path("runs/sft"), SFTArgs, config.fine_tuning()
+        kind, config = SFTArgs, config.fine_tuning()
     resume = known.resume or (known.auto_resume and has_begun(run_dir))
-    if command == "sft" and not (known.init_from or resume or {"-h", "--help"} & set(arguments)):
+    if command == "sft" and not (known.init_from or resume or known.help):
         raise ConfigError("sft needs --init-from: a run, a converted checkpoint or a Hugging Face directory")
     if known.init_from and not resume:
         config = with_model_of(known.init_from, config)
     if any(argument.replace("_", "-").startswith("--model.rope-scaling.") for argument in arguments):
         config = dataclasses.replace(config, model=_with_yarn(config.model))
-    default = kind(config, preset=preset, run_dir=run_dir)
+    default = kind(config, preset=preset, run_dir=known.run_dir)
     if resume and (run_dir / CONFIG).exists():
         own = TrainConfig.from_json(run_dir / CONFIG)
         if known.preset and not known.init_from:  # whose model it is then
@@ -154,14 +175,7 @@ def _train(arguments: list[str], command: str = "train") -> None:
     chosen = _parse(kind, command, arguments, default)
     print(keep_compiled_programs())
     with last_words(), _explained(chosen.config):
-        result = train(chosen.config, chosen.run_dir, resume=bool(resume), check_hashes=chosen.check_hashes).metrics
-    if result["stopped"]:
-        again = ["python", "-m", "dsv3_jax", command, "--run-dir", str(chosen.run_dir), "--resume"]
-        for name, value in dataclasses.asdict(chosen.processes).items():
-            again += [] if value is None else [f"--processes.{name}", str(value)]
-        print(f"stopped and saved at step {result['step']}; continue with: {shlex.join(again)}")
-        sys.exit(_INTERRUPTED)
-    print(f"done: {chosen.run_dir}/report.md")
+        return train(chosen.config, run_dir, resume=bool(resume), check_hashes=chosen.check_hashes).metrics
 
 
 @contextlib.contextmanager

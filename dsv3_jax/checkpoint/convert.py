@@ -17,6 +17,7 @@ from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.ingest import import_hf
 from dsv3_jax.checkpoint.jobs import keep_freed_memory
 from dsv3_jax.checkpoint.plan import ConversionPlan, PlannedStore
+from dsv3_jax.checkpoint.remote import as_url, fetched
 from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
 from dsv3_jax.checkpoint.store import MANIFEST, Store, Target, Variables
 from dsv3_jax.runtime import Runtime
@@ -27,7 +28,9 @@ class ConvertArgs:
     """Convert a checkpoint from Hugging Face to orbax, or back. Rerunning it continues an interrupted conversion."""
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Directory of a checkpoint in either layout or of a training run; or a Hub id, such as deepseek-ai/DeepSeek-V3."""
+    """Directory of a checkpoint in either layout or of a training run, or its URL; or a Hub id, such as
+    deepseek-ai/DeepSeek-V3.
+    """
     dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None
     """Directory to create. It appears when it is complete; until then the work is in DST.incomplete."""
     dtype: Target = "keep"
@@ -98,6 +101,8 @@ def _run(directory: Path, check_hashes: bool) -> Variables:
 
 def _local(source: str) -> Path:
     """Returns the directory of a source. A Hub id is downloaded first, resuming an interrupted download."""
+    if as_url(source):
+        return fetched(source)
     path = Path(source)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return path

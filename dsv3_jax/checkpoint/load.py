@@ -16,6 +16,7 @@ from dsv3_jax.checkpoint import hf_config, runs
 from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.layout import FP8, Region, block_rows, decode_scales, full_region, tensor_box
 from dsv3_jax.checkpoint.names import Leaf, TreePath
+from dsv3_jax.checkpoint.remote import fetched
 from dsv3_jax.checkpoint.store import MANIFEST, Store
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.linear import SCALES
@@ -42,7 +43,8 @@ def load_pretrained(
 
     Args:
       path: a directory in Hugging Face's layout (config.json and safetensors files, FP8 blocks included), a converted
-        checkpoint (`dsv3_jax.checkpoint.convert`), or a training run, whose newest checkpoint is used.
+        checkpoint (`dsv3_jax.checkpoint.convert`), or a training run, whose newest checkpoint is used; or the URL of
+        one, such as gs://bucket/run, which is copied to the user's cache.
       dtype: of the parameters, float32 or bfloat16, as any dtype-like; by default the runtime's, else float32, which
         represents all stored numbers exactly, except that FP8 is rounded once. The router bias is always float32. "fp8"
         keeps matrices stored in FP8 blocks as they are, e4m3 in "params" and float32 scales in a collection "scales",
@@ -61,9 +63,10 @@ def load_pretrained(
       FileNotFoundError, CheckpointError, ConfigError: as `HFCheckpoint` and `Store`; ConfigError also if a mesh axis
         shards nothing, or for "fp8" if no matrix is in blocks of 128 x 128.
     """
+    name, path = str(path), fetched(path)
     in_blocks = isinstance(dtype, str) and dtype == "fp8"
     if in_blocks:
-        runtime = _runtime_of_blocks(Path(path)) if runtime is None else runtime
+        runtime = _runtime_of_blocks(path) if runtime is None else runtime
         runtime = dataclasses.replace(runtime, param_dtype="bfloat16")
     elif runtime is None:
         dtype = "float32" if dtype is None else dtype
@@ -73,10 +76,8 @@ def load_pretrained(
     if runtime.param_dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError("the parameters' dtype is float64, which JAX has only with jax_enable_x64: set it first")
     place = functools.partial(shardings, mesh=mesh, runtime=runtime)
-    config, variables = read_variables(
-        Path(path), runtime, place, mtp=mtp, check_hashes=check_hashes, in_blocks=in_blocks
-    )
-    return DeepSeekV3(config, runtime, str(path)), variables
+    config, variables = read_variables(path, runtime, place, mtp=mtp, check_hashes=check_hashes, in_blocks=in_blocks)
+    return DeepSeekV3(config, runtime, name), variables
 
 
 def _runtime_of_blocks(path: Path) -> Runtime:

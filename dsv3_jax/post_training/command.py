@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from dsv3_jax.checkpoint.load import load_pretrained
+from dsv3_jax.checkpoint.remote import as_url, fetched
 from dsv3_jax.checkpoint.runs import CHECKPOINTS, read_config
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.data import Tokenizer
@@ -33,6 +34,7 @@ from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.directory import CONFIG, LOCK, METRICS, locked, write_fields
 from dsv3_jax.training.guard import stop_on_signal
 from dsv3_jax.training.metrics import MetricsLog, read_metrics
+from dsv3_jax.training.mirror import working_copy
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
 from dsv3_jax.training.step import TrainState
@@ -99,16 +101,24 @@ def grpo_command(args: GRPOArgs, console: Console | None = None) -> None:
       ConfigError: an option is invalid, the directory contains something else, or problems can't be read.
       CheckpointError, FileNotFoundError: the weights to start from can't be read.
     """
-    console, directory = console or Console(), args.run_dir
+    console = console or Console()
+    with working_copy(args.run_dir, console) as here:
+        _grpo(dataclasses.replace(args, run_dir=here), console)
+    console.print(f"done: {as_url(args.run_dir) or args.run_dir}/report.md")
+
+
+def _grpo(args: GRPOArgs, console: Console) -> None:
+    directory = args.run_dir
     reward = load_reward(args.reward)
     held_out = _problems(args.held_out, lambda: arithmetic_problems(256, args.grpo.seed + 1))
     prompts = {problem["prompt"] for problem in held_out}
     problems = _problems(args.problems, lambda: arithmetic_problems(4096, args.grpo.seed))
     problems = [problem for problem in problems if problem["prompt"] not in prompts]
-    tokenizer = own_tokenizer(Path(args.init_from))
-    encode = _chat_encoding(Path(args.init_from), tokenizer)
+    weights = fetched(args.init_from)
+    tokenizer = own_tokenizer(weights)
+    encode = _chat_encoding(weights, tokenizer)
     encode_prompts(problems, tokenizer, args.grpo, encode)  # what is wrong is said before anything is made
-    model, variables = load_pretrained(args.init_from, runtime=args.runtime)
+    model, variables = load_pretrained(weights, runtime=args.runtime)
     config = dataclasses.replace(model.config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     loss = GRPOLoss(config, args.clip_low, args.clip_high, args.kl_weight, args.normalise, args.mtp_weight)
     content = _config(args, config)
@@ -117,9 +127,8 @@ def grpo_command(args: GRPOArgs, console: Console | None = None) -> None:
     with locked(directory) as warning:
         if warning:
             console.print(f"warning: {warning}")
-        write_fields(directory, content, args.init_from)
+        write_fields(directory, content, weights)
         _Run(args, model, variables, loss, problems, held_out, reward, tokenizer, encode, console).train()
-    console.print(f"done: {directory}/report.md")
 
 
 class _Run:

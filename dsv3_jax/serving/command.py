@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from dsv3_jax.checkpoint import load_pretrained
+from dsv3_jax.checkpoint.remote import fetched
 from dsv3_jax.inference.engine import Engine, EngineConfig
 from dsv3_jax.inference.generation_config import read_generation_config
 from dsv3_jax.inference.text import end_tokens
@@ -33,7 +34,7 @@ class ServeArgs:
     """
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Directory of the run or checkpoint."""
+    """Directory of the run or checkpoint, or a URL, such as gs://bucket/run."""
     host: str = "127.0.0.1"
     """Address to listen on; by default only this machine can connect. 0.0.0.0 means all addresses of this machine."""
     port: int = 8000
@@ -64,6 +65,7 @@ def serve_command(args: ServeArgs) -> None:
       ConfigError: the directory has no tokenizer, or an option is invalid.
       OSError: the address can't be used.
     """
+    args = dataclasses.replace(args, model=fetched(args.model))
     if not args.model.is_dir():
         raise FileNotFoundError(f"{args.model} is no directory: give that of a training run or checkpoint")
     tokenizer = chosen_tokenizer(args.model, args.tokenizer)

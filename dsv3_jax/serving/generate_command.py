@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dsv3_jax.checkpoint import load_pretrained
+from dsv3_jax.checkpoint.remote import fetched
 from dsv3_jax.checkpoint.runs import CHECKPOINTS
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.data import Tokenizer, has_tokenizer, load_tokenizer
@@ -36,7 +37,7 @@ class GenerateArgs:
     """
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Directory of the run or checkpoint."""
+    """Directory of the run or checkpoint, or a URL, such as gs://bucket/run."""
     prompt: str = ""
     """Text to continue. Names of special tokens become those tokens. With --chat, the user message; by default each
     line of standard input.
@@ -74,6 +75,7 @@ def generate_command(args: GenerateArgs) -> None:
       CheckpointError, FileNotFoundError: the checkpoint is damaged or incomplete.
       ConfigError: the directory has no tokenizer, or that of another model, or an option is invalid.
     """
+    args = dataclasses.replace(args, model=fetched(args.model))
     if not args.model.is_dir():
         raise FileNotFoundError(f"{args.model} is no directory: give that of a training run or checkpoint")
     tokenizer = chosen_tokenizer(args.model, args.tokenizer)

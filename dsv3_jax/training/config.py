@@ -259,7 +259,7 @@ class TrainArgs:
     """Preset of model and recipe: tiny, v3-mini, v2-lite-16b, v2-236b, v3-671b, moonlight-16b, glm-4.7-flash or
     kimi-k2-1t."""
     run_dir: Path = Path("runs/tiny")
-    """The run's directory; runs/PRESET by default."""
+    """The run's directory, or a URL, such as gs://bucket/run; runs/PRESET by default."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint, with its own config, on the same or another mesh. Options
     that don't affect the result may be changed.

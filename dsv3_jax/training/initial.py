@@ -17,6 +17,7 @@ from jax.sharding import Sharding
 
 from dsv3_jax.checkpoint.load import checkpoint_config, read_variables
 from dsv3_jax.checkpoint.names import TreePath
+from dsv3_jax.checkpoint.remote import fetched
 from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
 from dsv3_jax.checkpoint.runs import CHECKPOINTS, read_newest
 from dsv3_jax.config import ConfigError, ModelConfig
@@ -41,7 +42,7 @@ def check_source(path: str | Path, config: ModelConfig, tokenizer: Tokenizer, *,
 
     optimizer_state: whether to load it too, which requires a run.
     """
-    path = Path(path)
+    path = fetched(path)
     source = checkpoint_config(path)
     for field in dataclasses.fields(ModelConfig):
         mine, there = getattr(config, field.name), getattr(source, field.name)
@@ -92,7 +93,7 @@ def state_from(
 
     Raises CheckpointError if the files can't be read, or don't match `abstract`.
     """
-    path = Path(path)
+    path = fetched(path)
     where: Mapping[TreePath, Sharding] = {
         (collection, *(part.key for part in keys)): leaf.sharding
         for collection, tree in (("params", abstract.params), (ROUTER, abstract.router))
@@ -119,8 +120,9 @@ def _at_the_schedules_start(part: Any) -> Any:
     return _Place(jnp.zeros_like(part.count)) if isinstance(part, _Place) else part
 
 
-def with_model_of(path: Path, config: TrainConfig) -> TrainConfig:
+def with_model_of(path: str | Path, config: TrainConfig) -> TrainConfig:
     """Returns `config` with the architecture and, unless the data has one, the tokenizer of the weights at `path`."""
+    path = fetched(path)
     model, data = checkpoint_config(path), config.data
     if data.tokenizer is None and has_tokenizer(path):
         data = dataclasses.replace(data, tokenizer=str(path))

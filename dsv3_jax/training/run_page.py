@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from dsv3_jax.checkpoint.remote import fetched
 from dsv3_jax.config import ConfigError
 from dsv3_jax.training.config import TrainConfig
 from dsv3_jax.training.directory import CONFIG, METRICS, replace_file
@@ -25,7 +26,7 @@ class ReportArgs:
     """Compare training runs on one page: curves, a table, configs and events."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
-    """Directories of runs, finished or running."""
+    """Directories of runs, finished or running, or URLs, such as gs://bucket/run."""
     out: Path = Path("report.html")
     """The page, a single HTML file; its figure is also written beside it as a PNG."""
 
@@ -37,7 +38,7 @@ def report_command(args: ReportArgs) -> None:
     if not args.runs:
         raise ConfigError("no run is named: give the directory of one or more")
     names = _names(args.runs)
-    runs = {name: _read(directory) for name, directory in zip(names, args.runs, strict=True)}
+    runs = {name: _read(fetched(directory, weights=False)) for name, directory in zip(names, args.runs, strict=True)}
     picture = draw_runs({name: records for name, (_, records) in runs.items()})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(args.out.with_suffix(".png"), picture)

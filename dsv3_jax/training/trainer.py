@@ -21,6 +21,7 @@ from dsv3_jax.training.guard import TrainingError as TrainingError
 from dsv3_jax.training.initial import check_source
 from dsv3_jax.training.loop import Loop
 from dsv3_jax.training.loop import TrainResult as TrainResult
+from dsv3_jax.training.mirror import working_copy
 from dsv3_jax.training.setup import Setup
 from dsv3_jax.training.throughput import Clock
 
@@ -38,7 +39,7 @@ def train(
     Args:
       directory: the run's own; `config.json`, the tokenizer's files, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
         `metrics.png`, `sample.txt` and `report.md` are written there. By default a new one in `runs/`, named by date
-        and time.
+        and time. A URL, such as gs://bucket/run, is trained in a working copy, the `directory` of the result.
       resume: continue the run in `directory` from its newest finite checkpoint; on a CPU to the same bits.
       check_hashes: compare the files of the checkpoint that the run continues or starts from with their hashes.
 
@@ -47,15 +48,20 @@ def train(
       early; the state is saved then.
 
     Raises:
+      OSError: a file couldn't be written, or a URL be read or written.
       ConfigError: `directory` contains another run or is locked by another process, there is nothing to resume, or the
         config has a problem that the run would encounter later (a batch of the ramp, validation, the sample).
       CheckpointError: a checkpoint couldn't be written or read.
       TrainingError: too many steps in a row had a non-finite loss or gradient, the state isn't finite, or the loss
         keeps spiking. No such state is saved as good.
     """
-    clock = Clock()
     console = console or Console(quiet=jax.process_index() != 0)
-    directory = Path(directory or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+    with working_copy(directory or f"runs/{datetime.datetime.now():%Y-%m-%d-%H%M%S}", console) as here:
+        return _train(config, here, resume, check_hashes, console)
+
+
+def _train(config: TrainConfig, directory: Path, resume: bool, check_hashes: bool, console: Console) -> TrainResult:
+    clock = Clock()
     check_config(config)
     check_directory(config, directory, resume=resume)
     tokenizer_path: str | Path | None = prepared_tokenizer(config.data)

@@ -102,7 +102,9 @@ def test_the_optimizers_state_is_taken_over_but_not_its_place_in_the_schedule(so
 
 def test_mtp_modules_may_be_left_out(source):
     directory, end = source
-    state = start(small_config("", "single", num_nextn_predict_layers=0), directory / "run", optimizer_state=True)
+    state = start(
+        small_config("", "single", num_nextn_predict_layers=0), f"file://{directory}/run", optimizer_state=True
+    )
     assert_equal(state.params, {k: v for k, v in end.params.items() if k != "mtp_0"})
     assert set(state.router) == {"moe_layers"}
 

@@ -15,6 +15,8 @@ import pytest
 
 from dsv3_jax import cli
 from dsv3_jax.checkpoint import load_pretrained
+from dsv3_jax.checkpoint.remote import cached
+from dsv3_jax.training import mirror
 from dsv3_jax.training.directory import locked
 from tests.configs import RUN_OPTIONS
 
@@ -65,6 +67,7 @@ def test_a_run_leaves_everything(straight):
     )
 
 
+@pytest.mark.slow  # the next one is also of a kill, and leaves the resumed run less
 def test_killed_and_resumed_equals_straight(straight, tmp_path):
     """kill -9 somewhere after the checkpoint of step 30; the resumed run's parameters are the same bits."""
     directory = tmp_path / "run"
@@ -85,6 +88,43 @@ def test_killed_and_resumed_equals_straight(straight, tmp_path):
         np.testing.assert_array_equal(resumed[name], value, err_msg=name)
     steps = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert steps == [10, 20, 30, 30, 40, 50, 60, 60]  # none twice: 30 and 60 have a line of validation each
+
+
+def test_killed_and_resumed_at_a_url(straight, tmp_path, monkeypatch, capsys):
+    """kill -9 after a checkpoint has arrived; another machine, with nothing but the URL, ends with the same bits."""
+    bucket = tmp_path / "bucket/run"
+    url = f"file://{bucket}"
+    arguments = ["train", "--run-dir", url, *RUN_OPTIONS, "--auto-resume"]
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (bucket / "checkpoints/30/hashes.json").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (bucket / "report.md").exists(), "the run finished before it was killed"
+    here = cached("runs", url)
+    shutil.rmtree(here.parent)
+    monkeypatch.setattr(mirror, "WAIT_SECONDS", 0.1)
+    assert run_in_process(*arguments) == 0
+    said = capsys.readouterr().out
+    assert "going on from the checkpoint of step" in said
+    assert f"done: {url}/report.md" in said
+    assert losses(bucket / "metrics.jsonl") == losses(straight / "metrics.jsonl")
+    shutil.rmtree(here.parent)
+    resumed, expected = parameters(url), parameters(straight)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+    assert run_in_process("generate", url, "--prompt", "def f", "--max-new-tokens", "2") == 0
+    assert capsys.readouterr().out.startswith("def f")
+    assert run_in_process("report", url, "--out", tmp_path / "page.html") == 0
+    assert "60 of 60" in (tmp_path / "page.html").read_text()
+
+
+def losses(file):
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [(r["step"], r.get("loss"), r.get("validation_loss")) for r in lines]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
