@@ -40,7 +40,7 @@ def engine(checkpoint, **sizes):
 
 
 def compiled():
-    programs = steps.prefill, steps.decode, steps.draw, steps.draft, steps.score_prompt
+    programs = steps.prefill, steps.decode, steps.draw, steps.score_prompt
     return sum(program._cache_size() for program in programs)
 
 
