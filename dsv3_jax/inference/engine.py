@@ -29,7 +29,7 @@ from dsv3_jax.inference.paged_cache import SCRATCH, PagePool, init_pool, spread
 from dsv3_jax.inference.pages import PageAllocator
 from dsv3_jax.inference.request import Grammar, Request, Score, Stats, Step
 from dsv3_jax.inference.sampling import ALL, Edits, Sampling, edits_of, kind, rows
-from dsv3_jax.inference.speculation import Speculation
+from dsv3_jax.inference.speculation import Acceptance, Speculation
 from dsv3_jax.model.auto import PAGE, kernels
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.sharding import current_sharding
@@ -76,10 +76,10 @@ class EngineConfig:
 class _Running:
     """An admitted request. `prefilled` of its tokens are in the cache, and `pending` steps haven't been read."""
 
-    def __init__(self, request: Request, pages: list[int], found: int) -> None:
+    def __init__(self, request: Request, pages: list[int], found: int, acceptance: Acceptance) -> None:
         self.request, self.pages, self.prefilled, self.slot = request, pages, found, -1
         self.tokens = [*request.prompt, *request.text]
-        self.pending = 0
+        self.acceptance, self.pending = acceptance, 0
         self.ended = False
 
     @property
@@ -431,7 +431,7 @@ class Engine:
             if not request.text:
                 self.pages.count(len(tokens), hit)
                 request.cached = hit
-            r = _Running(request, found + more, hit)
+            r = _Running(request, found + more, hit, self._speculation.of_text())
             r.slot = self._free_slots.pop()
             self._running.append(r)
 
@@ -535,9 +535,9 @@ class Engine:
         pages = [len(r.pages) for r in ready]
         table = next(s for s in self._decode_tables if s >= max(pages))
         scored = any(r.request.logprobs is not None for r in ready)
-        constrained = sum(r.request.constrained for r in ready)
-        edits = self._edits(ready, batch) if constrained else None
-        drafts = self._speculation.choose((batch, table), len(ready), len(ready) - constrained)
+        edits = self._edits(ready, batch) if any(r.request.constrained for r in ready) else None
+        accepted = sum(r.acceptance.mean for r in ready if not r.request.constrained)
+        drafts = self._speculation.choose((batch, table), len(ready), accepted)
         made_of = (list(ready), pages)
         if self._batch is None or self._batch[0] != made_of:  # else it is there already
             self._batch = made_of, self._put(self._batch_of(ready, batch, table))
@@ -632,12 +632,13 @@ class Engine:
                     self._fail(r, "the logits are not finite: the weights or an activation hold NaN or infinity")
                     continue
                 if drafts and not r.request.constrained:
-                    self._count_drafts(count[i] - 1, drafts)
+                    self._count_drafts(r, count[i] - 1, drafts)
                 self._hand_out(r, tokens[i][: count[i]], None if scores is None else (scores, i))
 
-    def _count_drafts(self, accepted: int, drafts: int) -> None:
+    def _count_drafts(self, r: _Running, accepted: int, drafts: int) -> None:
         self._counts.update(drafts=1, draft_tokens=drafts, accepted_tokens=accepted)
-        self._speculation.verified(accepted)
+        for acceptance in (r.acceptance, self._speculation.acceptance):
+            acceptance.add(accepted)
         for position in range(accepted):
             self._accepted_at[position] += 1
 
