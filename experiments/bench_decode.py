@@ -101,7 +101,7 @@ class Bench:
         running, host = list(e._running), time.perf_counter()
         table = next(s for s in e._decode_tables if s >= max(len(r.pages) for r in running))
         packed = e._put(e._batch_of(running, batch, table))
-        decode = lambda: e._draw(e._decode(packed, 0)[1], packed, None, 0, False).result
+        decode = lambda: e._draw(e._decode(packed, 0), packed, None, 0, False).result
         jax.block_until_ready(decode())
         start = time.perf_counter()
         for _ in range(STEPS):

@@ -64,10 +64,10 @@ print(json.dumps({"seconds": min(taken[1:]), "versions": [torch.__version__, tra
 
 
 def held_out(run: Path, count: int) -> list[list[int]]:
-    """Beginnings of held-out sequences."""
+    """Held-out sequences."""
     config = TrainConfig.from_json(run / "config.json")
     batches = validation_batches(config.data, run_tokenizer(run), 16, -(-count // 16))
-    return np.concatenate([b["tokens"] for b in batches])[:count, :PROMPT].tolist()
+    return np.concatenate([b["tokens"] for b in batches])[:count].tolist()
 
 
 def timed(engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY, new: int = NEW) -> float:
@@ -83,15 +83,27 @@ def timed(engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling =
     return min(once(), once())
 
 
-def speculative(model: Any, variables: Any, prompts: list[list[int]]) -> dict[str, Any]:
-    """Acceptance, and time per token with and without drafts, by batch."""
-    result: dict[str, Any] = {"acceptance": {}, "batches": {}}
-    make = lambda drafts: Engine(
-        model, variables, EngineConfig(max_batch=32, max_length=256, drafts=drafts, drafts_up_to=32)
+def agreement(model: Any, variables: Any, texts: list[list[int]]) -> float:
+    """Share of positions in texts at which the MTP module's choice, given the next token, is the model's own there."""
+
+    @jax.jit
+    def agree(tokens: jax.Array) -> jax.Array:
+        out = model.apply(variables, tokens, (jnp.roll(tokens, -1, axis=1),), method="forward")
+        drafts, chosen = out.mtp_logits[0].array().argmax(-1), out.logits.array().argmax(-1)
+        return jnp.mean(drafts[:, :-2] == chosen[:, 1:-1])
+
+    return float(agree(jnp.array(texts)))
+
+
+def speculative(model: Any, variables: Any, prompts: list[list[int]], texts: list[list[int]]) -> dict[str, Any]:
+    """Acceptance, and time per token without drafts, with one in all steps, and as the engine chooses, by batch."""
+    result: dict[str, Any] = {"agreement on held-out text": agreement(model, variables, texts), "acceptance": {}}
+    make = lambda drafts, up_to: Engine(
+        model, variables, EngineConfig(max_batch=32, max_length=256, drafts=drafts, drafts_up_to=up_to)
     )
     for drafts in (1, 2):
         for name, how in (("greedy", GREEDY), ("temperature 0.7", Sampling(temperature=0.7, ignore_eos=True, seed=0))):
-            engine = make(drafts)
+            engine = make(drafts, 32)
             list(engine.generate(prompts[:32], how, max_new_tokens=NEW))
             s = engine.stats()
             result["acceptance"][f"{drafts} drafts, {name}"] = {
@@ -100,19 +112,32 @@ def speculative(model: Any, variables: Any, prompts: list[list[int]]) -> dict[st
                 "tokens per verification": 1 + s.accepted_tokens / s.drafts,
             }
             engine.close()
-    engines = [make(0), make(1)]
-    for batch in (1, 2, 4, 8, 16, 32):
-        plain, drafted = (timed(e, prompts[:batch]) / (batch * NEW) * 1e3 for e in engines)
-        result["batches"][batch] = {
-            "plain ms per token": plain,
-            "drafted ms per token": drafted,
-            "gain": plain / drafted,
-        }
-    for e in engines:
-        e.close()
-    gains = {batch: row["gain"] for batch, row in result["batches"].items()}
+    engines = {"without": make(0, None), "with one": make(1, 32), "by measurement": make(1, None)}
+    result["ms per token"] = {batch: in_turns(engines, prompts, batch) for batch in (1, 2, 4, 8, 16, 32)}
+    gains = {batch: ms["without"] / ms["with one"] for batch, ms in result["ms per token"].items()}
+    result["gain"] = gains
     result["drafts pay up to"] = max((b for b in gains if all(gains[n] > 1 for n in gains if n <= b)), default=0)
+    result["the engine's choice"] = engines["by measurement"].stats().drafts_up_to
+    for e in engines.values():
+        e.close()
     return result
+
+
+def in_turns(engines: dict[str, Engine], prompts: list[list[int]], batch: int, rounds: int = 4) -> dict[str, float]:
+    """Milliseconds per token, of `batch` texts at a time, with each engine: the best of rounds after two untimed ones.
+
+    The engines take turns, so that what else the machine does slows all.
+    """
+    groups = [prompts[i : i + batch] for i in range(0, max(batch, 8), batch)]
+    taken: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(2 + rounds):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            for group in groups:
+                for _ in engine.generate(group, GREEDY, max_new_tokens=NEW):
+                    pass
+            taken[name].append(time.perf_counter() - start)
+    return {name: min(times[2:]) / (len(groups) * batch * NEW) * 1e3 for name, times in taken.items()}
 
 
 def together(model: Any, variables: Any, prompts: list[list[int]]) -> dict[str, Any]:
@@ -145,7 +170,9 @@ def long_caches(config: ModelConfig) -> dict[str, Any]:
 
         def step(packed: Any = packed, lengths: Any = lengths) -> Any:
             slots = dataclasses.replace(engine._slots, length=jnp.array(lengths))
-            engine._pool, _, logits = steps.decode(engine._absorbed, variables, engine._pool, slots, packed, drafts=0)
+            engine._pool, slots, logits = steps.decode(
+                engine._absorbed, variables, engine._pool, slots, packed, drafts=0
+            )
             engine._slots, drawn = steps.draw(slots, logits, packed[:1], None, kind=0, scored=False)
             return drawn.result
 
@@ -241,9 +268,10 @@ def main(
     """
     out.mkdir(parents=True, exist_ok=True)
     model, variables = load_pretrained(run)
-    prompts = held_out(run, 32)
+    texts = held_out(run, 32)
+    prompts = [text[:PROMPT] for text in texts]
     todo: dict[str, Callable[[], dict[str, Any]]] = {
-        "speculative": lambda: speculative(model, variables, prompts),
+        "speculative": lambda: speculative(model, variables, prompts, texts),
         "together": lambda: together(model, variables, prompts),
         "long_caches": lambda: long_caches(model.config),
         "sampling": sampling,
