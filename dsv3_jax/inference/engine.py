@@ -160,7 +160,7 @@ class Engine:
         self._piece_rows = sorted({self._rows, -(-min(4, config.max_batch) // self._rows) * self._rows})
         self._batch: tuple[Any, steps.Packed] | None = None  # of the last step, and what it was made of
         self._speculation = Speculation(self.drafts, config.drafts_up_to)
-        self._timed: tuple[tuple[int, int], int] | None = None  # the last turn's step, if it did nothing else
+        self._timed: tuple[int, int, int] | None = None  # the last turn's step, if it did nothing else
         self._turn_ended = 0.0
 
         self._waiting: collections.deque[Request] = collections.deque()
@@ -391,8 +391,10 @@ class Engine:
             self._timed = None if prompts else step
         self._read(1 if ready else 0)
         now = time.perf_counter()
-        if before and not prompts and len(self._programs) == programs:
-            self._speculation.took(*before, now - self._turn_ended)  # from the end of a step to that of the next
+        nothing_else = not prompts and len(self._programs) == programs
+        self._speculation.took(
+            before if nothing_else else None, now - self._turn_ended
+        )  # from a step's end to the next
         self._turn_ended = now
 
     def _room_for_prompts(self) -> int:
@@ -529,7 +531,7 @@ class Engine:
                 after = r.tokens[r.prefilled + 1 : r.prefilled + 1 + following.shape[1]]
                 request.prompt_scores += _scores(scores, i, after, request.prompt_logprobs or 0)
 
-    def _step(self, ready: list[_Running]) -> tuple[tuple[int, int], int]:
+    def _step(self, ready: list[_Running]) -> tuple[int, int, int]:
         """Hands a step to the device. Returns its sizes, and how many drafts it has."""
         batch = next(s for s in self._batch_sizes if s >= len(ready))
         pages = [len(r.pages) for r in ready]
@@ -537,7 +539,7 @@ class Engine:
         scored = any(r.request.logprobs is not None for r in ready)
         edits = self._edits(ready, batch) if any(r.request.constrained for r in ready) else None
         accepted = sum(r.acceptance.mean for r in ready if not r.request.constrained)
-        drafts = self._speculation.choose((batch, table), len(ready), accepted)
+        drafts = self._speculation.choose(batch, len(ready), accepted)
         made_of = (list(ready), pages)
         if self._batch is None or self._batch[0] != made_of:  # else it is there already
             self._batch = made_of, self._put(self._batch_of(ready, batch, table))
@@ -548,7 +550,7 @@ class Engine:
         for r in ready:
             r.pending += 1
         self._unread.append((ready, drawn, drafts))
-        return (batch, table), drafts
+        return batch, table, drafts
 
     def _batch_of(self, ready: list[_Running], batch: int, table: int) -> steps.Batch:
         """The arrays of a step, on the host, padded to sizes that are compiled for."""
