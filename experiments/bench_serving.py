@@ -95,35 +95,52 @@ def agreement(model: Any, variables: Any, texts: list[list[int]]) -> float:
     return float(agree(jnp.array(texts)))
 
 
-def speculative(model: Any, variables: Any, prompts: list[list[int]], texts: list[list[int]]) -> dict[str, Any]:
-    """Acceptance, and time per token without drafts, with one in all steps, and as the engine chooses, by batch."""
-    result: dict[str, Any] = {"agreement on held-out text": agreement(model, variables, texts), "acceptance": {}}
-    make = lambda drafts, up_to: Engine(
-        model, variables, EngineConfig(max_batch=32, max_length=256, drafts=drafts, drafts_up_to=up_to)
-    )
+SAMPLED = Sampling(temperature=0.7, ignore_eos=True, seed=0)
+
+
+def acceptance(model: Any, variables: Any, prompts: list[list[int]], texts: list[list[int]]) -> dict[str, Any]:
+    """How many drafts are accepted on held-out text, and when the model continues its beginnings."""
+    result: dict[str, Any] = {"agreement on held-out text": agreement(model, variables, texts)}
     for drafts in (1, 2):
-        for name, how in (("greedy", GREEDY), ("temperature 0.7", Sampling(temperature=0.7, ignore_eos=True, seed=0))):
-            engine = make(drafts, 32)
+        for name, how in (("greedy", GREEDY), ("temperature 0.7", SAMPLED)):
+            sizes = EngineConfig(max_batch=32, max_length=256, drafts=drafts, drafts_up_to=32)
+            engine = Engine(model, variables, sizes)
             list(engine.generate(prompts[:32], how, max_new_tokens=NEW))
             s = engine.stats()
-            result["acceptance"][f"{drafts} drafts, {name}"] = {
+            result[f"{drafts} drafts, {name}"] = {
                 "of drafted tokens": s.accepted_tokens / s.draft_tokens,
                 "by position": [n / s.drafts for n in s.accepted_per_position],
                 "tokens per verification": 1 + s.accepted_tokens / s.drafts,
             }
             engine.close()
-    engines = {"without": make(0, None), "with one": make(1, 32), "by measurement": make(1, None)}
-    result["ms per token"] = {batch: in_turns(engines, prompts, batch) for batch in (1, 2, 4, 8, 16, 32)}
-    gains = {batch: ms["without"] / ms["with one"] for batch, ms in result["ms per token"].items()}
-    result["gain"] = gains
-    result["drafts pay up to"] = max((b for b in gains if all(gains[n] > 1 for n in gains if n <= b)), default=0)
-    result["the engine's choice"] = engines["by measurement"].stats().drafts_up_to
-    for e in engines.values():
-        e.close()
     return result
 
 
-def in_turns(engines: dict[str, Engine], prompts: list[list[int]], batch: int, rounds: int = 4) -> dict[str, float]:
+def speculative(model: Any, variables: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """Time per token without drafts, with one in all steps, and as the engine chooses by itself, by batch."""
+    result: dict[str, Any] = {}
+    for name, how in (("greedy", GREEDY), ("temperature 0.7", SAMPLED)):
+        make = lambda drafts, up_to=None: Engine(
+            model, variables, EngineConfig(max_batch=32, max_length=256, drafts=drafts, drafts_up_to=up_to)
+        )
+        engines = {"without": make(0), "with one": make(1, 32), "by measurement": make(1)}
+        times = {batch: in_turns(engines, prompts, how, batch) for batch in (1, 2, 4, 8, 16, 32)}
+        gains = {batch: ms["without"] / ms["with one"] for batch, ms in times.items()}
+        s = engines["by measurement"].stats()
+        result[name] = {
+            "ms per token": times,
+            "gain": gains,
+            "pay up to": max((b for b in gains if all(gains[n] > 1 for n in gains if n <= b)), default=0),
+            "the engine's choice": s.drafts_up_to,
+        }
+        for e in engines.values():
+            e.close()
+    return result
+
+
+def in_turns(
+    engines: dict[str, Engine], prompts: list[list[int]], how: Sampling, batch: int, rounds: int = 5
+) -> dict[str, float]:
     """Milliseconds per token, of `batch` texts at a time, with each engine: the best of rounds after two untimed ones.
 
     The engines take turns, so that what else the machine does slows all.
@@ -134,7 +151,7 @@ def in_turns(engines: dict[str, Engine], prompts: list[list[int]], batch: int, r
         for name, engine in engines.items():
             start = time.perf_counter()
             for group in groups:
-                for _ in engine.generate(group, GREEDY, max_new_tokens=NEW):
+                for _ in engine.generate(group, how, max_new_tokens=NEW):
                     pass
             taken[name].append(time.perf_counter() - start)
     return {name: min(times[2:]) / (len(groups) * batch * NEW) * 1e3 for name, times in taken.items()}
@@ -154,12 +171,16 @@ def together(model: Any, variables: Any, prompts: list[list[int]]) -> dict[str, 
 
 
 def long_caches(config: ModelConfig) -> dict[str, Any]:
-    """A step of 32 texts after 100 and after 4000 cached tokens, and the attention in it by itself."""
+    """A step of 32 texts after 100 and after 4000 cached tokens, and the attention in it by itself.
+
+    Attention to 4000 tokens reads so much that the processor's caches lose the weights. What this costs the rest of the
+    step is measured by itself: the short step after as much was read.
+    """
     c = dataclasses.replace(config, max_position_embeddings=8192, num_nextn_predict_layers=0)
     model = DeepSeekV3(c, Runtime())
     variables = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))()
     engine, batch = Engine(model, variables, EngineConfig(max_batch=32, max_length=4200, cache_tokens=32 * 4352)), 32
-    result: dict[str, Any] = {}
+    timed: dict[str, Callable[[], Any]] = {}
     for cached in (100, 4000):
         size = next(s for s in engine._decode_tables if s >= -(-(cached + 64) // PAGE))
         every = np.arange(batch, dtype=np.int32)
@@ -176,13 +197,18 @@ def long_caches(config: ModelConfig) -> dict[str, Any]:
             engine._slots, drawn = steps.draw(slots, logits, packed[:1], None, kind=0, scored=False)
             return drawn.result
 
-        result[str(cached)] = {
-            "step ms": seconds(step) * 1e3,
-            "attention ms": seconds(_attention(engine._absorbed, batch, size, cached)) * 1e3,
-        }
-    grown = {name: result["4000"][name] - result["100"][name] for name in ("step ms", "attention ms")}
-    result["beyond attention"] = (grown["step ms"] - grown["attention ms"]) / result["100"]["step ms"]
-    return result
+        timed[f"step, {cached}"] = step
+        timed[f"attention, {cached}"] = _attention(engine._absorbed, batch, size, cached)
+    memory = jnp.ones(c.num_hidden_layers * batch * 4096 * (c.kv_lora_rank + c.qk_rope_head_dim))
+    read = jax.jit(jnp.sum)
+    timed["reading"] = lambda: jax.block_until_ready(read(memory))
+    timed["reading and step, 100"] = lambda: (timed["reading"](), jax.block_until_ready(timed["step, 100"]()))
+    rounds = [{name: seconds(function) * 1e3 for name, function in timed.items()} for _ in range(4)]
+    ms = {name: min(r[name] for r in rounds) for name in timed}
+    beyond = (ms["step, 4000"] - ms["attention, 4000"]) - (ms["step, 100"] - ms["attention, 100"])
+    emptied = ms["reading and step, 100"] - ms["reading"] - ms["step, 100"]
+    shares = {"beyond attention": beyond, "by emptied caches": emptied, "else": beyond - emptied}
+    return {"ms": ms, "of the short step": {name: value / ms["step, 100"] for name, value in shares.items()}}
 
 
 def _attention(model: Any, batch: int, size: int, cached: int) -> Callable[[], Any]:
@@ -264,14 +290,16 @@ def main(
       hf: the same, converted to Hugging Face's layout.
       reference_python: the Python of an environment with torch and transformers.
       out: folder of results.json, which is added to.
-      parts: of speculative, together, long_caches, sampling, transformers, separated by commas; by default all.
+      parts: of acceptance, speculative, together, long_caches, sampling, transformers, separated by commas; by
+        default all.
     """
     out.mkdir(parents=True, exist_ok=True)
     model, variables = load_pretrained(run)
     texts = held_out(run, 32)
     prompts = [text[:PROMPT] for text in texts]
     todo: dict[str, Callable[[], dict[str, Any]]] = {
-        "speculative": lambda: speculative(model, variables, prompts, texts),
+        "acceptance": lambda: acceptance(model, variables, prompts, texts),
+        "speculative": lambda: speculative(model, variables, prompts),
         "together": lambda: together(model, variables, prompts),
         "long_caches": lambda: long_caches(model.config),
         "sampling": sampling,
