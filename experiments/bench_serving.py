@@ -116,45 +116,43 @@ def acceptance(model: Any, variables: Any, prompts: list[list[int]], texts: list
     return result
 
 
-def speculative(model: Any, variables: Any, prompts: list[list[int]]) -> dict[str, Any]:
+def speculative(model: Any, variables: Any, prompts: list[list[int]], how: Sampling) -> dict[str, Any]:
     """Time per token without drafts, with one in all steps, and as the engine chooses by itself, by batch."""
-    result: dict[str, Any] = {}
-    for name, how in (("greedy", GREEDY), ("temperature 0.7", SAMPLED)):
-        make = lambda drafts, up_to=None: Engine(
-            model, variables, EngineConfig(max_batch=32, max_length=256, drafts=drafts, drafts_up_to=up_to)
-        )
-        engines = {"without": make(0), "with one": make(1, 32), "by measurement": make(1)}
-        times = {batch: in_turns(engines, prompts, how, batch) for batch in (1, 2, 4, 8, 16, 32)}
-        gains = {batch: ms["without"] / ms["with one"] for batch, ms in times.items()}
-        s = engines["by measurement"].stats()
-        result[name] = {
-            "ms per token": times,
-            "gain": gains,
-            "pay up to": max((b for b in gains if all(gains[n] > 1 for n in gains if n <= b)), default=0),
-            "the engine's choice": s.drafts_up_to,
-        }
-        for e in engines.values():
-            e.close()
-    return result
+    make = lambda drafts, up_to=None: Engine(
+        model, variables, EngineConfig(max_batch=32, max_length=256, drafts=drafts, drafts_up_to=up_to)
+    )
+    engines = {"without": make(0), "with one": make(1, 32), "by measurement": make(1)}
+    rows = {batch: in_turns(engines, prompts, how, batch) for batch in (1, 2, 4, 8, 16, 32)}
+    gains = {batch: row["gain"]["with one"] for batch, row in rows.items()}
+    pay = max((b for b in gains if all(gains[n] > 1 for n in gains if n <= b)), default=0)
+    choice = engines["by measurement"].stats().drafts_up_to
+    for e in engines.values():
+        e.close()
+    return {"texts": rows, "pay up to": pay, "the engine's choice": choice}
 
 
 def in_turns(
-    engines: dict[str, Engine], prompts: list[list[int]], how: Sampling, batch: int, rounds: int = 5
-) -> dict[str, float]:
-    """Milliseconds per token, of `batch` texts at a time, with each engine: the best of rounds after two untimed ones.
+    engines: dict[str, Engine], prompts: list[list[int]], how: Sampling, batch: int, rounds: int = 6
+) -> dict[str, Any]:
+    """Milliseconds per token of `batch` texts at a time with each engine, after two rounds that aren't timed; medians.
 
-    The engines take turns, so that what else the machine does slows all.
+    The engines take turns, so that what else the machine does slows all. `gain`: medians of the first one's times over
+    the others' right after.
     """
     groups = [prompts[i : i + batch] for i in range(0, max(batch, 8), batch)]
     taken: dict[str, list[float]] = {name: [] for name in engines}
-    for _ in range(2 + rounds):
+    for group in groups * (2 + rounds):
         for name, engine in engines.items():
             start = time.perf_counter()
-            for group in groups:
-                for _ in engine.generate(group, how, max_new_tokens=NEW):
-                    pass
-            taken[name].append(time.perf_counter() - start)
-    return {name: min(times[2:]) / (len(groups) * batch * NEW) * 1e3 for name, times in taken.items()}
+            for _ in engine.generate(group, how, max_new_tokens=NEW):
+                pass
+            taken[name].append((time.perf_counter() - start) / (batch * NEW) * 1e3)
+    ms = {name: np.array(times[2 * len(groups) :]) for name, times in taken.items()}
+    first = next(iter(ms.values()))
+    return {
+        "ms per token": {name: float(np.median(x)) for name, x in ms.items()},
+        "gain": {name: float(np.median(first / x)) for name, x in ms.items()},
+    }
 
 
 def together(model: Any, variables: Any, prompts: list[list[int]]) -> dict[str, Any]:
@@ -290,8 +288,8 @@ def main(
       hf: the same, converted to Hugging Face's layout.
       reference_python: the Python of an environment with torch and transformers.
       out: folder of results.json, which is added to.
-      parts: of acceptance, speculative, together, long_caches, sampling, transformers, separated by commas; by
-        default all.
+      parts: of acceptance, speculative, speculative_sampled, together, long_caches, sampling, transformers,
+        separated by commas; by default all.
     """
     out.mkdir(parents=True, exist_ok=True)
     model, variables = load_pretrained(run)
@@ -299,7 +297,8 @@ def main(
     prompts = [text[:PROMPT] for text in texts]
     todo: dict[str, Callable[[], dict[str, Any]]] = {
         "acceptance": lambda: acceptance(model, variables, prompts, texts),
-        "speculative": lambda: speculative(model, variables, prompts),
+        "speculative": lambda: speculative(model, variables, prompts, GREEDY),
+        "speculative_sampled": lambda: speculative(model, variables, prompts, SAMPLED),
         "together": lambda: together(model, variables, prompts),
         "long_caches": lambda: long_caches(model.config),
         "sampling": sampling,

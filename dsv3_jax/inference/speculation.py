@@ -13,14 +13,16 @@ from __future__ import annotations
 import collections
 import statistics
 
-RUN = 8
+RUN = 16
 """Steps in a row that are timed together."""
 TRY = RUN + 2
 """Steps in a row that are taken for this: the first may be compiled, and the last overlaps with others."""
 PERIOD = 512
 """So rarely it is tried again whether what doesn't pay still doesn't."""
-RATIOS = 8
+RATIOS = 16
 """Latest comparisons that count."""
+MARGIN = 1.05
+"""Drafts must give so many times more tokens than they take time, since neither is known exactly."""
 PRIOR = 0.85
 """Acceptance of a draft to begin with, as in section 5.4.3 of the report."""
 
@@ -81,7 +83,7 @@ class Speculation:
     def _pays(self, batch: int, accepted: float) -> bool:
         """Whether drafts shorten the time per token; False if it isn't known, as where prompts come all the time."""
         ratios = self._ratios.get(batch)
-        return ratios is not None and statistics.median(ratios) < 1 + accepted
+        return ratios is not None and MARGIN * statistics.median(ratios) < 1 + accepted
 
     def took(self, step: Step | None, seconds: float) -> None:
         """Notes the time of a step that followed the last one; None if something else came between them."""
