@@ -159,7 +159,8 @@ class Engine:
         self._chunk_sizes = sorted({-(-config.prefill_chunk // 4), config.prefill_chunk})
         self._piece_rows = sorted({self._rows, -(-min(4, config.max_batch) // self._rows) * self._rows})
         self._batch: tuple[Any, steps.Packed] | None = None  # of the last step, and what it was made of
-        self._speculation = Speculation(self.drafts, config.drafts_up_to)
+        self.speculation = Speculation(self.drafts, config.drafts_up_to)
+        """Which steps have drafts; its `str` says so in words."""
         self._timed: tuple[int, int, int] | None = None  # the last turn's step, if it did nothing else
         self._turn_ended = 0.0
 
@@ -272,7 +273,7 @@ class Engine:
             draft_tokens=n["draft_tokens"],
             accepted_tokens=n["accepted_tokens"],
             accepted_per_position=tuple(self._accepted_at),
-            drafts_up_to=self._speculation.pays_up_to,
+            drafts_up_to=self.speculation.pays_up_to,
             steps=n["steps"],
             tokens=n["tokens"],
             programs=len(self._programs),
@@ -392,9 +393,7 @@ class Engine:
         self._read(1 if ready else 0)
         now = time.perf_counter()
         nothing_else = not prompts and len(self._programs) == programs
-        self._speculation.took(
-            before if nothing_else else None, now - self._turn_ended
-        )  # from a step's end to the next
+        self.speculation.took(before if nothing_else else None, now - self._turn_ended)  # from a step's end to the next
         self._turn_ended = now
 
     def _room_for_prompts(self) -> int:
@@ -433,7 +432,7 @@ class Engine:
             if not request.text:
                 self.pages.count(len(tokens), hit)
                 request.cached = hit
-            r = _Running(request, found + more, hit, self._speculation.of_text())
+            r = _Running(request, found + more, hit, self.speculation.of_text())
             r.slot = self._free_slots.pop()
             self._running.append(r)
 
@@ -539,7 +538,7 @@ class Engine:
         scored = any(r.request.logprobs is not None for r in ready)
         edits = self._edits(ready, batch) if any(r.request.constrained for r in ready) else None
         accepted = sum(r.acceptance.mean for r in ready if not r.request.constrained)
-        drafts = self._speculation.choose(batch, len(ready), accepted)
+        drafts = self.speculation.choose(batch, len(ready), accepted)
         made_of = (list(ready), pages)
         if self._batch is None or self._batch[0] != made_of:  # else it is there already
             self._batch = made_of, self._put(self._batch_of(ready, batch, table))
@@ -639,7 +638,7 @@ class Engine:
 
     def _count_drafts(self, r: _Running, accepted: int, drafts: int) -> None:
         self._counts.update(drafts=1, draft_tokens=drafts, accepted_tokens=accepted)
-        for acceptance in (r.acceptance, self._speculation.acceptance):
+        for acceptance in (r.acceptance, self.speculation.acceptance):
             acceptance.add(accepted)
         for position in range(accepted):
             self._accepted_at[position] += 1

@@ -143,7 +143,7 @@ def test_drafts_are_as_good_after_steps_without(checkpoints):
     for name, choose in (("all", lambda step: 1), ("every second", lambda step: step % 2)):
         e = engine((model, variables), drafts=1, max_batch=1)
         steps = iter(range(1000))
-        e._speculation.choose = lambda *_, choose=choose, steps=steps: choose(next(steps))
+        e.speculation.choose = lambda *_, choose=choose, steps=steps: choose(next(steps))
         made[name] = seen = {}
         decode = e._decode
 
