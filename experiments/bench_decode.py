@@ -4,10 +4,11 @@
 
 One dense and one sparse layer of random bfloat16 weights, the whole vocabulary, no MTP. Each text's cache holds other
 random latents, and its prompt is found there as a shared prefix is, so that only a last token is prefilled; then the
-engine's own loop runs, with all texts in each step. `device_ms` is the same step without the host: many handed to the
-device one after another. `gap` is what the engine takes more, as a share of its step. The floor is the time to copy
-what a step must read: each weight once, of the experts those that tokens went to, and the cached tokens. Sampling is
-timed by itself at temperature 0.6 and top-p 0.95. Writes results.json after every row.
+engine's own loop runs, with all texts in each step. A batch's program is compiled once for all contexts, where a
+decoding kernel is used. `device_ms` is the same step without the host: many handed to the device one after another.
+`gap` is what the engine takes more, as a share of its step. The floor is the time to copy what a step must read: each
+weight once, of the experts those that tokens went to, and the cached tokens. Sampling is timed by itself at temperature
+0.6 and top-p 0.95. Writes results.json after every row.
 
 On a CPU a tiny model shows that the script works. experiments/bench_serving.py has what is measured there.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import gc
 import json
 import statistics
 import threading
@@ -34,7 +36,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference import Engine, EngineConfig, Sampling
 from dsv3_jax.inference.paged_cache import batch_cache, pool_of
 from dsv3_jax.inference.sampling import kind, rows, sample_rows
-from dsv3_jax.model.auto import PAGE, choices
+from dsv3_jax.model.auto import PAGE, choices, kernels
 from dsv3_jax.model.router import CHOICES
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.runtime import Runtime
@@ -70,6 +72,8 @@ class Bench:
         noise = lambda x: jax.random.normal(jax.random.key(1), x.shape, x.dtype)
         e._pool = jax.jit(lambda pool: jax.tree.map(noise, pool), donate_argnums=0)(e._pool)
         e._thread = threading.current_thread()  # none of its own
+        if kernels(model.runtime) is not None:  # it doesn't read what a text hasn't: all contexts share their programs
+            e._table_sizes, e._decode_tables = e._table_sizes[-1:], e._decode_tables[-1:]
         self.model, self.variables = model, variables
 
     def fill(self, batch: int, context: int) -> list[Any]:
@@ -101,7 +105,7 @@ class Bench:
         running, host = list(e._running), time.perf_counter()
         table = next(s for s in e._decode_tables if s >= max(len(r.pages) for r in running))
         packed = e._put(e._batch_of(running, batch, table))
-        decode = lambda: e._draw(e._decode(packed, 0)[1], packed, None, 0, False).result
+        decode = lambda: e._draw(e._decode(packed, 0), packed, None, 0, False).result
         jax.block_until_ready(decode())
         start = time.perf_counter()
         for _ in range(STEPS):
@@ -121,33 +125,33 @@ class Bench:
             "batch": batch, "context": context, "ms": ms, "median_ms": statistics.median(taken) * 1e3,
             "device_ms": device * 1e3, "handed_over_ms": host * 1e3, "gap": 1 - device * 1e3 / ms,
             "weight_bytes": weights, "cache_bytes": cached, "floor_ms": floor, "times_floor": ms / floor,
-            "tokens_per_second": batch / ms * 1e3, "sampling_ms": self.sampling(batch),
+            "tokens_per_second": batch / ms * 1e3, "sampling_ms": sampling(self.config.vocab_size, batch),
         }  # fmt: skip
 
     def bytes_of_weights(self, running: list[Any], batch: int, table: int) -> int:
         """Bytes of the weights that a step of these texts reads, with the experts that its tokens went to."""
         e = self.engine
         of = e._batch_of(running, batch, table)
-        tables, slot = of.tables, of.slot
-
-        @functools.partial(jax.jit, donate_argnums=0)
-        def choose(pool: Any, variables: Any, slots: Any) -> Any:
-            cache = batch_cache(pool, tables, slots.length[slot], jnp.ones(batch, jnp.int32))
-            tokens = slots.token[slot][:, None]
-            (_, cache), chosen = e._absorbed.apply(variables, tokens, cache, method="extend", mutable=[CHOICES])
-            return pool_of(cache), chosen
-
-        e._pool, chosen = choose(e._pool, self.variables, e._slots)
+        e._pool, chosen = choose(e._absorbed, self.variables, e._pool, e._slots, of.slot, of.tables)
         return weights_read(self.config, chosen) * jnp.dtype(self.model.runtime.param_dtype).itemsize
 
-    def sampling(self, batch: int) -> float:
-        """Milliseconds to draw a token of each text from logits of the whole vocabulary."""
-        logits = jax.random.normal(jax.random.key(2), (batch, self.config.vocab_size)) * 3
-        how = [Sampling(temperature=0.6, top_p=0.95)] * batch
-        draw = jax.jit(functools.partial(sample_rows, kind=kind(how)))
-        return (
-            seconds(draw, logits, rows(how, list(range(batch))), np.arange(batch, dtype=np.int32), at_least=0.1) * 1e3
-        )
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def choose(model: DeepSeekV3, variables: Any, pool: Any, slots: Any, slot: Any, tables: Any) -> Any:
+    """The pool after a step, and the experts that its tokens chose in each layer."""
+    cache = batch_cache(pool, tables, slots.length[slot], jnp.ones(len(slot), jnp.int32))
+    tokens = slots.token[slot][:, None]
+    (_, cache), chosen = model.apply(variables, tokens, cache, method="extend", mutable=[CHOICES])
+    return pool_of(cache), chosen
+
+
+@functools.cache
+def sampling(vocabulary: int, batch: int) -> float:
+    """Milliseconds to draw a token of each text from logits of the whole vocabulary."""
+    logits = jax.random.normal(jax.random.key(2), (batch, vocabulary)) * 3
+    how = [Sampling(temperature=0.6, top_p=0.95)] * batch
+    draw = jax.jit(functools.partial(sample_rows, kind=kind(how)))
+    return seconds(draw, logits, rows(how, list(range(batch))), np.arange(batch, dtype=np.int32), at_least=0.1) * 1e3
 
 
 def main(out: Path = Path("runs/bench_decode"), batches: str = "", contexts: str = "", seconds: float = 225.0) -> None:
@@ -180,7 +184,10 @@ def main(out: Path = Path("runs/bench_decode"), batches: str = "", contexts: str
                 row = bench.row(batch, context, copy)
             except jax.errors.JaxRuntimeError as error:
                 row = {"batch": batch, "context": context, "error": str(error).splitlines()[0][:300]}
-                bench = Bench(config, max(sizes), max(lengths))  # the pool was given away
+            if "error" in row:  # the pool was given away
+                del bench
+                gc.collect()
+                bench = Bench(config, max(sizes), max(lengths))
             row["after_seconds"] = time.monotonic() - began
             record["rows"].append(row)
             (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -64,10 +64,10 @@ print(json.dumps({"seconds": min(taken[1:]), "versions": [torch.__version__, tra
 
 
 def held_out(run: Path, count: int) -> list[list[int]]:
-    """Beginnings of held-out sequences."""
+    """Held-out sequences."""
     config = TrainConfig.from_json(run / "config.json")
     batches = validation_batches(config.data, run_tokenizer(run), 16, -(-count // 16))
-    return np.concatenate([b["tokens"] for b in batches])[:count, :PROMPT].tolist()
+    return np.concatenate([b["tokens"] for b in batches])[:count].tolist()
 
 
 def timed(engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY, new: int = NEW) -> float:
@@ -83,36 +83,76 @@ def timed(engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling =
     return min(once(), once())
 
 
-def speculative(model: Any, variables: Any, prompts: list[list[int]]) -> dict[str, Any]:
-    """Acceptance, and time per token with and without drafts, by batch."""
-    result: dict[str, Any] = {"acceptance": {}, "batches": {}}
-    make = lambda drafts: Engine(
-        model, variables, EngineConfig(max_batch=32, max_length=256, drafts=drafts, drafts_up_to=32)
-    )
+def agreement(model: Any, variables: Any, texts: list[list[int]]) -> float:
+    """Share of positions in texts at which the MTP module's choice, given the next token, is the model's own there."""
+
+    @jax.jit
+    def agree(tokens: jax.Array) -> jax.Array:
+        out = model.apply(variables, tokens, (jnp.roll(tokens, -1, axis=1),), method="forward")
+        drafts, chosen = out.mtp_logits[0].array().argmax(-1), out.logits.array().argmax(-1)
+        return jnp.mean(drafts[:, :-2] == chosen[:, 1:-1])
+
+    return float(agree(jnp.array(texts)))
+
+
+SAMPLED = Sampling(temperature=0.7, ignore_eos=True, seed=0)
+
+
+def acceptance(model: Any, variables: Any, prompts: list[list[int]], texts: list[list[int]]) -> dict[str, Any]:
+    """How many drafts are accepted on held-out text, and when the model continues its beginnings."""
+    result: dict[str, Any] = {"agreement on held-out text": agreement(model, variables, texts)}
     for drafts in (1, 2):
-        for name, how in (("greedy", GREEDY), ("temperature 0.7", Sampling(temperature=0.7, ignore_eos=True, seed=0))):
-            engine = make(drafts)
+        for name, how in (("greedy", GREEDY), ("temperature 0.7", SAMPLED)):
+            sizes = EngineConfig(max_batch=32, max_length=256, drafts=drafts, drafts_up_to=32)
+            engine = Engine(model, variables, sizes)
             list(engine.generate(prompts[:32], how, max_new_tokens=NEW))
             s = engine.stats()
-            result["acceptance"][f"{drafts} drafts, {name}"] = {
+            result[f"{drafts} drafts, {name}"] = {
                 "of drafted tokens": s.accepted_tokens / s.draft_tokens,
                 "by position": [n / s.drafts for n in s.accepted_per_position],
                 "tokens per verification": 1 + s.accepted_tokens / s.drafts,
             }
             engine.close()
-    engines = [make(0), make(1)]
-    for batch in (1, 2, 4, 8, 16, 32):
-        plain, drafted = (timed(e, prompts[:batch]) / (batch * NEW) * 1e3 for e in engines)
-        result["batches"][batch] = {
-            "plain ms per token": plain,
-            "drafted ms per token": drafted,
-            "gain": plain / drafted,
-        }
-    for e in engines:
-        e.close()
-    gains = {batch: row["gain"] for batch, row in result["batches"].items()}
-    result["drafts pay up to"] = max((b for b in gains if all(gains[n] > 1 for n in gains if n <= b)), default=0)
     return result
+
+
+def speculative(model: Any, variables: Any, prompts: list[list[int]], how: Sampling) -> dict[str, Any]:
+    """Time per token without drafts, with one in all steps, and as the engine chooses by itself, by batch."""
+    make = lambda drafts, up_to=None: Engine(
+        model, variables, EngineConfig(max_batch=32, max_length=256, drafts=drafts, drafts_up_to=up_to)
+    )
+    engines = {"without": make(0), "with one": make(1, 32), "by measurement": make(1)}
+    rows = {batch: in_turns(engines, prompts, how, batch) for batch in (1, 2, 4, 8, 16, 32)}
+    gains = {batch: row["gain"]["with one"] for batch, row in rows.items()}
+    pay = max((b for b in gains if all(gains[n] > 1 for n in gains if n <= b)), default=0)
+    choice = engines["by measurement"].stats().drafts_up_to
+    for e in engines.values():
+        e.close()
+    return {"texts": rows, "pay up to": pay, "the engine's choice": choice}
+
+
+def in_turns(
+    engines: dict[str, Engine], prompts: list[list[int]], how: Sampling, batch: int, rounds: int = 6
+) -> dict[str, Any]:
+    """Milliseconds per token of `batch` texts at a time with each engine, after two rounds that aren't timed; medians.
+
+    The engines take turns, so that what else the machine does slows all. `gain`: medians of the first one's times over
+    the others' right after.
+    """
+    groups = [prompts[i : i + batch] for i in range(0, max(batch, 8), batch)]
+    taken: dict[str, list[float]] = {name: [] for name in engines}
+    for group in groups * (2 + rounds):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            for _ in engine.generate(group, how, max_new_tokens=NEW):
+                pass
+            taken[name].append((time.perf_counter() - start) / (batch * NEW) * 1e3)
+    ms = {name: np.array(times[2 * len(groups) :]) for name, times in taken.items()}
+    first = next(iter(ms.values()))
+    return {
+        "ms per token": {name: float(np.median(x)) for name, x in ms.items()},
+        "gain": {name: float(np.median(first / x)) for name, x in ms.items()},
+    }
 
 
 def together(model: Any, variables: Any, prompts: list[list[int]]) -> dict[str, Any]:
@@ -129,12 +169,16 @@ def together(model: Any, variables: Any, prompts: list[list[int]]) -> dict[str, 
 
 
 def long_caches(config: ModelConfig) -> dict[str, Any]:
-    """A step of 32 texts after 100 and after 4000 cached tokens, and the attention in it by itself."""
+    """A step of 32 texts after 100 and after 4000 cached tokens, and the attention in it by itself.
+
+    Attention to 4000 tokens reads so much that the processor's caches lose the weights. What this costs the rest of the
+    step is measured by itself: the short step after as much was read.
+    """
     c = dataclasses.replace(config, max_position_embeddings=8192, num_nextn_predict_layers=0)
     model = DeepSeekV3(c, Runtime())
     variables = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))()
     engine, batch = Engine(model, variables, EngineConfig(max_batch=32, max_length=4200, cache_tokens=32 * 4352)), 32
-    result: dict[str, Any] = {}
+    timed: dict[str, Callable[[], Any]] = {}
     for cached in (100, 4000):
         size = next(s for s in engine._decode_tables if s >= -(-(cached + 64) // PAGE))
         every = np.arange(batch, dtype=np.int32)
@@ -145,17 +189,24 @@ def long_caches(config: ModelConfig) -> dict[str, Any]:
 
         def step(packed: Any = packed, lengths: Any = lengths) -> Any:
             slots = dataclasses.replace(engine._slots, length=jnp.array(lengths))
-            engine._pool, _, logits = steps.decode(engine._absorbed, variables, engine._pool, slots, packed, drafts=0)
+            engine._pool, slots, logits = steps.decode(
+                engine._absorbed, variables, engine._pool, slots, packed, drafts=0
+            )
             engine._slots, drawn = steps.draw(slots, logits, packed[:1], None, kind=0, scored=False)
             return drawn.result
 
-        result[str(cached)] = {
-            "step ms": seconds(step) * 1e3,
-            "attention ms": seconds(_attention(engine._absorbed, batch, size, cached)) * 1e3,
-        }
-    grown = {name: result["4000"][name] - result["100"][name] for name in ("step ms", "attention ms")}
-    result["beyond attention"] = (grown["step ms"] - grown["attention ms"]) / result["100"]["step ms"]
-    return result
+        timed[f"step, {cached}"] = step
+        timed[f"attention, {cached}"] = _attention(engine._absorbed, batch, size, cached)
+    memory = jnp.ones(c.num_hidden_layers * batch * 4096 * (c.kv_lora_rank + c.qk_rope_head_dim))
+    read = jax.jit(jnp.sum)
+    timed["reading"] = lambda: jax.block_until_ready(read(memory))
+    timed["reading and step, 100"] = lambda: (timed["reading"](), jax.block_until_ready(timed["step, 100"]()))
+    rounds = [{name: seconds(function) * 1e3 for name, function in timed.items()} for _ in range(4)]
+    ms = {name: min(r[name] for r in rounds) for name in timed}
+    beyond = (ms["step, 4000"] - ms["attention, 4000"]) - (ms["step, 100"] - ms["attention, 100"])
+    emptied = ms["reading and step, 100"] - ms["reading"] - ms["step, 100"]
+    shares = {"beyond attention": beyond, "by emptied caches": emptied, "else": beyond - emptied}
+    return {"ms": ms, "of the short step": {name: value / ms["step, 100"] for name, value in shares.items()}}
 
 
 def _attention(model: Any, batch: int, size: int, cached: int) -> Callable[[], Any]:
@@ -237,13 +288,17 @@ def main(
       hf: the same, converted to Hugging Face's layout.
       reference_python: the Python of an environment with torch and transformers.
       out: folder of results.json, which is added to.
-      parts: of speculative, together, long_caches, sampling, transformers, separated by commas; by default all.
+      parts: of acceptance, speculative, speculative_sampled, together, long_caches, sampling, transformers,
+        separated by commas; by default all.
     """
     out.mkdir(parents=True, exist_ok=True)
     model, variables = load_pretrained(run)
-    prompts = held_out(run, 32)
+    texts = held_out(run, 32)
+    prompts = [text[:PROMPT] for text in texts]
     todo: dict[str, Callable[[], dict[str, Any]]] = {
-        "speculative": lambda: speculative(model, variables, prompts),
+        "acceptance": lambda: acceptance(model, variables, prompts, texts),
+        "speculative": lambda: speculative(model, variables, prompts, GREEDY),
+        "speculative_sampled": lambda: speculative(model, variables, prompts, SAMPLED),
         "together": lambda: together(model, variables, prompts),
         "long_caches": lambda: long_caches(model.config),
         "sampling": sampling,

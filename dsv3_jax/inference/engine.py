@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import os
 import threading
+import time
 import traceback
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from dsv3_jax.inference.paged_cache import SCRATCH, PagePool, init_pool, spread
 from dsv3_jax.inference.pages import PageAllocator
 from dsv3_jax.inference.request import Grammar, Request, Score, Stats, Step
 from dsv3_jax.inference.sampling import ALL, Edits, Sampling, edits_of, kind, rows
+from dsv3_jax.inference.speculation import Acceptance, Speculation
 from dsv3_jax.model.auto import PAGE, kernels
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.sharding import current_sharding
@@ -54,8 +56,8 @@ class EngineConfig:
     """Prompt tokens put into the cache between two steps of the texts; more if there are several prompts per text."""
     drafts: int | None = None
     """Tokens that the MTP module drafts per step; by default 1 if the model has MTP, else 0."""
-    drafts_up_to: int = 8
-    """Maximum number of running texts for which drafts are used; with more, the device is busy without."""
+    drafts_up_to: int | None = None
+    """Maximum number of running texts for which drafts are used; by default the engine measures when they pay."""
     seed: int = 0
     """Seed for texts whose sampling has none."""
 
@@ -74,10 +76,10 @@ class EngineConfig:
 class _Running:
     """An admitted request. `prefilled` of its tokens are in the cache, and `pending` steps haven't been read."""
 
-    def __init__(self, request: Request, pages: list[int], found: int) -> None:
+    def __init__(self, request: Request, pages: list[int], found: int, acceptance: Acceptance) -> None:
         self.request, self.pages, self.prefilled, self.slot = request, pages, found, -1
         self.tokens = [*request.prompt, *request.text]
-        self.pending = 0
+        self.acceptance, self.pending = acceptance, 0
         self.ended = False
 
     @property
@@ -139,7 +141,7 @@ class Engine:
         with self._on_mesh():
             made = jax.jit(lambda: spread(pool(1 + count), model.runtime))  # and the scratch page
             self._pool: PagePool = made()
-        self._slots = steps.init_slots(config.max_batch, self.drafts)
+        self._slots = steps.init_slots(model, config.max_batch, self.drafts)
         # Said, as a step's results say it: or its program would be compiled again for them.
         one = next(iter(devices)) if len(devices) == 1 else None
         self._place = one if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
@@ -157,6 +159,10 @@ class Engine:
         self._chunk_sizes = sorted({-(-config.prefill_chunk // 4), config.prefill_chunk})
         self._piece_rows = sorted({self._rows, -(-min(4, config.max_batch) // self._rows) * self._rows})
         self._batch: tuple[Any, steps.Packed] | None = None  # of the last step, and what it was made of
+        self.speculation = Speculation(self.drafts, config.drafts_up_to)
+        """Which steps have drafts; its `str` says so in words."""
+        self._timed: tuple[int, int, int] | None = None  # the last turn's step, if it did nothing else
+        self._turn_ended = 0.0
 
         self._waiting: collections.deque[Request] = collections.deque()
         self._running: list[_Running] = []
@@ -267,6 +273,7 @@ class Engine:
             draft_tokens=n["draft_tokens"],
             accepted_tokens=n["accepted_tokens"],
             accepted_per_position=tuple(self._accepted_at),
+            drafts_up_to=self.speculation.pays_up_to,
             steps=n["steps"],
             tokens=n["tokens"],
             programs=len(self._programs),
@@ -323,23 +330,18 @@ class Engine:
     def _drafts_of(self, batch: int) -> set[int]:
         """Numbers of drafts that steps of a batch's bucket may have."""
         up_to = self.config.drafts_up_to
+        if up_to is None:
+            return {0, self.drafts}
         return {self.drafts} if batch <= up_to else {0} if batch // 2 >= up_to else {0, self.drafts}
 
     def _prefill_nothing(self, count: int, size: int, table: int) -> None:
         tokens = np.zeros((count, size), np.int32)
         packed = self._put(self._batch_of([], count, table))
-        hidden, logits = self._prefill(tokens, packed)
+        hidden, _ = self._prefill(tokens, tokens, packed)
         self._score_prompt(hidden, tokens)
-        if self.drafts:
-            drawn = self._draw(logits, packed, None, 0, False)
-            self._draft(hidden, tokens, packed, drawn.result)
-            self._draft(hidden, tokens, packed, None)
 
     def _decode_nothing(self, batch: int, table: int, drafts: int) -> None:
-        packed = self._put(self._batch_of([], batch, table))
-        hidden, logits = self._decode(packed, drafts)
-        if drafts:
-            self._draft(hidden, None, packed, self._draw(logits, packed, None, 0, False).result)
+        self._decode(self._put(self._batch_of([], batch, table)), drafts)
 
     def _draw_nothing(self, batch: int, drafts: int) -> None:
         """Every way of drawing; of the tables only the smallest: drawing doesn't look at them."""
@@ -372,20 +374,27 @@ class Engine:
 
     def _turn(self) -> None:
         """Runs one iteration of the loop."""
+        programs, before, self._timed = len(self._programs), self._timed, None
         self._end_cancelled()
         self._admit()
-        room = self._room_for_prompts()
+        room, prompts = self._room_for_prompts(), False
         while room > 0 and (pieces := self._next_pieces()):
             room -= self._prefill_pieces(pieces)
             self._read(1)
+            prompts = True
         ready = [r for r in self._running if not r.in_prefill and not self._surely_ends(r)]
         if any(r.request.constrained for r in ready):
             self._read(0)
             ready = [r for r in ready if not r.ended and not self._surely_ends(r)]
         ready = self._with_pages(ready)
         if ready:
-            self._step(ready)
+            step = self._step(ready)
+            self._timed = None if prompts else step
         self._read(1 if ready else 0)
+        now = time.perf_counter()
+        nothing_else = not prompts and len(self._programs) == programs
+        self.speculation.took(before if nothing_else else None, now - self._turn_ended)  # from a step's end to the next
+        self._turn_ended = now
 
     def _room_for_prompts(self) -> int:
         """Tokens of prompts to process before the next step: a chunk, or as many chunks as there are prompts per text.
@@ -423,7 +432,7 @@ class Engine:
             if not request.text:
                 self.pages.count(len(tokens), hit)
                 request.cached = hit
-            r = _Running(request, found + more, hit)
+            r = _Running(request, found + more, hit, self.speculation.of_text())
             r.slot = self._free_slots.pop()
             self._running.append(r)
 
@@ -485,20 +494,18 @@ class Engine:
         if constrained:
             self._read(0)
         of = self._batch_of(group, rows, table)
-        tokens, following = np.zeros((2, rows, size), np.int32)
+        tokens, following = np.zeros((rows, size), np.int32), np.full((rows, size), -1, np.int32)
         for i, (r, piece) in enumerate(zip(group, pieces, strict=True)):
             after = r.tokens[r.prefilled + 1 : r.prefilled + 1 + len(piece)]
             tokens[i, : len(piece)], following[i, : len(after)] = piece, after
             of.cached[i], of.new[i] = r.prefilled, len(piece)
         packed = self._put(of)
-        hidden, logits = self._prefill(tokens, packed)
+        hidden, logits = self._prefill(tokens, following, packed)
         drawn = None
         if last:
             edits = self._edits(group, rows) if constrained else None
             scored = any(r.request.logprobs is not None for r in group)
             drawn = self._draw(logits, packed, edits, self._kind(group), scored)
-        if self.drafts:
-            self._draft(hidden, following, packed, None if drawn is None else drawn.result)
         self._score_prompts(group, hidden, following)
         for r, piece in zip(group, pieces, strict=True):
             r.prefilled += len(piece)
@@ -523,25 +530,26 @@ class Engine:
                 after = r.tokens[r.prefilled + 1 : r.prefilled + 1 + following.shape[1]]
                 request.prompt_scores += _scores(scores, i, after, request.prompt_logprobs or 0)
 
-    def _step(self, ready: list[_Running]) -> None:
-        drafts = self.drafts if len(ready) <= self.config.drafts_up_to else 0
+    def _step(self, ready: list[_Running]) -> tuple[int, int, int]:
+        """Hands a step to the device. Returns its sizes, and how many drafts it has."""
         batch = next(s for s in self._batch_sizes if s >= len(ready))
         pages = [len(r.pages) for r in ready]
         table = next(s for s in self._decode_tables if s >= max(pages))
         scored = any(r.request.logprobs is not None for r in ready)
         edits = self._edits(ready, batch) if any(r.request.constrained for r in ready) else None
+        accepted = sum(r.acceptance.mean for r in ready if not r.request.constrained)
+        drafts = self.speculation.choose(batch, len(ready), accepted)
         made_of = (list(ready), pages)
         if self._batch is None or self._batch[0] != made_of:  # else it is there already
             self._batch = made_of, self._put(self._batch_of(ready, batch, table))
         packed = self._batch[1]
-        hidden, logits = self._decode(packed, drafts)
+        logits = self._decode(packed, drafts)
         drawn = self._draw(logits, packed, edits, self._kind(ready), scored)
-        if drafts:
-            self._draft(hidden, None, packed, drawn.result)
         self._counts["steps"] += 1
         for r in ready:
             r.pending += 1
         self._unread.append((ready, drawn, drafts))
+        return batch, table, drafts
 
     def _batch_of(self, ready: list[_Running], batch: int, table: int) -> steps.Batch:
         """The arrays of a step, on the host, padded to sizes that are compiled for."""
@@ -570,19 +578,20 @@ class Engine:
             return ALL
         return kind(r.request.sampling for r in ready)
 
-    def _prefill(self, tokens: np.ndarray, packed: steps.Packed) -> tuple[jax.Array, jax.Array]:
+    def _prefill(self, tokens: np.ndarray, following: np.ndarray, packed: steps.Packed) -> tuple[jax.Array, jax.Array]:
         self._programs.add(("prefill", tokens.shape, packed[1].shape))
         self._pool, self._slots, hidden, logits = steps.prefill(
-            self._expanded, self._variables, self._pool, self._slots, tokens, packed
+            self._expanded, self._variables, self._pool, self._slots, tokens, following, packed
         )
         return hidden, logits
 
-    def _decode(self, packed: steps.Packed, drafts: int) -> tuple[jax.Array, jax.Array]:
+    def _decode(self, packed: steps.Packed, drafts: int) -> jax.Array:
         self._programs.add(("decode", packed[1].shape, drafts))
-        self._pool, hidden, logits = steps.decode(
+        logits: jax.Array
+        self._pool, self._slots, logits = steps.decode(
             self._absorbed, self._variables, self._pool, self._slots, packed, drafts=drafts
         )
-        return hidden, logits
+        return logits
 
     def _draw(
         self, logits: jax.Array, packed: steps.Packed, edits: Edits | None, how: int, scored: bool
@@ -592,15 +601,6 @@ class Engine:
         self._slots, drawn = steps.draw(self._slots, logits, packed[:1], edits, kind=how, scored=scored)
         drawn.result.copy_to_host_async()
         return drawn
-
-    def _draft(
-        self, hidden: jax.Array, following: np.ndarray | None, packed: steps.Packed, result: jax.Array | None
-    ) -> None:
-        model = self._absorbed if following is None else self._expanded
-        self._programs.add(("draft", hidden.shape, packed[1].shape, following is None, result is None))
-        self._pool, self._slots = steps.draft(
-            model, self._variables, self._pool, self._slots, hidden, following, packed, result
-        )
 
     def _score_prompt(self, hidden: jax.Array, following: np.ndarray) -> steps.Scores:
         self._programs.add(("score_prompt", hidden.shape))
@@ -633,11 +633,13 @@ class Engine:
                     self._fail(r, "the logits are not finite: the weights or an activation hold NaN or infinity")
                     continue
                 if drafts and not r.request.constrained:
-                    self._count_drafts(count[i] - 1, drafts)
+                    self._count_drafts(r, count[i] - 1, drafts)
                 self._hand_out(r, tokens[i][: count[i]], None if scores is None else (scores, i))
 
-    def _count_drafts(self, accepted: int, drafts: int) -> None:
+    def _count_drafts(self, r: _Running, accepted: int, drafts: int) -> None:
         self._counts.update(drafts=1, draft_tokens=drafts, accepted_tokens=accepted)
+        for acceptance in (r.acceptance, self.speculation.acceptance):
+            acceptance.add(accepted)
         for position in range(accepted):
             self._accepted_at[position] += 1
 

@@ -118,7 +118,8 @@ class Stats:
     running, waiting: requests. cache_usage: fraction of pages in use. preemptions: requests that lost their pages and
     restarted. prefix_queries, prefix_hits: tokens of prompts that were looked up in the cache, and found.
     drafts: verifications of drafts; draft_tokens, accepted_tokens: their tokens; accepted_per_position: by position
-    among the drafts. steps: decoding steps. tokens: generated. programs: number of compiled shapes.
+    among the drafts. drafts_up_to: number of texts up to which drafts are used, None if not measured yet.
+    steps: decoding steps. tokens: generated. programs: number of compiled shapes.
     """
 
     running: int = 0
@@ -131,6 +132,7 @@ class Stats:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()
+    drafts_up_to: int | None = None
     steps: int = 0
     tokens: int = 0
     programs: int = 0

@@ -40,7 +40,8 @@ class Sampling:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
     """Added to the logits of these tokens."""
     seed: int | None = None
-    """Seed, which makes a text reproducible whatever else runs; by default each text has its own."""
+    """Seed, which makes a text reproducible whatever else runs, with drafts or without, up to the rounding of logits:
+    it differs a little between sizes of batches. By default each text has its own."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a text, besides the model's end tokens."""
     ignore_eos: bool = False

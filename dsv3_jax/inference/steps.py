@@ -1,9 +1,12 @@
-"""The device programs of the engine: a piece of a prompt, a step of all texts, what is drawn after either, and drafts.
+"""The device programs of the engine: a piece of a prompt, a step of all texts, and what is drawn after either.
 
-A step verifies drafts and makes the next ones. With k drafts a text's last token and its drafts pass through the model
+A step makes drafts and verifies them. With k drafts a text's last token and its drafts pass through the model
 together; the model's own choice at each of these positions is drawn as without drafts, and stands as long as the
 drafts before it are what was drawn. So the tokens, greedy or sampled, are those of plain decoding, and one pass gives
 1 to k + 1 of them. The first MTP module makes the drafts, applied to its own output for those after the first.
+
+The module's cache follows the model's, in steps without drafts too, so that any step may have them. This takes little:
+where only the cache is wanted, XLA leaves out the module's attention and experts.
 
 Drawing is a program of its own: it has many variants, which compile fast, and the passes through the model have none.
 """
@@ -22,6 +25,7 @@ from flax import struct
 from dsv3_jax.inference.paged_cache import PagePool, batch_cache, pool_of, spread
 from dsv3_jax.inference.sampling import Edits, Rows, edit, sample_rows
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.parallel.sharding import constrain
 
 MOST_LOGPROBS = 20
 """Maximum number of alternatives with log-probabilities."""
@@ -36,12 +40,17 @@ class Slots:
     """Texts being generated, one per slot; the last slot is for padding.
 
     token: (S,) int32, the last token, not in the cache yet. length: (S,) int32, tokens in the cache.
-    drafts: (S, k) int32, drafted tokens after the last one.
+    drafts: (S, k) int32, drafted tokens after the last one, which are being verified. Of the last step's tokens
+    `hidden`: (S, k + 1, D), and `following`: (S, k + 1) int32, the token after each; of them `unseen`: (S,) int32,
+    aren't in the MTP module's cache yet. Without drafts the last three are empty.
     """
 
     token: jax.Array
     length: jax.Array
     drafts: jax.Array
+    hidden: jax.Array
+    following: jax.Array
+    unseen: jax.Array
 
 
 @struct.dataclass
@@ -118,28 +127,41 @@ class Batch:
         return Batch(slot, cached, new, plain != 0, how, *tables or (None,))
 
 
-def init_slots(count: int, drafts: int) -> Slots:
+def init_slots(model: DeepSeekV3, count: int, drafts: int) -> Slots:
     """Returns empty slots, with one more for padding."""
+    slots, tokens = count + 1, drafts + 1 if drafts else 0
     zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
-    return Slots(zeros(count + 1), zeros(count + 1), zeros((count + 1, drafts)))
+    hidden = jnp.zeros((slots, tokens, model.config.hidden_size), jnp.dtype(model.runtime.dtype))
+    return Slots(zeros(slots), zeros(slots), zeros((slots, drafts)), hidden, zeros((slots, tokens)), zeros(slots))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def prefill(
-    model: DeepSeekV3, variables: Any, pool: PagePool, slots: Slots, tokens: jax.Array, packed: Packed
+    model: DeepSeekV3,
+    variables: Any,
+    pool: PagePool,
+    slots: Slots,
+    tokens: jax.Array,
+    following: jax.Array,
+    packed: Packed,
 ) -> tuple[PagePool, Slots, jax.Array, jax.Array]:
     """Adds pieces of prompts to their pages, and says so in their slots, as if their last tokens were yet to be drawn.
 
-    tokens: (B, T) int32, padded on the right.
+    tokens: (B, T) int32, padded on the right. following: (B, T) int32, the token after each; -1 where it isn't known.
 
     Returns pool and slots, hidden states (B, T, D), and logits (B, 1, V) after the pieces.
     """
     b = Batch.unpack(packed)
     hidden, cache = _apply(model, variables, tokens, batch_cache(pool, b.tables, b.cached, b.new), method="extend")
+    pool = pool_of(cache)
+    if pool.mtp is not None:
+        known = jnp.sum(following >= 0, axis=1, dtype=jnp.int32)
+        _, pool = _draft(model, variables, pool, hidden, jnp.maximum(following, 0), b.tables, b.cached, known)
     at_last = jnp.take_along_axis(hidden, (b.new - 1)[:, None, None], axis=1)
     length = jnp.maximum(b.cached + b.new - 1, 0)  # of padding 0
+    slots = _with_hidden(model, slots, b.slot, at_last)
     slots = dataclasses.replace(slots, length=slots.length.at[b.slot].set(length))
-    return spread(pool_of(cache), model.runtime), slots, hidden, _apply(model, variables, at_last, method="head")
+    return spread(pool, model.runtime), slots, hidden, _apply(model, variables, at_last, method="head")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -148,21 +170,66 @@ def score_prompt(model: DeepSeekV3, variables: Any, hidden: jax.Array, following
     return _scores(_apply(model, variables, hidden, method="head"), following)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="drafts", donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="drafts", donate_argnums=(2, 3))
 def decode(
     model: DeepSeekV3, variables: Any, pool: PagePool, slots: Slots, packed: Packed, *, drafts: int
-) -> tuple[PagePool, jax.Array, jax.Array]:
+) -> tuple[PagePool, Slots, jax.Array]:
     """One step of the texts of a `Batch`, up to their logits.
 
-    drafts: of the slots', how many are verified: all or none.
+    drafts: how many are made and verified: as many as slots hold, or none.
 
-    Returns the pool, hidden states (B, 1 + drafts, D) and logits (B, 1 + drafts, V).
+    Returns pool and slots, and logits (B, 1 + drafts, V).
     """
     b = Batch.unpack(packed)
-    tokens = jnp.concatenate([slots.token[b.slot][:, None], slots.drafts[b.slot][:, :drafts]], axis=1)
-    cache = batch_cache(pool, b.tables, slots.length[b.slot], b.new * (1 + drafts))
-    hidden, cache = _apply(model, variables, tokens, cache, method="extend")
-    return spread(pool_of(cache), model.runtime), hidden, _apply(model, variables, hidden, method="head")
+    token, length = slots.token[b.slot][:, None], slots.length[b.slot]
+    tokens = [token]
+    if pool.mtp is not None:
+        hidden, following, unseen = (x[b.slot] for x in (slots.hidden, slots.following, slots.unseen))
+        new = jnp.where(b.new > 0, unseen, 0)
+        before = hidden.shape[1] - 1 if drafts else hidden.shape[1]  # the last one makes the first draft
+        new = jnp.maximum(new - 1, 0) if drafts else new
+        at = jnp.maximum(length - unseen, 0)
+        _, pool = _draft(model, variables, pool, hidden[:, :before], following[:, :before], b.tables, at, new)
+        hidden = jnp.take_along_axis(hidden, (unseen - 1)[:, None, None], axis=1)
+        for i in range(drafts):
+            at = jnp.maximum(length - 1 + i, 0)
+            hidden, pool = _draft(model, variables, pool, hidden, tokens[-1], b.tables, at, b.new)
+            tokens.append(jnp.argmax(_apply(model, variables, hidden, method="head"), axis=-1).astype(jnp.int32))
+    if drafts:
+        slots = dataclasses.replace(slots, drafts=slots.drafts.at[b.slot].set(jnp.concatenate(tokens[1:], axis=1)))
+    cache = batch_cache(pool, b.tables, length, b.new * (1 + drafts))
+    hidden, cache = _apply(model, variables, jnp.concatenate(tokens, axis=1), cache, method="extend")
+    logits = _apply(model, variables, hidden, method="head")
+    return spread(pool_of(cache), model.runtime), _with_hidden(model, slots, b.slot, hidden), logits
+
+
+def _with_hidden(model: DeepSeekV3, slots: Slots, slot: jax.Array, hidden: jax.Array) -> Slots:
+    """Keeps hidden states (B, T, D) for the MTP module, if slots have room for them."""
+    if not slots.hidden.size:
+        return slots
+    kept = slots.hidden.at[slot, : hidden.shape[1]].set(hidden)
+    return dataclasses.replace(slots, hidden=constrain(kept, model.runtime, None, None, None))
+
+
+def _draft(
+    model: DeepSeekV3,
+    variables: Any,
+    pool: PagePool,
+    hidden: jax.Array,
+    following: jax.Array,
+    tables: jax.Array,
+    cached: jax.Array,
+    new: jax.Array,
+) -> tuple[jax.Array, PagePool]:
+    """Passes tokens through the MTP module, which has its own pages.
+
+    hidden (B, T, D), following (B, T): of the tokens after `cached` (B,), of which `new` (B,) are real.
+
+    Returns hidden states (B, T, D) of the tokens after the `following` ones, and the pool.
+    """
+    cache = batch_cache(pool, tables, cached, new)
+    hidden, cache = _apply(model, variables, hidden, following, cache, method="draft")
+    return hidden, pool_of(cache)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "scored"), donate_argnums=0)
@@ -190,74 +257,12 @@ def draw(
     slots = dataclasses.replace(
         slots, token=slots.token.at[b.slot].set(last), length=slots.length.at[b.slot].set(length)
     )
+    if slots.following.size:
+        following = slots.following.at[b.slot, :count].set(tokens)
+        slots = dataclasses.replace(slots, following=following, unseen=slots.unseen.at[b.slot].set(accepted + 1))
     finite = jnp.isfinite(raw).all((1, 2)).astype(jnp.int32)
     result = jnp.concatenate([tokens, (accepted + 1)[:, None], finite[:, None]], axis=1)
     return slots, Drawn(result, _scores(raw, tokens) if scored else None)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def draft(
-    model: DeepSeekV3,
-    variables: Any,
-    pool: PagePool,
-    slots: Slots,
-    hidden: jax.Array,
-    following: jax.Array | None,
-    packed: Packed,
-    result: jax.Array | None,
-) -> tuple[PagePool, Slots]:
-    """Passes tokens through the MTP module, which has its own pages, and drafts what may follow the last of them.
-
-    Args:
-      hidden: of `prefill` or `decode`.
-      following: (B, T) int32, the tokens after each of prompts' pieces; None after a step.
-      packed: as that program had it. result: of `draw`; None after pieces that aren't prompts' last.
-    """
-    b = Batch.unpack(packed)
-    if following is None:
-        assert result is not None
-        following, held = result[:, :-2], result[:, -2]
-        cached, ends = jnp.maximum(slots.length[b.slot] - held, 0), held - 1
-        held = jnp.where(b.new > 0, held, 0)
-    else:
-        cached, ends, held = b.cached, b.new - 1, b.new
-        if result is not None:
-            following = following.at[jnp.arange(len(following)), ends].set(result[:, 0])
-    count = slots.drafts.shape[1]
-    drafts, pool = _draft(model, variables, pool, hidden, following, b.tables, cached, held, ends, count)
-    return spread(pool, model.runtime), dataclasses.replace(slots, drafts=slots.drafts.at[b.slot].set(drafts))
-
-
-def _draft(
-    model: DeepSeekV3,
-    variables: Any,
-    pool: PagePool,
-    hidden: jax.Array,
-    following: jax.Array,
-    tables: jax.Array,
-    cached: jax.Array,
-    new: jax.Array,
-    ends: jax.Array,
-    count: int,
-) -> tuple[jax.Array, PagePool]:
-    """Drafts `count` tokens after each text, one after the other. Returns them, and the pool with the module's entries.
-
-    hidden (B, T, D), following (B, T): of the tokens after `cached` (B,), of which `new` (B,) are real; the text ends
-    with the `following` one at `ends` (B,).
-    """
-
-    def apply(hidden: jax.Array, following: jax.Array, at: jax.Array, new: jax.Array, pool: PagePool) -> Any:
-        cache = batch_cache(pool, tables, at, new)
-        hidden, cache = _apply(model, variables, hidden, following, cache, method="draft")
-        return hidden, pool_of(cache)
-
-    hidden, pool = apply(hidden, following, cached, new, pool)
-    hidden, drafts = jnp.take_along_axis(hidden, ends[:, None, None], axis=1), []
-    for i in range(count):
-        drafts.append(jnp.argmax(_apply(model, variables, hidden, method="head"), axis=-1).astype(jnp.int32))
-        if i + 1 < count:
-            hidden, pool = apply(hidden, drafts[-1], cached + ends + 1 + i, jnp.minimum(new, 1), pool)
-    return jnp.concatenate(drafts, axis=1), pool
 
 
 def _scores(logits: jax.Array, tokens: jax.Array) -> Scores:

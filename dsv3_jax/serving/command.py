@@ -80,7 +80,7 @@ def serve_command(args: ServeArgs) -> None:
     _say(
         f"cache of {room:,} tokens, {room * engine.bytes_per_token / 2**30:.2f} GiB; "
         f"texts of up to {engine.max_length:,} tokens, {args.engine.max_batch} at a time, "
-        f"{engine.drafts} drafts per step"
+        f"{engine.speculation}"
     )
     engine.warm_up(_Progress())
     service = Service(
@@ -94,6 +94,7 @@ def serve_command(args: ServeArgs) -> None:
     )
     chat = "with" if template else "without"
     run(Server(service, address), bound, lambda url: _say(f"{service.model_name} at {url}, {chat} a chat template"))
+    _say(str(engine.speculation))  # what was chosen meanwhile
 
 
 class _Progress:

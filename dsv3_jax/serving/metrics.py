@@ -113,6 +113,11 @@ class _EngineCollector:
         programs = GaugeMetricFamily("dsv3_jax:programs", "Programs that the engine has compiled.", labels=_LABELS)
         programs.add_metric(self._labels, stats.programs)
         yield programs
+        if stats.drafts_up_to is not None:
+            text = "Number of texts up to which steps verify drafts."
+            up_to = GaugeMetricFamily("dsv3_jax:drafts_up_to", text, labels=_LABELS)
+            up_to.add_metric(self._labels, stats.drafts_up_to)
+            yield up_to
         for name, text, value in (
             ("num_preemptions", "Requests that gave up their pages for others and began again.", stats.preemptions),
             ("prefix_cache_queries", "Tokens of prompts looked for in the cache.", stats.prefix_queries),

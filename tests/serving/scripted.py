@@ -81,5 +81,6 @@ class ScriptedEngine:
             draft_tokens=20,
             accepted_tokens=15,
             accepted_per_position=[9, 6],
+            drafts_up_to=4,
             programs=27,
         )

@@ -417,6 +417,7 @@ def test_metrics_have_the_names_that_dashboards_know(served):
     assert value("vllm:num_requests_running") == 1
     assert value("vllm:kv_cache_usage_perc") == 0.25
     assert value("dsv3_jax:programs") == 27
+    assert value("dsv3_jax:drafts_up_to") == 4
     assert value("vllm:prefix_cache_hits_total") == 40
     assert value("vllm:spec_decode_num_draft_tokens_total") == 20
     assert value("vllm:spec_decode_num_accepted_tokens_total") == 15
