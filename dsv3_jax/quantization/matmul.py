@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from dsv3_jax.quantization.fp8 import dequantise_blocks, dequantise_tiles
-from dsv3_jax.quantization.products import Quantised, multiply, weight_gradient
-from dsv3_jax.quantization.recipe import Recipe
+from dsv3_jax.quantization.products import multiply, weight_gradient
+from dsv3_jax.quantization.recipe import Quantised, Recipe
 
 Keep = Callable[[jax.Array], jax.Array]
 
@@ -100,10 +100,11 @@ def _linear_forward(
 
 
 def _linear_backward(how: _How, saved: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
-    rows, w, like_x, like_master = saved
-    x = _saved(rows, like_x)
-    dx = multiply(how.recipe, how.recipe.rows(dy, gradient=True), w, transposed=True)
-    return dx.astype(like_x.dtype), _of_master(how, x, dy, like_master), None, None
+    rows, w, like_x, like = saved
+    dy_rows, dy_columns = _of_gradient(how, dy, like)
+    dx = multiply(how.recipe, dy_rows, w, transposed=True)
+    x_columns = how.recipe.columns(rows, power_of_two=how.power_of_two)
+    return dx.astype(like_x.dtype), _of_master(how, x_columns, dy_columns, w, like), None, None
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
@@ -140,11 +141,11 @@ def _swiglu(how: _How, x: jax.Array, weights: Any, group_sizes: jax.Array | None
 def _swiglu_forward(
     how: _How, x: jax.Array, weights: Any, group_sizes: jax.Array | None
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    (_, *gate), (_, *up), (_, *down) = weights
+    gate, up, down = ((values, scales) for _, values, scales in weights)
     rows = how.recipe.rows(x, power_of_two=how.power_of_two)
 
-    def product(rows: Quantised, w: Sequence[jax.Array]) -> jax.Array:
-        return multiply(how.recipe, rows, (w[0], w[1]), group_sizes).astype(x.dtype)
+    def product(rows: Quantised, w: Quantised) -> jax.Array:
+        return multiply(how.recipe, rows, w, group_sizes).astype(x.dtype)
 
     g, u = product(rows, gate), product(rows, up)
     y = product(how.recipe.rows(jax.nn.silu(g) * u), down)
@@ -154,32 +155,49 @@ def _swiglu_forward(
 
 
 def _swiglu_backward(how: _How, residuals: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
-    rows, (g, u), (gate, up, down), masters, group_sizes, like_x = residuals
-    x, g, u = (_saved(a, like_x) for a in (rows, g, u))
+    rows, (g, u), (gate, up, down), likes, group_sizes, like_x = residuals
+    g, u = (dequantise_tiles(*a).astype(like_x.dtype) for a in (g, u))
     hidden, undo = jax.vjp(lambda g, u: jax.nn.silu(g) * u, g, u)
 
-    def back(dy: jax.Array, w: Sequence[jax.Array]) -> jax.Array:
-        rows = how.recipe.rows(dy, gradient=True)
-        return multiply(how.recipe, rows, (w[0], w[1]), group_sizes, transposed=True)
+    def back(dy: jax.Array, w: Quantised, like: Any) -> tuple[jax.Array, Quantised | None]:
+        dy_rows, dy_columns = _of_gradient(how, dy, like, group_sizes)
+        return multiply(how.recipe, dy_rows, w, group_sizes, transposed=True), dy_columns
 
-    d_gate, d_up = undo(back(dy, down).astype(hidden.dtype))
-    dx = back(d_gate, gate).astype(jnp.float32) + back(d_up, up)
-    pairs = ((x, d_gate, how), (x, d_up, how), (hidden, dy, how._replace(power_of_two=False)))
-    gradients = [_of_master(h, a, d, like, group_sizes) for (a, d, h), like in zip(pairs, masters, strict=True)]
+    d_hidden, of_down = back(dy, down, likes[2])
+    d_gate, d_up = undo(d_hidden.astype(hidden.dtype))
+    (dx_gate, of_gate), (dx_up, of_up) = back(d_gate, gate, likes[0]), back(d_up, up, likes[1])
+    x_columns = how.recipe.columns(rows, group_sizes, power_of_two=how.power_of_two)
+    hidden_columns = how.recipe.columns(hidden, group_sizes)
+    products = ((x_columns, of_gate, gate), (x_columns, of_up, up), (hidden_columns, of_down, down))
+    gradients = [_of_master(how, *p, like, group_sizes) for p, like in zip(products, likes, strict=True)]
+    dx = dx_gate.astype(jnp.float32) + dx_up
     return dx.astype(like_x.dtype), tuple((g, None, None) for g in gradients), None
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _saved(rows: Quantised, like: jax.Array) -> jax.Array:
-    return dequantise_tiles(*rows).astype(like.dtype)
-
-
-def _of_master(how: _How, x: jax.Array, dy: jax.Array, like: Any, group_sizes: jax.Array | None = None) -> Any:
+def _of_gradient(
+    how: _How, dy: jax.Array, like: Any, group_sizes: jax.Array | None = None
+) -> tuple[Quantised, Quantised | None]:
+    """Quantises a cotangent for Dgrad and, if the weight has a gradient, for Wgrad."""
     if like is None:
+        return how.recipe.rows(dy, gradient=True), None
+    return how.recipe.rows_and_columns(dy, group_sizes, gradient=True)
+
+
+def _of_master(
+    how: _How,
+    x_columns: Quantised,
+    dy_columns: Quantised | None,
+    w: Quantised,
+    like: Any,
+    group_sizes: jax.Array | None = None,
+) -> jax.Array | None:
+    if dy_columns is None:
         return None
-    return weight_gradient(how.recipe, x, dy, group_sizes, power_of_two=how.power_of_two).astype(like.dtype)
+    depth, columns = w[0].shape[-2:]
+    return weight_gradient(how.recipe, x_columns, dy_columns, (depth, columns), group_sizes).astype(like.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
