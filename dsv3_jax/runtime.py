@@ -71,8 +71,10 @@ class Runtime:
     """Collective that sends tokens to experts: padded buffers, exact sizes (TPU, GPU), or all tokens to all devices."""
     pipeline: PipelineSchedule = "1f1b"
     """Pipeline schedule over the mesh axis `stage`; see `parallel.pipeline`."""
-    dispatch_slack: float = 1.2
-    """Size of dispatch buffers relative to even routing; if routing exceeds it, tokens are sent in several rounds."""
+    dispatch_slack: float | None = None
+    """Size of dispatch buffers relative to even routing; if routing exceeds it, tokens are sent in several rounds. By
+    default 1.2, which a run raises if the routing that it sees needs more.
+    """
     redundant_experts: int = 0
     """Number of redundant experts, for serving: `inference.expert_placement` assigns them to the busiest experts."""
     interleave: int = 1
@@ -105,7 +107,7 @@ class Runtime:
             raise ConfigError(
                 f"runtime.experts_impl {self.experts_impl!r} takes dtype bfloat16, not {self.dtype}: ragged takes both"
             )
-        if not self.dispatch_slack >= 1:
+        if self.dispatch_slack is not None and not self.dispatch_slack >= 1:
             raise ConfigError(f"runtime.dispatch_slack is {self.dispatch_slack!r}: it must be at least 1")
         if self.redundant_experts < 0:
             raise ConfigError(f"runtime.redundant_experts is {self.redundant_experts!r}: it must not be negative")

@@ -35,8 +35,7 @@ from dsv3_jax.quantization.products import multiply, weight_gradient
 from dsv3_jax.runtime import Runtime
 from experiments.bench_model import SMALL, V2_LITE, V3, gradient_of, measure_matmul, median_ms
 from experiments.bench_step import seconds
-from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_weight_gradient, gpu_weight_gradient
-from pallas_kernels.fp8_grouped_matmul.gpu_weight_gradient import Variant
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_weight_gradient
 from pallas_kernels.fp8_quantise import Scaling, fp8_quantise, tiles_of
 
 type Row = dict[str, Any]
@@ -80,10 +79,9 @@ def checks(rows: int, sizes: list[tuple[int, int]], groups: tuple[int, ...]) -> 
         steps_of = jnp.full((1,), -(-rows // TILE), jnp.int32) if grouped is None else tiles_of(grouped)
         operands = (*itertools.chain(*quantised), steps_of)
         expected = fp8_grouped_weight_gradient(*operands, implementation="reference")
-        for variant in WGRADS:
-            got = gpu_weight_gradient.weight_gradient(*operands, variant=variant)
-            error = float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
-            yield {"what": f"Wgrad, {what}", "variant": variant._asdict(), "relative_error": error}
+        got = fp8_grouped_weight_gradient(*operands, implementation="gpu")
+        error = float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
+        yield {"what": f"Wgrad, {what}", "relative_error": error}
 
 
 def bits(a: jax.Array) -> jax.Array:
@@ -107,37 +105,6 @@ def quantisations(rows: int, sizes: list[tuple[int, int]], groups: tuple[int, ..
             taken = seconds(jax.jit(functools.partial(fp8_quantise, **forms, implementation=by)), *arguments)
             rate = bytes_each * rows * depth / taken / 1e9
             yield {"what": what, "rows": rows, "columns": depth, "ms": taken * 1e3, "GB_per_s": rate}
-
-
-WGRADS = (
-    Variant(1, 2, 3, 128, 128),
-    Variant(1, 2, 4, 32, 32),
-    Variant(2, 1, 3, 128, 128),
-    Variant(2, 1, 4, 32, 32),
-    Variant(2, 1, 3, 128, 64, True),
-    Variant(2, 1, 3, 128, 64, True, False),
-    Variant(2, 1, 4, 32, 32, False, False),
-    Variant(2, 1, 3, 64, 64),
-    Variant(1, 1, 5, 128, 64),
-)
-
-
-def wgrads(rows: int, sizes: list[tuple[int, int]], groups: tuple[int, ...]) -> Iterator[Row]:
-    """Variants of Wgrad."""
-    if jax.default_backend() == "cpu":
-        return
-    for (depth, columns), count in itertools.product(sizes[:1], groups):
-        of = lambda a: fp8_quantise(a, columns=Scaling(), implementation="gpu")[1]
-        operands = (*jax.jit(of)(normal(0, rows, depth)), *jax.jit(of)(normal(1, rows, columns)))
-        steps_of = jnp.full((count,), rows // count // TILE, jnp.int32)
-        for variant in WGRADS:
-            row: Row = {"rows": rows, "groups": count, "K": depth, "N": columns, "variant": variant._asdict()}
-            try:
-                call = jax.jit(functools.partial(gpu_weight_gradient.weight_gradient, variant=variant))
-                row["tflops"] = 2 * rows * depth * columns / seconds(call, *operands, steps_of) / 1e12
-            except Exception as error:
-                row["error"] = str(error)[:300]
-            yield row
 
 
 def products(rows: int, sizes: list[tuple[int, int]], groups: tuple[int, ...]) -> Iterator[Row]:
@@ -238,7 +205,7 @@ def report(record: dict[str, Any]) -> str:
 
 def main(
     out: Path = Path("runs/bench_fp8"),
-    parts: tuple[Literal["checks", "quantisations", "wgrads", "products", "steps"], ...] = ("products", "steps"),
+    parts: tuple[Literal["checks", "quantisations", "products", "steps"], ...] = ("products", "steps"),
     only: str = "",
 ) -> None:
     """Measures and reports.
@@ -255,12 +222,12 @@ def main(
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
         "matmul": measure_matmul(),
-        **{part: [] for part in ("checks", "quantisations", "wgrads", "products", "steps")},
+        **{part: [] for part in ("checks", "quantisations", "products", "steps")},
     }
     sizes = (256, [(256, 128)], (1, 2)) if cpu else (32768, [(7168, 2048), (2048, 7168)], (1, 8))
     models: Any = {"tiny": (SMALL, 2, 128, {})} if cpu else MODELS
     models = {name: model for name, model in models.items() if only in name}
-    parts_of = {f.__name__: functools.partial(f, *sizes) for f in (checks, quantisations, wgrads, products)}
+    parts_of = {f.__name__: functools.partial(f, *sizes) for f in (checks, quantisations, products)}
     run = {**parts_of, "steps": functools.partial(steps, models)}
     for part in parts:
         for row in run[part]():

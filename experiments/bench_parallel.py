@@ -11,6 +11,8 @@ Three parts, each in a process of its own, so that one which fails or takes too 
   meshes of all devices: losses, gradients, parameters and optimizer state against one device's, beside what one
   device's runs differ by among themselves. Once more with the default implementations in bfloat16.
 
+Compiling takes most of the time: `--meshes fsdp --dtypes bfloat16` compiles less, and what it compiled is kept.
+
 On a CPU, `XLA_FLAGS=--xla_force_host_platform_device_count=2` makes two devices, and `--size small` suits them. A rate
 is of the bytes that a device sends to the others, over the time; those that it receives go the other way at the same
 time. Padding doesn't count as bytes sent. Writes results.json and report.md after each part.
@@ -42,6 +44,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.accounting.flops import model_flops
+from dsv3_jax.compilation_cache import keep_compiled_programs
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.moe import ExpertWeights
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
@@ -57,6 +60,7 @@ from dsv3_jax.training.step import init_state, make_train_step
 from experiments.bench_step import scaled
 
 Part = Literal["exchange", "throughput", "steps"]
+Axis = Literal["fsdp", "expert", "tensor", "context", "data"]
 Row = dict[str, Any]
 
 SETTINGS: dict[str, dict[str, str]] = {
@@ -235,21 +239,22 @@ def run_exchange(size: str, experts: int, tokens: tuple[int, ...]) -> list[Row]:
 # --- throughput -------------------------------------------------------------------------------------------------------
 
 
-def run_throughput(size: str, steps: int = 6) -> list[Row]:
-    """Steps with as many tokens per device on one device and on all: the median of `steps`, after two to warm up."""
+def run_throughput(size: str, meshes: tuple[str, ...], steps: int = 6) -> list[Row]:
+    """Steps with as many tokens per device on one device and on all: the median of `steps`, after two to warm up.
+
+    meshes: axes to spread over, by default `fsdp`.
+    """
     n = jax.device_count()
     if size == "small":
         config = dataclasses.replace(ModelConfig.preset("tiny"), vocab_size=512, num_hidden_layers=2)
         sequences, length = 2, 64
     else:
         config, sequences, length = scaled(2048, 10), 32, 1024
+    # Layers of one kind: half the program, and little less to compute.
+    config = dataclasses.replace(config, first_k_dense_replace=0, num_nextn_predict_layers=0)
     base = Runtime.for_backend(jax.default_backend())
-    cases = {
-        "one device": ("", "single"),
-        f"fsdp={n}": (f"fsdp={n}", "fsdp"),
-        f"expert={n}": (f"expert={n}", "fsdp_ep"),
-        f"data={n}": (f"data={n}", "fsdp"),
-    }
+    cases = {"one device": ("", "single")}
+    cases |= {f"{axis}={n}": (f"{axis}={n}", "fsdp_ep" if axis == "expert" else "fsdp") for axis in meshes or ("fsdp",)}
     make = lambda mesh, sharding: Throughput(
         config, dataclasses.replace(base, sharding=sharding), mesh, sequences, length
     )
@@ -358,8 +363,8 @@ class Steps:
         losses, gradients = [], []
         for i in range(STEPS):
             state, metrics = self.compiled(state, self.placement.batch(np.arange(BATCH), packed_batch(i), BATCH))
-            metrics.pop("dispatch_in_rounds", None)  # one device has no such thing
-            losses.append(metrics)
+            # One device has no dispatch.
+            losses.append({name: value for name, value in metrics.items() if not name.startswith("dispatch_")})
             gradients.append(jax.tree.map(np.asarray, state.opt_state[0]))
         trees = (losses, gradients, state.variables, state.opt_state[1:])
 
@@ -385,32 +390,29 @@ def largest(each: list[dict[str, float]]) -> dict[str, float]:
     return {kind: max(d[kind] for d in each) for kind in KINDS}
 
 
-def run_steps(size: str) -> list[Row]:
-    """Each mesh against one device, beside the spread of one device's own runs."""
+def run_steps(meshes: tuple[str, ...], dtypes: tuple[str, ...]) -> list[Row]:
+    """Each mesh against one device, beside the spread of one device's own runs. By default all meshes and dtypes."""
     n, rows = jax.device_count(), []
     yield_rows(rows)
-    gpu = jax.default_backend() != "cpu"
     precise = Runtime(experts_impl="ragged", attention_impl="reference")
-    default = Runtime.for_backend(jax.default_backend())
-    for name, runtime in {"float32": precise, "bfloat16": default}.items() if gpu else [("float32", precise)]:
-        rows += compare_steps(n, name, runtime, rows)
+    runtimes = {"float32": precise}
+    if jax.default_backend() != "cpu":
+        runtimes["bfloat16"] = Runtime.for_backend(jax.default_backend())
+    for name in dtypes or runtimes:
+        rows += compare_steps(n, name, runtimes[name], rows, meshes)
         yield_rows(rows)
     return rows
 
 
-def compare_steps(n: int, name: str, runtime: Runtime, before: list[Row]) -> list[Row]:
+def compare_steps(n: int, name: str, runtime: Runtime, before: list[Row], meshes: tuple[str, ...]) -> list[Row]:
     on = lambda mesh, sharding, **kw: (mesh, dataclasses.replace(runtime, sharding=sharding, **kw))
     cases: dict[str, tuple[Any, ...]] = {
         "one device": ("", runtime),
-        "one device, compiled again": ("", runtime),
         "one device, 2 microbatches": ("", runtime, 2),
-        f"fsdp={n}": on(f"fsdp={n}", "fsdp"),
-        f"expert={n}": on(f"expert={n}", "fsdp_ep"),
-        f"tensor={n}": on(f"tensor={n}", "fsdp"),
-        f"context={n}": on(f"context={n}", "fsdp"),
-        f"data={n}": on(f"data={n}", "fsdp"),
     }
-    if name == "float32":
+    for axis in meshes or ("fsdp", "expert", "tensor", "context", "data"):
+        cases[f"{axis}={n}"] = on(f"{axis}={n}", "fsdp_ep" if axis == "expert" else "fsdp")
+    if name == "float32" and not meshes:
         cases[f"expert={n}, all_gather"] = on(f"expert={n}", "fsdp_ep", dispatch="all_gather")
 
     def compiled(*case: Any) -> Steps:
@@ -418,17 +420,16 @@ def compare_steps(n: int, name: str, runtime: Runtime, before: list[Row]) -> lis
             return Steps(*case)
 
     programs = at_once({what: functools.partial(compiled, *case) for what, case in cases.items()})
-    if failed := [p for p in list(programs.values())[:3] if isinstance(p, Exception)]:
+    if failed := [p for p in list(programs.values())[:2] if isinstance(p, Exception)]:
         return [{"dtype": name, "mesh": "one device", "failure": f"{type(failed[0]).__name__}: {failed[0]}"[:300]}]
-    ours = ["one device"] * 3 + ["one device, compiled again"] * 2
-    runs = [programs[case].run() for case in ours]
+    runs = [programs["one device"].run() for _ in range(3)]
     again = largest([differences(a, b) for a, b in itertools.combinations(runs, 2)])
     other = differences(programs["one device, 2 microbatches"].run(), runs[0])
     rows = [
         {"dtype": name, "mesh": "one device again", **again},
         {"dtype": name, "mesh": "one device, its own order of sums changed by 2 microbatches", **other},
     ]
-    for case in list(cases)[3:]:
+    for case in list(cases)[2:]:
         row: Row = {"dtype": name, "mesh": case}
         try:
             if isinstance(programs[case], Exception):
@@ -489,7 +490,7 @@ def report(record: dict[str, Any]) -> str:
         "",
         f"Three steps ({BATCH} packed sequences of {LENGTH}, MTP, balance loss, bias updates) against one device's: "
         "the largest ||difference|| / ||array|| over the arrays of each kind. `within`: no further than one device's "
-        "runs are from each other, five of them by two compilations, and one with its sums in another order.",
+        "runs are from each other, three of them alike and one with its sums in another order.",
         "",
         "| dtype | mesh | losses | gradients | parameters | optimizer | within |",
         "|---|---|---:|---:|---:|---:|---|",
@@ -537,6 +538,8 @@ def main(
     parts: tuple[Part, ...] = ("exchange", "throughput", "steps"),
     tokens: tuple[int, ...] = (),
     experts: int = 256,
+    meshes: tuple[Axis, ...] = (),
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = (),
     limit: int = 0,
     part: Part | None = None,
 ) -> None:
@@ -548,6 +551,9 @@ def main(
       parts: what to do, in this order.
       tokens: per device, of the exchange; by default 16,384 and 4,096, small 64.
       experts: routed experts of the exchange, of which a token takes 8 at random.
+      meshes: axes to spread over, of fsdp, expert, tensor, context and data; by default all for steps, and fsdp for
+        throughput.
+      dtypes: of steps; by default both on an accelerator, and float32 on a CPU.
       limit: seconds for everything; by default 465, small 3600.
       part: for this script's own use: does this part alone, in this process.
     """
@@ -556,19 +562,22 @@ def main(
     if part:
         if jax.device_count() < 2:
             raise SystemExit(f"bench_parallel compares several devices with one, but here is one {jax.devices()[0]}")
+        keep_compiled_programs()
         _OUT.append(out / f"{part}.rows.json")
         head = {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
         (out / "devices.json").write_text(json.dumps(head))
         run = {
             "exchange": lambda: run_exchange(size, experts, tokens),
-            "throughput": lambda: run_throughput(size),
-            "steps": lambda: run_steps(size),
+            "throughput": lambda: run_throughput(size, meshes),
+            "steps": lambda: run_steps(meshes, dtypes),
         }
         yield_rows(run[part]())
         return
     record: dict[str, Any] = {part: [] for part in LIMITS} | {"ended": {}}
-    record["date"], record["command"] = datetime.date.today().isoformat(), "python -m experiments.bench_parallel"
-    more = ["--experts", str(experts), *(["--tokens", *map(str, tokens)] if tokens else [])]
+    record["date"] = datetime.date.today().isoformat()
+    record["command"] = " ".join(["python -m experiments.bench_parallel", *sys.argv[1:]])
+    several = {"--tokens": tokens, "--meshes": meshes, "--dtypes": dtypes}
+    more = ["--experts", str(experts), *(x for name, of in several.items() if of for x in (name, *map(str, of)))]
     runs: list[tuple[Part, str]] = [(part, "") for part in parts]
     if size == "full" and "exchange" in parts:  # settings to try come last
         runs += [("exchange", name) for name in SETTINGS if name]

@@ -185,24 +185,20 @@ def model_flops(config: ModelConfig, length: int, *, mtp: bool = True) -> TokenF
 def recomputed_flops(config: ModelConfig, length: int, remat: str, *, mtp: bool = True) -> TokenFlops:
     """FLOPs per token that the backward pass recomputes under a remat policy (`Runtime.remat`).
 
-    `block` recomputes every block except its last matmuls, which no gradient needs: the down-projections of dense and
-    shared feed-forwards (but not the routed ones, whose outputs the router's gradient needs). `paper` recomputes what
-    it doesn't save: the up-projections of queries, keys and values, the scores, the gate, and the routed
-    down-projections.
+    `block` recomputes every block except its last matmuls, which no gradient needs: the down-projections of
+    feed-forwards. `paper` recomputes what it doesn't save: the up-projections of queries, keys and values, the scores
+    and the gate.
     """
     c = config
     everything = forward_flops(c, length / 2, mtp=mtp)
     if remat == "none":
         return TokenFlops(0, 0, 0, 0)
     counted = [v for v in model_variables(c) if mtp or not v.is_mtp]
-    lasts = [v for v in counted if v.path[-1] == "down_proj"]
     if remat == "block":
-        last = sum(variable.size for variable in lasts if not variable.is_routed)
+        last = sum(activated(variable, c) for variable in counted if variable.path[-1] == "down_proj")
         return dataclasses.replace(everything, linear=everything.linear - 2.0 * last, head=0)
-    repeated = sum(activated(variable, c) for variable in lasts if variable.is_routed)
-    for variable in counted:
-        if variable.path[-1] in ("q_b_proj", "k_b_proj", "v_b_proj", "q_proj"):
-            repeated += variable.size
+    up = ("q_b_proj", "k_b_proj", "v_b_proj", "q_proj")
+    repeated = sum(variable.size for variable in counted if variable.path[-1] in up)
     qk, v = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
     return TokenFlops(2.0 * repeated, 0, everything.router, everything.attention * qk / (qk + v))
 

@@ -25,7 +25,7 @@ from dsv3_jax.model.cache import Keys, Pages, TokenPositions
 from dsv3_jax.parallel.sharding import current_sharding
 from dsv3_jax.runtime import Runtime
 from pallas_kernels.mla_decode import SplitCache, mla_decode, pack
-from pallas_kernels.mla_prefill import blockwise, mla_prefill
+from pallas_kernels.mla_prefill import blockwise, mla_prefill, residual
 
 _PREFILL = {"pallas_reference": "reference", "gpu": "gpu", "tpu": "tpu", "tpu_interpret": "tpu_interpret"}
 _DECODE = {
@@ -90,7 +90,7 @@ def attend(
     heads = q_nope, q_rope, k_nope, keys.rope_key, v
     name = "reference" if reference else _choose(keys, where, config, runtime)
     if name == "reference":
-        return attention(
+        out = attention(
             *heads,
             q_places=where.places,
             k_places=keys.places,
@@ -98,6 +98,7 @@ def attend(
             k_segments=keys.segments,
             scale=scale,
         )
+        return residual(out)
     if name == "blockwise":
         in_order = where.order is None and keys.lengths is None
         return blockwise.attention(

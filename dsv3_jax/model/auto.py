@@ -18,6 +18,8 @@ PAGE = 64
 """Tokens per page of a cache for the decoding kernels, of which the cache's length must be a multiple."""
 TPU_TILE = 128
 """The prefill kernel for TPUs requires multiples of this many tokens."""
+UNROLLED = 8
+"""Largest number of layers that training unrolls on a GPU."""
 SMALL = 1024 * 1024
 """Largest number of scores per head, T x S, for `reference`, which is faster on a CPU while memory is no concern."""
 
@@ -52,6 +54,15 @@ def attention_impl(
         if device == "tpu" and config.qk_rope_head_dim <= 64 and tokens % TPU_TILE == keys % TPU_TILE == 0:
             return "tpu"
     return "reference" if tokens * keys <= SMALL else "blockwise"
+
+
+def unrolls(layers: int, runtime: Runtime) -> bool:
+    """Whether training unrolls a stack of layers: on one GPU, if they are few enough to compile fast.
+
+    A loop slices weights and stacks gradients, a tenth of a step's time at V2-Lite's widths. Without one, XLA keeps all
+    layers' weights in the runtime's dtype until the backward pass, which on a mesh would be all-gathered ones.
+    """
+    return platform() == "gpu" and runtime.sharding == "single" and layers <= UNROLLED
 
 
 def experts_impl(runtime: Runtime) -> str:

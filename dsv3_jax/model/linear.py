@@ -108,7 +108,7 @@ def linear(
       shape: of the weight, input axes first: the transpose of PyTorch's.
       logical: the logical axis of each, or None; see `parallel.rules.Rules`.
       contract: number of axes in I.
-      keep_input: whether policy `paper` saves x; in FP8 it is saved in FP8, with power-of-two scales.
+      keep_input: whether policy `paper` saves x in FP8, with power-of-two scales, if it multiplies in FP8.
       whole_sequence: whether every device that shares a sequence has all tokens of x, (B, S, ...).
     """
     with jax.named_scope(name):
@@ -118,7 +118,7 @@ def linear(
                 fp8.linear, power_of_two=keep_input, keep=save_activation if keep_input else _as_is
             )
             return fp8_linear.linear(module.runtime, compute, x, w, logical, whole_sequence=whole_sequence)
-        return multiply(save_activation(x) if keep_input else x, w, contract=contract)
+        return multiply(x, w, contract=contract)
 
 
 def swiglu(module: Module, x: jax.Array, width: int) -> jax.Array:
@@ -158,19 +158,27 @@ def linear_einsum(
 
 @jax.named_scope("grouped_swiglu")
 def grouped_swiglu(
-    x: jax.Array, gate: Weight, up: Weight, down: Weight, group_sizes: jax.Array, *, implementation: str
+    x: jax.Array,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    factors: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    implementation: str,
 ) -> jax.Array:
     """Applies experts to the rows sent to them, (M, D) sorted by expert -> (M, D); see `pallas_kernels.grouped_matmul`.
 
     Args:
       gate, up: (G, D, F). down: (G, F, D).
+      factors: (M, 1) float32, what each row's result is multiplied by.
       group_sizes: (G,) int32, rows of each expert.
     """
     if _in_blocks(weights := (gate, up, down)):
-        return fp8.swiglu(x, *weights, group_sizes, keep=save_activation)
+        return fp8.swiglu(x, *weights, group_sizes, keep=save_activation) * factors
     product = functools.partial(grouped_matmul.grouped_swiglu, implementation=implementation, keep=save_activation)
     gate, up, down = (cast(jax.Array, w).astype(x.dtype) for w in weights)
-    y: jax.Array = product(x, gate, up, down, group_sizes)
+    y: jax.Array = product(x, gate, up, down, factors, group_sizes)
     return y
 
 

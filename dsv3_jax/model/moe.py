@@ -15,7 +15,7 @@ from dsv3_jax.model.auto import experts_impl
 from dsv3_jax.model.linear import Weight, grouped_swiglu, linear_weight, swiglu, weight_einsum
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.router import Router, RouterStats
-from dsv3_jax.parallel.dispatch import experts_are_spread, flatten, spread_experts
+from dsv3_jax.parallel.dispatch import experts_are_spread, flatten, no_exchange, spread_experts
 from dsv3_jax.parallel.rows import collect, spread
 from dsv3_jax.quantization.packed import PackedTiles
 from dsv3_jax.runtime import Runtime
@@ -58,9 +58,9 @@ def experts_grouped(
     sizes = jnp.bincount(ids.ravel(), length=w.gate_proj.shape[0]).astype(jnp.int32)
     place = jnp.full((tokens * k,), rows, order.dtype).at[order].set(jnp.arange(rows, dtype=order.dtype))
     maps = order // k, place.reshape(tokens, k)
-    out = grouped_swiglu(spread(x, *maps), *w, sizes, implementation=implementation)
-    weighted = out * spread(weights.reshape(-1, 1), order, place[:, None])
-    return collect(weighted, *maps).astype(x.dtype)
+    weights = spread(weights.reshape(-1, 1), order, place[:, None])
+    out = grouped_swiglu(spread(x, *maps), *w, weights, sizes, implementation=implementation)
+    return collect(out, *maps).astype(x.dtype)
 
 
 def experts(
@@ -71,13 +71,13 @@ def experts(
     Args: x (B, T, D) of the runtime's dtype; ids (B, T, K) int32; weights (B, T, K) float32; expert parameters.
     Returns (B, T, D) of `x`'s dtype.
     """
-    return experts_and_rounds(x, ids, weights, w, config, runtime)[0]
+    return experts_and_exchanges(x, ids, weights, w, config, runtime)[0]
 
 
-def experts_and_rounds(
+def experts_and_exchanges(
     x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights, config: ModelConfig, runtime: Runtime
 ) -> tuple[jax.Array, jax.Array]:
-    """`experts`, and whether the exchange took several rounds, per device; see `spread_experts`."""
+    """`experts`, and `RouterStats.exchanges`."""
     compute, name = experts_reference, experts_impl(runtime)
     if name != "reference":
         compute = functools.partial(experts_grouped, implementation=name)
@@ -85,7 +85,7 @@ def experts_and_rounds(
         packing = PackedTiles() if runtime.precision == "fp8" else None
         return spread_experts(x, ids, weights, w, compute=compute, config=config, runtime=runtime, packing=packing)
     y = compute(flatten(x), flatten(ids), flatten(weights), w, ids.size).reshape(x.shape)
-    return y, jnp.zeros((1, 1), jnp.float32)
+    return y, no_exchange()[None, None]
 
 
 class FeedForward(Module):
@@ -104,7 +104,7 @@ class RoutedExperts(Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x (B, T, D), ids and weights (B, T, K) -> (B, T, D), and whether the exchange took several rounds."""
+        """x (B, T, D), ids and weights (B, T, K) -> (B, T, D), and `RouterStats.exchanges`."""
         c = self.config
         if self.runtime.redundant_experts:
             ids = self._slots(ids)
@@ -114,7 +114,7 @@ class RoutedExperts(Module):
             linear_weight(self, "up_proj", (e, d, f), ("experts", "embed", "expert_ffn"), stack=1),
             linear_weight(self, "down_proj", (e, f, d), ("experts", "expert_ffn", "embed"), stack=1),
         )
-        return experts_and_rounds(x, ids, weights, w, c, self.runtime)
+        return experts_and_exchanges(x, ids, weights, w, c, self.runtime)
 
     def _slots(self, ids: jax.Array) -> jax.Array:
         """Maps experts (B, T, K) to slots; tokens are assigned to the copies of an expert in turn."""
@@ -134,7 +134,7 @@ class MoE(Module):
         """x (B, T, D) of the runtime's dtype -> (B, T, D), and routing statistics."""
         c, r = self.config, self.runtime
         ids, weights, stats = Router(c, r, name="gate")(x)
-        y, rounds = RoutedExperts(c, r, name="experts")(x, ids, weights)
+        y, exchanges = RoutedExperts(c, r, name="experts")(x, ids, weights)
         if c.n_shared_experts:
             y += FeedForward(c, r, c.n_shared_experts * c.moe_intermediate_size, name="shared_experts")(x)
-        return y, dataclasses.replace(stats, in_rounds=rounds)
+        return y, dataclasses.replace(stats, exchanges=exchanges)

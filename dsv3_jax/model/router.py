@@ -10,6 +10,7 @@ from flax import struct
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.linear import weight
 from dsv3_jax.model.module import Module
+from dsv3_jax.parallel.dispatch import no_exchange
 
 ROUTER = "router"
 """The Linen collection of `e_score_correction_bias`, apart from the parameters: no optimizer or cast affects it."""
@@ -29,13 +30,14 @@ class RouterStats:
     load: (B, E), tokens of the sequence sent to the expert.
     fraction: (B, E) f_i of eq. 18: E / (K T) times the tokens whose top K affinities include the expert.
     affinity: (B, E) P_i of eq. 20: the mean over tokens of the normalised affinity.
-    in_rounds: two axes, one entry per device that has its own tokens: 1 if their exchange took several rounds, else 0.
+    exchanges: two axes with an entry per device that has its own tokens, and one of 1 or 0: whether their exchange took
+      several rounds, and whether it would have with each of `parallel.dispatch.SLACKS`.
     """
 
     load: jax.Array
     fraction: jax.Array
     affinity: jax.Array
-    in_rounds: jax.Array
+    exchanges: jax.Array
 
 
 def affinities(logits: jax.Array, config: ModelConfig) -> jax.Array:
@@ -126,6 +128,6 @@ class Router(Module):
             load=_count(ids, experts),
             fraction=_count(top_k, experts) * (experts / (k * tokens)),  # eq. 18, of s without the bias as written
             affinity=jnp.mean(normalised_affinities(logits, c), axis=1),  # eq. 19 and 20
-            in_rounds=jnp.zeros((1, 1), jnp.float32),  # which is known only when the tokens have been sent
+            exchanges=no_exchange()[None, None],  # which are known only when the tokens have been sent
         )
         return ids, weights, stats

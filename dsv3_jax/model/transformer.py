@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from dsv3_jax.model.auto import unrolls
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import Cache, LayerCache, LayersCache, TokenPositions
 from dsv3_jax.model.linear import SCALES, weight
@@ -23,6 +24,7 @@ from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import rematerialise
 from dsv3_jax.model.router import CHOICES, ROUTER, RouterStats
+from dsv3_jax.parallel.dispatch import SLACKS
 from dsv3_jax.parallel.sharding import Logical, constrain
 from dsv3_jax.runtime import Runtime
 
@@ -67,15 +69,17 @@ def expert_load(outputs: Outputs) -> dict[str, jax.Array]:
 
 
 def exchanges(outputs: Outputs) -> jax.Array:
-    """(2,) float32: the number of token exchanges that took several rounds, and of all exchanges.
+    """Counts token exchanges, each once per sparse layer and device that has tokens.
 
-    Each counts once per sparse layer and device that has tokens.
+    Returns float32 (2 + len(SLACKS),): those that took several rounds, those that would have with each of
+    `parallel.dispatch.SLACKS`, and all.
     """
-    counts = jnp.zeros((2,), jnp.float32)
+    counts = jnp.zeros((2 + len(SLACKS),), jnp.float32)
     for stats in router_stats(outputs).values():
         layers = jnp.sum(stats.load, axis=(-2, -1)) > 0
-        devices = stats.in_rounds.shape[-2] * stats.in_rounds.shape[-1]
-        counts += jnp.stack([jnp.sum(stats.in_rounds), jnp.sum(layers, dtype=jnp.float32) * devices])
+        *_, rows, columns, kinds = stats.exchanges.shape
+        total = jnp.sum(layers, dtype=jnp.float32) * rows * columns
+        counts += jnp.append(stats.exchanges.reshape(-1, kinds).sum(0), total)
     return counts
 
 
@@ -295,8 +299,9 @@ def _through(
 ) -> tuple[jax.Array, LayersCache | None, RouterStats | None]:
     """Applies `layers` blocks of one kind to x (B, T, D). Returns x, the extended cache, and the routing of each layer.
 
-    Blocks are scanned: parameters have a leading axis of layers, and compile time doesn't grow with depth. The cache of
-    all layers is carried rather than split and stacked, so that each layer extends it in place.
+    Blocks are scanned: parameters have a leading axis of layers, and compile time doesn't grow with depth, except where
+    `unrolls` says so. The cache of all layers is carried rather than split and stacked, so that each layer extends it
+    in place.
     """
 
     def layer(block: Any, carry: Any, where: TokenPositions, index: jax.Array) -> tuple[Any, RouterStats | None]:
@@ -311,6 +316,7 @@ def _through(
         in_axes=(nn.broadcast, 0),
         out_axes=0,
         length=layers,
+        unroll=layers if cache is None and unrolls(layers, block.runtime) else 1,
         metadata_params=LAYERS,
     )
     (x, cache), stats = scanned(block, (x, cache), where, jnp.arange(layers, dtype=jnp.int32))

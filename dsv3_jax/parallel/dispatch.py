@@ -33,6 +33,9 @@ from dsv3_jax.parallel.rows import collect, spread
 from dsv3_jax.parallel.sharding import LogicalSharding, current_sharding
 from dsv3_jax.runtime import Runtime
 
+SLACKS = (1.2, 1.5, 2.0, 3.0, 4.0)
+"""Values of `runtime.dispatch_slack`: the default, and those that a run may choose."""
+
 LocalExperts = Callable[..., jax.Array]
 """`(x (M, D), ids (M, K), weights (M, K), expert weights, rows) -> (M, D)`: applies one device's experts to its tokens.
 An id equal to the number of experts means none; at most `rows` of the M K ids are below it.
@@ -75,8 +78,7 @@ def spread_experts(
       packing: for sending tokens; by default they aren't packed. Results never are.
 
     Returns:
-      (B, T, D), sharded like `x`; and float32 with two axes, one entry per device that has its own tokens: 1 if their
-      exchange took several rounds, else 0.
+      (B, T, D), sharded like `x`; and `RouterStats.exchanges`.
 
     Raises:
       ConfigError: experts, batch or sequence don't divide over their axes.
@@ -86,9 +88,9 @@ def spread_experts(
 
     def on_device(x: jax.Array, ids: jax.Array, weights: jax.Array, w: Any) -> tuple[jax.Array, jax.Array]:
         layout = DispatchSizes.of(config, runtime, sharding, math.prod(x.shape[:2]), ids.shape[-1], len(w.gate_proj))
-        y, slow = _route(flatten(x), flatten(ids), flatten(weights), w, compute, layout, packing)
+        y, over = _route(flatten(x), flatten(ids), flatten(weights), w, compute, layout, packing)
         y = lax.psum(y, partial_sums) if partial_sums else y
-        return y.astype(x.dtype).reshape(x.shape), slow.reshape(1, 1)
+        return y.astype(x.dtype).reshape(x.shape), over.reshape(1, 1, -1)
 
     if sharding.manual:  # inside a pipeline's shard_map, where everything is one device's already
         return on_device(x, ids, weights, w)
@@ -109,6 +111,7 @@ class DispatchSizes:
     cut: whether tokens are sharded over these axes too, or replicated.
     node_room: tokens for each node. device_room: tokens for each device of a node, from all nodes.
     row_room: pairs of a token and an expert.
+    other_rooms: these three for each of `SLACKS`.
     """
 
     node: int
@@ -121,6 +124,7 @@ class DispatchSizes:
     node_room: int
     device_room: int
     row_room: int
+    other_rooms: tuple[tuple[int, int, int], ...]
 
     @classmethod
     def of(
@@ -133,18 +137,24 @@ class DispatchSizes:
         cut = set(axes) <= set(batch)
         if not cut and set(axes) & set(batch):
             raise ConfigError("the rules cut the batch over one of the axes node and expert, but not over the other")
-        devices, slack = node * expert, runtime.dispatch_slack
+        devices = node * expert
         # Groups that lie within nodes bound how many nodes a token reaches: M of section 2.1.2.
         nodes = min(k, node, config.topk_group if config.n_group % node == 0 else node)
 
-        def room(even: float, least: int, most: int) -> int:
-            return max(least, min(most, int(even * slack)))
+        worst = devices * min(k, local)
 
-        node_room = room(tokens * nodes / node, 1, tokens)
-        device_room = room(tokens * min(k, devices) / expert, node, tokens * node)
-        most = min(k, local)
-        row_room = room(tokens * k, devices * most, tokens * devices * most)
-        return cls(node, expert, local, tokens, k, cut, runtime.dispatch, node_room, device_room, row_room)
+        def rooms(slack: float) -> tuple[int, int, int]:
+            def room(even: float, least: int, most: int) -> int:
+                return max(least, min(most, int(even * slack)))
+
+            return (
+                room(tokens * nodes / node, 1, tokens),
+                room(tokens * min(k, devices) / expert, node, tokens * node),
+                room(tokens * k, worst, tokens * worst),
+            )
+
+        ours, others = rooms(runtime.dispatch_slack or SLACKS[0]), tuple(map(rooms, SLACKS))
+        return cls(node, expert, local, tokens, k, cut, runtime.dispatch, *ours, others)
 
     @property
     def devices(self) -> int:
@@ -181,9 +191,9 @@ def _route(
 ) -> tuple[jax.Array, jax.Array]:
     """The part of one device: its tokens (N, D), ids and weights (N, K) -> the experts' outputs (N, D).
 
-    Also returns float32: 1 if the exchange took several rounds, else 0.
+    Also returns an entry of `RouterStats.exchanges`.
     """
-    quick = jnp.zeros((), jnp.float32)
+    quick = no_exchange()
     if layout.devices == 1:
         return compute(x, ids, weights, w, ids.size), quick
     if layout.method == "all_gather" or not layout.cut:
@@ -205,10 +215,16 @@ def _route(
         y: jax.Array = lax.scan(step, None, (cut(x, 0), cut(ids, none), cut(weights, 0)))[1]
         return y.reshape(rounds * size, -1)[: len(x)]
 
-    fits = _fits(ids, layout)
+    over = _overflows(ids, layout)
+    fits = ~over[0]
     y = once(x, jnp.where(fits, ids, none), weights)
     y = lax.cond(fits, lambda y, *_: y, lambda _, *tokens: in_rounds(*tokens), y, x, ids, weights)
-    return y, jnp.where(fits, quick, 1)
+    return y, over.astype(jnp.float32)
+
+
+def no_exchange() -> jax.Array:
+    """An entry of `RouterStats.exchanges` for tokens that fit into any buffers, or aren't sent."""
+    return jnp.zeros((1 + len(SLACKS),), jnp.float32)
 
 
 def _reached(ids: jax.Array, bins: int, width: int) -> jax.Array:
@@ -216,8 +232,10 @@ def _reached(ids: jax.Array, bins: int, width: int) -> jax.Array:
     return (ids[:, :, None] // width == jnp.arange(bins)).any(1)
 
 
-def _fits(ids: jax.Array, layout: DispatchSizes) -> jax.Array:
-    """Whether the routing of this batch fits into the buffers of all devices. The result is the same on each."""
+def _overflows(ids: jax.Array, layout: DispatchSizes) -> jax.Array:
+    """Whether the routing of this batch is too much for a buffer of any device: of our sizes, and those of each of
+    `SLACKS`. The result is the same on each device.
+    """
     count = functools.partial(jnp.sum, axis=0, dtype=jnp.int32)
     devices = count(_reached(ids, layout.devices, layout.local)).reshape(layout.node, layout.expert)
     rows = (ids[:, :, None] // layout.local == jnp.arange(layout.devices)).sum((0, 1), dtype=jnp.int32)
@@ -225,9 +243,10 @@ def _fits(ids: jax.Array, layout: DispatchSizes) -> jax.Array:
     if layout.node > 1:
         devices = lax.psum(devices, "node")
     rows = lax.psum(rows, layout.axes)
-    full = (nodes > layout.node_room).any() | (devices > layout.device_room).any() | (rows > layout.row_room).any()
+    room = jnp.array([(layout.node_room, layout.device_room, layout.row_room), *layout.other_rooms])
+    full = (jnp.stack([nodes.max(), devices.max(), rows.max()]) > room).any(1)
     devices_full: jax.Array = lax.psum(full.astype(jnp.int32), layout.axes)
-    return devices_full == 0
+    return devices_full > 0
 
 
 def _gather(

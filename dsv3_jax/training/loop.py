@@ -16,6 +16,7 @@ from rich.console import Console
 from dsv3_jax.checkpoint.runs import CHECKPOINTS
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.auto import choices
+from dsv3_jax.parallel.dispatch import SLACKS
 from dsv3_jax.parallel.placement import any_process
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.config import TrainConfig, traced_steps
@@ -163,6 +164,7 @@ class Loop:
         if setup.due(done, config.log_every):
             extra = setup.throughput.measure(state.step) | self.clock.metrics() | setup.data.metrics()
             self.last = self.log.write(done, metrics | extra | {"skipped": self.guard.skipped})
+            self._choose_slack(done)
         if setup.validation and setup.due(done, config.validate_every):
             with self.clock.spent_on("validation"):
                 self.last |= self.log.write(done, setup.validate(state))
@@ -171,6 +173,17 @@ class Loop:
             self._heard = time.monotonic()
             sign = {"step": done, "time": time.time(), "process": os.getpid(), "host": socket.gethostname()}
             replace_file(self.directory / f"heartbeat-{jax.process_index()}.json", json.dumps(sign).encode())
+
+    def _choose_slack(self, done: int) -> None:
+        """Makes the buffers of dispatch larger, if tokens are often sent in several rounds. After the warm-up, since
+        routing is uneven while the model learns to balance; each size once, since the step is compiled anew.
+        """
+        chosen, needed = self.setup.dispatch_slack or SLACKS[0], self.last.get("dispatch_slack_needed", 0.0)
+        free = self.config.runtime.dispatch_slack is None and done >= self.config.schedule.warmup_steps
+        if free and needed > chosen and self.last["dispatch_in_rounds"] > 0.1:
+            self._event(done, f"dispatch_slack is {needed:g} from here on: tokens were sent in several rounds")
+            self.setup.use_slack(needed)
+            self.setup.throughput.restart()
 
     def _asked_to_stop(self, stopping: Callable[[], bool], done: int) -> bool:
         """Whether any process of the job received a signal, so that all stop after the same step."""
@@ -192,6 +205,8 @@ class Loop:
         except ConfigError as error:
             raise ConfigError(f"checkpoint {checkpoints.directory / str(step)}: {error}") from None
         self.guard.set_state(restored.run.get("guard", {}))
+        if self.config.runtime.dispatch_slack is None:
+            self.setup.use_slack(restored.run.get("dispatch_slack"))
         for other, why in passed_over.items():
             aside = checkpoints.set_aside(other)
             self.console.print(f"the checkpoint of step {other} is passed over and now {aside}: {why}", soft_wrap=True)
@@ -222,7 +237,8 @@ class Loop:
         """Saves a state. Raises TrainingError if it isn't finite, since it would displace a good one."""
         if bad := self._not_finite(state):
             self._stop(int(state.step), f"{bad} at step {int(state.step)}, which is not saved")
-        self.checkpoints.save(state, self.setup.data.get_state(), {"guard": self.guard.state()}, good=self.guard.well)
+        run = {"guard": self.guard.state(), "dispatch_slack": self.setup.dispatch_slack}
+        self.checkpoints.save(state, self.setup.data.get_state(), run, good=self.guard.well)
 
     def _not_finite(self, state: TrainState) -> str:
         return name_not_finite(state, self.setup.finite(state))

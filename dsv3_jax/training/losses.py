@@ -91,7 +91,7 @@ class StepSums:
     """Sums over the pieces of a batch: the objective, the sums of the loss, and tokens sent to each expert.
 
     load: {"moe_layers": (L, E), "mtp_0": (E,), ...}, float32, with the keys of the `router` collection.
-    exchanges: (2,), see `model.transformer.exchanges`.
+    exchanges: see `model.transformer.exchanges`.
     """
 
     objective: jax.Array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ class Setup:
         loss = _loss(config, self.schedule)
         optimizer = make_optimizer(config.optimizer, self.schedule)
         self.init = lambda key: init_state(self.model, optimizer, key)
-        self._optimizer = optimizer
+        self._optimizer, self._objective = optimizer, loss
         self.placement = Placement(config.mesh, config.runtime, parameter_axes(self.model))
         self.abstract, _ = self.placement.abstract(self.init, {})
         sizes = [stage.batch_size for stage in self.schedule.ramp]
@@ -92,8 +93,8 @@ class Setup:
             unit = self.placement.parts * config.runtime.interleave
             self.cut = cut_largest(sizes, config.microbatches, unit)
         microbatches = self.cut.microbatches if self.cut else config.microbatches
-        step = make_train_step(self.model, optimizer, loss, microbatches=microbatches)
-        self.train_step = self.placement.jit_step(step, self.abstract)
+        self._microbatches = microbatches
+        self.use_slack(config.runtime.dispatch_slack)
         self._checks = (
             self.placement.jit_evaluation(make_forward_check(self.model, loss)),
             self.placement.jit_evaluation(make_gradient_check(self.model, loss, microbatches)),
@@ -145,6 +146,13 @@ class Setup:
             optimizer_state=config.init_optimizer,
             check_hashes=check_hashes,
         )
+
+    def use_slack(self, slack: float | None) -> None:
+        """Makes the train step anew with another `runtime.dispatch_slack`, to be compiled when it is called."""
+        self.dispatch_slack = slack
+        model = self.model.clone(runtime=dataclasses.replace(self.config.runtime, dispatch_slack=slack))
+        step = make_train_step(model, self._optimizer, self._objective, microbatches=self._microbatches)
+        self.train_step = self.placement.jit_step(step, self.abstract)
 
     def _check(self, function: OnMesh, size: int, what: str, *more: Any) -> None:
         """Traces a step for a batch of `size`, so that errors are raised before the first step."""

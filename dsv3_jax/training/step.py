@@ -12,6 +12,7 @@ from flax import struct
 
 from dsv3_jax.model.router import ROUTER
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.parallel.dispatch import SLACKS
 from dsv3_jax.parallel.sharding import current_sharding
 from dsv3_jax.training.accumulate import accumulated_gradients, cut_batch, evaluated_sums
 from dsv3_jax.training.losses import (
@@ -98,7 +99,7 @@ def make_train_step(
             metrics = loss.metrics(sums.loss, whole) | load_violations(sums.load)
             metrics |= {"objective": sums.objective, "grad_norm": optax.global_norm(grads)}
             if current_sharding(model.runtime).size("experts") > 1:
-                metrics["dispatch_in_rounds"] = sums.exchanges[0] / sums.exchanges[1]
+                metrics |= dispatch_metrics(sums.exchanges)
         after = (params, router, opt_state)
         if skip_non_finite:
             good = jnp.isfinite(metrics["objective"]) & jnp.isfinite(metrics["grad_norm"])
@@ -108,6 +109,15 @@ def make_train_step(
         return TrainState(state.step + 1, *after, state.rng), metrics
 
     return train_step
+
+
+def dispatch_metrics(exchanges: jax.Array) -> Metrics:
+    """From `model.transformer.exchanges`: the share in several rounds, and the least of `SLACKS` (or else the largest)
+    with which no more than one in a hundred would have been.
+    """
+    share = exchanges[:-1] / exchanges[-1]
+    enough = (share[1:] <= 0.01).at[-1].set(True)
+    return {"dispatch_in_rounds": share[0], "dispatch_slack_needed": jnp.array(SLACKS)[jnp.argmax(enough)]}
 
 
 def _whole(state: TrainState, batch: Batch, sequences: jax.Array | None = None) -> Whole:

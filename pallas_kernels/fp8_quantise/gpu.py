@@ -52,7 +52,9 @@ def fp8_quantise(
     shape, fp8, f32 = jax.ShapeDtypeStruct, jnp.float8_e4m3fn, jnp.float32
     outputs = {}
     if rows:
-        outputs |= {"rows": shape(x.shape, fp8), "rows_scales": shape((tiles, len(x)), f32)}
+        # Unlike a tile of values, what a run of scales has past the end of its row isn't cut off: it would go to the next
+        # row. So there is room for it.
+        outputs |= {"rows": shape(x.shape, fp8), "rows_scales": shape((tiles, len(x) + TILE), f32)}
     if columns:
         outputs["columns"] = shape((tiles * TILE, blocks * TILE), fp8)
         outputs["columns_scales"] = shape((blocks, tiles * TILE), f32)

@@ -61,15 +61,19 @@ def grouped_swiglu(
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
+    factors: jax.Array,
     group_sizes: jax.Array,
     *,
     implementation: str,
     keep: Callable[[jax.Array], jax.Array] = lambda a: a,
 ) -> jax.Array:
-    """Applies experts to groups of rows: down(silu(gate(x)) * up(x)) with the three matrices of each group.
+    """Applies experts to groups of rows: factor * down(silu(gate(x)) * up(x)) with the three matrices of each group.
+
+    Factors are applied before `down`, where their gradient doesn't need its result; with few rows on a GPU after it.
 
     Args:
-      x: (M, D) rows, sorted by group. gate, up: (G, D, F). down: (G, F, D). group_sizes: as in `grouped_matmul`.
+      x: (M, D) rows, sorted by group. gate, up: (G, D, F). down: (G, F, D). factors: (M, 1), float32 or wider.
+      group_sizes: as in `grouped_matmul`.
       implementation: as in `grouped_matmul`. "blocked" is one loop, "gpu" with few rows two
         kernels (gate, up and SwiGLU in one), the others three grouped matmuls.
       keep: applied to the outputs of gate and up, (M, F) each, if they are separate arrays, to name them for a
@@ -81,10 +85,12 @@ def grouped_swiglu(
     hidden = jax.ShapeDtypeStruct((len(x), gate.shape[-1]), x.dtype)
     for rows, matrices in ((x, gate), (x, up), (hidden, down)):
         _check(rows, matrices, group_sizes, implementation)
+    if factors.shape != (len(x), 1):
+        raise ValueError(f"grouped_swiglu needs factors ({len(x)}, 1), but got {factors.shape}")
     if implementation == "blocked":
-        return cpu.grouped_swiglu(x, gate, up, down, group_sizes)
+        return cpu.grouped_swiglu(x, gate, up, down, factors, group_sizes)
     if implementation == "gpu" and gpu.few(len(x), len(gate)):
         require_hopper("grouped_matmul")
-        return gpu.grouped_swiglu(x, gate, up, down, group_sizes)
+        return (gpu.grouped_swiglu(x, gate, up, down, group_sizes) * factors).astype(x.dtype)
     product = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
-    return product(jax.nn.silu(keep(product(x, gate))) * keep(product(x, up)), down)
+    return product(reference.swiglu(keep(product(x, gate)), keep(product(x, up)), factors), down)

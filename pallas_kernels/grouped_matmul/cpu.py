@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.grouped_matmul.reference import swiglu
+
 TILE = 64
 
 
@@ -41,12 +43,21 @@ def _wide_zeros(w: jax.Array) -> jax.Array:
     return jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
 
 
+def _over_groups(group_sizes: jax.Array, group: Callable[[jax.Array, Any], Any], start: Any) -> Any:
+    """Folds `group(g, so far)` over the groups that have rows: in decoding few, and no other matrix is read."""
+    order = jnp.argsort(group_sizes == 0)
+    return lax.fori_loop(0, jnp.count_nonzero(group_sizes), lambda i, so_far: group(order[i], so_far), start)
+
+
 def _over_tiles(
     g: jax.Array, rows: int, group_sizes: jax.Array, tile: Callable[[jax.Array, jax.Array, Any], Any], start: Any
 ) -> Any:
     """Folds `tile(first row, which of its rows are new ones of the group (tile, 1), so far)` over group g's tiles."""
     size = _tile(rows, len(group_sizes))
     end = jnp.cumsum(group_sizes)[g]
+    if size == rows:  # a loop of one turn would cost more than it does
+        row = jnp.arange(rows)[:, None]
+        return tile(jnp.int32(0), (row >= end - group_sizes[g]) & (row < end), start)
 
     def step(i: jax.Array, so_far: Any) -> Any:
         first = end - group_sizes[g] + i * size
@@ -76,7 +87,7 @@ def _forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, transpos
         return written
 
     empty = jnp.zeros((len(lhs), rhs.shape[1 if transpose_rhs else 2]), lhs.dtype)
-    out: jax.Array = lax.fori_loop(0, len(rhs), group, empty)
+    out: jax.Array = _over_groups(group_sizes, group, empty)
     return out
 
 
@@ -90,7 +101,7 @@ def _weight_gradient(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array) ->
         return updated
 
     empty = jnp.zeros((len(group_sizes), lhs.shape[1], dout.shape[1]), lhs.dtype)
-    drhs: jax.Array = lax.fori_loop(0, len(group_sizes), group, empty)
+    drhs: jax.Array = _over_groups(group_sizes, group, empty)
     return drhs
 
 
@@ -112,13 +123,22 @@ grouped_matmul.defvjp(_vjp_forward, _vjp_backward)
 
 
 @jax.custom_vjp
-def grouped_swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_swiglu(
+    x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, factors: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
     """See `api.grouped_swiglu`: here a tile goes through all three products while it is in the cache."""
-    return _swiglu_forward(x, gate, up, down, group_sizes, for_gradient=False)[0]
+    return _swiglu_forward(x, gate, up, down, factors, group_sizes, for_gradient=False)[0]
 
 
 def _swiglu_forward(
-    x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array, *, for_gradient: bool
+    x: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    factors: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    for_gradient: bool,
 ) -> tuple[jax.Array, ...]:
     """The result (M, D) and, for a gradient, what gate and up made of each row, (M, F) each."""
 
@@ -126,49 +146,47 @@ def _swiglu_forward(
         def tile(at: jax.Array, mine: jax.Array, out: Any) -> Any:
             w_gate, w_up, w_down, rows = gate[g], up[g], down[g], _rows(x, at, mine)
             a, b = rows @ w_gate, rows @ w_up
-            made = ((jax.nn.silu(a) * b) @ w_down, a, b)[: len(out)]
+            made = (swiglu(a, b, _rows(factors, at, mine)) @ w_down, a, b)[: len(out)]
             return tuple(_write(o, m, at, mine) for o, m in zip(out, made, strict=True))
 
         return _over_tiles(g, len(x), group_sizes, tile, out)
 
     widths = (down.shape[2], gate.shape[2], gate.shape[2]) if for_gradient else (down.shape[2],)
     empty = tuple(jnp.zeros((len(x), width), x.dtype) for width in widths)
-    out: tuple[jax.Array, ...] = lax.fori_loop(0, len(gate), group, empty)
+    out: tuple[jax.Array, ...] = _over_groups(group_sizes, group, empty)
     return out
 
 
-def _swiglu_vjp_forward(
-    x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    y, a, b = _swiglu_forward(x, gate, up, down, group_sizes, for_gradient=True)
-    return y, (x, gate, up, down, group_sizes, a, b)
+def _swiglu_vjp_forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    y, a, b = _swiglu_forward(*arrays, for_gradient=True)
+    return y, (*arrays, a, b)
 
 
 def _swiglu_vjp_backward(residuals: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array | None, ...]:
-    x, gate, up, down, group_sizes, a, b = residuals
+    x, gate, up, down, factors, group_sizes, a, b = residuals
 
     def group(g: jax.Array, out: Any) -> Any:
-        dx, weights = out
+        dx, dfactors, weights = out
         w_gate, w_up, w_down = gate[g], up[g], down[g]
 
         def tile(at: jax.Array, mine: jax.Array, out: Any) -> Any:
-            dx, dw_gate, dw_up, dw_down = out
+            dx, dfactors, dw_gate, dw_up, dw_down = out
             dy_rows = jnp.where(mine, _rows(dy, at, mine), 0)
-            h, swiglu_vjp = jax.vjp(lambda a, b: jax.nn.silu(a) * b, _rows(a, at, mine), _rows(b, at, mine))
-            da, db = swiglu_vjp(dy_rows @ w_down.T)
+            h, swiglu_vjp = jax.vjp(swiglu, *(_rows(z, at, mine) for z in (a, b, factors)))
+            da, db, df = swiglu_vjp(dy_rows @ w_down.T)
             rows = _rows(x, at, mine)
             dx = _write(dx, da @ w_gate.T + db @ w_up.T, at, mine)
             new = (_wide_product(rows.T, da), _wide_product(rows.T, db), _wide_product(h.T, dy_rows))
-            return dx, dw_gate + new[0], dw_up + new[1], dw_down + new[2]
+            return dx, _write(dfactors, df, at, mine), dw_gate + new[0], dw_up + new[1], dw_down + new[2]
 
-        start = (dx, *map(_wide_zeros, (w_gate, w_up, w_down)))
-        dx, *sums = _over_tiles(g, len(x), group_sizes, tile, start)
+        start = (dx, dfactors, *map(_wide_zeros, (w_gate, w_up, w_down)))
+        dx, dfactors, *sums = _over_tiles(g, len(x), group_sizes, tile, start)
         store = lambda w, s: lax.dynamic_update_index_in_dim(w, s.astype(w.dtype), g, 0)
-        return dx, tuple(map(store, weights, sums))
+        return dx, dfactors, tuple(map(store, weights, sums))
 
-    empty = (jnp.zeros_like(x), tuple(jnp.zeros_like(w) for w in (gate, up, down)))
-    dx, weights = lax.fori_loop(0, len(gate), group, empty)
-    return dx, *weights, None
+    empty = (jnp.zeros_like(x), jnp.zeros_like(factors), tuple(jnp.zeros_like(w) for w in (gate, up, down)))
+    dx, dfactors, weights = _over_groups(group_sizes, group, empty)
+    return dx, *weights, dfactors, None
 
 
 grouped_swiglu.defvjp(_swiglu_vjp_forward, _swiglu_vjp_backward)

@@ -262,7 +262,11 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> ja
       ValueError: not bfloat16.
     """
     columns = rhs.shape[2]
-    return _grouped_matmul(_fill(lhs), _fill(rhs, rhs.ndim - 2), group_sizes)[:, :columns]
+    out = _grouped_matmul(_fill(lhs), _fill(rhs, rhs.ndim - 2), group_sizes)[:, :columns]
+    # A result that is also stored into an array of all layers, for the gradient, XLA would compute twice: it fuses the
+    # kernel with that store, in a copy of its own (jax 0.11.2).
+    kept: jax.Array = lax.optimization_barrier(out)
+    return kept
 
 
 def grouped_swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> jax.Array:

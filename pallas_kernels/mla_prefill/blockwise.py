@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.mla_prefill.residuals import residual
+
 BLOCK = 256
 """Tokens per block of queries and of keys, or fewer if there aren't as many; twice as many from `LONG` on."""
 LONG = 4096
@@ -140,7 +142,7 @@ def _forward(
 def _vjp_forward(
     arrays: Arrays, places: tuple[Places, Places], scale: float, in_order: bool, one_segment: bool
 ) -> tuple[jax.Array, Any]:
-    out, lse = _forward(arrays, places, scale, in_order, one_segment)
+    out, lse = map(residual, _forward(arrays, places, scale, in_order, one_segment))
     return out, (arrays, places, out, lse)
 
 

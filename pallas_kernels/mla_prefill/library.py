@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax import lax
 from jax._src.cudnn import fused_attention_stablehlo  # the public entry refuses values narrower than keys
 
 from pallas_kernels.mla_prefill import blockwise
+from pallas_kernels.mla_prefill.residuals import residual
 
 LONG = 4096
 """Tokens from which on cuDNN's forward and backward passes together are faster than tokamax's."""
@@ -53,14 +55,50 @@ def gpu(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _cudnn(a: blockwise.Arrays, scale: float) -> jax.Array:
+    q, k = _joined(*a[:4])
+    mask = fused_attention_stablehlo.MaskType.CAUSAL
+    out: jax.Array = fused_attention_stablehlo.dot_product_attention(q, k, a[4], scale=scale, mask_type=mask)
+    return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _tokamax_with_gradients_by_cudnn(a: blockwise.Arrays, scale: float) -> jax.Array:
     return tokamax(*a, scale=scale)
 
 
-_tokamax_with_gradients_by_cudnn.defvjp(
-    lambda a, scale: jax.vjp(lambda a: cudnn(*a, scale=scale), a),
-    lambda scale, vjp, dout: vjp(dout),
-)
+_Residuals = tuple[blockwise.Arrays, jax.Array, jax.Array]
+
+
+def _cudnn_forward(a: blockwise.Arrays, scale: float) -> tuple[jax.Array, _Residuals]:
+    """cuDNN's, with residuals that have names, which its own rule's don't."""
+    out, known = fused_attention_stablehlo._dot_product_attention_fwd_rule(*_cudnn_arrays(a), *_cudnn_options(scale))
+    out, lse = residual(out), residual(known[-2])
+    return out, (a, out, lse)
+
+
+def _cudnn_backward(scale: float, residuals: _Residuals, dout: jax.Array) -> tuple[blockwise.Arrays]:
+    a, out, lse = residuals
+    given: tuple[Any, ...] = (*_cudnn_options(scale), (*_cudnn_arrays(a), lse, out), dout)
+    dq, dk, dv, *_ = fused_attention_stablehlo._dot_product_attention_bwd_rule(*given)
+    return ((*jax.vjp(_joined, *a[:4])[1]((dq, dk)), dv),)
+
+
+def _cudnn_arrays(a: blockwise.Arrays) -> tuple[jax.Array, ...]:
+    """Queries, keys and values, and empty arrays for what isn't used: a bias, lengths, offsets and pages."""
+    return (*_joined(*a[:4]), a[4], *[jnp.zeros(0, a[4].dtype)] * 7)
+
+
+def _cudnn_options(scale: float) -> tuple[Any, ...]:
+    """scale, seed, dropout rate, (whether there is a bias, and a gradient of it), mask, layout, window, version, and
+    whether log-sum-exps are returned."""
+    lib = fused_attention_stablehlo
+    layout, version = lib.AttentionLayout.BTNH.value, lib.check_cudnn_version()
+    return scale, 42, 0.0, (False, False), lib.MaskType.CAUSAL, layout, None, version, False
+
+
+_cudnn.defvjp(_cudnn_forward, _cudnn_backward)
+_tokamax_with_gradients_by_cudnn.defvjp(_cudnn_forward, _cudnn_backward)
 
 
 def has_cudnn(q_nope: jax.Array, q_rope: jax.Array, k_nope: jax.Array, k_rope: jax.Array, v: jax.Array) -> bool:
@@ -90,12 +128,9 @@ def cudnn(
     Raises:
       ValueError: segments, or a prefix.
     """
-    q, k = _joined(q_nope, q_rope, k_nope, k_rope)
-    if segments is not None or k.shape[1] != q.shape[1]:
+    if segments is not None or k_nope.shape[1] != q_nope.shape[1]:
         raise ValueError("mla_prefill by cuDNN takes neither segments nor a prefix")
-    mask = fused_attention_stablehlo.MaskType.CAUSAL
-    out: jax.Array = fused_attention_stablehlo.dot_product_attention(q, k, v, scale=scale, mask_type=mask)
-    return out
+    return _cudnn((q_nope, q_rope, k_nope, k_rope, v), scale)
 
 
 def tokamax(
@@ -139,8 +174,7 @@ def _tokamax(a: blockwise.Arrays, start: jax.Array | None, scale: float) -> jax.
         mask = base.Mask(is_causal=True, k_start=start)
     else:
         mask = base.Mask(k_start=start, k_end=keys - tokens + 1 + jnp.arange(tokens)[None])
-    out: jax.Array = api.IMPLEMENTATIONS["mosaic_gpu"](q, k, v, mask=mask, logits_scale=scale)
-    return out
+    return residual(api.IMPLEMENTATIONS["mosaic_gpu"](q, k, v, mask=mask, logits_scale=scale))
 
 
 @functools.cache

@@ -7,6 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mla_prefill.residuals import residual
+
 BLOCK = 512  # queries whose scores exist at once; in the backward pass they are computed again
 
 
@@ -40,4 +42,4 @@ def mla_prefill(
     starts = range(0, tokens, BLOCK)
     ends = [min(s + BLOCK, tokens) for s in starts]
     parts = [block(q_nope[:, s:e], q_rope[:, s:e], s, e) for s, e in zip(starts, ends, strict=False)]
-    return jnp.concatenate(parts, axis=1)
+    return residual(jnp.concatenate(parts, axis=1))

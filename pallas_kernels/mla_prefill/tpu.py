@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mla_prefill.residuals import residual
+
 LANES = 128
 ROPE = 64
 PAIR = LANES // ROPE
@@ -372,7 +374,7 @@ def _attend(p: Problem, q_nope, q_rope, k_nope, k_rope, v, segments):
 
 
 def _attend_forward(p: Problem, *given):
-    out, lse = _forward(p, *given)
+    out, lse = map(residual, _forward(p, *given))
     return out, (given, out, lse)
 
 

@@ -81,7 +81,7 @@ def test_slots_compute_the_same(sharding):
         on_mesh = jax.device_put(placed, state_shardings(placed, mesh, rules_of(runtime), parameter_axes(model)))
         with jax.set_mesh(mesh):
             outputs = jax.jit(lambda v: forward(got, v))(on_mesh)
-    # Without `in_rounds`, of which there is a number per device.
+    # Without `exchanges`, of which there is a number per device.
     routing = lambda o: [(s.load, s.fraction, s.affinity) for s in router_stats(o).values()]
     numbers = lambda o: jax.tree.leaves((o.logits, o.mtp_logits, routing(o)))
     for a, b in zip(numbers(outputs), numbers(expected), strict=True):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
+from dsv3_jax.model import transformer
 from dsv3_jax.model.cache import init_cache
 from dsv3_jax.model.norm import rms_norm
 from tests.conftest import new_rng
@@ -171,3 +172,20 @@ def test_bad_tokens_are_refused(case):
         init_cache(config, model.runtime, 1, 65)
     for bad in (64, -1, -100):  # never a wrong number
         assert bool(jnp.isnan(run(model, variables, jnp.full((1, 3), bad))).all())
+
+
+def test_unrolled_layers_compute_the_same(monkeypatch):
+    """As on one GPU: without a loop over the sparse layers, forward or backward."""
+    config = dataclasses.replace(TINY, num_hidden_layers=4, num_nextn_predict_layers=0)
+    model = DeepSeekV3(config, Runtime(remat="paper", experts_impl="reference"))
+    tokens = jnp.arange(14).reshape(2, 7) % config.vocab_size
+    variables = model.init(jax.random.key(0), tokens)
+    loss = lambda p: jnp.sum(jnp.sin(model.apply(variables | {"params": p}, tokens)))
+    results, loops = [], []
+    for unrolled in (False, True):
+        monkeypatch.setattr(transformer, "unrolls", lambda layers, runtime, unrolled=unrolled: unrolled)
+        program = jax.jit(lambda p: jax.value_and_grad(loss)(p)).lower(variables["params"])
+        loops.append(program.as_text().count("stablehlo.while"))
+        results.append(program.compile()(variables["params"]))
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+    assert loops[1] < loops[0]

@@ -18,7 +18,8 @@ def problem(group_sizes, unused):
     rows, groups = max(1, sum(group_sizes) + unused), len(group_sizes)
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
-    return draw(rows, D), draw(groups, D, F), draw(groups, D, F), draw(groups, F, D), jnp.asarray(group_sizes)
+    matrices = draw(groups, D, F), draw(groups, D, F), draw(groups, F, D)
+    return draw(rows, D), *matrices, draw(rows, 1), jnp.asarray(group_sizes)
 
 
 def values_and_gradients(f, *arrays):
@@ -33,13 +34,13 @@ def values_and_gradients(f, *arrays):
 @example(group_sizes=[5], unused=2)
 def test_any_group_sizes(what, group_sizes, unused):
     with jax.enable_x64(True):
-        x, gate, up, down, counts = problem(group_sizes, unused)
+        x, gate, up, down, factors, counts = problem(group_sizes, unused)
         if what == "product":
             f = lambda name: lambda x, w: grouped_matmul(x, w, counts, implementation=name)
             arrays = x, gate
         else:
             f = lambda name: lambda *a: grouped_swiglu(*a, counts, implementation=name)
-            arrays = x, gate, up, down
+            arrays = x, gate, up, down, factors
         got, expected = (values_and_gradients(f(name), *arrays) for name in ("blocked", "reference"))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
@@ -56,7 +57,8 @@ def test_gradients_of_bfloat16_matrices_are_summed_in_float32(what):
         f, arrays = lambda x, w: grouped_matmul(x, w, counts, implementation="blocked"), (x, draw(1, 32, 32))
         exact = [np.einsum("mk,mn->kn", np.float64(x), np.float64(dy))]
     else:
-        f, arrays = lambda *a: grouped_swiglu(*a, counts, implementation="blocked"), (x, gate, up, down)
+        one = jnp.ones((rows, 1), jnp.float32)
+        f, arrays = lambda *a: grouped_swiglu(*a, one, counts, implementation="blocked"), (x, gate, up, down)
         plain = lambda x, g, u, d: (jax.nn.silu(x @ g[0]) * (x @ u[0])) @ d[0]
         exact = jax.vjp(plain, *(jnp.float32(a) for a in arrays))[1](jnp.float32(dy))[1:]
     got = jax.jit(lambda *a: jax.vjp(f, *a)[1](dy))(*arrays)[1:]
@@ -66,8 +68,10 @@ def test_gradients_of_bfloat16_matrices_are_summed_in_float32(what):
 
 @pytest.mark.parametrize("implementation", ["blocked", "reference"])
 def test_experts_that_do_not_fit_are_refused(implementation):
-    x, gate, up, down, counts = problem([3, 2], 0)
+    x, gate, up, down, *rest = problem([3, 2], 0)
     with pytest.raises(ValueError, match="needs one dtype"):
-        grouped_swiglu(x.astype(jnp.bfloat16), gate, up, down, counts, implementation=implementation)
+        grouped_swiglu(x.astype(jnp.bfloat16), gate, up, down, *rest, implementation=implementation)
     with pytest.raises(ValueError, match=r"needs \(M, K\), \(G, K, N\) and \(G,\)"):
-        grouped_swiglu(x, gate, up, gate, counts, implementation=implementation)
+        grouped_swiglu(x, gate, up, gate, *rest, implementation=implementation)
+    with pytest.raises(ValueError, match=r"needs factors \(5, 1\), but got \(5,\)"):
+        grouped_swiglu(x, gate, up, down, rest[0][:, 0], rest[1], implementation=implementation)

@@ -170,7 +170,7 @@ def test_experts_of_few_rows(interpreted, monkeypatch):
     """In two kernels, and differentiable."""
     rng = new_rng()
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
-    a = draw(9, 64), draw(3, 64, 32) / 8, draw(3, 64, 32) / 8, draw(3, 32, 64) / 8
+    a = draw(9, 64), draw(3, 64, 32) / 8, draw(3, 64, 32) / 8, draw(3, 32, 64) / 8, draw(9, 1).astype(jnp.float32)
     sizes, dy = jnp.asarray([3, 0, 5], jnp.int32), draw(9, 64)
     results = []
     for name, args in (("gpu", a), ("reference", [x.astype(jnp.float32) for x in a])):

@@ -12,7 +12,7 @@ import pytest
 from tokamax._src.ops.attention import api as tokamax_api
 
 from pallas_kernels.ahead_of_time import compile_for_tpu, lower_for_hopper, vmem_bytes
-from pallas_kernels.mla_prefill import blockwise, library, mla_prefill, tpu
+from pallas_kernels.mla_prefill import RESIDUALS, blockwise, library, mla_prefill, tpu
 from tests.conftest import new_rng
 from tests.pallas_kernels.generations import GENERATIONS
 from tests.pallas_kernels.tokamax_elsewhere import pretend_hopper
@@ -286,6 +286,24 @@ def test_gpu_gets_gradients_of_long_sequences_from_cudnn(monkeypatch):
     text = lower_for_hopper(functools.partial(mla_prefill, scale=SCALE, implementation="gpu"), *given)
     assert "mosaic_gpu" in text
     assert "__cudnn" not in text
+
+
+@pytest.mark.parametrize("implementation", ["gpu", "blockwise"])
+def test_saved_residuals_spare_the_forward_pass(implementation, monkeypatch):
+    """Under a policy that saves them, the gradient of a rematerialised attention runs it once."""
+    pretend_hopper(monkeypatch)
+    monkeypatch.setattr(library.fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(library.fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
+    given = real_shapes(4096, 4096)
+    attend = functools.partial(mla_prefill, scale=SCALE, implementation=implementation)
+    mark = "stablehlo.exponential" if implementation == "blockwise" else "@__cudnn$fmhaSoftmax("
+
+    def count(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        loss = lambda *a: jnp.sum(jnp.sin(jax.checkpoint(attend, policy=policy)(*a).astype(jnp.float32)))
+        return lower_for_hopper(jax.grad(loss, (0, 1, 2, 3, 4)), *given).count(mark)
+
+    assert count(RESIDUALS) < count()
 
 
 @pytest.mark.parametrize(

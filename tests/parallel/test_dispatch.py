@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ConfigError, ModelConfig
-from dsv3_jax.model.moe import ExpertWeights, experts, experts_and_rounds, experts_reference
+from dsv3_jax.model.moe import ExpertWeights, experts, experts_and_exchanges, experts_reference
 from dsv3_jax.parallel.dispatch import DispatchSizes
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.parallel.rules import rules_of
 from dsv3_jax.parallel.sharding import LogicalSharding
 from dsv3_jax.runtime import Runtime
+from dsv3_jax.training.step import dispatch_metrics
 
 E, K, D, F, B, T = 16, 4, 8, 8, 8, 6
 CONFIG = dataclasses.replace(
@@ -129,13 +130,24 @@ def test_one_token_where_tokens_are_not_cut():
     np.testing.assert_allclose(got, reference(x, ids, weights, w), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("routing", "slack", "share"), [("same experts", 1.0, 1.0), ("same experts", 16.0, 0.0)])
-def test_it_is_said_how_many_exchanges_took_rounds(routing, slack, share):
+@pytest.mark.parametrize(
+    ("busy", "slack", "share", "needed"),
+    # Of 12 tokens a device, these send all 4 choices to one device, and the others one to each of 4 devices: of its
+    # 48 rows by even routing, the busiest device gets 48 + 4 * 3 for each token of a device that is so.
+    [(0, 1.0, 0, 1.2), (1, None, 1, 1.5), (3, 2.0, 0, 2.0), (12, 1.0, 1, 4.0)],
+)
+def test_it_is_counted_which_slack_would_have_sufficed(busy, slack, share, needed):
+    x, _, weights, w = problem("spread")
+    spread, together = jnp.array([0, 4, 8, 12], jnp.int32), jnp.arange(4, dtype=jnp.int32)
+    ids = jnp.where((jnp.arange(B * T) % 12 < busy)[:, None], together, spread).reshape(B, T, K)
     run = Runtime(sharding="fsdp_ep", experts_impl="blocked", dispatch_slack=slack)
-    with jax.set_mesh(make_mesh(MeshShape(fsdp=2, expert=4))):
-        rounds = jax.jit(lambda *a: experts_and_rounds(*a, CONFIG, run)[1])(*problem(routing))
-    assert rounds.size == 8
-    assert float(rounds.mean()) == share
+    mesh = make_mesh(MeshShape(expert=4), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda *a: experts_and_exchanges(*a, CONFIG, run)[1])(x, ids, weights, w)
+    assert found.shape[:2] == (4, 1)
+    counts = jnp.append(found.sum((0, 1)), 4.0)
+    metrics = {name: float(value) for name, value in dispatch_metrics(counts).items()}
+    assert metrics == pytest.approx({"dispatch_in_rounds": share, "dispatch_slack_needed": needed})
 
 
 def test_what_does_not_divide_is_named():

@@ -1,6 +1,9 @@
 """A run stopped on one mesh goes on with another one, to the same values and losses."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -9,12 +12,14 @@ from rich.console import Console
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
+from dsv3_jax.parallel.dispatch import SLACKS
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.training import loop, trainer
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.directory import write_config
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import Schedule
+from dsv3_jax.training.setup import Setup
 from dsv3_jax.training.step import init_state
 from tests.parallel.small_run import small_config
 
@@ -85,6 +90,47 @@ def test_resume_on_another_mesh(one_device, tmp_path, monkeypatch, before, after
     assert got.keys() == one_device.keys()
     for step, loss in one_device.items():
         np.testing.assert_allclose(got[step], loss, rtol=1e-5, err_msg=f"step {step}")
+
+
+@pytest.mark.slow
+def test_slack_is_chosen_by_the_routing_seen(tmp_path, monkeypatch):
+    """Few tokens a device need more than 1.2; the run says so, takes it from then on, and when it is resumed."""
+    config, directory, used = small_config("expert=8", "fsdp_ep"), tmp_path / "run", []
+    use = Setup.use_slack
+    monkeypatch.setattr(Setup, "use_slack", lambda setup, slack: (used.append(slack), use(setup, slack)))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_asked_to_stop", lambda _, stopping, done: done == 6)
+        trainer.train(config, directory, console=Console(quiet=True))
+    assert used[0] is None
+    assert used == sorted(set(used), key=lambda slack: slack or 0)
+    chosen = used[-1]
+    assert chosen in SLACKS[1:]
+    trainer.train(config, directory, resume=True, console=Console(quiet=True))
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    said = [r["step"] for r in records if r.get("event", "").startswith(f"dispatch_slack is {chosen:g} ")]
+    assert len(said) == 1  # the resumed run has it from the checkpoint
+    rounds = {r["step"]: r["dispatch_in_rounds"] for r in records if "loss" in r}
+    assert min(rounds[step] for step in rounds if step > said[0]) < rounds[said[0]]
+
+
+@pytest.mark.parametrize(
+    ("user", "before", "share", "step", "after"),
+    [
+        (None, None, 0.2, 2, 2.0),
+        (None, 1.5, 0.2, 2, 2.0),
+        (None, 2.0, 0.2, 2, None),  # which is as much
+        (None, None, 0.1, 2, None),  # rarely enough
+        (None, None, 0.2, 1, None),  # in the warm-up
+        (1.0, 1.0, 0.2, 2, None),
+    ],
+)
+def test_when_more_slack_is_taken(user, before, share, step, after):
+    config, used = small_config("expert=8", "fsdp_ep"), []
+    config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, dispatch_slack=user))
+    setup = SimpleNamespace(dispatch_slack=before, use_slack=used.append, throughput=mock.Mock())
+    last = {"dispatch_in_rounds": share, "dispatch_slack_needed": 2.0}
+    loop.Loop._choose_slack(SimpleNamespace(config=config, setup=setup, last=last, _event=mock.Mock()), step)
+    assert used == ([] if after is None else [after])
 
 
 def test_another_model_is_still_another_run(tmp_path):

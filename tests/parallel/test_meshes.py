@@ -58,7 +58,7 @@ def run(shape, microbatches=1, **runtime):
     metrics, gradients = [], None
     for i in range(STEPS):
         state, m = step(state, placement.batch(np.arange(BATCH), make_batch(i), BATCH))
-        m.pop("dispatch_in_rounds", None)  # one device has no such thing
+        m = {k: v for k, v in m.items() if not k.startswith("dispatch_")}  # one device has no such thing
         metrics.append(m)
         gradients = gradients or Recorded(state.opt_state[0])
     return gradients, Recorded(metrics), Recorded(state.variables), state
