@@ -37,7 +37,7 @@ def fp8_quantise(
       implementation: "reference", "gpu" (Hopper, see `takes`) or "gpu_interpret" (the same on a CPU).
 
     Returns:
-      Rows: values (M, K) float8_e4m3fn, scales (M, ceil(K / 128)) float32; or None.
+      Rows: values (M, K) float8_e4m3fn, scales (M, ceil(K / 128)) float32; or None. All rows, whatever the groups.
       Columns, transposed: values (K', M') and scales (M' / 128, K'), or None. K' is K, and M' M, filled up with zeros
       to a multiple of 128. With groups, each has `tiles_of` tiles, one group after another, and then the rows of no
       group; M' is the most that this can take, and what isn't needed of it is arbitrary. A group's first tile begins at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from dsv3_jax.quantization.fp8 import dequantise_tiles, quantise_blocks, quantise_tiles
 from pallas_kernels.ahead_of_time import lower_for_hopper
 from pallas_kernels.fp8_quantise import Scaling, fp8_quantise, tiles_of
+from pallas_kernels.fp8_quantise.reference import spans
 from tests.conftest import new_rng
 
 SIZES = [5, 0, 130, 9, 100]  # and rows of no group
@@ -104,6 +106,18 @@ def test_gpu_lowers(rows, columns, groups, fp8):
     scales = sd((rows, -(-columns // 128)), jnp.float32) if fp8 else None
     quantise = functools.partial(fp8_quantise, rows=None if fp8 else FLOOR, columns=POWER, implementation="gpu")
     assert "mosaic_gpu" in lower_for_hopper(quantise, x, scales, sd((groups,), jnp.int32) if groups else None)
+
+
+@pytest.mark.parametrize("groups", [None, (1000,), (872, 120)])
+def test_runs_of_scales_end_within_their_row(groups):
+    """Hopper's copies of a run stop at an array's end, not at its row's, as the interpreter's do."""
+    sizes = None if groups is None else jnp.asarray(groups, jnp.int32)
+    given = jax.ShapeDtypeStruct((1001, 320), jnp.bfloat16), None, sizes
+    module = lower_for_hopper(functools.partial(fp8_quantise, rows=FLOOR, implementation="gpu"), *given)
+    (call,) = (line for line in module.splitlines() if "mosaic_gpu" in line)
+    (room,) = re.findall(r"tensor<3x(\d+)xf32>", call)
+    tiles = ((first, 0, 128) for first in range(0, 1001, 128)) if sizes is None else spans(sizes, 1001).tolist()
+    assert max(first for first, lower, upper in tiles if lower < upper) + 128 <= int(room)
 
 
 @pytest.mark.parametrize(
