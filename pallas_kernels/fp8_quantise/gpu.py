@@ -52,8 +52,8 @@ def fp8_quantise(
     shape, fp8, f32 = jax.ShapeDtypeStruct, jnp.float8_e4m3fn, jnp.float32
     outputs = {}
     if rows:
-        # Unlike a tile of values, what a run of scales has past the end of its row isn't cut off: it would go to the next
-        # row. So there is room for it.
+        # Unlike a tile of values, a run of scales isn't cut off at the end of its row, but at the array's: without room
+        # past the last of M, it would go on in the next row.
         outputs |= {"rows": shape(x.shape, fp8), "rows_scales": shape((tiles, len(x) + TILE), f32)}
     if columns:
         outputs["columns"] = shape((tiles * TILE, blocks * TILE), fp8)
