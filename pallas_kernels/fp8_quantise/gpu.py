@@ -25,7 +25,7 @@ from pallas_kernels.fp8_quantise.reference import ALIGNMENT, TILE, Scaling, enco
 HALF = TILE // 2
 """Rows of a tile in registers at a time."""
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
-_LAYOUT = plgpu.Layout.WGMMA
+LAYOUT = plgpu.Layout.WGMMA
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "columns", "interpret"))
@@ -58,7 +58,7 @@ def fp8_quantise(
     if columns:
         outputs["columns"] = shape((tiles * TILE, blocks * TILE), fp8)
         outputs["columns_scales"] = shape((blocks, tiles * TILE), f32)
-    staged = {name: [_tile(fp8), plgpu.SMEM((TILE,), f32)] for name in ("rows", "columns") if name in outputs}
+    staged = {name: [shared_tile(fp8), plgpu.SMEM((TILE,), f32)] for name in ("rows", "columns") if name in outputs}
 
     def kernel(*refs, **scratch):
         _kernel(dict(zip((*inputs, *outputs), refs, strict=True)), scratch, rows, columns)
@@ -67,7 +67,7 @@ def fp8_quantise(
         kernel,
         out_type=list(outputs.values()),
         scratch_types=dict(
-            x=_tile(x.dtype),
+            x=shared_tile(x.dtype),
             **staged,
             given=plgpu.SMEM((TILE,), f32),
             arrived=plgpu.Barrier(num_arrivals=1 if scales is None else 2),
@@ -83,7 +83,7 @@ def fp8_quantise(
     )
 
 
-def _tile(dtype) -> plgpu.SMEM:
+def shared_tile(dtype: jax.typing.DTypeLike) -> plgpu.SMEM:
     width = min(HALF, 128 // jnp.dtype(dtype).itemsize)
     swizzle = plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize)
     transforms = (plgpu.TilingTransform((8, width)), swizzle)
@@ -112,19 +112,19 @@ def _kernel(gmem: dict, smem: dict, rows: Scaling | None, columns: Scaling | Non
         plgpu.copy_smem_to_gmem(scales, gmem[f"{name}_scales"].at[*scales_at])
 
     def of_rows(i: int) -> jax.Array:
-        return plgpu.load(x.at[pl.ds(i * HALF, HALF)], layout=_LAYOUT).astype(jnp.float32)
+        return plgpu.load(x.at[pl.ds(i * HALF, HALF)], layout=LAYOUT).astype(jnp.float32)
 
     def of_columns(i: int) -> jax.Array:
         half = x.at[:, pl.ds(i * HALF, HALF)].transpose((1, 0))
         if "scales" not in gmem:
-            out = plgpu.load(half, layout=_LAYOUT).astype(jnp.float32)
+            out = plgpu.load(half, layout=LAYOUT).astype(jnp.float32)
         else:  # single bytes can't be exchanged between threads
             out = plgpu.load(half, layout=plgpu.Layout.WGMMA_TRANSPOSED).astype(jnp.float16)
-            out = plgpu.layout_cast(out, _LAYOUT).astype(jnp.float32)
-            of_tile = plgpu.load(given, layout=_LAYOUT.reduce(0), optimized=False)
+            out = plgpu.layout_cast(out, LAYOUT).astype(jnp.float32)
+            of_tile = plgpu.load(given, layout=LAYOUT.reduce(0), optimized=False)
             out = out * lax.broadcast_in_dim(of_tile, out.shape, [1])
         if "spans" in gmem:
-            row = plgpu.broadcasted_iota(jnp.int32, out.shape, 1, layout=_LAYOUT)
+            row = plgpu.broadcasted_iota(jnp.int32, out.shape, 1, layout=LAYOUT)
             out = jnp.where((row >= lower) & (row < upper), out, 0)
         return out
 
