@@ -12,7 +12,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.quantization.fp8 import ACTIVATION_FLOOR, TILE, dequantise_tiles, quantise_blocks
 from dsv3_jax.runtime import FP8Scales
 from pallas_kernels.devices import is_hopper, platform
-from pallas_kernels.fp8_quantise import Scaling, aligned, fp8_quantise, takes
+from pallas_kernels.fp8_quantise import Scaling, aligned, fp8_quantise, fp8_quantise_blocks, takes, takes_blocks
 
 Implementation = Literal["emulation", "gpu"]
 
@@ -99,12 +99,24 @@ class Recipe:
             scales = jnp.repeat(scales, -(-block[axis] // tile[axis]), axis)[(slice(None),) * axis + (slice(count),)]
         return values, scales
 
-    def matrices(self, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def matrices(self, w: jax.Array) -> Quantised:
         """Quantises matrices (..., K, N) in blocks: values, scales (..., ceil(K / 128), ceil(N / 128))."""
         if self.scales != "tensor":
             return quantise_blocks(w, power_of_two=self.power_of_two)
         values, scales = quantise_blocks(w, (w.shape[-2], w.shape[-1]), power_of_two=self.power_of_two)
         return values, jnp.broadcast_to(scales, (*w.shape[:-2], *(-(-n // TILE) for n in w.shape[-2:])))
+
+    def matrices_and_turned(self, w: jax.Array) -> tuple[Quantised, Quantised | None]:
+        """`matrices`, and where kernels multiply the same transposed, (..., N, K), which Fprop takes, in one pass.
+
+        Not on a mesh, over which XLA can't partition kernels.
+        """
+        if self.implementation != "gpu" or self.scales == "tensor" or not takes_blocks(w):
+            return self.matrices(w), None
+        flat = w.reshape(-1, *w.shape[-2:])
+        both = fp8_quantise_blocks(flat, Scaling(0.0, self.power_of_two), implementation="gpu")
+        of_w, turned = jax.tree.map(lambda a: a.reshape(*w.shape[:-2], *a.shape[1:]), both)
+        return of_w, turned
 
 
 def _turned(columns: Quantised) -> Quantised:

@@ -1,4 +1,4 @@
-"""The public function of quantisation: validates arguments, and chooses a backend by name."""
+"""The public functions of quantisation: validate arguments, and choose a backend by name."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import require_hopper
-from pallas_kernels.fp8_quantise import gpu, reference
+from pallas_kernels.fp8_quantise import gpu, gpu_blocks, reference
 from pallas_kernels.fp8_quantise.reference import Scaling, aligned, tiles_of
 
-__all__ = ["Scaling", "aligned", "fp8_quantise", "takes", "tiles_of"]
+__all__ = ["Scaling", "aligned", "fp8_quantise", "fp8_quantise_blocks", "takes", "takes_blocks", "tiles_of"]
 
 IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret")
 TILE = reference.TILE
@@ -74,6 +74,46 @@ def fp8_quantise(
     return out
 
 
+def fp8_quantise_blocks(w: jax.Array, how: Scaling, *, implementation: str) -> tuple[Quantised, Quantised]:
+    """Quantises matrices in blocks of 128 x 128, as they are and transposed, in one pass (report section 3.3.2).
+
+    Args:
+      w: (G, K, N) bfloat16 or float32.
+      how: how to scale a block.
+      implementation: "reference", "gpu" (Hopper, see `takes_blocks`) or "gpu_interpret" (the same on a CPU).
+
+    Returns:
+      As they are: values (G, K, N) float8_e4m3fn, scales (G, ceil(K / 128), ceil(N / 128)) float32.
+      Transposed: the same numbers, values (G, N, K), scales (G, ceil(N / 128), ceil(K / 128)).
+
+    A block that isn't all finite gets a scale of NaN.
+
+    Raises:
+      ValueError: the shape or dtype doesn't fit or the backend doesn't take it, or there is no such implementation.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"no FP8 quantisation {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
+    if w.ndim != 3:
+        raise ValueError(f"fp8_quantise_blocks needs matrices (G, K, N), but got {w.shape}")
+    if implementation == "reference":
+        return reference.fp8_quantise_blocks(w, how)
+    if not takes_blocks(w):
+        raise ValueError(
+            f"fp8_quantise_blocks on Hopper takes bfloat16 or float32 whose K and N are multiples of {gpu.HALF}, "
+            f"but got {w.dtype}, {w.shape}"
+        )
+    if implementation == "gpu":
+        require_hopper("fp8_quantise_blocks")
+    interpret = gpu.INTERPRET if implementation == "gpu_interpret" else None
+    out: tuple[Quantised, Quantised] = gpu_blocks.fp8_quantise_blocks(w, how, interpret=interpret)
+    return out
+
+
 def takes(x: jax.Array) -> bool:
     """Whether "gpu" takes this matrix: its dtype, and the number of its columns."""
     return x.dtype in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn) and x.shape[1] % gpu.HALF == 0
+
+
+def takes_blocks(w: jax.Array) -> bool:
+    """Whether "gpu" takes these matrices: their dtype, and the lengths of both axes."""
+    return w.dtype in (jnp.bfloat16, jnp.float32) and w.shape[-2] % gpu.HALF == w.shape[-1] % gpu.HALF == 0

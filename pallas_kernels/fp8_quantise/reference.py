@@ -74,6 +74,17 @@ def fp8_quantise(
     return (rows and _tiles(wide, rows)), (columns and _columns(wide, group_sizes, columns))
 
 
+def fp8_quantise_blocks(w: jax.Array, how: Scaling) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """See `api.fp8_quantise_blocks`."""
+    groups, depth, columns = w.shape
+    wide = w.astype(jnp.float32)
+    whole = jnp.pad(wide, ((0, 0), (0, -depth % TILE), (0, -columns % TILE)))
+    scales = how.of(jnp.max(jnp.abs(whole.reshape(groups, -(-depth // TILE), TILE, -1, TILE)), axis=(2, 4)))
+    each = jnp.repeat(jnp.repeat(scales, TILE, 1), TILE, 2)[:, :depth, :columns]
+    values = encode(wide, each)
+    return (values, scales), (values.mT, scales.mT)
+
+
 def _tiles(x: jax.Array, how: Scaling) -> tuple[jax.Array, jax.Array]:
     m, k = x.shape
     tiles = jnp.pad(x, ((0, 0), (0, -k % TILE))).reshape(m, -1, TILE)

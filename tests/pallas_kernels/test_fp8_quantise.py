@@ -12,7 +12,7 @@ import pytest
 
 from dsv3_jax.quantization.fp8 import dequantise_tiles, quantise_blocks, quantise_tiles
 from pallas_kernels.ahead_of_time import lower_for_hopper
-from pallas_kernels.fp8_quantise import Scaling, fp8_quantise, tiles_of
+from pallas_kernels.fp8_quantise import Scaling, fp8_quantise, fp8_quantise_blocks, tiles_of
 from pallas_kernels.fp8_quantise.reference import spans
 from tests.conftest import new_rng
 
@@ -118,6 +118,45 @@ def test_runs_of_scales_end_within_their_row(groups):
     (room,) = re.findall(r"tensor<3x(\d+)xf32>", call)
     tiles = ((first, 0, 128) for first in range(0, 1001, 128)) if sizes is None else spans(sizes, 1001).tolist()
     assert max(first for first, lower, upper in tiles if lower < upper) + 128 <= int(room)
+
+
+def matrices(dtype):
+    """Blocks of zeros, of what isn't finite, and cut off at both edges."""
+    w = 0.05 * jax.random.normal(jax.random.key(0), (2, 192, 320), dtype)
+    return w.at[1, :128, :128].set(0).at[0, 3, 5].set(jnp.nan).at[1, 150, 300].set(jnp.inf)
+
+
+@pytest.mark.parametrize("how", [Scaling(), POWER], ids=["exact", "power of two"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("implementation", ["reference", "gpu_interpret"])
+def test_blocks_are_the_packages_both_ways(how, dtype, implementation, capsys):
+    w = matrices(dtype)
+    stored, turned = fp8_quantise_blocks(w, how, implementation=implementation)
+    expected = quantise_blocks(w, power_of_two=how.power_of_two)
+    same(stored, expected)
+    same(turned, [a.mT for a in expected])
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(64, 2048, 1408), (1, 2048, 576), (8, 7168, 2048)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_blocks_lower(shape, dtype):
+    quantise = functools.partial(fp8_quantise_blocks, how=Scaling(), implementation="gpu")
+    assert "mosaic_gpu" in lower_for_hopper(quantise, jax.ShapeDtypeStruct(shape, dtype))
+
+
+@pytest.mark.parametrize(
+    ("shape", "implementation", "message"),
+    [
+        ((1, 64, 64), "tpu", "reference, gpu"),
+        ((1, 64, 64), "gpu", "needs a Hopper GPU"),
+        ((1, 64, 72), "gpu", "multiples of 64"),
+        ((64, 64), "reference", "needs matrices"),
+    ],
+)
+def test_refusals_of_matrices(shape, implementation, message):
+    with pytest.raises(ValueError, match=message):
+        fp8_quantise_blocks(jnp.zeros(shape), Scaling(), implementation=implementation)
 
 
 @pytest.mark.parametrize(

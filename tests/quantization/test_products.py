@@ -1,6 +1,7 @@
 """FP8 products: the emulation against the released kernels' golden vectors and float64, the kernels against it."""
 
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from dsv3_jax.quantization import dequantise_blocks, dequantise_tiles, emulation
 from dsv3_jax.quantization.matmul import QuantisedWeight, linear, swiglu
 from dsv3_jax.quantization.products import multiply, weight_gradient
 from dsv3_jax.quantization.recipe import Recipe
+from pallas_kernels.ahead_of_time import lower_for_hopper
 from tests.conftest import new_rng
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "fp8.npz")
@@ -204,6 +206,41 @@ def test_swiglu_against_float32(scales):
         outs.append((y, *back(x, *masters)))
     for got, expected in zip(*outs, strict=True):
         assert 1e-3 < relative(got, np.asarray(expected, np.float64)) < 0.09
+
+
+def test_weights_turned_beforehand_multiply_alike():
+    """Values, and gradients, which need the other form, of a layer and of experts."""
+    rng, sizes = new_rng(), jnp.asarray(SIZES, jnp.int32)
+    x, dy = (jnp.asarray(rng.standard_normal((256, 128)), jnp.float32) for _ in range(2))
+    masters = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((5, 128, 192), (5, 128, 192), (5, 192, 128))]
+    square = jnp.asarray(rng.standard_normal((128, 128)), jnp.float32)
+
+    def results(turns):
+        def of(m, stack):
+            w = QuantisedWeight.of(m, Recipe(), stack=stack)
+            return w.replace(turned=(w.values.mT, w.scales.mT)) if turns else w
+
+        layers = lambda x, m, s: linear(swiglu(x, *(of(a, 1) for a in m), sizes), of(s, 0))
+        y, back = jax.vjp(layers, x, masters, square)
+        return y, back(dy)
+
+    jax.tree.map(np.testing.assert_array_equal, results(True), results(False))
+
+
+def test_a_step_on_a_gpu_transposes_no_weight():
+    """Its kernels quantise matrices both ways, once for all uses."""
+    recipe = Recipe(implementation="gpu")
+    x, sizes = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.int32)
+    shapes = ((4, 256, 384), (4, 256, 384), (4, 384, 256), (256, 256))
+    masters = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+
+    def loss(x, masters, sizes):
+        *experts, last = (QuantisedWeight.of(m, recipe, stack=len(m.shape) - 2, turned=True) for m in masters)
+        return jnp.sum(linear(swiglu(x, *experts, sizes), last))
+
+    module = lower_for_hopper(jax.grad(loss, argnums=(0, 1)), x, masters, sizes)
+    assert "mosaic_gpu" in module
+    assert not re.search(r"stablehlo.transpose.*f8E4M3", module)
 
 
 def test_dequantised_weight_has_its_masters_gradient():
