@@ -162,6 +162,7 @@ def steps(models: dict[str, tuple[ModelConfig, int, int, dict[str, Any]]]) -> It
                 start = time.perf_counter()
                 traced = jax.jit(gradient).trace(variables)
                 row["trace_s"] = time.perf_counter() - start
+                row |= counts(traced.jaxpr.jaxpr)
                 start = time.perf_counter()
                 lowered = traced.lower()
                 row["lower_s"] = time.perf_counter() - start
@@ -176,6 +177,39 @@ def steps(models: dict[str, tuple[ModelConfig, int, int, dict[str, Any]]]) -> It
                 row["error"] = str(error).splitlines()[0][:200]
             variables = None
             yield row
+
+
+def counts(jaxpr: Any) -> Row:
+    """How many kernels a program runs, and the bytes of FP8 that it makes, transposes and pads beside them."""
+    found: Row = {"kernels": 0, "fp8_made_bytes": 0, "fp8_transposed_bytes": 0, "fp8_padded_bytes": 0}
+
+    def add(equation: Any, times: int) -> None:
+        out = equation.outvars[0].aval
+        if equation.primitive.name in ("mpmd_map", "pallas_call"):  # ours; what libraries call
+            found["kernels"] += times
+        elif getattr(out, "ndim", 0) and out.dtype == jnp.float8_e4m3fn:
+            padded = any(any(edge) for edge in equation.params.get("padding_config", ()))
+            kind = {"convert_element_type": "made", "transpose": "transposed", "pad": "padded" if padded else None}
+            if name := kind.get(equation.primitive.name):
+                found[f"fp8_{name}_bytes"] += times * out.size
+
+    def walk(jaxpr: Any, times: int) -> None:
+        for equation in jaxpr.eqns:
+            inner = [] if equation.primitive.name in ("mpmd_map", "pallas_call") else inside(equation)
+            for program in inner:
+                walk(program, times * equation.params.get("length", 1))
+            if not inner:
+                add(equation, times)
+
+    walk(jaxpr, 1)
+    return found
+
+
+def inside(equation: Any) -> list[Any]:
+    """The programs of an equation: of a loop, a call or a branch."""
+    values = jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns"))
+    values = [getattr(v, "jaxpr", v) for v in values]
+    return [v for v in values if hasattr(v, "eqns")]
 
 
 def report(record: dict[str, Any]) -> str:
