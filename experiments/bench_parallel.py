@@ -71,7 +71,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 """Environment variables to try for the exchange on GPUs."""
 
 LIMITS: dict[Part, int] = {"exchange": 100, "throughput": 180, "steps": 160}
-"""Seconds for a part, with its start; for the exchange, with each of the settings."""
+"""Seconds for a part if there are several, with its start; for the exchange, with each of the settings."""
 
 # --- exchange ---------------------------------------------------------------------------------------------------------
 
@@ -586,9 +586,8 @@ def main(
         if left < 30:
             record["ended"][f"{part} {setting}".strip()] = "not begun"
             continue
-        rows, ended = in_process(
-            part, out, size, more, SETTINGS[setting], min(left, LIMITS[part] if size == "full" else left)
-        )
+        alone = size == "small" or len(parts) == 1
+        rows, ended = in_process(part, out, size, more, SETTINGS[setting], left if alone else min(left, LIMITS[part]))
         record[part] += [{"settings": setting, **row} for row in rows]
         record["ended"][f"{part} {setting}".strip()] = ended
         record |= json.loads((out / "devices.json").read_text())
