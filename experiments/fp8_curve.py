@@ -2,9 +2,11 @@
 
     python -m experiments.fp8_curve --size cpu
     python -m experiments.fp8_curve --size gpu --minutes 9     # again, until it says that all runs are done
+    python -m experiments.fp8_curve --size gpu --runs bf16 fp8 # only these
 
 Every run saves what it has when its time is up, and goes on from there. The report (markdown, PNG, JSON) compares the
-losses of a step, smoothed by an exponential mean, with bfloat16's, as appendix B of the DeepSeek-V3 report does.
+losses of a step, smoothed by an exponential mean, with bfloat16's, as appendix B of the DeepSeek-V3 report does. It is
+of all runs in the folder, whichever call trained them, and is written when a call ends.
 """
 
 from __future__ import annotations
@@ -36,13 +38,17 @@ from dsv3_jax.training.trainer import train
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RUNS: dict[str, Runtime] = {
-    "bf16": Runtime(dtype="bfloat16"),
-    "fp8": Runtime(dtype="bfloat16", precision="fp8"),
-    "fp8, gradients in blocks": Runtime(dtype="bfloat16", precision="fp8", fp8_scales="block_gradients"),
-    "fp8, one scale a tensor": Runtime(dtype="bfloat16", precision="fp8", fp8_scales="tensor"),
-    "float32": Runtime(),
+RUNS: dict[str, tuple[str, Runtime]] = {
+    "bf16": ("bfloat16", Runtime(dtype="bfloat16")),
+    "fp8": ("FP8", Runtime(dtype="bfloat16", precision="fp8")),
+    "block_gradients": (
+        "FP8, gradients in blocks",
+        Runtime(dtype="bfloat16", precision="fp8", fp8_scales="block_gradients"),
+    ),
+    "tensor": ("FP8, one scale a tensor", Runtime(dtype="bfloat16", precision="fp8", fp8_scales="tensor")),
+    "float32": ("float32", Runtime()),
 }
+"""Runs by the names of their folders: what reports call them, and their runtime."""
 BASE = "bf16"
 SMOOTHING = 0.9
 """Weight of what was before in the exponential mean, of a step; the report's figures use the same."""
@@ -51,6 +57,10 @@ SMOOTHING = 0.9
 def sizes() -> dict[str, TrainConfig]:
     """The two runs: widths are multiples of 128, so that no tile is filled up."""
     base = TrainConfig.preset("tiny", "cpu")
+    # On a CPU lower than would be best, for runs to differ less by chance: two that round differently drift apart.
+    low: dict[str, float] = dict(peak_learning_rate=3e-4, end_learning_rate=3e-5, tail_learning_rate=1e-5)
+    high: dict[str, float] = dict(peak_learning_rate=1e-3, end_learning_rate=1e-4, tail_learning_rate=3e-5)
+    common: dict[str, float] = dict(constant_until=0.4, bias_update_speed=0.01)
     quiet = dict(log_every=1, validate_every=10**6, validation_batches=1, sample_tokens=0)
     small = dataclasses.replace(
         base.model,
@@ -63,7 +73,7 @@ def sizes() -> dict[str, TrainConfig]:
         base,
         model=small,
         data=DataConfig(sequence_length=128),
-        schedule=dataclasses.replace(base.schedule, steps=160, batch_size=8, warmup_steps=20),
+        schedule=ScheduleConfig(steps=400, batch_size=16, warmup_steps=40, **low, **common),
         checkpoint_every=100,
         **quiet,
     )
@@ -72,47 +82,47 @@ def sizes() -> dict[str, TrainConfig]:
         **dict(vocab_size=264, bos_token_id=256, eos_token_id=257, hidden_size=512, intermediate_size=1536),
         **dict(moe_intermediate_size=256, num_hidden_layers=10, num_nextn_predict_layers=0),
     )
-    schedule = ScheduleConfig(
-        **dict(steps=800, batch_size=64, warmup_steps=80, bias_update_speed=0.01),
-        **dict(peak_learning_rate=1e-3, end_learning_rate=1e-4, tail_learning_rate=3e-5, constant_until=0.4),
-    )
+    schedule = ScheduleConfig(steps=800, batch_size=64, warmup_steps=80, **high, **common)
     gpu = dataclasses.replace(
         cpu, model=large, data=DataConfig(sequence_length=1024), schedule=schedule, checkpoint_every=200
     )
     return {"cpu": cpu, "gpu": gpu}
 
 
-def main(size: Literal["cpu", "gpu"] = "cpu", minutes: float = 60, out: Path | None = None) -> None:
-    """Trains what isn't trained yet, and writes the report of the steps that all runs have.
+def main(
+    size: Literal["cpu", "gpu"] = "cpu",
+    runs: tuple[Literal["bf16", "fp8", "block_gradients", "tensor", "float32"], ...] = (),
+    minutes: float = 60,
+    out: Path | None = None,
+) -> None:
+    """Trains what isn't trained yet, and writes the report of the steps that all runs past their warm-up have.
 
     Args:
-      size: cpu, minutes of one core; gpu, at least 50M parameters and 50M tokens, without the run in float32.
+      size: cpu, minutes of one core; gpu, at least 50M parameters and 50M tokens.
+      runs: which to train, in this order; by default all, on a GPU without float32.
       minutes: after which a run is saved and the program ends; it goes on when it is called again.
       out: where runs and report go, by default runs/fp8_curve/SIZE.
     """
     base, out, until = sizes()[size], out or Path("runs/fp8_curve") / size, time.monotonic() + 60 * minutes
     threading.Thread(target=_stop_at, args=(until,), daemon=True).start()
-    names = [name for name in RUNS if size == "cpu" or name != "float32"]
-    done = 0
-    for name in names:
-        directory = out / name.replace(", ", "_").replace(" ", "_")
-        if not (directory / "report.md").exists():
-            if time.monotonic() > until:
-                break
-            runtime = RUNS[name] if size == "cpu" else dataclasses.replace(RUNS[name], remat="paper")
-            config = dataclasses.replace(base, runtime=runtime)
-            started = any((directory / "checkpoints").glob("[0-9]*"))
-            if train(config, directory, resume=started).metrics["stopped"]:
-                break
-        done += 1
-    curves = {}
-    for name in names[:done]:
-        records = read_metrics(out / name.replace(", ", "_").replace(" ", "_") / "metrics.jsonl")
-        curves[name] = {r["step"]: r["loss"] for r in records if "loss" in r}
-    if len(curves) > 1:
+    wanted = runs or tuple(name for name in RUNS if size == "cpu" or name != "float32")
+    for name in wanted:
+        if not (out / name / "report.md").exists() and time.monotonic() < until:
+            runtime = RUNS[name][1] if size == "cpu" else dataclasses.replace(RUNS[name][1], remat="paper")
+            started = any((out / name / "checkpoints").glob("[0-9]*"))
+            train(dataclasses.replace(base, runtime=runtime), out / name, resume=started)
+    curves = {name: read_losses(out / name / "metrics.jsonl") for name in RUNS}
+    curves = {name: curve for name, curve in curves.items() if max(curve, default=0) > base.schedule.warmup_steps}
+    if BASE in curves and len(curves) > 1:
         write(out, size, base, curves)
         print((out / f"fp8-curve-{size}.md").read_text())
-    print("all runs are done" if done == len(names) else f"{done} of {len(names)} runs are done: call it again")
+    left = [name for name in wanted if not (out / name / "report.md").exists()]
+    print(f"to be continued by the same command: {', '.join(left)}" if left else "all runs are done")
+
+
+def read_losses(metrics: Path) -> dict[int, float]:
+    """The loss of each step; nothing, of a run that hasn't started."""
+    return {r["step"]: r["loss"] for r in read_metrics(metrics) if "loss" in r} if metrics.exists() else {}
 
 
 def _stop_at(until: float) -> None:
@@ -147,11 +157,11 @@ def write(out: Path, size: str, base: TrainConfig, curves: dict[str, dict[int, f
     }
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for name, curve in smooth.items():
-        left.plot(steps, curve, label=name, linewidth=1)
+        left.plot(steps, curve, label=RUNS[name][0], linewidth=1)
     for name, far in against.items():
-        right.plot(steps, far, label=name, linewidth=1)
+        right.plot(steps, far, label=RUNS[name][0], linewidth=1)
     right.axhspan(-0.25, 0.25, alpha=0.15, color="grey")
-    right.set(xlabel="step", ylabel=f"loss relative to {BASE}'s, %", ylim=(-1, 1))
+    right.set(xlabel="step", ylabel=f"loss relative to {RUNS[BASE][0]}'s, %", ylim=(-1, 1))
     left.set(xlabel="step", ylabel="loss, smoothed (nats per byte)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -179,14 +189,14 @@ def write(out: Path, size: str, base: TrainConfig, curves: dict[str, dict[int, f
         f"{steps[-1]:,} of {base.schedule.steps:,} steps, {tokens:,} tokens of `{setting['data']}` in all; one seed, "
         f"the same batches in the same order. Command: `python -m experiments.fp8_curve --size {size}`",
         "",
-        f"Losses are smoothed over the steps (exponential mean, {SMOOTHING}) and compared with {BASE}'s, whose last is "
-        f"{setting['base_last_smoothed_loss']:.4f} nats per byte. The DeepSeek-V3 report (section 3.3) states a "
-        "relative error below 0.25%.",
+        f"Losses are smoothed over the steps (exponential mean, {SMOOTHING}) and compared with {RUNS[BASE][0]}'s, "
+        f"whose last is {setting['base_last_smoothed_loss']:.4f} nats per byte. The DeepSeek-V3 report (section 3.3) "
+        "states a relative error below 0.25%.",
         "",
         "| run | last smoothed loss | difference at the end | mean of its magnitude after warm-up | largest |",
         "|---|---|---|---|---|",
         *(
-            f"| {name} | {r['last_smoothed_loss']:.4f} | {r['last_percent']:+.3f}% "
+            f"| {RUNS[name][0]} | {r['last_smoothed_loss']:.4f} | {r['last_percent']:+.3f}% "
             f"| {r['mean_absolute_percent_after_warmup']:.3f}% | {r['largest_percent_after_warmup']:.3f}% |"
             for name, r in rows.items()
         ),

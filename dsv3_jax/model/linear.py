@@ -81,12 +81,13 @@ def linear_weight(
     sharding = current_sharding(runtime)
     if in_blocks:
         recipe = fp8_recipe(runtime) if runtime.precision == "fp8" else Recipe()
-        w = QuantisedWeight(stored, module.get_variable(SCALES, name), None, recipe, contract)
+        w = QuantisedWeight(stored, module.get_variable(SCALES, name), None, recipe=recipe, contract=contract)
     else:
-        w = QuantisedWeight.of(stored, fp8_recipe(runtime), contract=contract, stack=stack)
+        alone = sharding.mesh is None
+        w = QuantisedWeight.of(stored, fp8_recipe(runtime), contract=contract, stack=stack, turned=alone)
         master = _gathered(module, stored, name, logical, stored.dtype)
-        values, scales = save_activation(w.values), save_activation(w.scales)
-        w = dataclasses.replace(w, values=values, scales=scales, master=master)
+        values, scales, turned = jax.tree.map(save_activation, (w.values, w.scales, w.turned))
+        w = dataclasses.replace(w, values=values, scales=scales, master=master, turned=turned)
     w = fp8_linear.all_gather_blocks(sharding, name, w, logical)
     return w if runtime.precision == "fp8" else w.dequantise(runtime.dtype)
 

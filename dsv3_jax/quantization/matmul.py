@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from dsv3_jax.quantization.fp8 import dequantise_blocks, dequantise_tiles
-from dsv3_jax.quantization.products import Quantised, multiply, weight_gradient
-from dsv3_jax.quantization.recipe import Recipe
+from dsv3_jax.quantization.products import multiply, weight_gradient
+from dsv3_jax.quantization.recipe import Quantised, Recipe
 
 Keep = Callable[[jax.Array], jax.Array]
 
@@ -28,22 +28,30 @@ class QuantisedWeight:
 
     values: e4m3 (*stack, *I, *O), input axes first. scales: (*stack, ceil(|I| / 128), ceil(|O| / 128)) float32.
     master: the weight before quantisation, which receives the gradient; None if the weight is stored in FP8.
+    turned: the same values and scales transposed, (*stack, |O|, |I|), for Fprop, or None: then it transposes them.
     recipe: how it multiplies. contract: the number of axes in I.
     """
 
     values: jax.Array
     scales: jax.Array
     master: jax.Array | None
+    turned: Quantised | None = None
     recipe: Recipe = struct.field(pytree_node=False, default=Recipe())
     contract: int = struct.field(pytree_node=False, default=1)
 
     @classmethod
-    def of(cls, w: jax.Array, recipe: Recipe, *, contract: int = 1, stack: int = 0) -> QuantisedWeight:
-        """Quantises a weight (*stack, *I, *O), where `contract` axes are in I and `stack` axes index matrices."""
+    def of(
+        cls, w: jax.Array, recipe: Recipe, *, contract: int = 1, stack: int = 0, turned: bool = False
+    ) -> QuantisedWeight:
+        """Quantises a weight (*stack, *I, *O), where `contract` axes are in I and `stack` axes index matrices.
+
+        turned: whether to transpose it, too, where `Recipe.matrices_and_turned` does.
+        """
         axes = w.shape[stack:]
         matrices = w.reshape(*w.shape[:stack], math.prod(axes[:contract]), math.prod(axes[contract:]))
-        values, scales = recipe.matrices(jax.lax.stop_gradient(matrices))
-        return cls(values.reshape(w.shape), scales, w, recipe, contract)
+        matrices = jax.lax.stop_gradient(matrices)
+        (values, scales), other = recipe.matrices_and_turned(matrices) if turned else (recipe.matrices(matrices), None)
+        return cls(values.reshape(w.shape), scales, w, other, recipe, contract)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,13 +68,25 @@ class QuantisedWeight:
     def matrix(self) -> QuantisedWeight:
         """The same, of shape (*stack, |I|, |O|)."""
         master = None if self.master is None else self.master.reshape(self.matrix_shape)
-        return QuantisedWeight(self.values.reshape(self.matrix_shape), self.scales, master, self.recipe)
+        return QuantisedWeight(self.values.reshape(self.matrix_shape), self.scales, master, self.turned, self.recipe)
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """(*stack, |I|, |O|)."""
         stack, axes = self.shape[: self.scales.ndim - 2], self.shape[self.scales.ndim - 2 :]
         return (*stack, math.prod(axes[: self.contract]), math.prod(axes[self.contract :]))
+
+
+class _Operands(NamedTuple):
+    """The arrays of a weight, or their cotangents, which only the master has."""
+
+    master: jax.Array | None
+    blocks: Any = None
+    turned: Quantised | None = None
+
+    @classmethod
+    def of(cls, w: QuantisedWeight) -> _Operands:
+        return cls(w.master, (w.values, w.scales), w.turned)
 
 
 class _How(NamedTuple):
@@ -83,27 +103,26 @@ def linear(x: jax.Array, w: QuantisedWeight, *, power_of_two: bool = False, keep
         exact.
       keep: applied to the saved form of x, to name it for a rematerialisation policy.
     """
-    return _linear(_How(w.recipe, power_of_two, keep), x, w.master, w.values, w.scales)
+    return _linear(_How(w.recipe, power_of_two, keep), x, _Operands.of(w))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(how: _How, x: jax.Array, master: Any, values: jax.Array, scales: jax.Array) -> jax.Array:
-    return _linear_forward(how, x, master, values, scales)[0]
+def _linear(how: _How, x: jax.Array, w: _Operands) -> jax.Array:
+    return _linear_forward(how, x, w)[0]
 
 
-def _linear_forward(
-    how: _How, x: jax.Array, master: Any, values: jax.Array, scales: jax.Array
-) -> tuple[jax.Array, tuple[Any, ...]]:
+def _linear_forward(how: _How, x: jax.Array, w: _Operands) -> tuple[jax.Array, tuple[Any, ...]]:
     rows = how.recipe.rows(x, power_of_two=how.power_of_two)
-    y = multiply(how.recipe, rows, (values, scales)).astype(x.dtype)
-    return y, (tuple(map(how.keep, rows)), (values, scales), _like(x), _like(master))
+    y = _forward(how, rows, w).astype(x.dtype)
+    return y, (tuple(map(how.keep, rows)), w.blocks, _like(x), _like(w.master))
 
 
 def _linear_backward(how: _How, saved: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
-    rows, w, like_x, like_master = saved
-    x = _saved(rows, like_x)
-    dx = multiply(how.recipe, how.recipe.rows(dy, gradient=True), w, transposed=True)
-    return dx.astype(like_x.dtype), _of_master(how, x, dy, like_master), None, None
+    rows, w, like_x, like = saved
+    dy_rows, dy_columns = _of_gradient(how, dy, like)
+    dx = multiply(how.recipe, dy_rows, w, transposed=True)
+    x_columns = how.recipe.columns(rows, power_of_two=how.power_of_two)
+    return dx.astype(like_x.dtype), _Operands(_of_master(how, x_columns, dy_columns, w, like))
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
@@ -128,58 +147,80 @@ def swiglu(
       keep: applied to the saved outputs of gate and up.
     """
     how = _How(gate.recipe, group_sizes is not None, keep)
-    weights = tuple((w.master, w.values, w.scales) for w in (gate, up, down))
-    return _swiglu(how, x, weights, group_sizes)
+    return _swiglu(how, x, tuple(map(_Operands.of, (gate, up, down))), group_sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _swiglu(how: _How, x: jax.Array, weights: Any, group_sizes: jax.Array | None) -> jax.Array:
+def _swiglu(how: _How, x: jax.Array, weights: tuple[_Operands, ...], group_sizes: jax.Array | None) -> jax.Array:
     return _swiglu_forward(how, x, weights, group_sizes)[0]
 
 
 def _swiglu_forward(
-    how: _How, x: jax.Array, weights: Any, group_sizes: jax.Array | None
+    how: _How, x: jax.Array, weights: tuple[_Operands, ...], group_sizes: jax.Array | None
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    (_, *gate), (_, *up), (_, *down) = weights
+    gate, up, down = weights
     rows = how.recipe.rows(x, power_of_two=how.power_of_two)
 
-    def product(rows: Quantised, w: Sequence[jax.Array]) -> jax.Array:
-        return multiply(how.recipe, rows, (w[0], w[1]), group_sizes).astype(x.dtype)
+    def product(rows: Quantised, w: _Operands) -> jax.Array:
+        return _forward(how, rows, w, group_sizes).astype(x.dtype)
 
     g, u = product(rows, gate), product(rows, up)
     y = product(how.recipe.rows(jax.nn.silu(g) * u), down)
     saved = tuple(tuple(map(how.keep, how.recipe.rows(a))) for a in (g, u))
-    masters = tuple(_like(master) for master, *_ in weights)
-    return y, (rows, saved, (gate, up, down), masters, group_sizes, _like(x))
+    masters = tuple(_like(w.master) for w in weights)
+    return y, (rows, saved, tuple(w.blocks for w in weights), masters, group_sizes, _like(x))
 
 
 def _swiglu_backward(how: _How, residuals: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
-    rows, (g, u), (gate, up, down), masters, group_sizes, like_x = residuals
-    x, g, u = (_saved(a, like_x) for a in (rows, g, u))
+    rows, (g, u), (gate, up, down), likes, group_sizes, like_x = residuals
+    g, u = (dequantise_tiles(*a).astype(like_x.dtype) for a in (g, u))
     hidden, undo = jax.vjp(lambda g, u: jax.nn.silu(g) * u, g, u)
 
-    def back(dy: jax.Array, w: Sequence[jax.Array]) -> jax.Array:
-        rows = how.recipe.rows(dy, gradient=True)
-        return multiply(how.recipe, rows, (w[0], w[1]), group_sizes, transposed=True)
+    def back(dy: jax.Array, w: Quantised, like: Any) -> tuple[jax.Array, Quantised | None]:
+        dy_rows, dy_columns = _of_gradient(how, dy, like, group_sizes)
+        return multiply(how.recipe, dy_rows, w, group_sizes, transposed=True), dy_columns
 
-    d_gate, d_up = undo(back(dy, down).astype(hidden.dtype))
-    dx = back(d_gate, gate).astype(jnp.float32) + back(d_up, up)
-    pairs = ((x, d_gate, how), (x, d_up, how), (hidden, dy, how._replace(power_of_two=False)))
-    gradients = [_of_master(h, a, d, like, group_sizes) for (a, d, h), like in zip(pairs, masters, strict=True)]
-    return dx.astype(like_x.dtype), tuple((g, None, None) for g in gradients), None
+    d_hidden, of_down = back(dy, down, likes[2])
+    d_gate, d_up = undo(d_hidden.astype(hidden.dtype))
+    (dx_gate, of_gate), (dx_up, of_up) = back(d_gate, gate, likes[0]), back(d_up, up, likes[1])
+    x_columns = how.recipe.columns(rows, group_sizes, power_of_two=how.power_of_two)
+    hidden_columns = how.recipe.columns(hidden, group_sizes)
+    products = ((x_columns, of_gate, gate), (x_columns, of_up, up), (hidden_columns, of_down, down))
+    gradients = [_of_master(how, *p, like, group_sizes) for p, like in zip(products, likes, strict=True)]
+    dx = dx_gate.astype(jnp.float32) + dx_up
+    return dx.astype(like_x.dtype), tuple(map(_Operands, gradients)), None
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _saved(rows: Quantised, like: jax.Array) -> jax.Array:
-    return dequantise_tiles(*rows).astype(like.dtype)
+def _forward(how: _How, rows: Quantised, w: _Operands, group_sizes: jax.Array | None = None) -> jax.Array:
+    if w.turned is None:
+        return multiply(how.recipe, rows, w.blocks, group_sizes)
+    return multiply(how.recipe, rows, w.turned, group_sizes, transposed=True)
 
 
-def _of_master(how: _How, x: jax.Array, dy: jax.Array, like: Any, group_sizes: jax.Array | None = None) -> Any:
+def _of_gradient(
+    how: _How, dy: jax.Array, like: Any, group_sizes: jax.Array | None = None
+) -> tuple[Quantised, Quantised | None]:
+    """Quantises a cotangent for Dgrad and, if the weight has a gradient, for Wgrad."""
     if like is None:
+        return how.recipe.rows(dy, gradient=True), None
+    return how.recipe.rows_and_columns(dy, group_sizes, gradient=True)
+
+
+def _of_master(
+    how: _How,
+    x_columns: Quantised,
+    dy_columns: Quantised | None,
+    w: Quantised,
+    like: Any,
+    group_sizes: jax.Array | None = None,
+) -> jax.Array | None:
+    if dy_columns is None:
         return None
-    return weight_gradient(how.recipe, x, dy, group_sizes, power_of_two=how.power_of_two).astype(like.dtype)
+    depth, columns = w[0].shape[-2:]
+    return weight_gradient(how.recipe, x_columns, dy_columns, (depth, columns), group_sizes).astype(like.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -72,7 +72,8 @@ def fp8_grouped_matmul(
     if implementation == "gpu":
         require_hopper("fp8_grouped_matmul")
     interpret = gpu.INTERPRET if implementation == "gpu_interpret" else None
-    return gpu.fp8_grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, group_sizes, interpret=interpret)
+    out: jax.Array = gpu.fp8_grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, group_sizes, interpret=interpret)
+    return out
 
 
 def fp8_grouped_weight_gradient(
@@ -122,4 +123,7 @@ def fp8_grouped_weight_gradient(
     if implementation == "gpu":
         require_hopper("fp8_grouped_weight_gradient")
     interpret = gpu.INTERPRET if implementation == "gpu_interpret" else None
-    return gpu_weight_gradient.weight_gradient(lhs, lhs_scales, dout, dout_scales, group_steps, interpret=interpret)
+    out: jax.Array = gpu_weight_gradient.weight_gradient(
+        lhs, lhs_scales, dout, dout_scales, group_steps, interpret=interpret
+    )
+    return out

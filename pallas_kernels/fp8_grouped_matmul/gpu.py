@@ -40,6 +40,7 @@ STAGES = 4
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def fp8_grouped_matmul(
     lhs: jax.Array,
     lhs_scales: jax.Array,

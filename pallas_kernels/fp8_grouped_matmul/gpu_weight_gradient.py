@@ -28,6 +28,7 @@ _FP8 = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 _FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def weight_gradient(
     lhs: jax.Array,
     lhs_scales: jax.Array,

@@ -1,6 +1,7 @@
 """FP8 products: the emulation against the released kernels' golden vectors and float64, the kernels against it."""
 
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from dsv3_jax.quantization import dequantise_blocks, dequantise_tiles, emulation
 from dsv3_jax.quantization.matmul import QuantisedWeight, linear, swiglu
 from dsv3_jax.quantization.products import multiply, weight_gradient
 from dsv3_jax.quantization.recipe import Recipe
+from pallas_kernels.ahead_of_time import lower_for_hopper
 from tests.conftest import new_rng
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "fp8.npz")
@@ -127,8 +129,10 @@ def grouped_linear(recipe, x, w, sizes):
         return f(x, master), recipe.rows(x, power_of_two=True)
 
     def backward(rows, dy):
-        dx = multiply(recipe, recipe.rows(dy, gradient=True), (w.values, w.scales), sizes, transposed=True)
-        return dx, weight_gradient(recipe, dequantise_tiles(*rows), dy, sizes, power_of_two=True)
+        dy_rows, dy_columns = recipe.rows_and_columns(dy, sizes, gradient=True)
+        dx = multiply(recipe, dy_rows, (w.values, w.scales), sizes, transposed=True)
+        x_columns = recipe.columns(rows, sizes, power_of_two=True)
+        return dx, weight_gradient(recipe, x_columns, dy_columns, w.shape[-2:], sizes)
 
     f.defvjp(forward, backward)
     return f(x, w.master)
@@ -167,8 +171,10 @@ def test_products_are_those_of_the_quantised_numbers(grouped):
             continue
         assert relative(y[mine], xq[mine] @ m) < 1e-6
         assert relative(dx[mine], dyq[mine] @ m.T) < 1e-6
-        again = wide(*quantise_blocks(xq[mine].astype(np.float32), (128, 1), floor=1e-4, **p2), (128, 1))
-        of_dy = wide(*quantise_blocks(dy[mine], (128, 1)), (128, 1))
+        before = ((starts[g] % 8, 0), (0, 0))  # tiles along columns begin at a multiple of 8 rows
+        again = np.pad(xq[mine].astype(np.float32), before)
+        again = wide(*quantise_blocks(again, (128, 1), floor=1e-4, **p2), (128, 1))
+        of_dy = wide(*quantise_blocks(np.pad(dy[mine], before), (128, 1)), (128, 1))
         assert relative(dw[g], again.T @ of_dy) < 2e-6
         assert relative(dw[g], x[mine].astype(np.float64).T @ dy[mine]) < 0.06
     assert not np.asarray(y[starts[-1] :]).any()
@@ -200,6 +206,65 @@ def test_swiglu_against_float32(scales):
         outs.append((y, *back(x, *masters)))
     for got, expected in zip(*outs, strict=True):
         assert 1e-3 < relative(got, np.asarray(expected, np.float64)) < 0.09
+
+
+def test_weights_turned_beforehand_multiply_alike():
+    """Values, and gradients, which need the other form, of a layer and of experts."""
+    rng, sizes = new_rng(), jnp.asarray(SIZES, jnp.int32)
+    x, dy = (jnp.asarray(rng.standard_normal((256, 128)), jnp.float32) for _ in range(2))
+    masters = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((5, 128, 192), (5, 128, 192), (5, 192, 128))]
+    square = jnp.asarray(rng.standard_normal((128, 128)), jnp.float32)
+
+    def results(turns):
+        def of(m, stack):
+            w = QuantisedWeight.of(m, Recipe(), stack=stack)
+            return w.replace(turned=(w.values.mT, w.scales.mT)) if turns else w
+
+        layers = lambda x, m, s: linear(swiglu(x, *(of(a, 1) for a in m), sizes), of(s, 0))
+        y, back = jax.vjp(layers, x, masters, square)
+        return y, back(dy)
+
+    jax.tree.map(np.testing.assert_array_equal, results(True), results(False))
+
+
+def test_a_step_on_a_gpu_transposes_no_weight():
+    """Its kernels quantise matrices both ways, once for all uses."""
+    recipe = Recipe(implementation="gpu")
+    x, sizes = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.int32)
+    shapes = ((4, 256, 384), (4, 256, 384), (4, 384, 256), (256, 256))
+    masters = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+
+    def loss(x, masters, sizes):
+        *experts, last = (QuantisedWeight.of(m, recipe, stack=len(m.shape) - 2, turned=True) for m in masters)
+        return jnp.sum(linear(swiglu(x, *experts, sizes), last))
+
+    module = lower_for_hopper(jax.grad(loss, argnums=(0, 1)), x, masters, sizes)
+    assert "mosaic_gpu" in module
+    assert not re.search(r"stablehlo.transpose.*f8E4M3", module)
+
+
+def e5m6(x):
+    """Rounds float64 to 5 bits of exponent and 6 of mantissa, ties to even."""
+    _, exponent = np.frexp(x)
+    step = np.exp2(np.maximum(exponent - 1, -14) - 6.0)
+    return np.round(x / step) * step
+
+
+@pytest.mark.parametrize(("spread", "worst"), [(1, 0.035), (2, 0.05)])
+def test_activations_after_attention_against_e5m6(spread, worst):
+    """The report saves them in 12 bits, we in e4m3: for Wgrad as exact, unless channels' magnitudes are far apart."""
+    rng, p2 = new_rng(), dict(power_of_two=True)
+    x = (rng.standard_normal((512, 512)) * np.exp(spread * rng.standard_normal((1, 512)))).astype(np.float32)
+    values, scales = quantise_tiles(x, **p2)
+    grid = np.repeat(scales, 128, 1).astype(np.float64)
+    saved = np.asarray(values, np.float64) * grid, e5m6(x / grid) * grid
+    norm = functools.partial(np.linalg.norm, axis=0)
+    ours, theirs = (
+        wide(*quantise_blocks(a.astype(np.float32), (128, 1), floor=1e-4, **p2), (128, 1)) - x for a in saved
+    )
+    assert np.linalg.norm(ours) < 1.02 * np.linalg.norm(theirs)
+    assert max(norm(theirs) / norm(x)) < 0.035
+    assert (max(norm(ours) / norm(x)) < worst) == (spread == 1)
 
 
 def test_dequantised_weight_has_its_masters_gradient():
