@@ -43,7 +43,7 @@ class Acceptance:
 
 
 class Speculation:
-    """What is known of steps with and without drafts, and of the drafts of all texts.
+    """Chooses steps with or without drafts, by their times and by how many drafts texts accept.
 
     Args:
       drafts: how many tokens a step with drafts verifies per text; 0 for an engine without.

@@ -27,7 +27,7 @@ def run(speculation, seconds, accepted, *, batch=1, drafting=None, steps=1000, t
 
 
 def settled(chosen):
-    """What most of the last steps have."""
+    """Drafts that most of the last steps have."""
     return max(set(chosen[-500:]), key=chosen[-500:].count)
 
 
