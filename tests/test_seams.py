@@ -27,6 +27,7 @@ SMALL = dataclasses.replace(
     **dict(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
     num_nextn_predict_layers=0,
 )
+DENSE = dataclasses.replace(SMALL, num_hidden_layers=1)
 SCHEDULE = Schedule(ScheduleConfig(steps=10, batch_size=8, warmup_steps=1))
 
 
@@ -48,12 +49,12 @@ class WithAdapter(DeepSeekV3):
 
 def test_a_weight(tmp_path):
     """It is declared in its layer, and then trained, sharded and saved like the others."""
-    model = WithAdapter(SMALL, Runtime(sharding="fsdp"))
+    model = WithAdapter(DENSE, Runtime(sharding="fsdp"))
     placement = Placement(MeshShape(fsdp=8), model.runtime, parameter_axes(model))
     state = placement.init(lambda key: init_state(model, optax.sgd(1.0), key), jax.random.key(0))
     assert state.params["adapter"].sharding.spec == PartitionSpec(("fsdp",), None)
     before = np.asarray(state.params["adapter"])
-    step = placement.jit_step(make_train_step(model, optax.sgd(1.0), PretrainingLoss(SMALL, SCHEDULE)), state)
+    step = placement.jit_step(make_train_step(model, optax.sgd(1.0), PretrainingLoss(DENSE, SCHEDULE)), state)
     state, _ = step(state, placement.batch(np.arange(8), batch_of(new_rng()), 8))
     assert np.abs(np.asarray(state.params["adapter"]) - before).max() > 0
     checkpoints = Checkpoints(tmp_path, keep=1)
@@ -80,7 +81,7 @@ class WeightedLoss(Loss):
 
 def test_a_loss():
     """Twice the weights, twice the gradient; over microbatches as over the whole batch."""
-    model, rng = DeepSeekV3(SMALL), new_rng()
+    model, rng = DeepSeekV3(DENSE), new_rng()
     batch = batch_of(rng) | {"weights": rng.random((8, 8), np.float32)}
     state = jax.jit(lambda key: init_state(model, optax.sgd(1.0), key))(jax.random.key(0))
     run = lambda n, b: jax.jit(make_train_step(model, optax.sgd(1.0), WeightedLoss(), microbatches=n))(state, b)[1]
