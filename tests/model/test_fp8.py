@@ -21,6 +21,7 @@ from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.training.accumulate import accumulated_gradients
 from dsv3_jax.training.losses import PretrainingLoss, Whole
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
+from pallas_kernels.ahead_of_time import as_if_hopper
 from tests.conftest import new_rng
 
 CONFIG = dataclasses.replace(
@@ -219,3 +220,15 @@ def test_recomputation_quantises_no_weight():
     weights = [a.shape for a in jax.tree.leaves(arguments[0]["params"]["mlp"]["experts"])]
     weights += [arguments[0]["params"]["self_attn"][name].shape for name in ("q_b_proj", "k_b_proj", "o_proj")]
     assert not [w for w in weights if w not in kept], kept
+
+
+def test_recomputation_turns_no_weight():
+    """On Hopper those are kept, too, that products which are repeated take."""
+    with as_if_hopper():
+        runtime = dataclasses.replace(BFLOAT16, precision="fp8")
+        forward, arguments = saved_for_backward(CONFIG, runtime, is_moe=True, tokens=128)
+        kept = [a.shape for a in jax.tree.leaves(jax.eval_shape(forward, *arguments)) if a.dtype.itemsize == 1]
+    attention = arguments[0]["params"]["self_attn"]
+    for name in ("q_b_proj", "k_b_proj", "v_b_proj"):
+        rank, *outputs = attention[name].shape
+        assert (math.prod(outputs), rank) in kept, name

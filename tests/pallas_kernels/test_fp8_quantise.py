@@ -38,7 +38,7 @@ def same(got, expected):
 
 
 def needed(columns, groups, rows):
-    """What isn't arbitrary of tiles along columns."""
+    """Tiles along columns without those that are arbitrary."""
     if groups is None:
         return columns
     tiles = int(tiles_of(jnp.append(groups, rows - groups.sum())).sum())

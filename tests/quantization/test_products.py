@@ -138,6 +138,15 @@ def grouped_linear(recipe, x, w, sizes):
     return f(x, w.master)
 
 
+@pytest.mark.parametrize("scales", ["tiles", "tensor"])
+def test_activations_have_a_smallest_scale_and_gradients_have_none(scales):
+    x, recipe = jnp.full((128, 128), 1e-7), Recipe(scales=scales)
+    both = recipe.rows_and_columns(x, gradient=True)
+    for form, of_gradient in ((recipe.rows(x), both[0]), (recipe.columns(x), both[1])):
+        np.testing.assert_allclose(form[1], 1e-4 / 448, rtol=1e-6)
+        np.testing.assert_allclose(of_gradient[1], 1e-7 / 448, rtol=1e-6)
+
+
 SIZES = [5, 0, 130, 9, 100]  # and 12 rows of no group
 
 
