@@ -73,22 +73,28 @@ def test_runtimes_agree_and_share_one_tree(case, runtime):
     np.testing.assert_allclose(run(model, variables, tokens), expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES, ids=str)
-def test_runtimes_agree_on_gradients(case, runtime):
+def gradient(case, runtime):
     config, variables, tokens = case
+    model = DeepSeekV3(config, runtime)
 
-    def gradient(model):
-        def loss(params):
-            further = (jnp.roll(tokens, -1, 1), jnp.roll(tokens, -2, 1))
-            out = model.apply({**variables, "params": params}, tokens, further, method="forward")
-            logits = [x.array() for x in (out.logits, *out.mtp_logits)]
-            return sum(jnp.mean(jnp.sin(x)) for x in jax.tree.leaves((logits, out.stats, out.mtp_stats)))
+    def loss(params):
+        further = (jnp.roll(tokens, -1, 1), jnp.roll(tokens, -2, 1))
+        out = model.apply({**variables, "params": params}, tokens, further, method="forward")
+        logits = [x.array() for x in (out.logits, *out.mtp_logits)]
+        return sum(jnp.mean(jnp.sin(x)) for x in jax.tree.leaves((logits, out.stats, out.mtp_stats)))
 
-        return jax.jit(jax.grad(loss))(variables["params"])
+    return jax.jit(jax.grad(loss))(variables["params"])
 
-    expected = gradient(DeepSeekV3(config))
-    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
-    chex.assert_trees_all_close(gradient(DeepSeekV3(config, runtime)), expected, atol=2e-5 * scale, rtol=0)
+
+@pytest.fixture(scope="module")
+def default_gradient(case):
+    return gradient(case, Runtime())
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES, ids=str)
+def test_runtimes_agree_on_gradients(case, default_gradient, runtime):
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(default_gradient))
+    chex.assert_trees_all_close(gradient(case, runtime), default_gradient, atol=2e-5 * scale, rtol=0)
 
 
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])

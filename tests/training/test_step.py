@@ -1,6 +1,7 @@
 """The training step: the report's equations; it learns; accumulation changes nothing; moments can be bfloat16."""
 
 import dataclasses
+import functools
 import re
 
 import chex
@@ -113,6 +114,7 @@ def batch_of(seed, size=8, length=12):
     return {"tokens": row[:, :-1].astype(np.int32), "targets": row[:, 1:].astype(np.int32)}
 
 
+@functools.cache  # a test that takes the same step doesn't trace it again
 def setup(optimizer_config=OptimizerConfig(), **how):
     model = DeepSeekV3(SMALL, Runtime(experts_impl="blocked"))
     optimizer = make_optimizer(optimizer_config, SCHEDULE)
