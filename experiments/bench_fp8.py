@@ -2,10 +2,13 @@
 
     python -m experiments.bench_fp8 --out runs/bench_fp8
 
+- checks: the kernels' results on a GPU beside the references'.
+- quantisations: bytes per second of the quantisation of activations and gradients.
 - products: one matrix, and eight groups of rows with one each; the product (Fprop), the gradient of the rows (Dgrad)
   and that of the matrix (Wgrad), of operands in FP8, and as layers compute them: with the quantisation of activations
-  and gradients, transposing weights for Fprop, and aligning groups for Wgrad.
-- steps: the loss and its gradient of two sparse models in bfloat16 and in FP8, and the compiler's temporary memory.
+  and gradients, and aligning groups for Wgrad. Weights are FP8 in both, and here XLA transposes them for Fprop.
+- steps: the loss and its gradient of two sparse models in bfloat16 and in FP8, the compiler's temporary memory, the
+  time to trace, lower and compile, and what the program does in FP8 beside kernels.
 
 Writes results.json after every row, and report.md. On a CPU small sizes, which the emulation computes, show that the
 script works.

@@ -90,12 +90,18 @@ def _has_tokamax() -> bool:
     return importlib.util.find_spec("tokamax") is not None
 
 
-def choices(runtime: Runtime, config: ModelConfig, tokens: int) -> str:
-    """Describes in one line the implementations of a forward pass over sequences of `tokens` on this device."""
+def choices(runtime: Runtime, config: ModelConfig, tokens: int, *, training: bool = False) -> str:
+    """Describes in one line the implementations of a forward pass over sequences of `tokens` on this device.
+
+    training: whether it is one of training, which may unroll layers.
+    """
     attention = attention_impl(runtime, config, tokens=tokens, keys=tokens, cached=False)
     experts = f"; experts: {experts_impl(runtime)}" if config.num_moe_layers else ""
     precision = runtime.dtype
     if runtime.precision != "dtype":
         recipe = fp8_recipe(runtime)
         experts = f"; linear layers and experts: FP8 {recipe}"
-    return f"attention: {attention}{experts} ({precision} on {platform()})"
+    stacks = {"dense": config.num_dense_layers, "sparse": config.num_moe_layers}
+    stacks = {kind: n for kind, n in stacks.items() if training and n > 1 and unrolls(n, runtime)}
+    unrolled = "".join(f"; {n} {kind} layers unrolled" for kind, n in stacks.items())
+    return f"attention: {attention}{experts}{unrolled} ({precision} on {platform()})"

@@ -106,7 +106,8 @@ class Loop:
             self._save(state)  # that there always is one; and a disk without room is noticed now
             self.checkpoints.wait()
         with jax.set_mesh(setup.placement.mesh):
-            self.console.print(choices(config.runtime, config.model, config.data.sequence_length), soft_wrap=True)
+            line = choices(config.runtime, config.model, config.data.sequence_length, training=True)
+            self.console.print(line, soft_wrap=True)
         self.log = MetricsLog(
             self.directory if self.primary else None, first_step=int(state.step), wandb_project=config.wandb_project
         )

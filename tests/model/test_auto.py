@@ -41,6 +41,8 @@ def test_choices_on_hopper():
         assert attention_impl(ABSORBED, V3, **decode | {"keys": 4100}) == "reference"
         assert (experts_impl(BF16), experts_impl(Runtime())) == ("gpu", "ragged")
         assert choices(BF16, V3, 4096) == "attention: gpu; experts: gpu (bfloat16 on gpu)"
+        trained = choices(BF16, V3, 4096, training=True)  # of which the 58 sparse layers stay a loop
+        assert trained == "attention: gpu; experts: gpu; 3 dense layers unrolled (bfloat16 on gpu)"
 
 
 def test_choices_on_a_cpu():
