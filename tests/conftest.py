@@ -26,7 +26,6 @@ os.environ.setdefault(
 )
 
 # The same small programs are compiled by many tests, and by the processes that some start: once is enough.
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled = tempfile.mkdtemp(prefix="dsv3_jax_tests_")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
