@@ -29,6 +29,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import tyro
+from jax.extend.core import jaxprs_in_params
 
 from dsv3_jax.accounting.flops import model_flops
 from dsv3_jax.config import ModelConfig
@@ -198,7 +199,8 @@ def counts(jaxpr: Any) -> Row:
 
     def walk(jaxpr: Any, times: int) -> None:
         for equation in jaxpr.eqns:
-            inner = [] if equation.primitive.name in ("mpmd_map", "pallas_call") else inside(equation)
+            alone = equation.primitive.name in ("mpmd_map", "pallas_call")
+            inner = [] if alone else list(jaxprs_in_params(equation.params))
             for program in inner:
                 walk(program, times * equation.params.get("length", 1))
             if not inner:
@@ -206,13 +208,6 @@ def counts(jaxpr: Any) -> Row:
 
     walk(jaxpr, 1)
     return found
-
-
-def inside(equation: Any) -> list[Any]:
-    """The programs of an equation: of a loop, a call or a branch."""
-    values = jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns"))
-    values = [getattr(v, "jaxpr", v) for v in values]
-    return [v for v in values if hasattr(v, "eqns")]
 
 
 def report(record: dict[str, Any]) -> str:

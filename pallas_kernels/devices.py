@@ -45,3 +45,13 @@ def require_tpu(kernel: str) -> None:
     """Raises ValueError unless `has_tpu_kernels`."""
     if not has_tpu_kernels():
         raise ValueError(f"{kernel} for TPUs needs one of {', '.join(TPUS)}, but the device is {_target()[1]}")
+
+
+def interpreter[T](kernel: str, implementation: str, parameters: T) -> T | None:
+    """Returns `parameters`, with which "gpu_interpret" runs a Mosaic kernel on a CPU, or None for "gpu".
+
+    Raises ValueError for "gpu" unless the target is a Hopper GPU.
+    """
+    if implementation == "gpu":
+        require_hopper(kernel)
+    return parameters if implementation == "gpu_interpret" else None

@@ -371,11 +371,12 @@ def _owner_here(here: Path) -> dict[str, Any] | None:
 
 def _owner(content: bytes) -> dict[str, Any]:
     """Reads a sign of life; one that is damaged is of nobody, a long time ago."""
+    nobody = {"session": "", "host": "?", "process": "?", "time": 0.0, "ended": False}
     with contextlib.suppress(ValueError):
         found = json.loads(content)
         if isinstance(found, dict):
-            return {"session": "", "host": "?", "process": "?", "time": 0.0, "ended": False} | found
-    return {"session": "", "host": "?", "process": "?", "time": 0.0, "ended": False}
+            return nobody | found
+    return nobody
 
 
 def _content(file: Path) -> bytes | None:

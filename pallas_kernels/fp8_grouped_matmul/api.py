@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.devices import require_hopper, require_tpu
+from pallas_kernels.devices import interpreter, require_tpu
 from pallas_kernels.fp8_grouped_matmul import gpu, gpu_weight_gradient, library, reference
 
 IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret", "tokamax")
@@ -69,9 +69,7 @@ def fp8_grouped_matmul(
     if implementation == "tokamax":
         require_tpu("fp8_grouped_matmul by tokamax")
         return library.tokamax(lhs, lhs_scales, rhs, rhs_scales, group_sizes)
-    if implementation == "gpu":
-        require_hopper("fp8_grouped_matmul")
-    interpret = gpu.INTERPRET if implementation == "gpu_interpret" else None
+    interpret = interpreter("fp8_grouped_matmul", implementation, gpu.INTERPRET)
     out: jax.Array = gpu.fp8_grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, group_sizes, interpret=interpret)
     return out
 
@@ -120,9 +118,7 @@ def fp8_grouped_weight_gradient(
         raise ValueError(f"fp8_grouped_weight_gradient takes float8_e4m3fn, but got {lhs.dtype} and {dout.dtype}")
     if implementation == "reference":
         return reference.weight_gradient(lhs, lhs_scales, dout, dout_scales, group_steps)
-    if implementation == "gpu":
-        require_hopper("fp8_grouped_weight_gradient")
-    interpret = gpu.INTERPRET if implementation == "gpu_interpret" else None
+    interpret = interpreter("fp8_grouped_weight_gradient", implementation, gpu.INTERPRET)
     out: jax.Array = gpu_weight_gradient.weight_gradient(
         lhs, lhs_scales, dout, dout_scales, group_steps, interpret=interpret
     )

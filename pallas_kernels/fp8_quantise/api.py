@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.devices import require_hopper
+from pallas_kernels.devices import interpreter
 from pallas_kernels.fp8_quantise import gpu, gpu_blocks, reference
 from pallas_kernels.fp8_quantise.reference import Scaling, aligned, tiles_of
 
@@ -48,8 +48,7 @@ def fp8_quantise(
     Raises:
       ValueError: shapes or dtypes don't fit together or the backend, or there is no such implementation.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"no FP8 quantisation {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
+    _check_name(implementation)
     if x.ndim != 2 or (group_sizes is not None and group_sizes.ndim != 1):
         raise ValueError(f"fp8_quantise needs rows (M, K) and groups (G,), but got {x.shape} and {group_sizes}")
     expected = (len(x), -(-x.shape[1] // TILE))
@@ -65,9 +64,7 @@ def fp8_quantise(
             f"fp8_quantise on Hopper takes bfloat16, float32 or float8_e4m3fn in a multiple of {gpu.HALF} columns, "
             f"but got {x.dtype}, {x.shape}"
         )
-    if implementation == "gpu":
-        require_hopper("fp8_quantise")
-    interpret = gpu.INTERPRET if implementation == "gpu_interpret" else None
+    interpret = interpreter("fp8_quantise", implementation, gpu.INTERPRET)
     out: tuple[Quantised | None, Quantised | None] = gpu.fp8_quantise(
         x, scales, group_sizes, rows, columns, interpret=interpret
     )
@@ -91,8 +88,7 @@ def fp8_quantise_blocks(w: jax.Array, how: Scaling, *, implementation: str) -> t
     Raises:
       ValueError: the shape or dtype doesn't fit or the backend doesn't take it, or there is no such implementation.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"no FP8 quantisation {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
+    _check_name(implementation)
     if w.ndim != 3:
         raise ValueError(f"fp8_quantise_blocks needs matrices (G, K, N), but got {w.shape}")
     if implementation == "reference":
@@ -102,11 +98,14 @@ def fp8_quantise_blocks(w: jax.Array, how: Scaling, *, implementation: str) -> t
             f"fp8_quantise_blocks on Hopper takes bfloat16 or float32 whose K and N are multiples of {gpu.HALF}, "
             f"but got {w.dtype}, {w.shape}"
         )
-    if implementation == "gpu":
-        require_hopper("fp8_quantise_blocks")
-    interpret = gpu.INTERPRET if implementation == "gpu_interpret" else None
+    interpret = interpreter("fp8_quantise_blocks", implementation, gpu.INTERPRET)
     out: tuple[Quantised, Quantised] = gpu_blocks.fp8_quantise_blocks(w, how, interpret=interpret)
     return out
+
+
+def _check_name(implementation: str) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"no FP8 quantisation {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
 
 
 def takes(x: jax.Array) -> bool:
