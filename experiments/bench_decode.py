@@ -154,6 +154,13 @@ def sampling(vocabulary: int, batch: int) -> float:
     return seconds(draw, logits, rows(how, list(range(batch))), np.arange(batch, dtype=np.int32), at_least=0.1) * 1e3
 
 
+def numbers(name: str, text: str) -> list[int]:
+    """Reads positive numbers that commas separate."""
+    if not all(number.isdecimal() and int(number) for number in text.split(",")):
+        raise SystemExit(f"{name} is {text!r}: give positive numbers separated by commas, such as 1,128")
+    return [int(number) for number in text.split(",")]
+
+
 def main(out: Path = Path("runs/bench_decode"), batches: str = "", contexts: str = "", seconds: float = 225.0) -> None:
     """Measures.
 
@@ -164,8 +171,8 @@ def main(out: Path = Path("runs/bench_decode"), batches: str = "", contexts: str
       seconds: begins no further row after that many.
     """
     on_cpu, began = jax.default_backend() == "cpu", time.monotonic()
-    sizes = [int(b) for b in (batches or ("1,4" if on_cpu else "1,128,16,64,256")).split(",")]
-    lengths = [int(c) for c in (contexts or ("256" if on_cpu else "4096,16384")).split(",")]
+    sizes = numbers("batches", batches or ("1,4" if on_cpu else "1,128,16,64,256"))
+    lengths = numbers("contexts", contexts or ("256" if on_cpu else "4096,16384"))
     config = TINY if on_cpu else V3
     out.mkdir(parents=True, exist_ok=True)
     copy = measure_copy()

@@ -308,7 +308,10 @@ def main(
     path = out / "results.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     record |= {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "cores": os.cpu_count()}
-    for name in parts.split(",") if parts else todo:
+    wanted = parts.split(",") if parts else list(todo)
+    if unknown := set(wanted) - set(todo):
+        raise SystemExit(f"no part {min(unknown)!r}: there are {', '.join(todo)}; transformers needs --hf")
+    for name in wanted:
         record[name] = todo[name]() | {"load before": os.getloadavg()[0]}
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(name, json.dumps(record[name], indent=1), flush=True)
