@@ -25,6 +25,7 @@ from dsv3_jax.quantization import matmul as fp8
 from dsv3_jax.quantization.matmul import QuantisedWeight
 from dsv3_jax.quantization.recipe import Recipe
 from pallas_kernels import grouped_matmul
+from pallas_kernels.devices import platform
 
 type Weight = jax.Array | QuantisedWeight
 """A weight ready for matmuls, all-gathered along `embed`: in the runtime's dtype, or in FP8 blocks.
@@ -154,7 +155,8 @@ def linear_einsum(
 ) -> jax.Array:
     """Like `linear`, for an einsum: "bthn,rhn->bthr", for example, maps the output axis of a head back to its input."""
     with jax.named_scope(name):
-        return weight_einsum(equation, x, linear_weight(module, name, shape, logical))
+        w = linear_weight(module, name, shape, logical)
+        return weight_einsum(equation, _enough_rows(x, 1), w)[:, : x.shape[1]]
 
 
 @jax.named_scope("grouped_swiglu")
@@ -235,7 +237,24 @@ def _product(x: jax.Array, w: jax.Array, wide: bool) -> jax.Array:
     The gradient of `w`, a sum over all tokens, is accumulated in float32: by default XLA rounds partial sums to
     bfloat16 on a CPU, if a matmul contracts several axes.
     """
-    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=_wide(x) if wide else None)
+    rows = _enough_rows(x, x.ndim - 2) if x.ndim > 1 else x
+    y = jnp.matmul(rows, w.astype(x.dtype), preferred_element_type=_wide(x) if wide else None)
+    return y if rows is x else y[..., :1, :]
+
+
+def _enough_rows(x: jax.Array, axis: int) -> jax.Array:
+    """Pads x along `axis` if this and all axes before have length 1, on a GPU.
+
+    There XLA multiplies one row with a matrix elementwise, and rounds and stores all products before it sums them:
+    three times the bytes of the matrix.
+    """
+    if platform() != "gpu" or math.prod(x.shape[: axis + 1]) != 1:
+        return x
+    return jnp.pad(x, [(0, _ROWS - 1 if i == axis else 0) for i in range(x.ndim)])
+
+
+_ROWS = 16
+"""Rows of the least tile of the matrix units."""
 
 
 def _wide(x: jax.Array) -> jnp.dtype:

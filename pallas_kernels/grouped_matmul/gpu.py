@@ -47,6 +47,7 @@ FEW = 96
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
+@functools.partial(jax.jit, static_argnames=("transposed", "interpret"))
 def product(
     lhs: jax.Array,
     rhs: jax.Array,
@@ -116,6 +117,7 @@ def _product(
     _run(tiles, prepare, multiply, **barriers)
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def matrix_gradient(
     lhs: jax.Array,
     dout: jax.Array,

@@ -52,6 +52,7 @@ def swiglu(
     return _call(lhs, (gate, up), group_sizes, interpret)
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def _call(lhs, matrices, group_sizes, interpret):
     rows, depth = lhs.shape
     columns = matrices[0].shape[2]
