@@ -11,6 +11,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.linear import weight
 from dsv3_jax.model.module import Module
 from dsv3_jax.parallel.dispatch import no_exchange
+from pallas_kernels.devices import platform
 
 ROUTER = "router"
 """The Linen collection of `e_score_correction_bias`, apart from the parameters: no optimizer or cast affects it."""
@@ -21,6 +22,9 @@ CHOICES = "choices"
 `model.apply(..., mutable=[CHOICES])` records the choices, and passing them among the variables replays them: each token
 goes to these experts, whatever the gate would choose. The weights and their gradient are still the gate's.
 """
+
+_MANY_ROWS = 1024
+"""Tokens from which on a GPU finds experts one after another. In decoding, a sort of few rows is fewer launches."""
 
 
 @struct.dataclass
@@ -87,11 +91,32 @@ def _top_experts(choice: jax.Array, config: ModelConfig) -> jax.Array:
     c = config
     if c.n_group > 1:
         grouped = choice.reshape(-1, c.n_group, c.n_routed_experts // c.n_group)
-        # V3 ranks a group by its two best, V2 by its best.
-        best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]) if c.has_router_bias else 1)[0].sum(-1)
-        in_best = jax.nn.one_hot(jax.lax.top_k(best, c.topk_group)[1], c.n_group, dtype=bool).any(-2)
+        best = grouped.max(-1)
+        if c.has_router_bias and grouped.shape[-1] > 1:  # V3 ranks a group by its two best, V2 by its best
+            first = jax.nn.one_hot(grouped.argmax(-1), grouped.shape[-1], dtype=bool)
+            best += jnp.where(first, -jnp.inf, grouped).max(-1)
+        in_best = jax.nn.one_hot(highest(best, c.topk_group), c.n_group, dtype=bool).any(-2)
         choice = jnp.where(in_best[..., None], grouped, -jnp.inf).reshape(choice.shape)
-    return jax.lax.top_k(choice, c.num_experts_per_tok)[1]
+    return highest(choice, c.num_experts_per_tok)
+
+
+def highest(x: jax.Array, k: int) -> jax.Array:
+    """Places (N, k) int32 of the k highest of each row of x (N, E), as `jax.lax.top_k`: NaN first, the first of equals.
+
+    For many rows on a GPU one after another, where XLA sorts each row by itself.
+    """
+    if platform() != "gpu" or len(x) < _MANY_ROWS:
+        return jax.lax.top_k(x, k)[1]
+    return highest_in_turns(x, k)
+
+
+def highest_in_turns(x: jax.Array, k: int) -> jax.Array:
+    """`highest` by k passes over x."""
+    x, chosen = jnp.maximum(x, jnp.finfo(x.dtype).min), []  # -inf is for what has been chosen
+    for _ in range(k):
+        chosen.append(jnp.argmax(x, axis=-1).astype(jnp.int32))
+        x = jnp.where(jax.nn.one_hot(chosen[-1], x.shape[-1], dtype=bool), -jnp.inf, x)
+    return jnp.stack(chosen, axis=-1)
 
 
 def _count(ids: jax.Array, experts: int) -> jax.Array:
@@ -123,7 +148,7 @@ class Router(Module):
         if self.is_mutable_collection(CHOICES) and not self.is_initializing():
             self.put_variable(CHOICES, "ids", ids)
 
-        top_k = jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1]
+        top_k = highest(jax.lax.stop_gradient(scores).reshape(-1, experts), k).reshape(batch, tokens, k)
         stats = RouterStats(
             load=_count(ids, experts),
             fraction=_count(top_k, experts) * (experts / (k * tokens)),  # eq. 18, of s without the bias as written

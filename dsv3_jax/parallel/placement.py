@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -18,16 +19,29 @@ from dsv3_jax.parallel.sharding import Logical, LogicalSharding, mesh_axes, stat
 from dsv3_jax.runtime import Runtime
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class OnMesh:
     """A jitted function that is called with `mesh` set."""
 
     jitted: Any
     mesh: Mesh
+    _ahead: futures.Future[Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         with jax.set_mesh(self.mesh):
-            return self.jitted(*arguments)
+            call = self.jitted if self._ahead is None else self._ahead.result()
+            return call(*arguments)
+
+    def compile_ahead(self, *arguments: Any) -> None:
+        """Starts to compile for (abstract) arguments in a thread. A call waits for it, and takes no others."""
+
+        def compiled() -> Any:
+            with jax.set_mesh(self.mesh):
+                return self.jitted.lower(*arguments).compile()
+
+        pool = futures.ThreadPoolExecutor(1)
+        self._ahead = pool.submit(compiled)
+        pool.shutdown(wait=False)
 
     def check(self, *arguments: Any) -> None:
         """Traces the function for (abstract) arguments, and raises the errors of a call."""

@@ -95,6 +95,7 @@ class Loop:
     def _begin(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> TrainState:
         """Returns the initial state, saved or restored, and the log."""
         config, setup = self.config, self.setup
+        setup.compile_ahead()
         if resume:
             state = self._restore()
             if self.primary:
@@ -206,8 +207,9 @@ class Loop:
         except ConfigError as error:
             raise ConfigError(f"checkpoint {checkpoints.directory / str(step)}: {error}") from None
         self.guard.set_state(restored.run.get("guard", {}))
-        if self.config.runtime.dispatch_slack is None:
-            self.setup.use_slack(restored.run.get("dispatch_slack"))
+        slack = restored.run.get("dispatch_slack")
+        if self.config.runtime.dispatch_slack is None and slack != self.setup.dispatch_slack:
+            self.setup.use_slack(slack)
         for other, why in passed_over.items():
             aside = checkpoints.set_aside(other)
             self.console.print(f"the checkpoint of step {other} is passed over and now {aside}: {why}", soft_wrap=True)

@@ -263,12 +263,12 @@ def loss_sums(outputs: Outputs, inputs: ModelInputs, config: ModelConfig) -> Los
     nll = tokens = sequences = mtp_nll = mtp_count = mtp_correct = zero
     if outputs.logits is not None:
         mask = inputs.masks[0]
-        nll = jnp.sum(jnp.where(mask, outputs.logits.cross_entropy(inputs.targets[0])[0], 0))
+        nll = outputs.logits.cross_entropy_sum(inputs.targets[0], mask)[0]
         tokens = jnp.sum(mask).astype(wide)
         sequences = jnp.asarray(inputs.sequences, wide)
     for logits, target, mask in zip(outputs.mtp_logits, inputs.targets[1:], inputs.masks[1:], strict=False):
-        each, correct = logits.cross_entropy(target)
-        mtp_nll += jnp.sum(jnp.where(mask, each, 0)) / depths
+        total, correct = logits.cross_entropy_sum(target, mask)
+        mtp_nll += total / depths
         mtp_count += jnp.sum(mask)
         mtp_correct += jnp.sum(correct & mask)
     balance = sum((jnp.sum(balance_loss(s)) for s in router_stats(outputs).values()), zero)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from dsv3_jax.data.pipeline import holds_out
 from dsv3_jax.inference.generate import generate, longest
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
-from dsv3_jax.parallel.placement import OnMesh, Placement
+from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.training.config import TrainConfig
 from dsv3_jax.training.diagnose import (
     first_in_backward,
@@ -102,10 +102,10 @@ class Setup:
         self.finite = self.placement.jit_evaluation(all_finite)
         ramp = f" (schedule's sizes are {', '.join(map(str, sizes))})" if len(sizes) > 1 else ""
         if self.cut:
-            self._check(self.train_step, self.cut.sequences, f"the largest batch{ramp}", np.int32(sizes[0]))
+            self._check(self.train_step.check, self.cut.sequences, f"the largest batch{ramp}", np.int32(sizes[0]))
         else:
             for stage in self.schedule.ramp:
-                self._check(self.train_step, stage.batch_size, f"the batch from step {stage.start_step} on{ramp}")
+                self._check(self.train_step.check, stage.batch_size, f"the batch from step {stage.start_step} on{ramp}")
         self.sample_prompt, self.sample_tokens = self._sample_request()
         opened = open_sources(config.data, tokenizer, tokenizer_path, console)
         self.data = train_iterator(config.data, tokenizer, self.schedule.batch_size(0), opened=opened)
@@ -125,7 +125,7 @@ class Setup:
             pieces = cut_evenly(size, least, unit if size % unit == 0 else self.placement.parts)
             evaluate = make_eval_step(self.model, loss, microbatches=pieces)
             self.evaluate = self.placement.jit_evaluation(evaluate)
-            self._check(self.evaluate, size, "validation")
+            self._check(self.evaluate.check, size, "validation")
         self.throughput = Throughput(config.model, config.data.sequence_length)
 
     def first_state(self, *, check_hashes: bool = True) -> TrainState:
@@ -154,12 +154,21 @@ class Setup:
         step = make_train_step(model, self._optimizer, self._objective, microbatches=self._microbatches)
         self.train_step = self.placement.jit_step(step, self.abstract)
 
-    def _check(self, function: OnMesh, size: int, what: str, *more: Any) -> None:
-        """Traces a step for a batch of `size`, so that errors are raised before the first step."""
+    def compile_ahead(self) -> None:
+        """Starts to compile the train step while the first state is made or restored, if all batches have one shape."""
+        sizes = {self.cut.sequences} if self.cut else {stage.batch_size for stage in self.schedule.ramp}
+        if len(sizes) == 1 and jax.process_count() == 1:
+            more = (np.int32(0),) if self.cut else ()
+            self.train_step.compile_ahead(self.abstract, self._abstract_batch(*sizes), *more)
+
+    def _abstract_batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
         names = _inputs(self.config.data.mask_documents)
+        return self.placement.abstract_batch(names, size, self.config.data.sequence_length)
+
+    def _check(self, trace: Callable[..., None], size: int, what: str, *more: Any) -> None:
+        """Traces a step for a batch of `size`, so that errors are raised before the first step."""
         try:
-            batch = self.placement.abstract_batch(names, size, self.config.data.sequence_length)
-            function.check(self.abstract, batch, *more)
+            trace(self.abstract, self._abstract_batch(size), *more)
         except ValueError as error:
             raise ConfigError(f"{what}: {error}") from error
 

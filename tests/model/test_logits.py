@@ -53,6 +53,19 @@ def weighted(hidden, head, targets, weights, runtime=Runtime()):
     return jnp.sum(jnp.where(there, nll * weights, 0)), (nll, correct & there)
 
 
+def summed(hidden, head, targets, weights, runtime=Runtime()):
+    """The sum over some tokens, whose gradient is computed with it."""
+    there = (targets >= 0) & (targets < V)
+    total, correct = Logits(hidden, head, runtime).cross_entropy_sum(targets, there & (weights > 0.3))
+    return total / 7, correct & there
+
+
+def summed_written_out(hidden, head, targets, weights):
+    weights = (weights > 0.3).astype(hidden.dtype) / 7
+    total, (_, correct) = written_out(hidden, head, targets, weights)
+    return total, correct
+
+
 def written_out(hidden, head, targets, weights):
     nll, there = cross_entropy(hidden @ head, targets), (targets >= 0) & (targets < V)
     correct = ((hidden @ head).argmax(-1) == targets) & there
@@ -68,37 +81,47 @@ def check(got, expected, rtol):
 gradients = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
 
 
-def test_pieces_in_float64(x64, small_pieces):
+both = pytest.mark.parametrize(
+    ("function", "expected"), [(weighted, written_out), (summed, summed_written_out)], ids=["each", "sum"]
+)
+
+
+@both
+def test_pieces_in_float64(x64, small_pieces, function, expected):
     arrays = problem(jnp.float64)
-    check(jax.jit(gradients(weighted))(*arrays), gradients(written_out)(*arrays), 1e-12)
+    check(jax.jit(gradients(function))(*arrays), gradients(expected)(*arrays), 1e-12)
 
 
-def test_pieces_in_float32(small_pieces):
+@both
+def test_pieces_in_float32(small_pieces, function, expected):
     arrays = problem(jnp.float32)
-    check(jax.jit(gradients(weighted))(*arrays), gradients(written_out)(*arrays), 1e-6)
+    check(jax.jit(gradients(function))(*arrays), gradients(expected)(*arrays), 1e-6)
+    np.testing.assert_allclose(jax.jit(function)(*arrays)[0], expected(*arrays)[0], rtol=1e-6)
 
 
-def test_the_gradient_of_the_head_is_a_float32_sum(small_pieces):
+@both
+def test_the_gradient_of_the_head_is_a_float32_sum(small_pieces, function, expected):
     """In bfloat16, a sum over 4096 tokens in pieces is rounded once."""
     rng = new_rng()
     hidden, head = (jnp.asarray(rng.normal(0, 1, s), jnp.bfloat16) for s in ((1, 4096, D), (D, V)))
     arguments = hidden, head, jnp.asarray(rng.integers(0, V, (1, 4096)), jnp.int32), jnp.ones((1, 4096))
-    got = jax.jit(gradients(weighted))(*arguments)[1][1]
+    got = jax.jit(gradients(function))(*arguments)[1][1]
     hidden, head = hidden.astype(jnp.float32), head.astype(jnp.float32)
-    exact = gradients(written_out)(hidden, head, *arguments[2:])[1][1]
+    exact = gradients(expected)(hidden, head, *arguments[2:])[1][1]
     assert float(jnp.linalg.norm(got.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)) < 4e-3
 
 
+@both
 @pytest.mark.parametrize("shape", ["fsdp=2,tensor=2,context=2", "tensor=8", "fsdp=4,tensor=2"])
-def test_a_vocabulary_cut_over_devices(shape, small_pieces, monkeypatch):
+def test_a_vocabulary_cut_over_devices(shape, function, expected, small_pieces, monkeypatch):
     monkeypatch.setattr(logits, "PIECE", 30)
     runtime, arrays = Runtime(sharding="fsdp"), problem(jnp.float32)
     with jax.set_mesh(mesh := make_mesh(MeshShape.parse(shape))):
-        on_mesh = jax.jit(gradients(functools.partial(weighted, runtime=runtime)))
+        on_mesh = jax.jit(gradients(functools.partial(function, runtime=runtime)))
         specs = P(("fsdp",), "context", None), P(None, "tensor"), P(("fsdp",), "context"), P(("fsdp",), "context")
         placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)]
         program = on_mesh.lower(*placed).compile()
-        check(program(*placed), gradients(written_out)(*arrays), 1e-6)
+        check(program(*placed), gradients(expected)(*arrays), 1e-6)
         assert "all-to-all" not in program.as_text()
         if "fsdp" not in shape:
             assert "all-gather" not in program.as_text()

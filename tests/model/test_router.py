@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
 from dsv3_jax.model.moe import ExpertWeights, experts, experts_reference
-from dsv3_jax.model.router import CHOICES, Router, affinities, normalised_affinities, select_experts
+from dsv3_jax.model.router import CHOICES, Router, affinities, highest_in_turns, normalised_affinities, select_experts
 from dsv3_jax.training.losses import balance_loss
 from tests.conftest import new_rng
 
@@ -49,6 +49,20 @@ def test_selection_equals_a_plain_loop(seed, offset, v3):
     if config.norm_topk_prob:
         gathered /= gathered.sum(1, keepdims=True)
     np.testing.assert_allclose(weights, gathered * config.routed_scaling_factor, rtol=1e-6)
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([-jnp.inf, -1.0, 0.0, 0.5, 2.0, jnp.nan]), min_size=6, max_size=6),
+        min_size=1,
+        max_size=9,
+    ),
+    k=st.integers(1, 6),
+)
+def test_one_after_another_is_top_k(rows, k):
+    """What many rows on a GPU take: ties, masked groups and NaN too."""
+    x = jnp.array(rows, jnp.float32)
+    np.testing.assert_array_equal(highest_in_turns(x, k), jax.lax.top_k(x, k)[1])
 
 
 def test_bias_moves_the_choice_and_not_the_weight():
