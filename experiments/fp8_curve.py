@@ -161,7 +161,8 @@ def write(out: Path, size: str, base: TrainConfig, curves: dict[str, dict[int, f
     for name, far in against.items():
         right.plot(steps, far, label=RUNS[name][0], linewidth=1)
     right.axhspan(-0.25, 0.25, alpha=0.15, color="grey")
-    right.set(xlabel="step", ylabel=f"loss relative to {RUNS[BASE][0]}'s, %", ylim=(-1, 1))
+    limit = max(1.0, *(r["largest_percent_after_warmup"] for r in rows.values()))
+    right.set(xlabel="step", ylabel=f"loss relative to {RUNS[BASE][0]}'s, %", ylim=(-limit, limit))
     left.set(xlabel="step", ylabel="loss, smoothed (nats per byte)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
