@@ -192,9 +192,9 @@ def long_caches(config: ModelConfig) -> dict[str, Any]:
         text = steps.decode.lower(*arguments(), drafts=0).compile().as_text()
         programs[cached] = step, operations(text, "/attend/")
     taken: dict[int, list[tuple[float, float]]] = {cached: [] for cached in programs}
-    for _ in range(6):  # in turns, so that what else the machine does slows both
+    for _ in range(24):  # in turns, so that what else the machine does slows both
         for cached, (step, attention) in programs.items():
-            taken[cached] += traced(step, "jit_decode", attention, calls=8)
+            taken[cached] += traced(step, "jit_decode", attention, calls=5)
     ms = {cached: np.median(pairs, axis=0) * 1e3 for cached, pairs in taken.items()}
     growth = [long[1] - short[1] for short, long in zip(taken[100], taken[4000], strict=True)]
     of_short_step = np.array(growth) * 1e3 / ms[100].sum()
