@@ -14,8 +14,10 @@ import datetime
 import functools
 import json
 import os
+import re
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,12 +33,8 @@ from dsv3_jax.checkpoint.run_tokenizer import run_tokenizer
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import validation_batches
 from dsv3_jax.inference import Engine, EngineConfig, Sampling, steps
-from dsv3_jax.inference.paged_cache import LayersPool, PagedCache
 from dsv3_jax.inference.sampling import kind, rows, sample_rows
-from dsv3_jax.model.attend import arrange, attend
 from dsv3_jax.model.auto import PAGE
-from dsv3_jax.model.cache import TokenPositions
-from dsv3_jax.model.rope import softmax_scale
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.config import TrainConfig
@@ -169,76 +167,85 @@ def together(model: Any, variables: Any, prompts: list[list[int]]) -> dict[str, 
 
 
 def long_caches(config: ModelConfig) -> dict[str, Any]:
-    """A step of 32 texts after 100 and after 4000 cached tokens, and the attention in it by itself.
-
-    Attention to 4000 tokens reads so much that the processor's caches lose the weights. What this costs the rest of the
-    step is measured by itself: the short step after as much was read.
-    """
+    """A decoding step of 32 texts after 100 and after 4000 cached tokens: its time in attention, and outside it."""
     c = dataclasses.replace(config, max_position_embeddings=8192, num_nextn_predict_layers=0)
     model = DeepSeekV3(c, Runtime())
     variables = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))()
     engine, batch = Engine(model, variables, EngineConfig(max_batch=32, max_length=4200, cache_tokens=32 * 4352)), 32
-    timed: dict[str, Callable[[], Any]] = {}
+    programs: dict[int, tuple[Callable[[], Any], set[str]]] = {}
     for cached in (100, 4000):
         size = next(s for s in engine._decode_tables if s >= -(-(cached + 64) // PAGE))
         every = np.arange(batch, dtype=np.int32)
         tables = np.arange(1, 1 + batch * size, dtype=np.int32).reshape(batch, size) % engine.pages.total
         one, none = np.ones(batch, np.int32), np.zeros(batch, np.int32)
         packed = steps.Batch(every, none, one, none, rows([GREEDY] * batch, [0] * batch), tables).pack()
-        lengths = jnp.full(batch + 1, cached, jnp.int32)
+        given: Any = dict(length=jnp.full(batch + 1, cached, jnp.int32))
+        arguments: Any = lambda packed=packed, given=given: (
+            *(engine._absorbed, variables, engine._pool),
+            *(dataclasses.replace(engine._slots, **jax.tree.map(jnp.array, given)), packed),
+        )
 
-        def step(packed: Any = packed, lengths: Any = lengths) -> Any:
-            slots = dataclasses.replace(engine._slots, length=jnp.array(lengths))
-            engine._pool, slots, logits = steps.decode(
-                engine._absorbed, variables, engine._pool, slots, packed, drafts=0
-            )
-            engine._slots, drawn = steps.draw(slots, logits, packed[:1], None, kind=0, scored=False)
-            return drawn.result
+        def step(arguments: Any = arguments) -> Any:
+            engine._pool, engine._slots, logits = steps.decode(*arguments(), drafts=0)
+            return logits
 
-        timed[f"step, {cached}"] = step
-        timed[f"attention, {cached}"] = _attention(engine._absorbed, batch, size, cached)
-    memory = jnp.ones(c.num_hidden_layers * batch * 4096 * (c.kv_lora_rank + c.qk_rope_head_dim))
-    read = jax.jit(jnp.sum)
-    timed["reading"] = lambda: jax.block_until_ready(read(memory))
-    timed["reading and step, 100"] = lambda: (timed["reading"](), jax.block_until_ready(timed["step, 100"]()))
-    rounds = [{name: seconds(function) * 1e3 for name, function in timed.items()} for _ in range(4)]
-    ms = {name: min(r[name] for r in rounds) for name in timed}
-    beyond = (ms["step, 4000"] - ms["attention, 4000"]) - (ms["step, 100"] - ms["attention, 100"])
-    emptied = ms["reading and step, 100"] - ms["reading"] - ms["step, 100"]
-    shares = {"beyond attention": beyond, "by emptied caches": emptied, "else": beyond - emptied}
-    return {"ms": ms, "of the short step": {name: value / ms["step, 100"] for name, value in shares.items()}}
+        text = steps.decode.lower(*arguments(), drafts=0).compile().as_text()
+        programs[cached] = step, operations(text, "/attend/")
+    taken: dict[int, list[tuple[float, float]]] = {cached: [] for cached in programs}
+    for _ in range(24):  # in turns, so that what else the machine does slows both
+        for cached, (step, attention) in programs.items():
+            taken[cached] += traced(step, "jit_decode", attention, calls=5)
+    ms = {cached: np.median(pairs, axis=0) * 1e3 for cached, pairs in taken.items()}
+    growth = [long[1] - short[1] for short, long in zip(taken[100], taken[4000], strict=True)]
+    of_short_step = np.array(growth) * 1e3 / ms[100].sum()
+    return {
+        "ms": {cached: {"attention": float(a), "rest": float(rest)} for cached, (a, rest) in ms.items()},
+        "growth of the rest, of the short step": {
+            "of medians": float((ms[4000][1] - ms[100][1]) / ms[100].sum()),
+            "quartiles": np.percentile(of_short_step, [25, 50, 75]).tolist(),
+        },
+    }
 
 
-def _attention(model: Any, batch: int, size: int, cached: int) -> Callable[[], Any]:
-    """The absorbed attention of all layers over pages, with what puts new tokens there, and no projections."""
-    c, runtime, layers = model.config, model.runtime, model.config.num_hidden_layers
-    latent, heads = jnp.ones((batch, 1, c.kv_lora_rank)), c.num_attention_heads
-    rope_key, positions = jnp.ones((batch, 1, c.qk_rope_head_dim)), jnp.full((batch, 1), cached, jnp.int32)
-    where = TokenPositions(positions, cached=positions[:, 0])
-    tables = jnp.arange(1, 1 + batch * size, dtype=jnp.int32).reshape(batch, size)
-    q, q_rope = jnp.ones((batch, 1, heads, c.kv_lora_rank)), jnp.ones((batch, 1, heads, c.qk_rope_head_dim))
+def operations(text: str, scope: str) -> set[str]:
+    """Names of the operations in a compiled program's text that a named scope made."""
+    named = re.finditer(r'^\s*(?:ROOT )?%([\w.-]+) = .*op_name="([^"]*)"', text, re.MULTILINE)
+    return {name for name, made_by in (m.groups() for m in named) if scope in made_by}
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def run(pool: LayersPool, tables: Any, q: Any) -> Any:
-        def layer(carry: Any, i: Any) -> Any:
-            pool, q = carry
-            cache, keys = PagedCache(pool, tables, jnp.ones(batch, jnp.int32)).append(latent, rope_key, where, i)
-            keys = arrange(keys, where, c, runtime)
-            v = keys.latent[:, :, None]
-            out = attend(q, q_rope, v, v, keys, where, c, runtime, scale=softmax_scale(c), reference=False)
-            return (cache.pool, out), None
 
-        (pool, out), _ = jax.lax.scan(layer, (pool, q), jnp.arange(layers))
-        return pool, out
+def traced(call: Callable[[], Any], module: str, these: set[str], calls: int) -> list[tuple[float, float]]:
+    """Seconds in `these` operations of a program and in its others, of each call but the first, by the profiler."""
+    jax.block_until_ready(call())
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for _ in range(calls):
+                jax.block_until_ready(call())
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        runs: dict[Any, list[tuple[float, float, bool]]] = {}
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+            for event in (event for line in plane.lines for event in line.events):
+                said = dict(event.stats)
+                if said.get("hlo_module") == module:
+                    start, end = event.start_ns, event.start_ns + event.duration_ns
+                    runs.setdefault(said["run_id"], []).append((start, end, said["hlo_op"] in these))
+    in_order = sorted(runs.values(), key=min)
+    return [shares(events) for events in in_order[1:]]
 
-    shape = (layers, 1 + batch * size, PAGE)
-    held = [LayersPool(jnp.ones((*shape, c.kv_lora_rank)), jnp.ones((*shape, c.qk_rope_head_dim)))]
 
-    def call() -> Any:
-        held[0], out = run(held[0], tables, q)
-        return out
+def shares(events: list[tuple[float, float, bool]]) -> tuple[float, float]:
+    """Seconds of one run that belong to marked operations, and to others.
 
-    return call
+    events: start and end in nanoseconds, and whether it is marked. An operation has the time until the next one starts,
+    so that what a loop takes between its operations counts as theirs.
+    """
+    events = sorted(events)
+    ends = [start for start, *_ in events[1:]] + [max(end for _, end, _ in events)]
+    taken = {True: 0.0, False: 0.0}
+    for (start, _, marked), end in zip(events, ends, strict=True):
+        taken[marked] += (end - start) * 1e-9
+    return taken[True], taken[False]
 
 
 def sampling(vocabulary: int = 129280, batch: int = 8) -> dict[str, Any]:

@@ -6,10 +6,12 @@ import random
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.training.checkpoints import Checkpoints
-from experiments import chaos
+from experiments import bench_serving, chaos
 from experiments.small_run import result_name
 from tests.training.test_checkpoints import save
 
@@ -41,3 +43,25 @@ def test_chaos_counts_no_damaged_checkpoint_as_complete(tmp_path):
         shutil.copytree(tmp_path / "run", run)
         chaos.damage(run / "checkpoints/80", random.Random(seed))
         assert chaos.complete(run) == [40], seed
+
+
+def test_a_trace_shares_a_run_out_among_its_operations():
+    """Idle time belongs to the operation before it; of two at once each has the time until the other starts."""
+    events = [(5e9, 6e9, True), (0, 1e9, False), (2e9, 9e9, True), (12e9, 13e9, False), (12.5e9, 14e9, True)]
+    assert bench_serving.shares(events) == (11.5, 2.5)
+
+
+def test_a_trace_tells_a_named_scope_from_the_rest():
+    """The scope has nearly all of the work: of the loop, whose turns the profiler sees one by one, and of the rest."""
+
+    @jax.jit
+    def program(x):
+        with jax.named_scope("attend"):
+            x = jax.lax.fori_loop(0, 40, lambda _, x: jnp.tanh(x @ x), x)
+        return jnp.sin(x)
+
+    x = jnp.ones((256, 256)) / 256
+    marked = bench_serving.operations(program.lower(x).compile().as_text(), "/attend/")
+    runs = bench_serving.traced(lambda: program(x), "jit_program", marked, calls=4)
+    assert len(runs) == 3
+    assert all(attend > 5 * rest > 0 for attend, rest in runs)

@@ -1,10 +1,10 @@
 """The attention seam: scores, softmax and weighted values (eq. 9 and 10), by the implementation that `model.auto`
 chooses.
 
-`attention` is the reference, in plain `jnp`; `blockwise` computes the same block by block. The kernels require tokens
-in their order: `mla_prefill` for the expanded form, in which a sequence's new tokens must be the last of the keys, and
-`mla_decode` for the absorbed form over a cache, which it reads in pages. On a mesh each device computes its own
-sequences and heads.
+`attention` is the reference, in plain `jnp`; `blockwise` computes the same block by block, and reads a cache in pages
+where they lie. The kernels require tokens in their order: `mla_prefill` for the expanded form, in which a sequence's
+new tokens must be the last of the keys, and `mla_decode` for the absorbed form over a cache, which it reads in pages.
+On a mesh each device computes its own sequences and heads.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.auto import PAGE, attention_impl
 from dsv3_jax.model.cache import Keys, Pages, TokenPositions
-from dsv3_jax.parallel.sharding import current_sharding
+from dsv3_jax.parallel.sharding import current_mesh, current_sharding
 from dsv3_jax.runtime import Runtime
 from pallas_kernels.mla_decode import SplitCache, mla_decode, pack
+from pallas_kernels.mla_decode.blockwise import mla_decode as blockwise_decode
 from pallas_kernels.mla_prefill import blockwise, mla_prefill, residual
 
 _PREFILL = {"pallas_reference": "reference", "gpu": "gpu", "tpu": "tpu", "tpu_interpret": "tpu_interpret"}
@@ -49,7 +50,13 @@ def _choose(keys: Keys, where: TokenPositions, config: ModelConfig, runtime: Run
         keys=keys.latent.shape[1],
         cached=keys.lengths is not None,
         in_order=where.order is None,
+        in_pages=_in_pages(keys, runtime),
     )
+
+
+def _in_pages(keys: Keys, runtime: Runtime) -> bool:
+    """Whether plain attention can read the pages of a cache instead of a copy of its keys."""
+    return keys.pages is not None and runtime.attention_form == "absorbed" and current_mesh() is None
 
 
 def arrange(keys: Keys, where: TokenPositions, config: ModelConfig, runtime: Runtime) -> Keys:
@@ -99,6 +106,10 @@ def attend(
             scale=scale,
         )
         return residual(out)
+    if name == "blockwise" and _in_pages(keys, runtime):
+        assert keys.pages is not None
+        assert keys.lengths is not None
+        return _decode(q_nope, q_rope, keys.pages, keys.lengths, scale=scale, implementation="blockwise")
     if name == "blockwise":
         in_order = where.order is None and keys.lengths is None
         return blockwise.attention(
@@ -278,7 +289,9 @@ def _pages(keys: Keys) -> Pages:
 def _decode(
     q_nope: jax.Array, q_rope: jax.Array, pages: Pages, lengths: jax.Array, *, scale: float, implementation: str
 ) -> jax.Array:
-    """Calls `mla_decode` for queries (B, T, H, R) and (B, T, H, P) and the pages of one layer."""
+    """Calls `mla_decode`, or `blockwise_decode`, which takes any R and P, for queries (B, T, H, R) and (B, T, H, P) and
+    the pages of one layer.
+    """
     of_layer = pages.latent.shape[1:-2]
     tables = pages.tables
     if tables is None:
@@ -291,9 +304,14 @@ def _decode(
     q = jnp.concatenate([q_nope, q_rope], axis=-1)
     # Has no gradient. Saying so also lets the scan over layers drop the call where it traces for constants only, as
     # Pallas doesn't by itself: without it, decoding on TPUs fails to trace.
-    call = jax.custom_vjp(lambda *a: mla_decode(*a, scale=scale, implementation=implementation)[0])
+    if implementation == "blockwise":
+        decode: Any = functools.partial(blockwise_decode, scale=scale)
+    else:
+        decode = functools.partial(mla_decode, scale=scale, implementation=implementation)
+    call = jax.custom_vjp(lambda *a: decode(*a)[0])
     call.defvjp(_refuse_gradient, _refuse_gradient)
-    return call(q, cache, tables, lengths)
+    out: jax.Array = call(q, cache, tables, lengths)
+    return out
 
 
 def _refuse_gradient(*_: Any) -> Any:

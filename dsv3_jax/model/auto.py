@@ -32,13 +32,20 @@ def kernels(runtime: Runtime) -> str | None:
 
 
 def attention_impl(
-    runtime: Runtime, config: ModelConfig, *, tokens: int, keys: int, cached: bool, in_order: bool = True
+    runtime: Runtime,
+    config: ModelConfig,
+    *,
+    tokens: int,
+    keys: int,
+    cached: bool,
+    in_order: bool = True,
+    in_pages: bool = False,
 ) -> str:
     """Returns the runtime's implementation of attention, with "auto" resolved.
 
     Args:
       tokens, keys: T and S of the call. cached: whether the keys come from a cache. in_order: whether tokens are stored
-        in the order of their sequence.
+        in the order of their sequence. in_pages: whether plain attention can read the cache in pages, without a copy.
     """
     if runtime.attention_impl != "auto":
         return runtime.attention_impl
@@ -53,6 +60,8 @@ def attention_impl(
             return "gpu"
         if device == "tpu" and config.qk_rope_head_dim <= 64 and tokens % TPU_TILE == keys % TPU_TILE == 0:
             return "tpu"
+    if in_pages and platform() == "cpu":
+        return "blockwise"
     return "reference" if tokens * keys <= SMALL else "blockwise"
 
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import require_hopper, require_tpu
-from pallas_kernels.mla_decode import gpu, reference, tpu
-from pallas_kernels.mla_decode.cache import ROPE, SplitCache, check_split, join
+from pallas_kernels.mla_decode import blockwise, gpu, reference, tpu
+from pallas_kernels.mla_decode.cache import ROPE, SplitCache, check_split, join, split
 from pallas_kernels.mla_decode.schedule import Plan
 
-IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret", "tpu", "tpu_interpret")
+IMPLEMENTATIONS = ("reference", "blockwise", "gpu", "gpu_interpret", "tpu", "tpu_interpret")
 
 
 def mla_decode(
@@ -32,14 +32,15 @@ def mla_decode(
         tokens are the last ones of each sequence, and token t attends to keys before `lengths - T + t + 1`.
       cache: (pages, page size, R + P), `q`'s dtype: the normalised latent of a token, followed by its rotated key; or a
         `SplitCache` of the same, whose latents may be FP8 (on TPUs: in pages of 256 or 512). TPUs require a packed
-        `SplitCache`, GPUs an unpacked one.
+        `SplitCache`, GPUs an unpacked one, "blockwise" an unpacked one without FP8.
       block_tables: (B, max pages) int32: the pages of a sequence, in order. Entries beyond its length, and slots beyond
-        it in its last page, are never read.
+        it in its last page, are never read; but for "blockwise" those slots must hold finite numbers.
       lengths: (B,) int32: tokens of each sequence in the cache, including the new ones. May be 0.
       scale: factor of the scores.
-      implementation: "reference" (plain; any cache), "gpu" (Hopper: bfloat16 queries, R = 512, P = 64, pages of 64),
-        "tpu" (bfloat16 queries, R a multiple of 128, P = 64, pages of 32 to 512). "gpu_interpret" and "tpu_interpret"
-        run these on a CPU, slowly and with race detection, for tests.
+      implementation: "reference" (plain; any cache), "blockwise" (plain JAX for CPUs, a few pages at a time, in any
+        dtype; `blockwise.mla_decode` takes any R and P), "gpu" (Hopper: bfloat16 queries, R = 512, P = 64, pages of
+        64), "tpu" (bfloat16 queries, R a multiple of 128, P = 64, pages of 32 to 512). "gpu_interpret" and
+        "tpu_interpret" run these on a CPU, slowly and with race detection, for tests.
       schedule: the distribution of work, from `schedule.plan`; by default computed from the lengths. It depends on
         nothing else, so that all layers of a model can share one.
 
@@ -60,9 +61,11 @@ def mla_decode(
         shape, dtype, packed = cache.shape, cache.dtype, False
     if backend != "reference" and packed != (backend == "tpu"):
         raise ValueError(
-            f"mla_decode takes a packed SplitCache on TPUs and no packed one on GPUs, but got {type(cache).__name__} "
+            f"mla_decode takes a packed SplitCache on TPUs and no packed one elsewhere, but got {type(cache).__name__} "
             f"{shape}, packed: {packed}"
         )
+    if backend == "blockwise" and isinstance(cache, SplitCache) and cache.scales is not None:
+        raise ValueError("mla_decode by blockwise takes no FP8 latents: reference does")
     if q.ndim != 4 or len(shape) != 3 or q.shape[3] != shape[2] or q.shape[3] <= ROPE:
         raise ValueError(
             f"mla_decode needs queries (B, T, H, R + P) and a cache (pages, page size, R + P) with P = "
@@ -82,6 +85,9 @@ def mla_decode(
     if backend == "reference":
         plain = join(cache) if isinstance(cache, SplitCache) else cache
         return reference.mla_decode(q, plain, block_tables, lengths, scale=scale)
+    if backend == "blockwise":
+        parts = cache if isinstance(cache, SplitCache) else split(cache)
+        return blockwise.mla_decode(q, parts, block_tables, lengths, scale=scale)
     if implementation == "gpu":
         require_hopper("mla_decode")
     if implementation == "tpu":

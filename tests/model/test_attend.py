@@ -64,6 +64,7 @@ def test_logits_of_packed_documents(variables, impl, dtype):
     [
         ("pallas_reference", "float32", "expanded", 7),  # a second piece of a prompt, at two places
         ("pallas_reference", "float32", "absorbed", 2),
+        ("blockwise", "float32", "absorbed", 2),
         pytest.param("tpu_interpret", "bfloat16", "expanded", 128, marks=pytest.mark.slow),
     ],
 )

@@ -48,6 +48,8 @@ def test_choices_on_hopper():
 def test_choices_on_a_cpu():
     assert attention_impl(BF16, V3, tokens=512, keys=512, cached=False) == "reference"
     assert attention_impl(BF16, V3, tokens=4096, keys=4096, cached=False) == "blockwise"
+    assert attention_impl(ABSORBED, V3, tokens=1, keys=512, cached=True) == "reference"
+    assert attention_impl(ABSORBED, V3, tokens=1, keys=512, cached=True, in_pages=True) == "blockwise"
     assert choices(Runtime(), V3, 256) == "attention: reference; experts: blocked (float32 on cpu)"
 
 

@@ -13,7 +13,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 
 from pallas_kernels.ahead_of_time import VMEM_BYTES, compile_for_tpu, lower_for_hopper, vmem_bytes
-from pallas_kernels.mla_decode import gpu, join, mla_decode, pack, plan, quantise, split, tpu
+from pallas_kernels.mla_decode import blockwise, gpu, join, mla_decode, pack, plan, quantise, split, tpu
 from pallas_kernels.mla_decode.problem import random_problem
 from tests.conftest import new_rng
 from tests.pallas_kernels.generations import GENERATIONS
@@ -54,6 +54,18 @@ def test_reference_is_attention():
         mask = np.tril(np.ones((3, n), bool), n - 3)
         expected = jax.nn.dot_product_attention(q[i : i + 1], keys, keys, mask=mask[None, None], scale=SCALE)
         np.testing.assert_allclose(out[i : i + 1], expected[..., :512], atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [2**30, 2**22])  # one block; several, of which the last reaches beyond the tables
+@pytest.mark.parametrize(("heads", "tokens"), [(1, 1), (16, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blockwise(heads, tokens, dtype, block, monkeypatch):
+    """Slots beyond a text's end are finite here, but large; table entries beyond it are still out of range."""
+    monkeypatch.setattr(blockwise, "BLOCK", block)
+    q, cache, *rest = random_problem(new_rng(), [0, 1, 63, 64, 65, 700, 449], tokens, heads)
+    q, cache = q.astype(dtype), jnp.where(jnp.isnan(cache), 1e3, cache).astype(dtype)
+    out, lse = mla_decode(q, cache, *rest, scale=SCALE, implementation="blockwise")
+    check((q, cache, *rest), out, lse, error=2e-6 if dtype == "float32" else 6e-3)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +263,7 @@ def test_gpu_merge(capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(implementation="cuda"), "reference, gpu"),
+        (dict(implementation="cuda"), "reference, blockwise, gpu"),
         (dict(implementation="gpu"), "Hopper"),
         (dict(implementation="tpu"), "packed SplitCache"),
         (dict(implementation="gpu_interpret", page=32), "pages of 64"),
@@ -260,6 +272,7 @@ def test_gpu_merge(capsys):
         (dict(cache_dtype=jnp.float32), "one dtype"),
         (dict(implementation="gpu_interpret", page=128, form=in_fp8), "pages of 64 tokens, but got"),
         (dict(implementation="tpu_interpret", form=lambda c: pack(in_fp8(c))), "pages of 256 or 512"),
+        (dict(implementation="blockwise", form=in_fp8), "no FP8 latents"),
         (dict(form=lambda c: in_fp8(c)._replace(scales=None)), "float8_e4m3fn latents with scales"),
         (dict(width=512), r"\(B, T, H, R \+ P\)"),
         (dict(lengths=3), "lengths"),
