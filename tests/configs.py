@@ -75,7 +75,8 @@ KERNEL_SIZES = dataclasses.replace(
 
 RUN_OPTIONS = [
     *("--model.hidden-size", "16", "--model.intermediate-size", "16", "--model.moe-intermediate-size", "8"),
-    *("--model.num-hidden-layers", "2", "--model.n-routed-experts", "4", "--model.num-experts-per-tok", "2"),
+    *("--model.first-k-dense-replace", "0", "--model.num-hidden-layers", "1"),
+    *("--model.n-routed-experts", "4", "--model.num-experts-per-tok", "2"),
     *("--model.n-group", "2", "--model.topk-group", "1", "--model.q-lora-rank", "8", "--model.kv-lora-rank", "8"),
     *("--data.sequence-length", "16", "--schedule.batch-size", "4", "--schedule.steps", "60"),
     *("--log-every", "10", "--validate-every", "30", "--checkpoint-every", "10", "--sample-tokens", "8"),

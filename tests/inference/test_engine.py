@@ -20,6 +20,8 @@ from dsv3_jax.runtime import Runtime
 GOLDEN = Path(__file__).parents[1] / "golden"
 GREEDY = Sampling(temperature=0)
 EXPECTED = json.loads((GOLDEN / "generated.json").read_text())
+FEW = 192 + 128
+"""Tokens of a cache that has no room for eight texts."""
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +36,10 @@ def checkpoints():
     return get
 
 
-def engine(checkpoint, **sizes):
+def engine(checkpoint, end_ids=(), **sizes):
+    """Of few sizes in all tests: engines of the same model and sizes share their programs."""
     sizes = {"max_batch": 8, "max_length": 160} | sizes
-    return Engine(*checkpoint, EngineConfig(**sizes), end_ids=())
+    return Engine(*checkpoint, EngineConfig(**sizes), end_ids=end_ids)
 
 
 def compiled():
@@ -98,7 +101,7 @@ def test_after_warming_up_nothing_is_compiled(checkpoints):
 
 def test_preempted_texts_are_continued_as_by_transformers(checkpoints):
     expected = EXPECTED["v3_base"]
-    e = engine(checkpoints("v3_base"), cache_tokens=192 + 128)
+    e = engine(checkpoints("v3_base"), cache_tokens=FEW)
     assert list(e.generate(expected["prompts"], GREEDY, max_new_tokens=64)) == expected["new"]
     assert e.stats().preemptions > 0
     assert_nothing_leaks(e)
@@ -106,7 +109,7 @@ def test_preempted_texts_are_continued_as_by_transformers(checkpoints):
 
 def test_a_prefix_is_found_and_one_after_another_is_the_same(checkpoints):
     expected = EXPECTED["mtp_1"]
-    e = engine(checkpoints("mtp_1"), drafts=1)
+    e = engine(checkpoints("mtp_1"), drafts=3)
     for prompt, new in zip(expected["prompts"], expected["new"], strict=True):
         before = e.stats().prefix_hits
         request = e.submit(prompt, GREEDY, max_new_tokens=64)
@@ -124,7 +127,7 @@ def test_a_prefix_is_found_and_one_after_another_is_the_same(checkpoints):
 @pytest.mark.parametrize("up_to", [0, 2])
 def test_drafts_are_used_up_to_a_number_of_texts(checkpoints, up_to):
     expected = EXPECTED["mtp_1"]
-    e = engine(checkpoints("mtp_1"), drafts=1, drafts_up_to=up_to)
+    e = engine(checkpoints("mtp_1"), drafts=3, drafts_up_to=up_to)
     ends = (8, 8, 20, 24)  # two of the texts go on alone
     requests = [e.submit(expected["prompts"][i], GREEDY, max_new_tokens=n) for i, n in enumerate(ends)]
     for request, n, new in zip(requests, ends, expected["new"], strict=False):
@@ -178,7 +181,7 @@ def test_seeded_texts_dont_depend_on_the_batch_or_on_drafts(checkpoints):
 def test_logprobs_penalties_biases_and_masks(checkpoints):
     model, variables = checkpoints("v3_base")
     prompt = EXPECTED["v3_base"]["prompts"][3]
-    e = engine((model, variables))
+    e = engine((model, variables), cache_tokens=FEW)
     (plain,) = e.generate([prompt], GREEDY, max_new_tokens=8)
     request = e.submit(prompt, GREEDY, max_new_tokens=8, logprobs=3, prompt_logprobs=1)
     steps = list(request)
@@ -227,10 +230,9 @@ def test_logprobs_penalties_biases_and_masks(checkpoints):
 
 
 def test_end_tokens_cancellation_and_errors_of_one_request(checkpoints):
-    model, variables = checkpoints("mtp_1")
     expected = EXPECTED["mtp_1"]
     prompt, new = expected["prompts"][4], expected["new"][4]
-    e = Engine(model, variables, EngineConfig(max_batch=4, max_length=160), end_ids=(new[3], new[5]))
+    e = engine(checkpoints("mtp_1"), end_ids=(new[3], new[5]), drafts=3)
     first = min(new.index(new[3]), new.index(new[5]))
     steps = list(e.submit(prompt, GREEDY, max_new_tokens=64))
     assert [t for s in steps for t in s.tokens] == new[: first + 1]
@@ -273,7 +275,7 @@ def test_logits_that_arent_finite_end_their_request_alone(checkpoints):
     expected = EXPECTED["v3_base"]
     healthy = [i for i in range(8) if 63 not in expected["prompts"][i] + expected["new"][i]]
     assert healthy
-    e = engine((model, variables | {"params": params}))
+    e = engine((model, variables | {"params": params}), cache_tokens=FEW)
     bad = e.submit([5, 63, 7], GREEDY, max_new_tokens=64)
     good = [e.submit(expected["prompts"][i], GREEDY, max_new_tokens=64) for i in healthy]
     assert "not finite" in list(bad)[-1].error

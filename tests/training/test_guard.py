@@ -133,7 +133,7 @@ class _Spoiled:
 
 @pytest.mark.parametrize("precision", ["dtype", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_a_layer_that_breaks_is_named_and_no_good_checkpoint_is_lost(precision, tmp_path, monkeypatch):
-    config = small_config("", "single", num_hidden_layers=4)
+    config = small_config("", "single", first_k_dense_replace=0, num_hidden_layers=3, num_nextn_predict_layers=0)
     config = dataclasses.replace(
         config,
         runtime=dataclasses.replace(config.runtime, precision=precision),

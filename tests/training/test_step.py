@@ -114,9 +114,13 @@ def batch_of(seed, size=8, length=12):
     return {"tokens": row[:, :-1].astype(np.int32), "targets": row[:, 1:].astype(np.int32)}
 
 
+SHALLOW = dataclasses.replace(SMALL, first_k_dense_replace=0, num_nextn_predict_layers=1)
+"""What the equations above cover with more kinds of layers compiles faster with fewer."""
+
+
 @functools.cache  # a test that takes the same step doesn't trace it again
 def setup(optimizer_config=OptimizerConfig(), **how):
-    model = DeepSeekV3(SMALL, Runtime(experts_impl="blocked"))
+    model = DeepSeekV3(SHALLOW, Runtime(experts_impl="blocked"))
     optimizer = make_optimizer(optimizer_config, SCHEDULE)
     state = jax.jit(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
     return state, jax.jit(make_train_step(model, optimizer, PretrainingLoss(model.config, SCHEDULE), **how))
@@ -202,7 +206,7 @@ def test_a_step_moves_every_layers_bias_by_the_sign_of_its_load():
     after, _ = step(state, batch_of(3))
     moved = {float(v) for x in jax.tree.leaves(after.router) for v in np.unique(np.round(np.float64(x), 6))}
     assert moved <= {-0.01, 0.0, 0.01}
-    for name in ("moe_layers", "mtp_0", "mtp_1"):  # the further-token modules balance too
+    for name in ("moe_layers", "mtp_0"):  # the further-token module balances too
         assert float(jnp.abs(jax.tree.leaves(after.router[name])[0]).max()) == pytest.approx(0.01)
 
 
@@ -265,7 +269,7 @@ def test_bad_microbatches_are_named():
 
 def test_runtime_doesnt_change_the_state():
     optimizer = make_optimizer(OptimizerConfig(), SCHEDULE)
-    build = lambda r: jax.jit(lambda k: init_state(DeepSeekV3(SMALL, r), optimizer, k))(jax.random.key(0))
+    build = lambda r: jax.jit(lambda k: init_state(DeepSeekV3(SHALLOW, r), optimizer, k))(jax.random.key(0))
     chex.assert_trees_all_equal(
         build(Runtime()).params, build(dataclasses.replace(Runtime(), dtype="bfloat16", remat="paper")).params
     )
@@ -275,10 +279,10 @@ def test_a_profile_reads_like_the_model():
     """Every block, seam and phase of the step gives its name to the operations in it."""
     runtime, mesh = Runtime(sharding="fsdp_ep"), make_mesh(MeshShape(fsdp=2, expert=4))
     schedule = Schedule(ScheduleConfig(steps=10, batch_size=8))
-    model, optimizer = DeepSeekV3(SMALL, runtime), make_optimizer(OptimizerConfig(), schedule)
+    model, optimizer = DeepSeekV3(SHALLOW, runtime), make_optimizer(OptimizerConfig(), schedule)
     state = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((8, 8), jnp.int32)
-    step = jax.jit(make_train_step(model, optimizer, PretrainingLoss(SMALL, schedule)))
+    step = jax.jit(make_train_step(model, optimizer, PretrainingLoss(SHALLOW, schedule)))
     with jax.set_mesh(mesh):
         text = step.lower(state, {"tokens": tokens, "targets": tokens}).as_text(debug_info=True)
     paths = [set(re.split(r"[/()]", path)) for path in re.findall(r'loc\("([^"]*/[^"]*)"', text)]
