@@ -37,7 +37,7 @@ def checkpoints():
 
 
 def engine(checkpoint, end_ids=(), **sizes):
-    """Of few sizes in all tests: engines of the same model and sizes share their programs."""
+    """An engine of one of few sizes: engines of the same model and sizes share their programs."""
     sizes = {"max_batch": 8, "max_length": 160} | sizes
     return Engine(*checkpoint, EngineConfig(**sizes), end_ids=end_ids)
 
