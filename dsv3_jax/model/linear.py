@@ -109,14 +109,15 @@ def linear(
       shape: of the weight, input axes first: the transpose of PyTorch's.
       logical: the logical axis of each, or None; see `parallel.rules.Rules`.
       contract: number of axes in I.
-      keep_input: whether policy `paper` saves x in FP8, with power-of-two scales, if it multiplies in FP8.
+      keep_input: whether policy `paper` saves x, attention's output, in `Runtime.fp8_attention_output`, if it multiplies
+        in FP8.
       whole_sequence: whether every device that shares a sequence has all tokens of x, (B, S, ...).
     """
     with jax.named_scope(name):
         w = linear_weight(module, name, shape, logical, contract=contract)
         if isinstance(w, QuantisedWeight):
             compute = functools.partial(
-                fp8.linear, power_of_two=keep_input, keep=save_activation if keep_input else _as_is
+                fp8.linear, after_attention=keep_input, keep=save_activation if keep_input else _as_is
             )
             return fp8_linear.linear(module.runtime, compute, x, w, logical, whole_sequence=whole_sequence)
         return multiply(x, w, contract=contract)

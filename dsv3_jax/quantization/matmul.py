@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dsv3_jax.quantization.e5m6 import quantise_e5m6
 from dsv3_jax.quantization.fp8 import dequantise_blocks, dequantise_tiles
 from dsv3_jax.quantization.products import multiply, weight_gradient
 from dsv3_jax.quantization.recipe import Quantised, Recipe
@@ -93,17 +94,19 @@ class _How(NamedTuple):
     recipe: Recipe
     power_of_two: bool
     keep: Keep
+    e5m6: bool = False
 
 
-def linear(x: jax.Array, w: QuantisedWeight, *, power_of_two: bool = False, keep: Keep = lambda a: a) -> jax.Array:
+def linear(x: jax.Array, w: QuantisedWeight, *, after_attention: bool = False, keep: Keep = lambda a: a) -> jax.Array:
     """Multiplies x (M, K) with a matrix (K, N): (M, N) of `x`'s dtype.
 
     Args:
-      power_of_two: whether the scales of x are powers of two, so that requantising from tiles of 1 x 128 to 128 x 1 is
-        exact.
+      after_attention: whether the scales of x are powers of two, so that requantising from tiles of 1 x 128 to 128 x 1
+        is exact, and x is saved in the recipe's `attention_output`.
       keep: applied to the saved form of x, to name it for a rematerialisation policy.
     """
-    return _linear(_How(w.recipe, power_of_two, keep), x, _Operands.of(w))
+    e5m6 = after_attention and w.recipe.attention_output == "e5m6"
+    return _linear(_How(w.recipe, after_attention, keep, e5m6), x, _Operands.of(w))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -112,16 +115,18 @@ def _linear(how: _How, x: jax.Array, w: _Operands) -> jax.Array:
 
 
 def _linear_forward(how: _How, x: jax.Array, w: _Operands) -> tuple[jax.Array, tuple[Any, ...]]:
-    rows = how.recipe.rows(x, power_of_two=how.power_of_two)
+    wide = quantise_e5m6(x) if how.e5m6 else None
+    rows = how.recipe.rows(dequantise_tiles(*wide, dtype=x.dtype) if wide else x, power_of_two=how.power_of_two)
     y = _forward(how, rows, w).astype(x.dtype)
-    return y, (tuple(map(how.keep, rows)), w.blocks, _like(x), _like(w.master))
+    return y, (tuple(map(how.keep, wide or rows)), w.blocks, _like(x), _like(w.master))
 
 
 def _linear_backward(how: _How, saved: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
-    rows, w, like_x, like = saved
+    (values, scales), w, like_x, like = saved
     dy_rows, dy_columns = _of_gradient(how, dy, like)
     dx = multiply(how.recipe, dy_rows, w, transposed=True)
-    x_columns = how.recipe.columns(rows, power_of_two=how.power_of_two)
+    x = dequantise_tiles(values, scales, dtype=like_x.dtype) if how.e5m6 else (values, scales)
+    x_columns = how.recipe.columns(x, power_of_two=how.power_of_two)
     return dx.astype(like_x.dtype), _Operands(_of_master(how, x_columns, dy_columns, w, like))
 
 
