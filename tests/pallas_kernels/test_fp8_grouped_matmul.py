@@ -26,13 +26,16 @@ def problem(sizes, depth, columns):
 
     return (
         fp8(rows, depth), scales(rows, depth // 128), fp8(groups, columns, depth),
-        scales(groups, columns // 128, depth // 128), jnp.asarray(sizes, jnp.int32),
+        scales(groups, -(-columns // 128), depth // 128), jnp.asarray(sizes, jnp.int32),
     )  # fmt: skip
 
 
 def in_float64(lhs, lhs_scales, rhs, rhs_scales, sizes):
     x = np.asarray(lhs.astype(jnp.float32), np.float64) * np.repeat(np.asarray(lhs_scales), 128, 1)
-    w = np.asarray(rhs.astype(jnp.float32), np.float64) * np.kron(np.asarray(rhs_scales), np.ones((128, 128)))
+    w = (
+        np.asarray(rhs.astype(jnp.float32), np.float64)
+        * np.kron(np.asarray(rhs_scales), np.ones((128, 128)))[:, : rhs.shape[1]]
+    )
     cuts = np.cumsum(np.asarray(sizes))[:-1]
     return np.concatenate([part @ m.T for part, m in zip(np.split(x, cuts), w, strict=False)])
 
