@@ -194,7 +194,7 @@ def fetch_tiles(tiles: int, stages: int, prepare: Callable, ready, free, cluster
 
 
 def walk_tiles(size_gmem, rows: int, groups: int, columns: int, width: int, body: Callable, carry):
-    """For few rows: `carry = body(group, first, lower, upper, column, carry)` for this thread block's share of the tiles.
+    """For few rows: `carry = body(group, first, lower, upper, column, carry)` for each of this thread block's tiles.
 
     A tile's rows are [first + lower, first + upper), of a block that starts at `first`, a multiple of 8 as the copy
     engine wants; its columns start at `column`. Rows past the last group are a group without a matrix, number `groups`.

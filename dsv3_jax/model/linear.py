@@ -46,7 +46,7 @@ paths, which then aren't in `params`; their scales are transposed, too."""
 
 
 def turn(values: jax.Array, scales: jax.Array, *, contract: int = 1) -> Quantised:
-    """Transposes a weight (*stack, *I, *O), whose I has `contract` axes, and its scales, for the collection `TURNED`."""
+    """Transposes a weight (*stack, *I, *O), whose I has `contract` axes, and its scales: for `TURNED`."""
     w = QuantisedWeight(values, scales, None, contract=contract).matrix()
     return w.values.mT, w.scales.mT  # type: ignore[union-attr]
 
@@ -124,8 +124,8 @@ def linear(
       shape: of the weight, input axes first: the transpose of PyTorch's.
       logical: the logical axis of each, or None; see `parallel.rules.Rules`.
       contract: number of axes in I.
-      keep_input: whether policy `paper` saves x, attention's output, in `Runtime.fp8_attention_output`, if it multiplies
-        in FP8.
+      keep_input: whether x is attention's output, which policy `paper` saves in `Runtime.fp8_attention_output` if it
+        multiplies in FP8.
       whole_sequence: whether every device that shares a sequence has all tokens of x, (B, S, ...).
     """
     with jax.named_scope(name):

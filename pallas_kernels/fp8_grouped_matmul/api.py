@@ -35,9 +35,10 @@ def fp8_grouped_matmul(
         contiguous along K. N is a multiple of 64.
       rhs_scales: (G, ceil(N / 128), K / 128) float32: scale of each block of 128 x 128.
       group_sizes: (G,) int32, rows of each group; they sum to at most M.
-      implementation: "reference" (plain, G times the work), "gpu" (Hopper: one form for many rows, where N is filled up to
-        a multiple of 128, and one for few, bound by reading the matrices, see `gpu.few`), "gpu_interpret" (the same on a CPU) or
-        "tokamax" (TPUs: rows and matrices are scaled, rounded to bfloat16, and multiplied).
+      implementation: "reference" (plain, G times the work), "gpu" (Hopper: one form for many rows, where N is filled up
+        to a multiple of 128, and one for few, bound by reading the matrices, see `gpu.few`), "gpu_interpret" (the same
+        on a CPU) or "tokamax" (TPUs: rows and matrices are scaled, rounded to bfloat16, and multiplied; N is a multiple
+        of 128).
 
     Returns:
       (M, N) bfloat16, accumulated in float32; for "gpu", across tiles of 128. Rows after the last group are zero.
@@ -56,7 +57,8 @@ def fp8_grouped_matmul(
     (rows, depth), (groups, columns) = lhs.shape, rhs.shape[:2]
     if depth % BLOCK or columns % (BLOCK // 2):
         raise ValueError(
-            f"fp8_grouped_matmul needs K and N to be multiples of {BLOCK} and {BLOCK // 2}, but got {depth} and {columns}"
+            f"fp8_grouped_matmul needs K to be a multiple of {BLOCK} and N of {BLOCK // 2}, "
+            f"but got {depth} and {columns}"
         )
     expected = (
         lhs.shape,
@@ -93,7 +95,8 @@ def fp8_grouped_swiglu(
 ) -> jax.Array:
     """silu(x gate) * (x up) of consecutive groups of rows: (M, N) bfloat16, of both rounded to bfloat16.
 
-    Args: as in `fp8_grouped_matmul`; gate and up are values and scales, of one shape. "gpu" computes few rows in one pass.
+    Args: as in `fp8_grouped_matmul`; gate and up are values and scales, of one shape. "gpu" computes few rows in one
+      pass.
 
     Raises ValueError as `fp8_grouped_matmul`.
     """

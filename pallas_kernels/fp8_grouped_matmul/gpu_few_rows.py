@@ -1,11 +1,12 @@
-"""FP8 grouped matmul on Hopper (Mosaic GPU) for few rows, as in decoding: bound by the matrices' bytes, each read once.
+"""FP8 grouped matmul on Hopper (Mosaic GPU) for few rows, as in decoding: bound by the matrices' bytes, read once.
 
-A thread block computes up to 64 rows of one group times a strip of columns. One warpgroup fetches, in steps of 128 along
-the contraction, as far ahead as shared memory reaches; the other multiplies, promotes each step's sums as `gpu.py` does,
-and stores. As in `grouped_matmul.gpu_few_rows` thread blocks stay and walk through the groups by themselves.
+A thread block computes up to 64 rows of one group times a strip of columns. One warpgroup fetches, in steps of 128
+along the contraction, as far ahead as shared memory reaches; the other multiplies, promotes each step's sums as
+`gpu.py` does, and stores. As in `grouped_matmul.gpu_few_rows` thread blocks stay and walk through the groups by
+themselves.
 
-A single matrix may have too few strips to keep all multiprocessors busy, or too few for even shares. There, for up to 64
-rows, each thread block has an equal share of all strips' steps, in order. It may end within a strip, whose sums then
+A single matrix may have too few strips to keep all multiprocessors busy, or too few for even shares. There, for up to
+64 rows, each thread block has an equal share of all strips' steps, in order. It may end within a strip, whose sums then
 come in parts, each in a plane of a float32 array; XLA adds the planes.
 """
 
