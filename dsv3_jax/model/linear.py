@@ -87,7 +87,7 @@ def linear_weight(
     runtime, in_blocks = module.runtime, module.has_variable(SCALES, name)
     if module.has_variable(TURNED, name):
         recipe = fp8_recipe(runtime) if runtime.precision == "fp8" else Recipe()
-        turned = module.get_variable(TURNED, name), module.get_variable(SCALES, name)
+        turned: Quantised = module.get_variable(TURNED, name), module.get_variable(SCALES, name)
         w = QuantisedWeight(None, None, None, turned, recipe, contract, shape[stack:])
         return w if runtime.precision == "fp8" else w.dequantise(runtime.dtype)
     if runtime.precision != "fp8" and not in_blocks:

@@ -10,7 +10,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_jax.quantization import dequantise_blocks, dequantise_tiles, emulation, quantise_blocks, quantise_tiles
+from dsv3_jax.quantization import (
+    dequantise_blocks,
+    dequantise_tiles,
+    emulation,
+    products,
+    quantise_blocks,
+    quantise_tiles,
+)
+from dsv3_jax.quantization import recipe as recipe_module
 from dsv3_jax.quantization.e5m6 import E5M6_MAX, quantise_e5m6, round_to_e5m6
 from dsv3_jax.quantization.matmul import QuantisedWeight, linear, swiglu
 from dsv3_jax.quantization.products import multiply, weight_gradient
@@ -235,6 +243,59 @@ def test_weights_turned_beforehand_multiply_alike():
         return y, back(dy)
 
     jax.tree.map(np.testing.assert_array_equal, results(True), results(False))
+
+
+def test_weights_only_held_turned():
+    """They multiply, have the gradient of rows, and are dequantised as others."""
+    rng, sizes = new_rng(), jnp.asarray(SIZES, jnp.int32)
+    x, dy = (jnp.asarray(rng.standard_normal((256, 128)), jnp.float32) for _ in range(2))
+    shapes = (5, 128, 192), (5, 128, 192), (5, 192, 128), (2, 64, 128)
+    stored = [QuantisedWeight.of(jnp.asarray(rng.standard_normal(s), jnp.float32), Recipe(), contract=1 + (s[0] == 2),
+                                 stack=s[0] == 5).replace(master=None) for s in shapes]  # fmt: skip
+    held = [w.matrix() for w in stored]
+    held = [QuantisedWeight(None, None, None, (m.values.mT, m.scales.mT), Recipe(), w.contract, w.shape[w.stack :])
+            for m, w in zip(held, stored, strict=True)]  # fmt: skip
+
+    def results(weights):
+        *experts, last = weights
+        y, back = jax.vjp(lambda x: linear(swiglu(x, *experts, sizes), last.matrix()), x)
+        return y, back(dy), [w.dequantise(jnp.float32) for w in weights], [len(w) for w in weights]
+
+    jax.tree.map(np.testing.assert_array_equal, results(stored), results(held))
+
+
+@pytest.mark.parametrize("rows", [1, 64, 130])
+def test_kernels_for_few_rows_are_the_emulation(rows, monkeypatch):
+    """A layer, a dense feed-forward and experts, of weights held turned, in bfloat16; SwiGLU is rounded once."""
+    for module, names in ((products, ("fp8_grouped_matmul", "fp8_grouped_swiglu")), (recipe_module, ("fp8_quantise",))):
+        for name in names:
+            plain = getattr(module, name)
+            interpreted = lambda *a, plain=plain, **how: plain(*a, **how | {"implementation": "gpu_interpret"})
+            monkeypatch.setattr(module, name, interpreted)
+    rng = new_rng()
+    x = jnp.asarray(rng.standard_normal((rows, 128)), jnp.bfloat16)
+    sizes = jnp.asarray([rows // 2, 0, rows - rows // 2], jnp.int32)
+    square, *shapes = (128, 128), (128, 192), (128, 192), (192, 128)
+    draw = lambda *s: jnp.asarray(rng.standard_normal(s) / 11, jnp.float32)
+    one, dense, experts = draw(*square), [draw(*s) for s in shapes], [draw(3, *s) for s in shapes]
+
+    of = lambda w: QuantisedWeight.of(w, Recipe(), stack=w.ndim - 2)
+
+    def held(w):
+        m = of(w)
+        return QuantisedWeight(None, None, None, (m.values.mT, m.scales.mT), Recipe("gpu"), 1, w.shape[-2:])
+
+    def emulated(x, w, sizes=None, power_of_two=False):
+        rows, m = Recipe().rows(x, power_of_two=power_of_two), of(w)
+        return multiply(Recipe(), rows, (m.values, m.scales), sizes).astype(jnp.bfloat16)
+
+    assert relative(linear(x, held(one)), np.asarray(emulated(x, one), np.float64)) < 1e-3
+    for weights, groups in ((dense, None), (experts, sizes)):
+        g, u = (emulated(x, w, groups, groups is not None).astype(jnp.float32) for w in weights[:2])
+        expected = emulated((jax.nn.silu(g) * u).astype(jnp.bfloat16), weights[2], groups)
+        got = swiglu(x, *map(held, weights), groups)
+        assert got.shape == expected.shape
+        assert relative(got, np.asarray(expected, np.float64)) < 1e-3
 
 
 def test_a_step_on_a_gpu_transposes_no_weight():
