@@ -15,6 +15,7 @@ from dsv3_jax.config import ConfigError
 Dtype = Literal["float32", "bfloat16", "float64"]
 AttentionForm = Literal["expanded", "absorbed"]
 FP8Scales = Literal["tiles", "block_gradients", "tensor"]
+FP8AttentionOutput = Literal["e4m3", "e5m6"]
 PipelineSchedule = Literal["1f1b", "zero_bubble"]
 Remat = Literal["none", "block", "paper"]
 
@@ -46,6 +47,10 @@ class Runtime:
     fp8_power_of_two: bool = False
     """Whether all FP8 scales are powers of two ("ue8m0", DeepSeek-V3.1). Those of the inputs of experts and of the
     layer after attention always are.
+    """
+    fp8_attention_output: FP8AttentionOutput = "e4m3"
+    """Format in which the input of the layer after attention is saved for the backward pass. `e5m6`: the report's 12
+    bits, emulated in bfloat16, 2 bytes a number; that layer then multiplies E4M3 quantised from it.
     """
     attention_form: AttentionForm = "expanded"
     """`expanded` computes keys and values per head (training, prefill); `absorbed` attends to the latent (decoding)."""

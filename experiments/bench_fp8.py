@@ -7,6 +7,10 @@
 - products: one matrix, and eight groups of rows with one each; the product (Fprop), the gradient of the rows (Dgrad)
   and that of the matrix (Wgrad), of operands in FP8, and as layers compute them: with the quantisation of activations
   and gradients, and aligning groups for Wgrad. Weights are FP8 in both, and here XLA transposes them for Fprop.
+- few_checks and few: products of few rows, as in decoding: results beside the reference's, and bytes per second.
+- decode: greedy steps after 4,096 cached tokens, one dense and one sparse layer of V3's widths (a vocabulary of
+  32,768), with weights in bfloat16, and those in FP8 blocks as Hopper's kernels take them. A floor is the time to copy
+  the bytes of the weights that a step reads, of experts those that its tokens went to, and of the cache.
 - steps: the loss and its gradient of two sparse models in bfloat16 and in FP8, the compiler's temporary memory, the
   time to trace, lower and compile, and what the program does in FP8 beside kernels.
 
@@ -16,30 +20,40 @@ script works.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
 import itertools
 import json
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend.core import jaxprs_in_params
 
 from dsv3_jax.accounting.flops import model_flops
+from dsv3_jax.accounting.parameters import cache_bytes_per_token, model_variables
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.auto import fp8_recipe
+from dsv3_jax.model.cache import Cache, init_cache
+from dsv3_jax.model.linear import SCALES, TURNED, turn
+from dsv3_jax.model.router import CHOICES
+from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.quantization.fp8 import TILE
 from dsv3_jax.quantization.products import multiply, weight_gradient
 from dsv3_jax.runtime import Runtime
-from experiments.bench_model import SMALL, V2_LITE, V3, gradient_of, measure_matmul, median_ms
-from experiments.bench_step import seconds
-from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_weight_gradient
+from experiments.bench_decode import weights_read
+from experiments.bench_model import SMALL, V2_LITE, V3, gradient_of, init, measure_matmul, median_ms
+from experiments.bench_step import measure_copy, seconds
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_swiglu, fp8_grouped_weight_gradient
 from pallas_kernels.fp8_quantise import Scaling, fp8_quantise, tiles_of
 
 type Row = dict[str, Any]
@@ -52,6 +66,8 @@ MODELS: dict[str, tuple[ModelConfig, int, int, dict[str, Any]]] = {
     "V3's widths, 64 experts": (dataclasses.replace(V3, n_routed_experts=64), 2, 4096, {"param_dtype": "bfloat16"}),
 }
 """Configuration, sequences, tokens of each, and changes to the runtime."""
+
+Part = Literal["checks", "quantisations", "products", "few_checks", "few", "decode", "steps"]
 
 
 def checks(rows: int, sizes: list[tuple[int, int]], groups: tuple[int, ...]) -> Iterator[Row]:
@@ -121,6 +137,148 @@ def products(rows: int, sizes: list[tuple[int, int]], groups: tuple[int, ...]) -
                 row["tflops"] = flops / seconds(jax.jit(alone[0]), *alone[1:]) / 1e12
             row["quantising_tflops"] = flops / seconds(jax.jit(quantising[0]), *quantising[1:]) / 1e12
             yield row
+
+
+def few_checks() -> Iterator[Row]:
+    """Products of few rows on a GPU beside the reference's, and the quantisation of few rows."""
+    if jax.default_backend() == "cpu":
+        return
+    for sizes, rows, depth, columns in (
+        ([1], 1, 7168, 576), ([5], 5, 1536, 768), ([64], 64, 512, 7168), ([130], 130, 512, 768),
+        ([1, 0, 5, 0, 64, 130, 0, 9], 216, 1536, 384), ([3, 0, 4, 1] * 4, 32, 256, 192),
+    ):  # fmt: skip
+        x = fp8_quantise(normal(0, rows, depth), rows=Scaling(1e-4), implementation="gpu")[0]
+        plain = fp8_quantise(normal(0, rows, depth), rows=Scaling(1e-4), implementation="reference")[0]
+        differ = [float(jnp.mean(bits(a) != bits(b))) for a, b in zip(x, plain, strict=True)]
+        gate, up = (random_matrices(key, len(sizes), columns, depth) for key in (1, 2))
+        groups, errors = jnp.asarray(sizes, jnp.int32), []
+        for call, matrices in ((fp8_grouped_matmul, gate), (fp8_grouped_swiglu, (gate, up))):
+            got, expected = (
+                jax.jit(functools.partial(call, implementation=by))(*x, *matrices, groups).astype(jnp.float32)
+                for by in ("gpu", "reference")
+            )
+            assert not got[sum(sizes) :].any()
+            errors.append(float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)))
+        yield {
+            "what": f"{rows} rows, {len(sizes)} groups, {depth} x {columns}", "relative_error": errors[0],
+            "relative_error_of_swiglu": errors[1], "quantised_values_and_scales_differ": differ,
+        }  # fmt: skip
+
+
+def random_matrices(key: int, groups: int, columns: int, depth: int) -> tuple[jax.Array, jax.Array]:
+    """Random E4M3 (G, N, K), none of it NaN or near it, and scales."""
+    byte = jax.random.randint(jax.random.key(key), (groups, columns, depth), 0, 256, jnp.int32).astype(jnp.uint8)
+    values = jax.lax.bitcast_convert_type(byte & 0xB7, jnp.float8_e4m3fn)
+    scales = jax.random.uniform(
+        jax.random.key(key), (groups, -(-columns // TILE), depth // TILE), minval=0.01, maxval=0.02
+    )
+    return values, scales
+
+
+def few() -> Iterator[Row]:
+    """GB/s of V3's products in decoding: the matrices that have rows, read once."""
+    if jax.default_backend() == "cpu":
+        return
+    for what, depth, columns, groups, two in (
+        ("q_a", 7168, 1536, 1, False), ("kv_a", 7168, 576, 1, False), ("q_b", 1536, 24576, 1, False),
+        ("o", 16384, 7168, 1, False), ("dense gate and up", 7168, 18432, 1, True),
+        ("dense down", 18432, 7168, 1, False),
+        ("experts' gate and up", 7168, 2048, 256, True), ("experts' down", 2048, 7168, 256, False),
+    ):  # fmt: skip
+        matrices = [
+            jax.jit(random_matrices, static_argnums=(1, 2, 3))(k, groups, columns, depth) for k in range(1 + two)
+        ]
+        for rows in (8, 128) if groups == 1 else (8, 1024):
+            sizes = np.zeros(groups, np.int32)
+            np.add.at(sizes, np.random.default_rng(0).permutation(np.arange(rows) % groups), 1)
+            quantise = jax.jit(functools.partial(fp8_quantise, rows=Scaling(1e-4), implementation="gpu"))
+            x = quantise(normal(0, rows, depth))[0]
+            call = fp8_grouped_swiglu if two else fp8_grouped_matmul
+            of = matrices if two else matrices[0]
+            taken = seconds(
+                jax.jit(functools.partial(call, implementation="gpu")), *x, *of, jnp.asarray(sizes), at_least=0.05
+            )
+            read = (1 + two) * int((sizes > 0).sum()) * depth * columns
+            row: Row = {"what": what, "rows": rows, "us": taken * 1e6, "GB_per_s": read / taken / 1e9}
+            if rows != 1024:
+                row["quantise_us"] = seconds(quantise, normal(0, rows, depth), at_least=0.05) * 1e6
+            yield row
+
+
+def in_blocks(config: ModelConfig, variables: Any) -> Any:
+    """Variables whose matrices are quantised in blocks and held as kernels take them; their arrays are given away."""
+    recipe = fp8_recipe(Runtime(dtype="bfloat16", precision="fp8"))
+    flat, turned, scales = flatten_dict(variables["params"]), {}, {}
+
+    @functools.partial(jax.jit, static_argnames=("stack", "contract"))
+    def quantise(w: jax.Array, stack: int, contract: int) -> tuple[jax.Array, jax.Array]:
+        inputs = int(np.prod(w.shape[stack : stack + contract]))
+        of_w, other = recipe.matrices_and_turned(w.reshape(*w.shape[:stack], inputs, -1))
+        return other or turn(*of_w)
+
+    for path in [p for p in flat if p[-1].endswith(("_proj", "_mqa"))]:
+        how = dict(stack=1 + ("experts" in path), contract=1 + (path[-1] == "o_proj"))
+        turned[path], scales[path] = jax.block_until_ready(quantise(flat.pop(path), **how))
+    held = {"params": flat, TURNED: turned, SCALES: scales}
+    return {**variables, **{name: unflatten_dict(of) for name, of in held.items()}}
+
+
+def decode(config: ModelConfig, batches: tuple[int, ...], length: int, steps: int) -> Iterator[Row]:
+    """Milliseconds of a greedy step, of `steps` in a row, and its floor."""
+    copy = measure_copy()
+    plain = Runtime(dtype="bfloat16", param_dtype="bfloat16", attention_form="absorbed")
+    models = {"bfloat16": DeepSeekV3(config, plain)}
+    models["FP8"] = DeepSeekV3(config, dataclasses.replace(plain, precision="fp8"))
+    variables = {"bfloat16": init(models["bfloat16"])}
+    variables["FP8"] = in_blocks(config, variables["bfloat16"])
+
+    def start(batch: int) -> tuple[jax.Array, Cache]:
+        cache = init_cache(config, plain, batch, length + 128)
+        noise = lambda x: jax.random.normal(jax.random.key(2), x.shape, x.dtype) if x.ndim > 1 else x
+        cache = dataclasses.replace(jax.tree.map(noise, cache), length=jnp.full((batch,), length, jnp.int32))
+        return jax.random.randint(jax.random.key(1), (batch, 1), 0, config.vocab_size), cache
+
+    def compiled(name: str, batch: int) -> Any:
+        call = functools.partial(models[name].apply, method="decode", mutable=[CHOICES])
+
+        def step(variables: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, Any]:
+            (logits, cache), chosen = call(variables, tokens, cache)
+            return jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32), cache, chosen
+
+        shapes = jax.eval_shape(lambda: start(batch))
+        return jax.jit(step, donate_argnums=2).lower(variables[name], *shapes).compile()
+
+    cases = [(name, batch) for batch in batches for name in models]
+    before = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = dict(zip(cases, pool.map(lambda case: compiled(*case), cases), strict=True))
+    print(f"compiled in {time.perf_counter() - before:.0f} s", flush=True)
+    first: dict[int, tuple[float, jax.Array]] = {}
+    for name, batch in cases:
+        (tokens, cache), step = start(batch), programs[name, batch]
+        tokens, cache, chosen = step(variables[name], tokens, cache)
+        drawn = np.asarray(tokens)
+        for _ in range(3):
+            tokens, cache, _ = step(variables[name], tokens, cache)
+        jax.block_until_ready(tokens)
+        began = time.perf_counter()
+        for _ in range(steps):
+            tokens, cache, _ = step(variables[name], tokens, cache)
+        jax.block_until_ready(tokens)
+        ms = (time.perf_counter() - began) / steps * 1e3
+        count = weights_read(config, chosen)
+        kept = sum(v.size for v in model_variables(config) if not v.path[-1].endswith(("_proj", "_mqa")))
+        kept -= config.vocab_size * config.hidden_size  # the embedding
+        weights = 2 * count if name == "bfloat16" else 2 * kept + (count - kept) * (1 + 4 / TILE**2)
+        cached = batch * length * cache_bytes_per_token(config)
+        row: Row = {"batch": batch, "weights": name, "ms": ms, "floor_ms": (weights + cached) / copy * 1e3}
+        if name == "bfloat16":
+            first[batch] = ms, drawn
+        else:
+            row |= {"ratio": ms / first[batch][0], "same_tokens": float(np.mean(drawn == first[batch][1]))}
+        held = [variables[name].get(c, {}) for c in ("params", TURNED, SCALES)]
+        row["bytes_of_weights"] = sum(a.nbytes for a in jax.tree.leaves(held))
+        yield row
 
 
 def normal(key: int, *shape: int) -> jax.Array:
@@ -232,12 +390,16 @@ def report(record: dict[str, Any]) -> str:
         timed = f"{r['ms']:.1f} | {r['flops'] / r['ms'] / 1e9:.0f}" if "ms" in r else f"{r.get('error')} | "
         memory = f"{r['temporary_bytes'] / 1e9:.2f}" if "temporary_bytes" in r else ""
         lines.append(f"| {r['model']} | {r['precision']} | {timed} | {memory} |")
+    lines += ["", "| decoding, texts | weights | ms | floor | of bfloat16's ms |", "|---:|---|---:|---:|---:|"]
+    for r in record["decode"]:
+        ratio = f"{r['ratio']:.3f}" if "ratio" in r else ""
+        lines.append(f"| {r['batch']} | {r['weights']} | {r['ms']:.3f} | {r['floor_ms']:.3f} | {ratio} |")
     return "\n".join(lines) + "\n"
 
 
 def main(
     out: Path = Path("runs/bench_fp8"),
-    parts: tuple[Literal["checks", "quantisations", "products", "steps"], ...] = ("products", "steps"),
+    parts: tuple[Part, ...] = ("products", "steps"),
     only: str = "",
 ) -> None:
     """Measures and reports.
@@ -254,13 +416,20 @@ def main(
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
         "matmul": measure_matmul(),
-        **{part: [] for part in ("checks", "quantisations", "products", "steps")},
+        **{part: [] for part in typing.get_args(Part)},
     }
     sizes = (256, [(256, 128)], (1, 2)) if cpu else (32768, [(7168, 2048), (2048, 7168)], (1, 8))
     models: Any = {"tiny": (SMALL, 2, 128, {})} if cpu else MODELS
     models = {name: model for name, model in models.items() if only in name}
     parts_of = {f.__name__: functools.partial(f, *sizes) for f in (checks, quantisations, products)}
-    run = {**parts_of, "steps": functools.partial(steps, models)}
+    of_decoding = (SMALL, (1, 4), 256, 3) if cpu else (V3, (1, 128), 4096, 50)
+    run = {
+        **parts_of,
+        "few_checks": few_checks,
+        "few": few,
+        "decode": functools.partial(decode, *of_decoding),
+        "steps": functools.partial(steps, models),
+    }
     for part in parts:
         for row in run[part]():
             record[part].append(row)

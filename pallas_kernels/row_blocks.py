@@ -23,6 +23,8 @@ SWATH = 8
 """Row blocks that run side by side, so that they share the columns' matrix blocks in L2."""
 TILE_ROWS = 8
 """An array that is stored from shared memory must have a multiple of these rows."""
+FEW_ROWS = 64
+"""Rows of a tile in the forms for few rows."""
 TILED = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128))
 """How bfloat16 lies in shared memory for the matrix units."""
 
@@ -52,10 +54,11 @@ def visits(group_sizes: jax.Array, count: int) -> jax.Array:
     return jnp.stack([group, block, lower, upper], axis=1).astype(jnp.int32)
 
 
-def staging(rows: int, columns: int) -> list[plgpu.RefUnion]:
+def staging(rows: int, columns: int, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> list[plgpu.RefUnion]:
     """Shared memory in which each warpgroup's results wait to be stored: see `store_rows`."""
-    array = functools.partial(plgpu.SMEM, (rows, columns), jnp.bfloat16)
-    return [plgpu.RefUnion(array(transforms=TILED), array()) for _ in range(2)]
+    array = functools.partial(plgpu.SMEM, (rows, columns), dtype)
+    tiled = plgpu.TilingTransform((TILE_ROWS, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
+    return [plgpu.RefUnion(array(transforms=tiled), array()) for _ in range(2)]
 
 
 def store_rows(staged, values: jax.Array, target: Callable, span: tuple[jax.Array, jax.Array] | None = None) -> None:
@@ -188,3 +191,45 @@ def fetch_tiles(tiles: int, stages: int, prepare: Callable, ready, free, cluster
     used = each_tile(tiles, one, jnp.int32(0))  # stages that have been filled before
     for stage in range(stages):
         pl.when(stage < used)(functools.partial(plgpu.barrier_wait, free.at[stage]))
+
+
+def walk_tiles(size_gmem, rows: int, groups: int, columns: int, width: int, body: Callable, carry):
+    """For few rows: `carry = body(group, first, lower, upper, column, carry)` for each of this thread block's tiles.
+
+    A tile's rows are [first + lower, first + upper), of a block that starts at `first`, a multiple of 8 as the copy
+    engine wants; its columns start at `column`. Rows past the last group are a group without a matrix, number `groups`.
+    """
+    strips = -(-columns // width)
+    worker, workers = lax.axis_index("worker"), lax.axis_size("worker")
+
+    def one(group, state):
+        begin, turn, carry = state  # `turn`: whose the group's first tile is
+        end = jnp.where(group < groups, begin + size_gmem[jnp.minimum(group, groups - 1)], rows)
+        first = begin // TILE_ROWS * TILE_ROWS
+        blocks = jnp.where(begin < end, (end - first + FEW_ROWS - 1) // FEW_ROWS, 0)
+        start = lax.rem(worker - turn + workers, workers)
+        count = jnp.maximum(blocks * strips - start + workers - 1, 0) // workers
+
+        def tile(i, carry):
+            number = start + i * workers
+            origin = (
+                first + lax.rem(number, blocks) * FEW_ROWS
+            )  # blocks of rows side by side: they share a matrix's strip
+            lower, upper = (jnp.clip(x - origin, 0, FEW_ROWS) for x in (begin, end))
+            return body(group, origin, lower, upper, number // blocks * width, carry)
+
+        carry = lax.fori_loop(0, count, tile, carry)
+        return end, lax.rem(turn + blocks * strips, workers), carry
+
+    return lax.fori_loop(0, groups + 1, one, (jnp.int32(0), jnp.int32(0), carry))[2]
+
+
+def fetch_rows(x_gmem, x_smem, first, upper, along, stage, ready) -> None:
+    """Starts copying the first `upper` rows, or a few more, in one of four sizes."""
+    sizes = (8, 16, 32, FEW_ROWS)
+    for smaller, size in zip((0, *sizes), sizes, strict=False):
+
+        @pl.when((smaller < upper) & (upper <= size))
+        def _(size=size):
+            source = x_gmem.at[pl.ds(first, size), along]
+            plgpu.copy_gmem_to_smem(source, x_smem.at[stage, pl.ds(0, size)], ready.at[stage])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,12 +20,13 @@ from dsv3_jax.checkpoint.names import Leaf, TreePath
 from dsv3_jax.checkpoint.remote import fetched
 from dsv3_jax.checkpoint.store import MANIFEST, Store
 from dsv3_jax.config import ConfigError, ModelConfig
-from dsv3_jax.model.linear import SCALES
+from dsv3_jax.model.linear import SCALES, TURNED, turn
 from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.rules import RULES, Axes, rules_of
 from dsv3_jax.parallel.sharding import LogicalSharding
 from dsv3_jax.quantization.fp8 import BLOCK, TILE
+from dsv3_jax.quantization.recipe import fp8_implementation
 from dsv3_jax.runtime import Runtime
 
 _MAKE_BLOCKS = "`python -m dsv3_jax convert HF_DIRECTORY OUT --dtype fp8` makes them"
@@ -48,7 +50,8 @@ def load_pretrained(
       dtype: of the parameters, float32 or bfloat16, as any dtype-like; by default the runtime's, else float32, which
         represents all stored numbers exactly, except that FP8 is rounded once. The router bias is always float32. "fp8"
         keeps matrices stored in FP8 blocks as they are, e4m3 in "params" and float32 scales in a collection "scales",
-        and everything else in bfloat16.
+        and everything else in bfloat16. On a single Hopper GPU that multiplies in FP8, they are transposed, as its
+        kernels take them, and in a collection "turned" instead of "params".
       runtime: how the model computes; by default in the dtype of its parameters. For "fp8" that is `precision="fp8"`,
         with the same kind of scales for activations as for weights; with precision `dtype`, each layer dequantises its
         weights on use.
@@ -76,7 +79,9 @@ def load_pretrained(
     if runtime.param_dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError("the parameters' dtype is float64, which JAX has only with jax_enable_x64: set it first")
     place = functools.partial(shardings, mesh=mesh, runtime=runtime)
-    config, variables = read_variables(path, runtime, place, mtp=mtp, check_hashes=check_hashes, in_blocks=in_blocks)
+    turned = in_blocks and mesh is None and runtime.precision == "fp8" and fp8_implementation() == "gpu"
+    options = dict(mtp=mtp, check_hashes=check_hashes, in_blocks=in_blocks, turned=turned)
+    config, variables = read_variables(path, runtime, place, **options)
     return DeepSeekV3(config, runtime, name), variables
 
 
@@ -97,10 +102,11 @@ def read_variables(
     mtp: bool = True,
     check_hashes: bool = True,
     in_blocks: bool = False,
+    turned: bool = False,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Loads the config and variables of a checkpoint, with arrays placed by `place`; otherwise as `load_pretrained`.
 
-    in_blocks: whether to keep matrices in FP8 blocks.
+    in_blocks: whether to keep matrices in FP8 blocks. turned: whether to transpose them, for Hopper's kernels.
     """
     if (path / runs.CHECKPOINTS).is_dir():
         if in_blocks:
@@ -117,7 +123,9 @@ def read_variables(
     for leaf in leaves:
         if leaf.path in blocks:
             values, scales = _array(source, leaf, FP8, where[leaf.path]), _scales(source, leaf, where[leaf.path])
-            _put(variables, leaf.path, values)
+            if turned:  # one by one, so that a single one is held twice
+                values, scales = _turn(values, scales, contract=_contracted(leaf))
+            _put(variables, (TURNED, *leaf.path[1:]) if turned else leaf.path, values)
             _put(variables, (SCALES, *leaf.path[1:]), scales)
             continue
         target = np.dtype(np.float32 if leaf.kind.float32 else runtime.param_dtype)
@@ -217,6 +225,16 @@ def _keeps_blocks(source: HFCheckpoint | Store, leaf: Leaf) -> bool:
 def _blocks_of(leaf: Leaf) -> tuple[np.ndarray, np.ndarray]:
     """Returns the row and column in the files' scale grid of each row and column of a leaf's tensors."""
     return block_rows(leaf, tensor_box(leaf, full_region(leaf.shape[leaf.stack :])), BLOCK)
+
+
+_turn = jax.jit(turn, static_argnames="contract")
+
+
+def _contracted(leaf: Leaf) -> int:
+    """Returns the number of input axes of a leaf's matrices, which come first."""
+    inputs = len(_blocks_of(leaf)[1])
+    axes = leaf.shape[leaf.stack :]
+    return next(n for n in range(1, len(axes)) if math.prod(axes[:n]) == inputs)
 
 
 def _scales(source: HFCheckpoint | Store, leaf: Leaf, sharding: Sharding) -> jax.Array:

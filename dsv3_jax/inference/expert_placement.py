@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsv3_jax.config import ConfigError, ModelConfig
-from dsv3_jax.model.linear import SCALES
+from dsv3_jax.model.linear import SCALES, TURNED
 from dsv3_jax.model.moe import EXPERT_PLACEMENT
 from dsv3_jax.parallel.mesh import MeshShape
 
@@ -43,7 +43,7 @@ def with_redundant_experts(
     slots = (experts + redundant) // devices
     place = lambda of: place_slots_on_nodes(of, config.n_group, mesh.node, mesh.expert, slots)
     placed = {name: np.apply_along_axis(place, -1, np.asarray(of, float)) for name, of in load.items()}
-    weights = {c: flatten_dict(variables[c]) for c in ("params", SCALES) if c in variables}
+    weights = {c: flatten_dict(variables[c]) for c in ("params", SCALES, TURNED) if c in variables}
     placement = {}
     for collection in weights.values():
         for path in [path for path in collection if "experts" in path]:

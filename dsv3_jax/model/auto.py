@@ -91,7 +91,7 @@ def fp8_recipe(runtime: Runtime) -> Recipe:
     implementation = fp8_implementation()
     if implementation == "gpu" and runtime.dtype != "bfloat16":
         raise ConfigError(f"runtime.precision {runtime.precision!r} on a GPU takes dtype bfloat16, not {runtime.dtype}")
-    return Recipe(implementation, runtime.fp8_scales, runtime.fp8_power_of_two)
+    return Recipe(implementation, runtime.fp8_scales, runtime.fp8_power_of_two, runtime.fp8_attention_output)
 
 
 @functools.cache

@@ -73,7 +73,7 @@ def weight_specs(sharding: LogicalSharding, w: QuantisedWeight, logical: Logical
     Raises ConfigError if a mesh axis splits a block, as sharding any other axis does.
     """
     spec = sharding.spec("a weight", w.shape, logical)
-    stack = w.scales.ndim - 2
+    stack = w.stack
     heads = [i for i in range(len(spec)) if i <= stack or i == stack + w.contract]
     for i, cut in enumerate(spec):
         parts = sharding.size_left(str(logical[i])) if cut else 1
@@ -95,7 +95,8 @@ def all_gather_blocks(sharding: LogicalSharding, name: str, w: QuantisedWeight, 
     """
     if sharding.mesh is None:
         return w
-    values, scales, stack = w.values, w.scales, w.scales.ndim - 2
+    values, scales, stack = w.values, w.scales, w.stack
+    assert values is not None  # on a mesh weights aren't held transposed alone
     for i, axes in sharding.gathered_by_hand(logical):
         inner = math.prod(w.shape[i : stack + w.contract] if i < stack + w.contract else w.shape[i:])
         along = i if i < stack else {stack: stack, stack + w.contract: stack + 1}.get(i)

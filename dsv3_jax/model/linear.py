@@ -23,7 +23,7 @@ from dsv3_jax.model.remat import save_activation
 from dsv3_jax.parallel.sharding import Logical, WeightUse, current_sharding
 from dsv3_jax.quantization import matmul as fp8
 from dsv3_jax.quantization.matmul import QuantisedWeight
-from dsv3_jax.quantization.recipe import Recipe
+from dsv3_jax.quantization.recipe import Quantised, Recipe
 from pallas_kernels import grouped_matmul
 from pallas_kernels.devices import platform
 
@@ -40,6 +40,16 @@ _Saved = tuple[jax.Array, jax.Array, jax.Array]
 SCALES = "scales"
 """The Linen collection of the scales of weights stored in FP8 blocks, at the same paths: float32
 (*stack, ceil(|I| / 128), ceil(|O| / 128)). If it is absent, weights are stored in the runtime's `param_dtype`."""
+
+TURNED = "turned"
+"""The Linen collection of weights held in FP8 blocks as Hopper's kernels multiply them, (*stack, |O|, |I|), at the same
+paths, which then aren't in `params`; their scales are transposed, too."""
+
+
+def turn(values: jax.Array, scales: jax.Array, *, contract: int = 1) -> Quantised:
+    """Transposes a weight (*stack, *I, *O), whose I has `contract` axes, and its scales: for `TURNED`."""
+    w = QuantisedWeight(values, scales, None, contract=contract).matrix()
+    return w.values.mT, w.scales.mT  # type: ignore[union-attr]
 
 
 def weight(module: Module, name: str, shape: tuple[int, ...], logical: Logical, dtype: Any = None) -> jax.Array:
@@ -76,6 +86,11 @@ def linear_weight(
       contract: number of axes that matmuls contract. stack: number of leading axes, which index matrices.
     """
     runtime, in_blocks = module.runtime, module.has_variable(SCALES, name)
+    if module.has_variable(TURNED, name):
+        recipe = fp8_recipe(runtime) if runtime.precision == "fp8" else Recipe()
+        turned: Quantised = module.get_variable(TURNED, name), module.get_variable(SCALES, name)
+        w = QuantisedWeight(None, None, None, turned, recipe, contract, shape[stack:])
+        return w if runtime.precision == "fp8" else w.dequantise(runtime.dtype)
     if runtime.precision != "fp8" and not in_blocks:
         return weight(module, name, shape, logical)
     stored = module.declare(name, nn.initializers.normal(module.config.initializer_range), shape, logical)
@@ -110,14 +125,15 @@ def linear(
       shape: of the weight, input axes first: the transpose of PyTorch's.
       logical: the logical axis of each, or None; see `parallel.rules.Rules`.
       contract: number of axes in I.
-      keep_input: whether policy `paper` saves x in FP8, with power-of-two scales, if it multiplies in FP8.
+      keep_input: whether x is attention's output, which policy `paper` saves in `Runtime.fp8_attention_output` if it
+        multiplies in FP8.
       whole_sequence: whether every device that shares a sequence has all tokens of x, (B, S, ...).
     """
     with jax.named_scope(name):
         w = linear_weight(module, name, shape, logical, contract=contract)
         if isinstance(w, QuantisedWeight):
             compute = functools.partial(
-                fp8.linear, power_of_two=keep_input, keep=save_activation if keep_input else _as_is
+                fp8.linear, after_attention=keep_input, keep=save_activation if keep_input else _as_is
             )
             return fp8_linear.linear(module.runtime, compute, x, w, logical, whole_sequence=whole_sequence)
         return multiply(x, w, contract=contract)

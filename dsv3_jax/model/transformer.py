@@ -16,7 +16,7 @@ from flax import struct
 from dsv3_jax.model.auto import unrolls
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import Cache, LayerCache, LayersCache, TokenPositions
-from dsv3_jax.model.linear import SCALES, weight
+from dsv3_jax.model.linear import SCALES, TURNED, weight
 from dsv3_jax.model.logits import Logits
 from dsv3_jax.model.module import LAYERS, Module, logical_axes
 from dsv3_jax.model.moe import EXPERT_PLACEMENT
@@ -311,7 +311,7 @@ def _through(
 
     scanned = nn.scan(
         layer,
-        variable_axes={"params": 0, SCALES: 0, ROUTER: 0, EXPERT_PLACEMENT: 0, CHOICES: 0},
+        variable_axes={"params": 0, SCALES: 0, TURNED: 0, ROUTER: 0, EXPERT_PLACEMENT: 0, CHOICES: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
         out_axes=0,

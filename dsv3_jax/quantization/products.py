@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dsv3_jax.quantization import emulation
 from dsv3_jax.quantization.fp8 import TILE
 from dsv3_jax.quantization.recipe import Quantised, Recipe
-from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_weight_gradient
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_swiglu, fp8_grouped_weight_gradient
 from pallas_kernels.fp8_quantise import tiles_of
 
 
@@ -33,12 +33,31 @@ def multiply(
     if not transposed:  # the kernel's matrices are contiguous along K
         values, scales = swap(values), swap(scales)
     columns = values.shape[-2]
+    rows, w, group_sizes = _for_kernel(x, (values, scales), group_sizes)
+    return fp8_grouped_matmul(*rows, *w, group_sizes, implementation="gpu")[:, :columns]
+
+
+def gate_and_up(
+    recipe: Recipe, x: Quantised, gate: Quantised, up: Quantised, group_sizes: jax.Array | None = None
+) -> jax.Array:
+    """Computes silu(x gate) * (x up) by kernels, in one pass for few rows: (M, N) bfloat16.
+
+    Args: as in `multiply`, with both matrices transposed, (..., N, K).
+    """
+    columns = gate[0].shape[-2]
+    _, gate, _ = _for_kernel(x, gate, group_sizes)
+    rows, up, group_sizes = _for_kernel(x, up, group_sizes)
+    return fp8_grouped_swiglu(*rows, gate, up, group_sizes, implementation="gpu")[:, :columns]
+
+
+def _for_kernel(x: Quantised, w: Quantised, group_sizes: jax.Array | None) -> tuple[Quantised, Quantised, jax.Array]:
+    """Rows, matrices (..., N, K) and sizes as kernels take them: with groups, and filled up to whole tiles."""
+    values, scales = w
     if group_sizes is None:
         values, scales, group_sizes = values[None], scales[None], jnp.full((1,), len(x[0]), jnp.int32)
-    fill = tuple((0, -n % TILE) for n in values.shape[1:])
-    rows = jnp.pad(x[0], ((0, 0), fill[1]))
-    values = jnp.pad(values, ((0, 0), *fill))
-    return fp8_grouped_matmul(rows, x[1], values, scales, group_sizes, implementation="gpu")[:, :columns]
+    along = (0, -values.shape[-1] % TILE)
+    rows = jnp.pad(x[0], ((0, 0), along)), x[1]
+    return rows, (jnp.pad(values, ((0, 0), (0, -values.shape[1] % (TILE // 2)), along)), scales), group_sizes
 
 
 def weight_gradient(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.quantization.fp8 import ACTIVATION_FLOOR, TILE, dequantise_tiles, quantise_blocks
-from dsv3_jax.runtime import FP8Scales
+from dsv3_jax.runtime import FP8AttentionOutput, FP8Scales
 from pallas_kernels.devices import is_hopper, platform
 from pallas_kernels.fp8_quantise import Scaling, aligned, fp8_quantise, fp8_quantise_blocks, takes, takes_blocks
 
@@ -27,16 +27,20 @@ class Recipe:
     scales: see `Runtime.fp8_scales`.
     power_of_two: for all scales; those of the inputs of experts and of the layer after attention always are (report
       sections 3.3.2, 3.3.3).
+    attention_output: see `Runtime.fp8_attention_output`.
     """
 
     implementation: Implementation = "emulation"
     scales: FP8Scales = "tiles"
     power_of_two: bool = False
+    attention_output: FP8AttentionOutput = "e4m3"
 
     def __str__(self) -> str:
         by = "Hopper kernels" if self.implementation == "gpu" else "emulation"
         scales = {"tiles": "1x128 and 128x128", "block_gradients": "128x128 gradients", "tensor": "one per tensor"}
-        return f"by {by}, scales {scales[self.scales]}{', powers of two' if self.power_of_two else ''}"
+        power_of_two = ", powers of two" if self.power_of_two else ""
+        saved = ", attention's output saved in E5M6" if self.attention_output == "e5m6" else ""
+        return f"by {by}, scales {scales[self.scales]}{power_of_two}{saved}"
 
     def rows(self, x: jax.Array, *, gradient: bool = False, power_of_two: bool = False) -> Quantised:
         """Quantises rows (M, K) along K: values (M, K), scales (M, ceil(K / 128))."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import interpreter, require_tpu
-from pallas_kernels.fp8_grouped_matmul import gpu, gpu_weight_gradient, library, reference
+from pallas_kernels.fp8_grouped_matmul import gpu, gpu_few_rows, gpu_weight_gradient, library, reference
 
 IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret", "tokamax")
 GRADIENT_IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret")
 BLOCK = reference.BLOCK
+
+type Quantised = tuple[jax.Array, jax.Array]
 
 
 def fp8_grouped_matmul(
@@ -28,11 +32,13 @@ def fp8_grouped_matmul(
       lhs: (M, K) float8_e4m3fn rows, sorted by group. K is a multiple of 128.
       lhs_scales: (M, K / 128) float32: scale of each tile of 1 x 128 elements.
       rhs: (G, N, K) float8_e4m3fn, one matrix per group, transposed, since the matrix units require both operands
-        contiguous along K. N is a multiple of 128.
-      rhs_scales: (G, N / 128, K / 128) float32: scale of each block of 128 x 128.
+        contiguous along K. N is a multiple of 64.
+      rhs_scales: (G, ceil(N / 128), K / 128) float32: scale of each block of 128 x 128.
       group_sizes: (G,) int32, rows of each group; they sum to at most M.
-      implementation: "reference" (plain, G times the work), "gpu" (Hopper), "gpu_interpret" (the same on a CPU) or
-        "tokamax" (TPUs: rows and matrices are scaled, rounded to bfloat16, and multiplied).
+      implementation: "reference" (plain, G times the work), "gpu" (Hopper: one form for many rows, where N is filled up
+        to a multiple of 128, and one for few, bound by reading the matrices, see `gpu.few`), "gpu_interpret" (the same
+        on a CPU) or "tokamax" (TPUs: rows and matrices are scaled, rounded to bfloat16, and multiplied; N is a multiple
+        of 128).
 
     Returns:
       (M, N) bfloat16, accumulated in float32; for "gpu", across tiles of 128. Rows after the last group are zero.
@@ -49,13 +55,16 @@ def fp8_grouped_matmul(
     if [len(s) for s in shapes] != [2, 2, 3, 3, 1]:
         raise ValueError(f"fp8_grouped_matmul needs arrays of 2, 2, 3, 3 and 1 axes, but got {shapes}")
     (rows, depth), (groups, columns) = lhs.shape, rhs.shape[:2]
-    if depth % BLOCK or columns % BLOCK:
-        raise ValueError(f"fp8_grouped_matmul needs K and N to be multiples of {BLOCK}, but got {depth} and {columns}")
+    if depth % BLOCK or columns % (BLOCK // 2):
+        raise ValueError(
+            f"fp8_grouped_matmul needs K to be a multiple of {BLOCK} and N of {BLOCK // 2}, "
+            f"but got {depth} and {columns}"
+        )
     expected = (
         lhs.shape,
         (rows, depth // BLOCK),
         (groups, columns, depth),
-        (groups, columns // BLOCK, depth // BLOCK),
+        (groups, -(-columns // BLOCK), depth // BLOCK),
         (groups,),
     )
     if shapes != expected:
@@ -70,8 +79,35 @@ def fp8_grouped_matmul(
         require_tpu("fp8_grouped_matmul by tokamax")
         return library.tokamax(lhs, lhs_scales, rhs, rhs_scales, group_sizes)
     interpret = interpreter("fp8_grouped_matmul", implementation, gpu.INTERPRET)
-    out: jax.Array = gpu.fp8_grouped_matmul(lhs, lhs_scales, rhs, rhs_scales, group_sizes, interpret=interpret)
+    form = gpu_few_rows.product if gpu.few(rows, groups) else gpu.fp8_grouped_matmul
+    out: jax.Array = form(lhs, lhs_scales, rhs, rhs_scales, group_sizes, interpret=interpret)
     return out
+
+
+def fp8_grouped_swiglu(
+    lhs: jax.Array,
+    lhs_scales: jax.Array,
+    gate: Quantised,
+    up: Quantised,
+    group_sizes: jax.Array,
+    *,
+    implementation: str,
+) -> jax.Array:
+    """silu(x gate) * (x up) of consecutive groups of rows: (M, N) bfloat16, of both rounded to bfloat16.
+
+    Args: as in `fp8_grouped_matmul`; gate and up are values and scales, of one shape. "gpu" computes few rows in one
+      pass.
+
+    Raises ValueError as `fp8_grouped_matmul`.
+    """
+    product = functools.partial(fp8_grouped_matmul, lhs, lhs_scales, implementation=implementation)
+    forms = [jax.eval_shape(product, *of, group_sizes) for of in (gate, up)]
+    if implementation in ("gpu", "gpu_interpret") and forms[0] == forms[1] and gpu.few(len(lhs), len(group_sizes)):
+        interpret = interpreter("fp8_grouped_swiglu", implementation, gpu.INTERPRET)
+        out: jax.Array = gpu_few_rows.swiglu(lhs, lhs_scales, gate, up, group_sizes, interpret=interpret)
+        return out
+    g, u = (product(*of, group_sizes).astype(jnp.float32) for of in (gate, up))
+    return (jax.nn.silu(g) * u).astype(jnp.bfloat16)
 
 
 def fp8_grouped_weight_gradient(

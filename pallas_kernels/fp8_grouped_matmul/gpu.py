@@ -37,7 +37,16 @@ from pallas_kernels.row_blocks import (
 
 ROWS = 64  # of a warpgroup
 STAGES = 4
+FEW = 96
+"""Rows per group, on average, up to which `gpu_few_rows` is taken, as in bfloat16."""
+FEW_OF_ONE = 256
+"""And of a single matrix, whose wide tiles would leave most multiprocessors idle."""
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+
+
+def few(rows: int, groups: int) -> bool:
+    """Whether rows are so few that the bytes of the matrices bind."""
+    return rows <= (FEW_OF_ONE if groups == 1 else FEW * groups)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -52,7 +61,9 @@ def fp8_grouped_matmul(
 ) -> jax.Array:
     """See `api.fp8_grouped_matmul`. `interpret` runs it on a CPU, slowly."""
     rows, depth = lhs.shape
-    groups, columns, _ = rhs.shape
+    groups, asked, _ = rhs.shape
+    rhs = jnp.pad(rhs, ((0, 0), (0, -asked % BLOCK), (0, 0)))
+    columns = rhs.shape[1]
     width = 2 if columns % (2 * BLOCK) == 0 else 1  # of a tile, in blocks of columns
     # Thread blocks that stay, and fetch the next tile while they write one, drift apart. Where a matrix doesn't stay in
     # L2 that costs more than it gains (measured on an H100): there each tile has a thread block of its own.
@@ -75,7 +86,7 @@ def fp8_grouped_matmul(
             **stage_barriers(STAGES, 1 + width, cluster),
         ),
         **launch(tiles, cluster, interpret, workers=MULTIPROCESSORS if stays else tiles * cluster),
-    )(jnp.pad(lhs, pad), scales, rhs, rhs_scales, work)[:rows]
+    )(jnp.pad(lhs, pad), scales, rhs, rhs_scales, work)[:rows, :asked]
 
 
 def _tiled():

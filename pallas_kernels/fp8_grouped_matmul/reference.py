@@ -14,7 +14,7 @@ def fp8_grouped_matmul(
     """See `api.fp8_grouped_matmul`. Computes in float32 (or float64, if the scales are), with G times the work."""
     wide = lhs_scales.dtype
     x = lhs.astype(wide) * jnp.repeat(lhs_scales, BLOCK, 1)
-    w = rhs.astype(wide) * jnp.repeat(jnp.repeat(rhs_scales, BLOCK, 1), BLOCK, 2)
+    w = rhs.astype(wide) * jnp.repeat(jnp.repeat(rhs_scales, BLOCK, 1), BLOCK, 2)[:, : rhs.shape[1]]
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(lhs.shape[0])
     member = (row >= (ends - group_sizes)[:, None]) & (row < ends[:, None])  # (G, M)

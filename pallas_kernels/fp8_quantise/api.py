@@ -7,9 +7,18 @@ import jax.numpy as jnp
 
 from pallas_kernels.devices import interpreter
 from pallas_kernels.fp8_quantise import gpu, gpu_blocks, reference
-from pallas_kernels.fp8_quantise.reference import Scaling, aligned, tiles_of
+from pallas_kernels.fp8_quantise.reference import ALIGNMENT, Scaling, aligned, tiles_of
 
-__all__ = ["Scaling", "aligned", "fp8_quantise", "fp8_quantise_blocks", "takes", "takes_blocks", "tiles_of"]
+__all__ = [
+    "ALIGNMENT",
+    "Scaling",
+    "aligned",
+    "fp8_quantise",
+    "fp8_quantise_blocks",
+    "takes",
+    "takes_blocks",
+    "tiles_of",
+]
 
 IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret")
 TILE = reference.TILE

@@ -53,8 +53,9 @@ def fp8_quantise(
     outputs = {}
     if rows:
         # Unlike a tile of values, a run of scales isn't cut off at the end of its row, but at the array's: without room
-        # past the last of M, it would go on in the next row.
-        outputs |= {"rows": shape(x.shape, fp8), "rows_scales": shape((tiles, len(x) + TILE), f32)}
+        # past the last of M, it would go on in the next row. Few rows have a shorter run, and so nothing to cut away.
+        room = 0 if group_sizes is None and (len(x) < TILE or len(x) % TILE == 0) else TILE
+        outputs |= {"rows": shape(x.shape, fp8), "rows_scales": shape((tiles, len(x) + room), f32)}
     if columns:
         outputs["columns"] = shape((tiles * TILE, blocks * TILE), fp8)
         outputs["columns_scales"] = shape((blocks, tiles * TILE), f32)
@@ -102,14 +103,14 @@ def _kernel(gmem: dict, smem: dict, rows: Scaling | None, columns: Scaling | Non
     def put(name: str, how: Scaling, halves: Callable, values_at: tuple, scales_at: tuple) -> None:
         """Quantises halves of a tile, (64, 128) float32 each, and starts storing them."""
         values, scales = smem[name]
-        for i in range(2):
+        for i in range(1 if name == "rows" and gmem["x"].shape[0] <= HALF else 2):
             half, mine = halves(i), pl.ds(i * HALF, HALF)
             scale = how.of(jnp.max(jnp.abs(half), axis=1))
             values[mine] = encode(half, lax.broadcast_in_dim(scale, half.shape, [0]))
             scales[mine] = scale
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(values, gmem[name].at[*values_at])
-        plgpu.copy_smem_to_gmem(scales, gmem[f"{name}_scales"].at[*scales_at])
+        plgpu.copy_smem_to_gmem(scales.at[pl.ds(0, scales_at[1].size)], gmem[f"{name}_scales"].at[*scales_at])
 
     def of_rows(i: int) -> jax.Array:
         return plgpu.load(x.at[pl.ds(i * HALF, HALF)], layout=LAYOUT).astype(jnp.float32)
@@ -135,7 +136,8 @@ def _kernel(gmem: dict, smem: dict, rows: Scaling | None, columns: Scaling | Non
             plgpu.copy_gmem_to_smem(gmem["scales"].at[tile, down], given, arrived)
         plgpu.barrier_wait(arrived)
         if rows:
-            put("rows", rows, of_rows, (down, across), (tile, down))
+            run = pl.ds(first, min(TILE, gmem["rows_scales"].shape[1]))
+            put("rows", rows, of_rows, (down, across), (tile, run))
         if columns:
             put("columns", columns, of_columns, (across, along), (block, across))
         plgpu.wait_smem_to_gmem(0)

@@ -13,7 +13,6 @@ has to be made first, by kernels that would take as long, and matrices of groups
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -21,9 +20,18 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.row_blocks import MULTIPROCESSORS, TILE_ROWS, TILED, staging, store_rows
+from pallas_kernels.row_blocks import (
+    FEW_ROWS,
+    MULTIPROCESSORS,
+    TILE_ROWS,
+    TILED,
+    fetch_rows,
+    staging,
+    store_rows,
+    walk_tiles,
+)
 
-ROWS, DEPTH = 64, 64
+ROWS, DEPTH = FEW_ROWS, 64
 COLUMNS = 128
 """Columns of the matrices that a step fetches: of one, or half of each of two."""
 STAGES = 6
@@ -87,7 +95,7 @@ def _kernel(x_gmem, *refs, x_smem, w_smem, out_smem, ready, free, rows, width):
     *w_gmems, size_gmem, out_gmem = refs
     groups, depth, columns = w_gmems[0].shape
     steps = depth // DEPTH
-    walk = functools.partial(_walk, size_gmem, rows, groups, columns, width)
+    walk = functools.partial(walk_tiles, size_gmem, rows, groups, columns, width)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == 1)
@@ -97,7 +105,7 @@ def _kernel(x_gmem, *refs, x_smem, w_smem, out_smem, ready, free, rows, width):
                 stage = lax.rem(n, STAGES)
                 pl.when(n >= STAGES)(lambda: plgpu.barrier_wait(free.at[stage]))
                 along = pl.ds(i * DEPTH, DEPTH)
-                _fetch_rows(x_gmem, x_smem, first, upper, along, stage, ready)
+                fetch_rows(x_gmem, x_smem, first, upper, along, stage, ready)
                 for w, w_gmem in enumerate(w_gmems):
                     strip = w_gmem.at[group, along, pl.ds(column, width)]
                     plgpu.copy_gmem_to_smem(strip, w_smem.at[stage, w], ready.at[stage])
@@ -134,43 +142,3 @@ def _kernel(x_gmem, *refs, x_smem, w_smem, out_smem, ready, free, rows, width):
 
         walk(tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
-
-
-def _walk(size_gmem, rows: int, groups: int, columns: int, width: int, body: Callable, carry):
-    """`carry = body(group, first, lower, upper, column, carry)` for this thread block's share of the tiles.
-
-    A tile's rows are [first + lower, first + upper), of a block that starts at `first`, a multiple of 8 as the copy
-    engine wants; its columns start at `column`. Rows past the last group are a group without a matrix, number `groups`.
-    """
-    strips = -(-columns // width)
-    worker, workers = lax.axis_index("worker"), lax.axis_size("worker")
-
-    def one(group, state):
-        begin, turn, carry = state  # `turn`: whose the group's first tile is
-        end = jnp.where(group < groups, begin + size_gmem[jnp.minimum(group, groups - 1)], rows)
-        first = begin // TILE_ROWS * TILE_ROWS
-        blocks = jnp.where(begin < end, (end - first + ROWS - 1) // ROWS, 0)
-        start = lax.rem(worker - turn + workers, workers)
-        count = jnp.maximum(blocks * strips - start + workers - 1, 0) // workers
-
-        def tile(i, carry):
-            number = start + i * workers
-            origin = first + lax.rem(number, blocks) * ROWS  # blocks of rows side by side: they share a matrix's strip
-            lower, upper = (jnp.clip(x - origin, 0, ROWS) for x in (begin, end))
-            return body(group, origin, lower, upper, number // blocks * width, carry)
-
-        carry = lax.fori_loop(0, count, tile, carry)
-        return end, lax.rem(turn + blocks * strips, workers), carry
-
-    return lax.fori_loop(0, groups + 1, one, (jnp.int32(0), jnp.int32(0), carry))[2]
-
-
-def _fetch_rows(x_gmem, x_smem, first, upper, along, stage, ready) -> None:
-    """Starts copying the first `upper` rows, or a few more, in one of four sizes."""
-    sizes = (8, 16, 32, ROWS)
-    for smaller, size in zip((0, *sizes), sizes, strict=False):
-
-        @pl.when((smaller < upper) & (upper <= size))
-        def _(size=size):
-            source = x_gmem.at[pl.ds(first, size), along]
-            plgpu.copy_gmem_to_smem(source, x_smem.at[stage, pl.ds(0, size)], ready.at[stage])

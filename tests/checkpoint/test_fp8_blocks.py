@@ -113,6 +113,28 @@ def test_a_weight_takes_1_04_bytes(checkpoint):
     assert {params[path].dtype.name for path in params.keys() - in_blocks.keys()} == {"bfloat16"}
 
 
+def test_on_hopper_they_are_held_as_its_kernels_take_them(checkpoint, monkeypatch):
+    """Each once, and the model computes the same; also with redundant experts."""
+    model, stored = load_pretrained(checkpoint, dtype="fp8")
+    monkeypatch.setattr("dsv3_jax.checkpoint.load.fp8_implementation", lambda: "gpu")
+    model_again, held = load_pretrained(checkpoint, dtype="fp8")
+    assert model_again == model
+    matrices = jax.tree.leaves(held["turned"])
+    assert not [x for x in jax.tree.leaves(held["params"]) if x.dtype == jnp.float8_e4m3fn]
+    assert len(jax.tree.leaves(held["params"])) + len(matrices) == len(jax.tree.leaves(stored["params"]))
+    whole = sum(x.nbytes for x in [*matrices, *jax.tree.leaves(held["scales"])])
+    assert whole <= 1.04 * sum(x.size for x in matrices)
+    assert held["turned"]["moe_layers"]["self_attn"]["o_proj"].shape == (1, 256, 256)
+    assert held["turned"]["moe_layers"]["mlp"]["experts"]["up_proj"].shape == (1, 4, 256, 256)
+    assert held["turned"]["moe_layers"]["self_attn"]["q_b_proj"].shape == (1, 384, 128)
+    np.testing.assert_array_equal(logits(model, held), logits(model, stored))
+    absorbed = model.clone(runtime=dataclasses.replace(model.runtime, attention_form="absorbed"))
+    np.testing.assert_allclose(logits(absorbed, held), logits(absorbed, stored), atol=1e-5)
+    load = {"moe_layers": np.array([[1.0, 9, 1, 1]]), "mtp_0": np.array([1.0, 1, 9, 1])}
+    placed = with_redundant_experts(held, load, CONFIG, MeshShape(), redundant=2)
+    assert placed["turned"]["moe_layers"]["mlp"]["experts"]["up_proj"].shape == (1, 6, 256, 256)
+
+
 @both
 def test_scales_are_those_of_the_files(source, request):
     model, variables = load_pretrained(request.getfixturevalue(source), dtype="fp8")

@@ -211,6 +211,16 @@ def test_saved_activations_are_smaller_by_the_compiler():
     assert measured[0] <= 0.65 * measured[1], measured
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("e4m3", jnp.uint8), ("e5m6", jnp.bfloat16)])
+def test_attentions_output_is_saved_as_the_runtime_says(name, dtype):
+    """(E4M3 as bytes, see `save_activation`.)"""
+    runtime = dataclasses.replace(BFLOAT16, precision="fp8", fp8_attention_output=name)
+    config = dataclasses.replace(CONFIG, v_head_dim=96)
+    forward, arguments = saved_for_backward(config, runtime, is_moe=True, tokens=16)
+    kept = jax.tree.leaves(jax.eval_shape(forward, *arguments))
+    assert [a.dtype for a in kept if a.shape == (16, 4 * 96)] == [dtype]
+
+
 def test_recomputation_quantises_no_weight():
     """Blocks of every weight are among what is kept for the backward pass."""
     forward, arguments = saved_for_backward(

@@ -87,6 +87,14 @@ def test_gpu(rows, columns, dtype, groups, capsys):
         assert "RACE DETECTED" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rows", [1, 8, 64, 72, 128])
+def test_gpu_few_rows(rows, capsys):
+    x = matrix(128, 192)[-rows:]
+    got, expected = (fp8_quantise(x, rows=FLOOR, implementation=by)[0] for by in ("gpu_interpret", "reference"))
+    same(got, expected)
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("groups", [None, SIZES])
 def test_gpu_from_rows(groups, capsys):
     x, groups = matrix(300, 192), None if groups is None else jnp.asarray(groups, jnp.int32)

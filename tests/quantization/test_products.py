@@ -10,7 +10,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_jax.quantization import dequantise_blocks, dequantise_tiles, emulation, quantise_blocks, quantise_tiles
+from dsv3_jax.quantization import (
+    dequantise_blocks,
+    dequantise_tiles,
+    emulation,
+    products,
+    quantise_blocks,
+    quantise_tiles,
+)
+from dsv3_jax.quantization import recipe as recipe_module
+from dsv3_jax.quantization.e5m6 import E5M6_MAX, quantise_e5m6, round_to_e5m6
 from dsv3_jax.quantization.matmul import QuantisedWeight, linear, swiglu
 from dsv3_jax.quantization.products import multiply, weight_gradient
 from dsv3_jax.quantization.recipe import Recipe
@@ -236,6 +245,59 @@ def test_weights_turned_beforehand_multiply_alike():
     jax.tree.map(np.testing.assert_array_equal, results(True), results(False))
 
 
+def test_weights_only_held_turned():
+    """They multiply, have the gradient of rows, and are dequantised as others."""
+    rng, sizes = new_rng(), jnp.asarray(SIZES, jnp.int32)
+    x, dy = (jnp.asarray(rng.standard_normal((256, 128)), jnp.float32) for _ in range(2))
+    shapes = (5, 128, 192), (5, 128, 192), (5, 192, 128), (2, 64, 128)
+    stored = [QuantisedWeight.of(jnp.asarray(rng.standard_normal(s), jnp.float32), Recipe(), contract=1 + (s[0] == 2),
+                                 stack=s[0] == 5).replace(master=None) for s in shapes]  # fmt: skip
+    held = [w.matrix() for w in stored]
+    held = [QuantisedWeight(None, None, None, (m.values.mT, m.scales.mT), Recipe(), w.contract, w.shape[w.stack :])
+            for m, w in zip(held, stored, strict=True)]  # fmt: skip
+
+    def results(weights):
+        *experts, last = weights
+        y, back = jax.vjp(lambda x: linear(swiglu(x, *experts, sizes), last.matrix()), x)
+        return y, back(dy), [w.dequantise(jnp.float32) for w in weights], [len(w) for w in weights]
+
+    jax.tree.map(np.testing.assert_array_equal, results(stored), results(held))
+
+
+@pytest.mark.parametrize("rows", [1, 64, 130])
+def test_kernels_for_few_rows_are_the_emulation(rows, monkeypatch):
+    """A layer, a dense feed-forward and experts, of weights held turned, in bfloat16; SwiGLU is rounded once."""
+    for module, names in ((products, ("fp8_grouped_matmul", "fp8_grouped_swiglu")), (recipe_module, ("fp8_quantise",))):
+        for name in names:
+            plain = getattr(module, name)
+            interpreted = lambda *a, plain=plain, **how: plain(*a, **how | {"implementation": "gpu_interpret"})
+            monkeypatch.setattr(module, name, interpreted)
+    rng = new_rng()
+    x = jnp.asarray(rng.standard_normal((rows, 128)), jnp.bfloat16)
+    sizes = jnp.asarray([rows // 2, 0, rows - rows // 2], jnp.int32)
+    square, *shapes = (128, 128), (128, 192), (128, 192), (192, 128)
+    draw = lambda *s: jnp.asarray(rng.standard_normal(s) / 11, jnp.float32)
+    one, dense, experts = draw(*square), [draw(*s) for s in shapes], [draw(3, *s) for s in shapes]
+
+    of = lambda w: QuantisedWeight.of(w, Recipe(), stack=w.ndim - 2)
+
+    def held(w):
+        m = of(w)
+        return QuantisedWeight(None, None, None, (m.values.mT, m.scales.mT), Recipe("gpu"), 1, w.shape[-2:])
+
+    def emulated(x, w, sizes=None, power_of_two=False):
+        rows, m = Recipe().rows(x, power_of_two=power_of_two), of(w)
+        return multiply(Recipe(), rows, (m.values, m.scales), sizes).astype(jnp.bfloat16)
+
+    assert relative(linear(x, held(one)), np.asarray(emulated(x, one), np.float64)) < 1e-3
+    for weights, groups in ((dense, None), (experts, sizes)):
+        g, u = (emulated(x, w, groups, groups is not None).astype(jnp.float32) for w in weights[:2])
+        expected = emulated((jax.nn.silu(g) * u).astype(jnp.bfloat16), weights[2], groups)
+        got = swiglu(x, *map(held, weights), groups)
+        assert got.shape == expected.shape
+        assert relative(got, np.asarray(expected, np.float64)) < 1e-3
+
+
 def test_a_step_on_a_gpu_transposes_no_weight():
     """Its kernels quantise matrices both ways, once for all uses."""
     recipe = Recipe(implementation="gpu")
@@ -252,11 +314,83 @@ def test_a_step_on_a_gpu_transposes_no_weight():
     assert not re.search(r"stablehlo.transpose.*f8E4M3", module)
 
 
+# Not negative, in the order of their bits: 5 of exponent, 6 of mantissa.
+E5M6 = np.array([(m + (64 if e else 0)) * 2.0 ** (max(e, 1) - 21) for e in range(31) for m in range(64)])
+
+
 def e5m6(x):
-    """Rounds float64 to 5 bits of exponent and 6 of mantissa, ties to even."""
-    _, exponent = np.frexp(x)
-    step = np.exp2(np.maximum(exponent - 1, -14) - 6.0)
-    return np.round(x / step) * step
+    """The nearest E5M6 number to float64, that with an even mantissa of two."""
+    x = np.asarray(x, np.float64)
+    far = np.minimum(np.abs(x), E5M6[-1])
+    above = np.minimum(np.searchsorted(E5M6, far), len(E5M6) - 1)
+    below = np.maximum(above - 1, 0)
+    up, down = E5M6[above] - far, far - E5M6[below]
+    chosen = np.where((up < down) | ((up == down) & (above % 2 == 0)), above, below)
+    return np.copysign(E5M6[chosen], x)
+
+
+def test_rounding_to_e5m6_is_to_the_nearest_of_all_its_numbers():
+    """Each number, what is half way to the next, and what is just beside that; beyond the largest it saturates."""
+    assert E5M6[-1] == E5M6_MAX
+    half = (E5M6[1:] + E5M6[:-1]) / 2
+    half = np.append(half, 1.01 * E5M6_MAX).astype(np.float32)
+    x = np.concatenate([E5M6.astype(np.float32), half, np.nextafter(half, 0), np.nextafter(half, 1e6), [1e30]])
+    x = np.concatenate([x, -x]).astype(np.float32)
+    got = jax.jit(round_to_e5m6)(x)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(got, np.float64), e5m6(x))
+    np.testing.assert_array_equal(np.asarray(round_to_e5m6(jnp.asarray([np.nan, np.inf])), np.float32), [np.nan, 65024])
+
+
+def test_tiles_in_e5m6():
+    """Each tile's largest number is just within the format; a NaN or an infinity spoils its own tile."""
+    x = np.exp(4 * new_rng().standard_normal((9, 320))).astype(np.float32)
+    x[0, :128], x[1, 0], x[2, 0], x[3, 5], x[4, 130] = 0, 65024 * 2.0**7, 65025 * 2.0**8, np.nan, -np.inf
+    values, scales = (np.asarray(a, np.float64) for a in jax.jit(quantise_e5m6)(x))
+    np.testing.assert_array_equal(np.argwhere(np.isnan(scales)), [[3, 0], [4, 1]])
+    largest = np.maximum(np.abs(np.pad(x, ((0, 0), (0, 64))).reshape(9, 3, 128)).max(2), 1e-4)
+    with np.errstate(invalid="ignore"):
+        expected = np.where(
+            np.isfinite(largest), 2.0 ** np.ceil(np.log2(largest.astype(np.float64) / E5M6_MAX)), np.nan
+        )
+    np.testing.assert_array_equal(scales, expected)
+    assert scales[1, 0] == 2.0**7
+    assert scales[2, 0] == 2.0**9
+    grid = np.repeat(scales, 128, 1)[:, :320]
+    finite = np.isfinite(grid)
+    np.testing.assert_array_equal(values[finite], e5m6((x / grid)[finite]))
+    assert np.isnan(values[~finite]).all()
+
+
+def test_what_is_saved_after_attention():
+    """By default E4M3. In E5M6 it is that, which the gradient of the weight sees; the product sees E4M3 of it."""
+    rng = new_rng()
+    x, w, dy = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((256, 200), (200, 128), (256, 128)))
+    x *= jnp.exp(2 * jnp.asarray(rng.standard_normal((1, 200)), jnp.float32))
+    results = {}
+    for name in ("e4m3", "e5m6"):
+        recipe, saved = Recipe(attention_output=name), []
+        weight = QuantisedWeight.of(w, recipe)
+        keep = lambda a, saved=saved: saved.append(a) or a
+        product = lambda x, m, weight=weight, keep=keep: linear(
+            x, weight.replace(master=m), after_attention=True, keep=keep
+        )
+        y, back = jax.vjp(product, x, w)
+        results[name] = saved, y, back(dy)[1], recipe, weight
+    (values, scales), _, _, _, _ = results["e4m3"]
+    assert values.dtype == jnp.float8_e4m3fn
+    (values, scales), y, dw, recipe, weight = results["e5m6"]
+    assert values.dtype == jnp.bfloat16
+    assert np.isin(np.abs(np.asarray(values, np.float64)), E5M6).all()
+    np.testing.assert_array_equal(np.exp2(np.round(np.log2(scales))), scales)
+    grid = np.repeat(np.asarray(scales, np.float64), 128, 1)[:, :200]
+    kept = e5m6(np.asarray(x) / grid) * grid
+    rows = quantise_tiles(jnp.asarray(kept, jnp.float32), power_of_two=True)
+    np.testing.assert_array_equal(y, multiply(recipe, rows, (weight.values, weight.scales)))
+    columns = recipe.columns(jnp.asarray(kept, jnp.float32), power_of_two=True)
+    expected = weight_gradient(recipe, columns, recipe.columns(dy, gradient=True), (200, 128))
+    np.testing.assert_array_equal(dw, expected)
+    assert not np.array_equal(dw, results["e4m3"][2])
 
 
 @pytest.mark.parametrize(("spread", "worst"), [(1, 0.035), (2, 0.05)])
