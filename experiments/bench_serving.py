@@ -9,6 +9,7 @@ Each part is timed after a first round that compiles. Writes results.json after 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import functools
@@ -208,9 +209,28 @@ def long_caches(config: ModelConfig) -> dict[str, Any]:
 
 
 def operations(text: str, scope: str) -> set[str]:
-    """Names of the operations in a compiled program's text that a named scope made."""
-    named = re.finditer(r'^\s*(?:ROOT )?%([\w.-]+) = .*op_name="([^"]*)"', text, re.MULTILINE)
-    return {name for name, made_by in (m.groups() for m in named) if scope in made_by}
+    """Names of the operations in a compiled program's text that a named scope made, or that XLA added for these alone.
+
+    XLA's own, such as copies of what a loop carries, have no origin: they belong to what uses them.
+    """
+    origin, users, computation = {}, collections.defaultdict(set), ""
+    for line in text.splitlines():
+        if opened := re.match(r"(?:ENTRY )?%([\w.-]+) .*{$", line):
+            computation = opened[1]
+        elif found := re.match(r"\s+(ROOT )?%([\w.-]+) = (.*)", line):
+            root, name, rest = found.groups()
+            made_by = re.search(r'op_name="([^"]*)"', rest)
+            origin[name] = made_by and made_by[1]
+            for used in re.findall(r"%([\w.-]+)", rest):
+                users[used].add(name)
+            if root:
+                users[name].add(computation)
+    these = {name for name, made_by in origin.items() if made_by and scope in made_by}
+    while more := {
+        name for name, of in users.items() if origin.get(name) is None and name not in these and of and of <= these
+    }:
+        these |= more
+    return these
 
 
 def traced(call: Callable[[], Any], module: str, these: set[str], calls: int) -> list[tuple[float, float]]:
