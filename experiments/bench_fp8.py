@@ -20,7 +20,6 @@ script works.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import datetime
 import functools
@@ -225,7 +224,7 @@ def in_blocks(config: ModelConfig, variables: Any) -> Any:
 
 def decode(config: ModelConfig, batches: tuple[int, ...], length: int, steps: int) -> Iterator[Row]:
     """Milliseconds of a greedy step, of `steps` in a row, and its floor."""
-    copy = measure_copy()
+    copy, began = measure_copy(), time.perf_counter()
     plain = Runtime(dtype="bfloat16", param_dtype="bfloat16", attention_form="absorbed")
     models = {"bfloat16": DeepSeekV3(config, plain)}
     models["FP8"] = DeepSeekV3(config, dataclasses.replace(plain, precision="fp8"))
@@ -246,26 +245,26 @@ def decode(config: ModelConfig, batches: tuple[int, ...], length: int, steps: in
             return jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32), cache, chosen
 
         shapes = jax.eval_shape(lambda: start(batch))
-        return jax.jit(step, donate_argnums=2).lower(variables[name], *shapes).compile()
+        lowered = jax.jit(step, donate_argnums=2).lower(variables[name], *shapes)
+        print(f"{name}, {batch} texts: lowered after {time.perf_counter() - began:.0f} s", flush=True)
+        return lowered.compile()
 
-    cases = [(name, batch) for batch in batches for name in models]
-    before = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = dict(zip(cases, pool.map(lambda case: compiled(*case), cases), strict=True))
-    print(f"compiled in {time.perf_counter() - before:.0f} s", flush=True)
     first: dict[int, tuple[float, jax.Array]] = {}
-    for name, batch in cases:
-        (tokens, cache), step = start(batch), programs[name, batch]
+    print(f"weights ready after {time.perf_counter() - began:.0f} s", flush=True)
+    for batch, name in itertools.product(batches, models):
+        step = compiled(name, batch)
+        print(f"{name}, {batch} texts: compiled after {time.perf_counter() - began:.0f} s", flush=True)
+        tokens, cache = start(batch)
         tokens, cache, chosen = step(variables[name], tokens, cache)
         drawn = np.asarray(tokens)
         for _ in range(3):
             tokens, cache, _ = step(variables[name], tokens, cache)
         jax.block_until_ready(tokens)
-        began = time.perf_counter()
+        before = time.perf_counter()
         for _ in range(steps):
             tokens, cache, _ = step(variables[name], tokens, cache)
         jax.block_until_ready(tokens)
-        ms = (time.perf_counter() - began) / steps * 1e3
+        ms = (time.perf_counter() - before) / steps * 1e3
         count = weights_read(config, chosen)
         kept = sum(v.size for v in model_variables(config) if not v.path[-1].endswith(("_proj", "_mqa")))
         kept -= config.vocab_size * config.hidden_size  # the embedding
@@ -401,6 +400,7 @@ def main(
     out: Path = Path("runs/bench_fp8"),
     parts: tuple[Part, ...] = ("products", "steps"),
     only: str = "",
+    texts: int = 0,
 ) -> None:
     """Measures and reports.
 
@@ -408,6 +408,7 @@ def main(
       out: folder of results.json and report.md.
       parts: what to measure.
       only: models whose names contain it.
+      texts: of a step of decoding; by default 1 and then 128 (on a CPU 4).
     """
     cpu = jax.default_backend() == "cpu"
     out.mkdir(parents=True, exist_ok=True)
@@ -422,7 +423,8 @@ def main(
     models: Any = {"tiny": (SMALL, 2, 128, {})} if cpu else MODELS
     models = {name: model for name, model in models.items() if only in name}
     parts_of = {f.__name__: functools.partial(f, *sizes) for f in (checks, quantisations, products)}
-    of_decoding = (SMALL, (1, 4), 256, 3) if cpu else (V3, (1, 128), 4096, 50)
+    batches = (texts,) if texts else (1, 4 if cpu else 128)
+    of_decoding = (SMALL, batches, 256, 3) if cpu else (V3, batches, 4096, 50)
     run = {
         **parts_of,
         "few_checks": few_checks,
