@@ -14,11 +14,9 @@ from dsv3_jax.quantization import (
     dequantise_blocks,
     dequantise_tiles,
     emulation,
-    products,
     quantise_blocks,
     quantise_tiles,
 )
-from dsv3_jax.quantization import recipe as recipe_module
 from dsv3_jax.quantization.e5m6 import E5M6_MAX, quantise_e5m6, round_to_e5m6
 from dsv3_jax.quantization.matmul import QuantisedWeight, linear, swiglu
 from dsv3_jax.quantization.products import multiply, weight_gradient
@@ -264,38 +262,25 @@ def test_weights_only_held_turned():
     jax.tree.map(np.testing.assert_array_equal, results(stored), results(held))
 
 
-@pytest.mark.parametrize("rows", [1, 64, 130])
-def test_kernels_for_few_rows_are_the_emulation(rows, monkeypatch):
-    """A layer, a dense feed-forward and experts, of weights held turned, in bfloat16; SwiGLU is rounded once."""
-    for module, names in ((products, ("fp8_grouped_matmul", "fp8_grouped_swiglu")), (recipe_module, ("fp8_quantise",))):
-        for name in names:
-            plain = getattr(module, name)
-            interpreted = lambda *a, plain=plain, **how: plain(*a, **how | {"implementation": "gpu_interpret"})
-            monkeypatch.setattr(module, name, interpreted)
-    rng = new_rng()
-    x = jnp.asarray(rng.standard_normal((rows, 128)), jnp.bfloat16)
-    sizes = jnp.asarray([rows // 2, 0, rows - rows // 2], jnp.int32)
-    square, *shapes = (128, 128), (128, 192), (128, 192), (192, 128)
-    draw = lambda *s: jnp.asarray(rng.standard_normal(s) / 11, jnp.float32)
-    one, dense, experts = draw(*square), [draw(*s) for s in shapes], [draw(3, *s) for s in shapes]
+def test_decoding_on_a_gpu_transposes_and_pads_no_weight():
+    """Of weights held turned, in a layer, a dense feed-forward and experts; gate and up are one kernel."""
+    sd = jax.ShapeDtypeStruct
+    x, sizes = sd((1, 256), jnp.bfloat16), sd((4,), jnp.int32)
+    held = lambda *s: (
+        sd((*s[:-2], s[-1], s[-2]), E4M3),
+        sd((*s[:-2], -(-s[-1] // 128), -(-s[-2] // 128)), jnp.float32),
+    )
+    of = lambda turned, *axes: QuantisedWeight(None, None, None, turned, Recipe("gpu"), 1, axes)
 
-    of = lambda w: QuantisedWeight.of(w, Recipe(), stack=w.ndim - 2)
+    def layers(x, one, dense, experts, sizes):
+        y = linear(x, of(one, 256, 576)), swiglu(x, *map(of, dense, (256, 256, 384), (384, 384, 256)))
+        return *y, swiglu(x, *map(of, experts, (256, 256, 384), (384, 384, 256)), sizes)
 
-    def held(w):
-        m = of(w)
-        return QuantisedWeight(None, None, None, (m.values.mT, m.scales.mT), Recipe("gpu"), 1, w.shape[-2:])
-
-    def emulated(x, w, sizes=None, power_of_two=False):
-        rows, m = Recipe().rows(x, power_of_two=power_of_two), of(w)
-        return multiply(Recipe(), rows, (m.values, m.scales), sizes).astype(jnp.bfloat16)
-
-    assert relative(linear(x, held(one)), np.asarray(emulated(x, one), np.float64)) < 1e-3
-    for weights, groups in ((dense, None), (experts, sizes)):
-        g, u = (emulated(x, w, groups, groups is not None).astype(jnp.float32) for w in weights[:2])
-        expected = emulated((jax.nn.silu(g) * u).astype(jnp.bfloat16), weights[2], groups)
-        got = swiglu(x, *map(held, weights), groups)
-        assert got.shape == expected.shape
-        assert relative(got, np.asarray(expected, np.float64)) < 1e-3
+    three = lambda *stack: [held(*stack, 256, 384), held(*stack, 256, 384), held(*stack, 384, 256)]
+    module = lower_for_hopper(layers, x, held(256, 576), three(), three(4), sizes)
+    assert not re.search(r"stablehlo.transpose.*f8E4M3", module)
+    assert "640x256xf8E4M3" not in module
+    assert len(re.findall("custom_call @mosaic_gpu", module)) <= 10  # 5 products and their quantisations
 
 
 def test_a_step_on_a_gpu_transposes_no_weight():
