@@ -60,7 +60,7 @@ def test_selection_equals_a_plain_loop(seed, offset, v3):
     k=st.integers(1, 6),
 )
 def test_one_after_another_is_top_k(rows, k):
-    """What many rows on a GPU take: ties, masked groups and NaN too."""
+    """Ties, masked groups and NaN too: of many rows on a GPU."""
     x = jnp.array(rows, jnp.float32)
     np.testing.assert_array_equal(highest_in_turns(x, k), jax.lax.top_k(x, k)[1])
 

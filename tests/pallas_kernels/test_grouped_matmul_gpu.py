@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import types
 
@@ -190,6 +191,7 @@ def test_no_width_of_64s_copies_a_matrix(width):
         backward = lambda x, w, sizes, dy: jax.vjp(lambda x, w: gpu.grouped_matmul(x, w, sizes), x, w)[1](dy)
         text = lower_for_hopper(backward, x, w, sizes, dy)
         makers = [line for line in text.splitlines() if f"-> tensor<64x2048x{width}xbf16>" in line]
+        makers = [line for line in makers if not re.match(r" *(func\.func|%\d+ = call @matrix_gradient)", line)]
         assert len(makers) == 1  # the gradient itself
         assert "custom_call" in makers[0]
 

@@ -263,7 +263,7 @@ def test_weights_only_held_turned():
 
 
 def test_decoding_on_a_gpu_transposes_and_pads_no_weight():
-    """Of weights held turned, in a layer, a dense feed-forward and experts; gate and up are one kernel."""
+    """A layer, a dense feed-forward and experts, of weights held turned; gate and up are one kernel."""
     sd = jax.ShapeDtypeStruct
     x, sizes = sd((1, 256), jnp.bfloat16), sd((4,), jnp.int32)
     held = lambda *s: (

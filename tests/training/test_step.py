@@ -115,7 +115,7 @@ def batch_of(seed, size=8, length=12):
 
 
 SHALLOW = dataclasses.replace(SMALL, first_k_dense_replace=0, num_nextn_predict_layers=1)
-"""What the equations above cover with more kinds of layers compiles faster with fewer."""
+"""Fewer kinds of layers than the equations above, to compile faster."""
 
 
 @functools.cache  # a test that takes the same step doesn't trace it again
