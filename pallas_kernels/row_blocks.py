@@ -212,9 +212,8 @@ def walk_tiles(size_gmem, rows: int, groups: int, columns: int, width: int, body
 
         def tile(i, carry):
             number = start + i * workers
-            origin = (
-                first + lax.rem(number, blocks) * FEW_ROWS
-            )  # blocks of rows side by side: they share a matrix's strip
+            # Blocks of rows side by side: they share a matrix's strip.
+            origin = first + lax.rem(number, blocks) * FEW_ROWS
             lower, upper = (jnp.clip(x - origin, 0, FEW_ROWS) for x in (begin, end))
             return body(group, origin, lower, upper, number // blocks * width, carry)
 

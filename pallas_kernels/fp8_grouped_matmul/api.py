@@ -14,8 +14,6 @@ IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret", "tokamax")
 GRADIENT_IMPLEMENTATIONS = ("reference", "gpu", "gpu_interpret")
 BLOCK = reference.BLOCK
 
-type Quantised = tuple[jax.Array, jax.Array]
-
 
 def fp8_grouped_matmul(
     lhs: jax.Array,
@@ -87,8 +85,8 @@ def fp8_grouped_matmul(
 def fp8_grouped_swiglu(
     lhs: jax.Array,
     lhs_scales: jax.Array,
-    gate: Quantised,
-    up: Quantised,
+    gate: gpu_few_rows.Matrices,
+    up: gpu_few_rows.Matrices,
     group_sizes: jax.Array,
     *,
     implementation: str,
