@@ -33,14 +33,14 @@ class OnMesh:
             return call(*arguments)
 
     def compile_ahead(self, *arguments: Any) -> None:
-        """Starts to compile for (abstract) arguments in a thread. A call waits for it, and takes no others."""
+        """Lowers for (abstract) arguments, and compiles in a thread.
 
-        def compiled() -> Any:
-            with jax.set_mesh(self.mesh):
-                return self.jitted.lower(*arguments).compile()
-
+        A call waits for it, and takes no others.
+        """
+        with jax.set_mesh(self.mesh):
+            lowered = self.jitted.lower(*arguments)
         pool = futures.ThreadPoolExecutor(1)
-        self._ahead = pool.submit(compiled)
+        self._ahead = pool.submit(lowered.compile)
         pool.shutdown(wait=False)
 
     def check(self, *arguments: Any) -> None:

@@ -95,7 +95,6 @@ class Loop:
     def _begin(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> TrainState:
         """Returns the initial state, saved or restored, and the log."""
         config, setup = self.config, self.setup
-        setup.compile_ahead()
         if resume:
             state = self._restore()
             if self.primary:

@@ -68,6 +68,8 @@ class Setup:
 
     init: a state at step 0, from a typed key. abstract: its shapes, dtypes and shardings. train_step, evaluate, finite:
     jitted on the mesh. data: the iterator of training batches. validation: batches as NumPy arrays.
+
+    With `ahead`, `train_step` is compiled in a thread from the moment that it and the data are known to be right.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class Setup:
         tokenizer: Any,
         tokenizer_path: str | Path | None = None,
         console: Console | None = None,
+        *,
+        ahead: bool = False,
     ) -> None:
         self.started = time.perf_counter()
         self.config, self.tokenizer = config, tokenizer
@@ -119,6 +123,9 @@ class Setup:
                 multiple_of=self.placement.parts,
                 opened=opened,
             )
+        if ahead:  # the rest is done meanwhile
+            self._compile_ahead()
+        if self.validation:
             size = len(self.validation[0]["tokens"])
             unit = self.placement.parts * config.runtime.interleave
             least = -(-size * microbatches // config.schedule.batch_size)
@@ -154,8 +161,8 @@ class Setup:
         step = make_train_step(model, self._optimizer, self._objective, microbatches=self._microbatches)
         self.train_step = self.placement.jit_step(step, self.abstract)
 
-    def compile_ahead(self) -> None:
-        """Starts to compile the train step while the first state is made or restored, if all batches have one shape."""
+    def _compile_ahead(self) -> None:
+        """Does so if all batches have one shape, and in a job of one process."""
         sizes = {self.cut.sequences} if self.cut else {stage.batch_size for stage in self.schedule.ramp}
         if len(sizes) == 1 and jax.process_count() == 1:
             more = (np.int32(0),) if self.cut else ()

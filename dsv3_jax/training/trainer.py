@@ -79,7 +79,8 @@ def _train(config: TrainConfig, directory: Path, resume: bool, check_hashes: boo
     model = dataclasses.replace(config.model, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     config = dataclasses.replace(config, model=model)
     with clock.spent_on("start"):
-        setup = Setup(config, tokenizer, tokenizer_path, console)  # a failure to read the data leaves no directory
+        # A failure to read the data leaves no directory.
+        setup = Setup(config, tokenizer, tokenizer_path, console, ahead=True)
     all_processes_here()  # before one of them puts something into the directory that the others look at
 
     def begin() -> None:

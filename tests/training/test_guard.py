@@ -110,8 +110,8 @@ def spoil(monkeypatch, at, change):
     """After `at` calls of the compiled step, whatever their step, changes the parameters."""
     original, calls = setup.Setup.__init__, iter(range(10**6))
 
-    def __init__(self, *arguments):
-        original(self, *arguments)
+    def __init__(self, *arguments, **options):
+        original(self, *arguments, **options)
         step = self.train_step
 
         def spoiled(state, *batch):
@@ -126,9 +126,6 @@ def spoil(monkeypatch, at, change):
 class _Spoiled:
     def __init__(self, step, call):
         self.check, self._call = step.check, call
-
-    def compile_ahead(self, *arguments):
-        pass
 
     def __call__(self, *arguments):
         return self._call(*arguments)
