@@ -18,8 +18,10 @@ PAGE = 64
 """Tokens per page of a cache for the decoding kernels, of which the cache's length must be a multiple."""
 TPU_TILE = 128
 """The prefill kernel for TPUs requires multiples of this many tokens."""
-UNROLLED = 8
-"""Largest number of layers that training unrolls on a GPU."""
+UNROLLED, UNROLLED_IN_DECODING = 8, 32
+"""Largest number of layers that are unrolled on a GPU: in training, and in steps of decoding."""
+STEP_TOKENS = 8
+"""Largest number of tokens per sequence of a step of decoding, with drafts."""
 SMALL = 1024 * 1024
 """Largest number of scores per head, T x S, for `reference`, which is faster on a CPU while memory is no concern."""
 
@@ -65,13 +67,18 @@ def attention_impl(
     return "reference" if tokens * keys <= SMALL else "blockwise"
 
 
-def unrolls(layers: int, runtime: Runtime) -> bool:
-    """Whether training unrolls a stack of layers: on one GPU, if they are few enough to compile fast.
+def unrolls(layers: int, runtime: Runtime, *, tokens: int | None = None) -> bool:
+    """Whether a stack of layers is unrolled: on one GPU, if they are few enough to compile fast.
 
-    A loop slices weights and stacks gradients, a tenth of a step's time at V2-Lite's widths. Without one, XLA keeps all
-    layers' weights in the runtime's dtype until the backward pass, which on a mesh would be all-gathered ones.
+    A loop slices weights and stacks gradients, a tenth of a training step's time at V2-Lite's widths. Without one, XLA
+    keeps all layers' weights in the runtime's dtype until the backward pass, which on a mesh would be all-gathered ones.
+    In decoding, XLA copies a layer's weights out of the stack before most products; a layer more compiles for a second.
+
+    tokens: of each sequence, with a cache; None without one.
     """
-    return platform() == "gpu" and runtime.sharding == "single" and layers <= UNROLLED
+    if platform() != "gpu" or runtime.sharding != "single":
+        return False
+    return layers <= UNROLLED if tokens is None else layers <= UNROLLED_IN_DECODING and tokens <= STEP_TOKENS
 
 
 def experts_impl(runtime: Runtime) -> str:

@@ -309,6 +309,7 @@ def _through(
         x, (of_layer, stats) = block(x, where, None if cache is None else LayerCache(cache, index))
         return (x, None if cache is None else of_layer.layers), stats
 
+    tokens = None if cache is None else x.shape[1]
     scanned = nn.scan(
         layer,
         variable_axes={"params": 0, SCALES: 0, TURNED: 0, ROUTER: 0, EXPERT_PLACEMENT: 0, CHOICES: 0},
@@ -316,7 +317,7 @@ def _through(
         in_axes=(nn.broadcast, 0),
         out_axes=0,
         length=layers,
-        unroll=layers if cache is None and unrolls(layers, block.runtime) else 1,
+        unroll=layers if unrolls(layers, block.runtime, tokens=tokens) else 1,
         metadata_params=LAYERS,
     )
     (x, cache), stats = scanned(block, (x, cache), where, jnp.arange(layers, dtype=jnp.int32))

@@ -25,6 +25,7 @@ class OnMesh:
 
     jitted: Any
     mesh: Mesh
+    _traced: Any = None
     _ahead: futures.Future[Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
@@ -32,21 +33,25 @@ class OnMesh:
             call = self.jitted if self._ahead is None else self._ahead.result()
             return call(*arguments)
 
-    def compile_ahead(self, *arguments: Any) -> None:
-        """Lowers for (abstract) arguments, and compiles in a thread.
-
-        A call waits for it, and takes no others.
-        """
-        with jax.set_mesh(self.mesh):
-            lowered = self.jitted.lower(*arguments)
-        pool = futures.ThreadPoolExecutor(1)
-        self._ahead = pool.submit(lowered.compile)
-        pool.shutdown(wait=False)
-
     def check(self, *arguments: Any) -> None:
         """Traces the function for (abstract) arguments, and raises the errors of a call."""
         with jax.set_mesh(self.mesh):
-            self.jitted.eval_shape(*arguments)
+            self._traced = self.jitted.trace(*arguments)
+
+    def compile_ahead(self) -> None:
+        """Starts to compile, in a thread, for the arguments of the last `check`.
+
+        A call waits for it, and takes no others.
+        """
+        traced, self._traced = self._traced, None
+
+        def compiled() -> Any:
+            with jax.set_mesh(self.mesh):
+                return traced.lower().compile()
+
+        pool = futures.ThreadPoolExecutor(1)
+        self._ahead = pool.submit(compiled)
+        pool.shutdown(wait=False)
 
 
 class Placement:

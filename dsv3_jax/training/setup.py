@@ -69,7 +69,8 @@ class Setup:
     init: a state at step 0, from a typed key. abstract: its shapes, dtypes and shardings. train_step, evaluate, finite:
     jitted on the mesh. data: the iterator of training batches. validation: batches as NumPy arrays.
 
-    With `ahead`, `train_step` is compiled in a thread from the moment that it and the data are known to be right.
+    With `ahead`, `train_step` is compiled in a thread from the moment that it and the data are known to be right, if
+    all batches have one shape, and in a job of one process.
     """
 
     def __init__(
@@ -123,8 +124,8 @@ class Setup:
                 multiple_of=self.placement.parts,
                 opened=opened,
             )
-        if ahead:  # the rest is done meanwhile
-            self._compile_ahead()
+        if ahead and (self.cut or len(sizes) == 1) and jax.process_count() == 1:  # the rest is done meanwhile
+            self.train_step.compile_ahead()
         if self.validation:
             size = len(self.validation[0]["tokens"])
             unit = self.placement.parts * config.runtime.interleave
@@ -160,13 +161,6 @@ class Setup:
         model = self.model.clone(runtime=dataclasses.replace(self.config.runtime, dispatch_slack=slack))
         step = make_train_step(model, self._optimizer, self._objective, microbatches=self._microbatches)
         self.train_step = self.placement.jit_step(step, self.abstract)
-
-    def _compile_ahead(self) -> None:
-        """Does so if all batches have one shape, and in a job of one process."""
-        sizes = {self.cut.sequences} if self.cut else {stage.batch_size for stage in self.schedule.ramp}
-        if len(sizes) == 1 and jax.process_count() == 1:
-            more = (np.int32(0),) if self.cut else ()
-            self.train_step.compile_ahead(self.abstract, self._abstract_batch(*sizes), *more)
 
     def _abstract_batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
         names = _inputs(self.config.data.mask_documents)

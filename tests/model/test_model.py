@@ -189,9 +189,25 @@ def test_unrolled_layers_compute_the_same(monkeypatch):
     loss = lambda p: jnp.sum(jnp.sin(model.apply(variables | {"params": p}, tokens)))
     results, loops = [], []
     for unrolled in (False, True):
-        monkeypatch.setattr(transformer, "unrolls", lambda layers, runtime, unrolled=unrolled: unrolled)
+        monkeypatch.setattr(transformer, "unrolls", lambda *_, unrolled=unrolled, **__: unrolled)
         program = jax.jit(lambda p: jax.value_and_grad(loss)(p)).lower(variables["params"])
         loops.append(program.as_text().count("stablehlo.while"))
         results.append(program.compile()(variables["params"]))
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+    assert loops[1] < loops[0]
+
+
+def test_unrolled_layers_decode_the_same(monkeypatch):
+    config = dataclasses.replace(TINY, num_hidden_layers=4, num_nextn_predict_layers=0)
+    model = DeepSeekV3(config, Runtime(experts_impl="reference", attention_form="absorbed"))
+    tokens = jnp.arange(14).reshape(2, 7) % config.vocab_size
+    variables = model.init(jax.random.key(0), tokens)
+    cache = init_cache(config, model.runtime, 2, 16)
+    results, loops = [], []
+    for unrolled in (False, True):
+        monkeypatch.setattr(transformer, "unrolls", lambda *_, unrolled=unrolled, **__: unrolled)
+        program = jax.jit(lambda v: model.apply(v, tokens, cache, method="decode")).lower(variables)  # noqa: B023
+        loops.append(program.as_text().count("stablehlo.while"))
+        results.append(program.compile()(variables))
+    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
     assert loops[1] < loops[0]
