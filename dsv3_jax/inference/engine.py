@@ -157,7 +157,7 @@ class Engine:
         by_kernel = kernels(model.runtime) is not None and self._mesh is None  # which doesn't read what a text hasn't
         self._decode_tables = _buckets(self._most_pages, 16 if by_kernel else 2)
         self._chunk_sizes = sorted({-(-config.prefill_chunk // 4), config.prefill_chunk})
-        self._piece_rows = sorted({self._rows, -(-min(4, config.max_batch) // self._rows) * self._rows})
+        self._piece_rows = sorted({-(-min(n, config.max_batch) // self._rows) * self._rows for n in (1, 4, 16)})
         self._batch: tuple[Any, steps.Packed] | None = None  # of the last step, and what it was made of
         self.speculation = Speculation(self.drafts, config.drafts_up_to)
         """Which steps have drafts; its `str` says so in words."""
@@ -378,7 +378,7 @@ class Engine:
         self._end_cancelled()
         self._admit()
         room, prompts = self._room_for_prompts(), False
-        while room > 0 and (pieces := self._next_pieces()):
+        while room > 0 and (pieces := self._next_pieces(room)):
             room -= self._prefill_pieces(pieces)
             self._read(1)
             prompts = True
@@ -473,11 +473,16 @@ class Engine:
 
     # Device programs.
 
-    def _next_pieces(self) -> list[_Running]:
-        """The prompts to put into the cache next: the oldest, with others if all that is left of each is short."""
+    def _next_pieces(self, room: int) -> list[_Running]:
+        """The prompts to put into the cache next: the oldest, with others if all that is left of each is short.
+
+        Many go together only where all rows of that program are used, and `room` tokens allow it.
+        """
         todo = [r for r in self._running if r.in_prefill]
-        short = [r for r in todo if len(r.tokens) - r.prefilled <= self._chunk_sizes[0]]
-        return short[: self._piece_rows[-1]] if todo[:1] == short[:1] else todo[:1]
+        size, few = self._chunk_sizes[0], self._piece_rows[:2][-1]
+        short = [r for r in todo if len(r.tokens) - r.prefilled <= size]
+        most = max(n for n in self._piece_rows if n <= few or n <= min(len(short), room // size))
+        return short[:most] if todo[:1] == short[:1] else todo[:1]
 
     def _prefill_pieces(self, group: list[_Running]) -> int:
         """Puts a piece of each prompt into the cache, and draws after last ones. Returns the tokens, padding counted.

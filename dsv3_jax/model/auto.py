@@ -71,7 +71,7 @@ def unrolls(layers: int, runtime: Runtime, *, tokens: int | None = None) -> bool
     """Whether a stack of layers is unrolled: on one GPU, if they are few enough to compile fast.
 
     A loop slices weights and stacks gradients, a tenth of a training step's time at V2-Lite's widths. Without one, XLA
-    keeps all layers' weights in the runtime's dtype until the backward pass, which on a mesh would be all-gathered ones.
+    keeps all layers' weights in the runtime's dtype until the backward pass: on a mesh they would be all-gathered ones.
     In decoding, XLA copies a layer's weights out of the stack before most products; a layer more compiles for a second.
 
     tokens: of each sequence, with a cache; None without one.

@@ -124,6 +124,15 @@ def test_a_prefix_is_found_and_one_after_another_is_the_same(checkpoints):
     assert_nothing_leaks(e)
 
 
+def test_many_short_prompts_go_together_and_are_continued_as_alone(checkpoints):
+    prompts = [p[:40] for p in EXPECTED["mtp_1"]["prompts"]]
+    e = engine(checkpoints("mtp_1"), drafts=3)
+    together = list(e.generate(prompts, GREEDY, max_new_tokens=8))
+    assert max(shape[0] for what, shape, *_ in e._programs if what == "prefill") == len(prompts) == 8
+    assert [next(iter(e.generate([prompt], GREEDY, max_new_tokens=8))) for prompt in prompts] == together
+    assert_nothing_leaks(e)
+
+
 @pytest.mark.parametrize("up_to", [0, 2])
 def test_drafts_are_used_up_to_a_number_of_texts(checkpoints, up_to):
     expected = EXPECTED["mtp_1"]
