@@ -137,8 +137,8 @@ async def load(url: str, clients: int, seconds: float, chat: bool, key: str | No
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         if after[name]:
             problems.append(f"{name} is {after[name]:g} at the end")
-    if change("dsv3_jax:programs"):
-        problems.append(f"{change('compiled_programs'):g} programs were compiled")
+    if programs := change("dsv3_jax:programs"):
+        problems.append(f"{programs:g} programs were compiled")
     return {
         "clients": clients, "seconds": took, "answers": dict(seen), "malformed": len(BAD),
         "median_seconds": statistics.median(times) if times else None, "longest_seconds": max(times, default=None),

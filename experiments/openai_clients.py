@@ -29,6 +29,7 @@ SCHEMA = {
 }
 TOOL = {"type": "function", "function": {"name": "take", "description": "Takes some.", "parameters": SCHEMA}}
 USER = [{"role": "user", "content": "How many?"}]
+TOKENS = 150  # of a text that runs at SIGTERM: seconds on a CPU, within the server's `--grace-seconds`
 
 
 def running(url: str) -> float:
@@ -103,34 +104,43 @@ def check(client: openai.OpenAI, model: str, url: str) -> None:
             print("refused:", raised.body["message"])
 
 
-def stop(client: openai.OpenAI, model: str, server: int) -> None:
+def stop(client: openai.OpenAI, model: str, url: str, server: int) -> None:
     """Sends SIGTERM while texts are being generated."""
     results: list[Any] = []
+    begun = [threading.Event() for _ in range(24)]
 
     def use(i: int) -> None:
         stream = client.completions.create(
-            model=model, prompt="x" * (i + 1), max_tokens=60, stream=True, seed=i, temperature=1,
+            model=model, prompt="x" * (i + 1), max_tokens=TOKENS, stream=True, seed=i, temperature=1,
             extra_body={"ignore_eos": True}, stream_options={"include_usage": True},
         )  # fmt: skip
-        results.append([*stream])
+        pieces = []
+        for piece in stream:
+            pieces.append(piece)
+            begun[i].set()
+        results.append(pieces)
 
     threads = [threading.Thread(target=use, args=(i,)) for i in range(24)]
     for thread in threads:
         thread.start()
-    time.sleep(1)
+    assert all(event.wait(60) for event in begun)
+    run = running(url)
+    assert run == 24, f"{run:g} of 24 texts run when the server is to get SIGTERM"
     os.kill(server, signal.SIGTERM)
-    time.sleep(0.5)
-    try:
-        client.with_options(max_retries=0).completions.create(model=model, prompt="a")
-        raise AssertionError("a request after SIGTERM was taken")
-    except openai.InternalServerError as error:
-        refused = error
+    refused = None
+    until = time.monotonic() + 2  # the signal may arrive after the next request
+    while refused is None and time.monotonic() < until:
+        try:
+            client.with_options(max_retries=0).completions.create(model=model, prompt="a", max_tokens=1)
+        except openai.InternalServerError as error:
+            refused = error
+    assert refused is not None, "requests after SIGTERM were taken"
     assert refused.status_code == 503, refused
-    print("after SIGTERM:", refused.body["message"])
+    print("after SIGTERM, with 24 texts running:", refused.body["message"])
     for thread in threads:
         thread.join()
     assert len(results) == 24
-    assert all(r[-1].usage.completion_tokens == 60 and r[-2].choices[0].finish_reason == "length" for r in results)
+    assert all(r[-1].usage.completion_tokens == TOKENS and r[-2].choices[0].finish_reason == "length" for r in results)
     print("24 texts that ran finished")
     until = time.monotonic() + 20
     while time.monotonic() < until:
@@ -152,7 +162,7 @@ def main() -> None:
     (model,) = [m.id for m in client.models.list()]
     check(client, model, args.url)
     if args.stop:
-        stop(client, model, args.stop)
+        stop(client, model, args.url, args.stop)
 
 
 if __name__ == "__main__":
