@@ -184,11 +184,15 @@ def swiglu(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu(how: _How, x: jax.Array, weights: tuple[_Operands, ...], group_sizes: jax.Array | None) -> jax.Array:
     gate, up, down = weights
-    if how.recipe.implementation == "emulation" or gate.turned is None or up.turned is None:
-        return _swiglu_forward(how, x, weights, group_sizes)[0]
     rows = how.recipe.rows(x, power_of_two=how.power_of_two)
-    hidden = gate_and_up(how.recipe, rows, gate.turned, up.turned, group_sizes).astype(x.dtype)
-    return _forward(how, how.recipe.rows(hidden), down, group_sizes).astype(x.dtype)
+    if how.recipe.implementation == "emulation" or gate.turned is None or up.turned is None:
+        # The emulation's products are float32, and the result alone is rounded, as by the kernel for few rows. Other
+        # kernels round both products to bfloat16, and so does a forward pass that saves them for a gradient.
+        g, u = (_forward(how, rows, w, group_sizes).astype(jnp.float32) for w in (gate, up))
+        hidden = jax.nn.silu(g) * u
+    else:
+        hidden = gate_and_up(how.recipe, rows, gate.turned, up.turned, group_sizes)
+    return _forward(how, how.recipe.rows(hidden.astype(x.dtype)), down, group_sizes).astype(x.dtype)
 
 
 def _swiglu_forward(

@@ -40,7 +40,7 @@ def multiply(
 def gate_and_up(
     recipe: Recipe, x: Quantised, gate: Quantised, up: Quantised, group_sizes: jax.Array | None = None
 ) -> jax.Array:
-    """Computes silu(x gate) * (x up) by kernels, in one pass for few rows: (M, N) bfloat16.
+    """Computes silu(x gate) * (x up) by kernels, in one pass for few rows: (M, N) bfloat16, see `fp8_grouped_swiglu`.
 
     Args: as in `multiply`, with both matrices transposed, (..., N, K).
     """

@@ -91,15 +91,19 @@ def fp8_grouped_swiglu(
     *,
     implementation: str,
 ) -> jax.Array:
-    """silu(x gate) * (x up) of consecutive groups of rows: (M, N) bfloat16, of both rounded to bfloat16.
+    """Computes silu(x gate) * (x up) of consecutive groups of rows: (M, N) bfloat16.
 
-    Args: as in `fp8_grouped_matmul`; gate and up are values and scales, of one shape. "gpu" computes few rows in one
-      pass.
+    Both products stay in float32, and the result alone is rounded, by "reference" and, in one pass, by "gpu" for few
+    rows. Otherwise they are two calls of `fp8_grouped_matmul`, which rounds each to bfloat16.
+
+    Args: as in `fp8_grouped_matmul`; gate and up are values and scales, of one shape.
 
     Raises ValueError as `fp8_grouped_matmul`.
     """
     product = functools.partial(fp8_grouped_matmul, lhs, lhs_scales, implementation=implementation)
     forms = [jax.eval_shape(product, *of, group_sizes) for of in (gate, up)]
+    if implementation == "reference":
+        return reference.fp8_grouped_swiglu(lhs, lhs_scales, gate, up, group_sizes)
     if implementation in ("gpu", "gpu_interpret") and forms[0] == forms[1] and gpu.few(len(lhs), len(group_sizes)):
         interpret = interpreter("fp8_grouped_swiglu", implementation, gpu.INTERPRET)
         out: jax.Array = gpu_few_rows.swiglu(lhs, lhs_scales, gate, up, group_sizes, interpret=interpret)

@@ -65,7 +65,7 @@ def swiglu(
     *,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
-    """silu(lhs gate) * (lhs up), of both rounded to bfloat16. Otherwise as `product`."""
+    """silu(lhs gate) * (lhs up), rounded once. Otherwise as `product`."""
     return _call(lhs, lhs_scales, (gate, up), group_sizes, interpret)
 
 
@@ -114,8 +114,7 @@ def _call(
 
 
 def _swiglu(g: jax.Array, u: jax.Array) -> jax.Array:
-    """float32 -> float32, of both rounded to bfloat16."""
-    g, u = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (g, u))
+    """float32 -> float32."""
     return g / (1 + jnp.exp(-g)) * u
 
 

@@ -12,6 +12,25 @@ def fp8_grouped_matmul(
     lhs: jax.Array, lhs_scales: jax.Array, rhs: jax.Array, rhs_scales: jax.Array, group_sizes: jax.Array
 ) -> jax.Array:
     """See `api.fp8_grouped_matmul`. Computes in float32 (or float64, if the scales are), with G times the work."""
+    return _product(lhs, lhs_scales, rhs, rhs_scales, group_sizes).astype(jnp.bfloat16)
+
+
+def fp8_grouped_swiglu(
+    lhs: jax.Array,
+    lhs_scales: jax.Array,
+    gate: tuple[jax.Array, jax.Array],
+    up: tuple[jax.Array, jax.Array],
+    group_sizes: jax.Array,
+) -> jax.Array:
+    """See `api.fp8_grouped_swiglu`. Rounds the result alone; otherwise as `fp8_grouped_matmul`."""
+    g, u = (_product(lhs, lhs_scales, *of, group_sizes) for of in (gate, up))
+    return (jax.nn.silu(g) * u).astype(jnp.bfloat16)
+
+
+def _product(
+    lhs: jax.Array, lhs_scales: jax.Array, rhs: jax.Array, rhs_scales: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+    """(M, N) in the dtype of the scales."""
     wide = lhs_scales.dtype
     x = lhs.astype(wide) * jnp.repeat(lhs_scales, BLOCK, 1)
     w = rhs.astype(wide) * jnp.repeat(jnp.repeat(rhs_scales, BLOCK, 1), BLOCK, 2)[:, : rhs.shape[1]]
@@ -21,7 +40,7 @@ def fp8_grouped_matmul(
     out = jnp.zeros((lhs.shape[0], rhs.shape[1]), wide)
     for g in range(rhs.shape[0]):
         out += jnp.where(member[g][:, None], jnp.dot(x, w[g].T, precision="highest"), 0)
-    return out.astype(jnp.bfloat16)
+    return out
 
 
 def weight_gradient(

@@ -8,19 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.auto import choices
 from dsv3_jax.model.block import Block
-from dsv3_jax.model.cache import TokenPositions
+from dsv3_jax.model.cache import LayerCache, TokenPositions, init_cache
+from dsv3_jax.model.linear import SCALES, TURNED, turn
 from dsv3_jax.model.remat import rematerialise
+from dsv3_jax.model.router import CHOICES
 from dsv3_jax.model.transformer import parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.training.accumulate import accumulated_gradients
 from dsv3_jax.training.losses import PretrainingLoss, Whole
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
+from pallas_kernels import fp8_grouped_matmul, fp8_quantise
 from pallas_kernels.ahead_of_time import as_if_hopper
 from tests.conftest import new_rng
 
@@ -242,3 +246,67 @@ def test_recomputation_turns_no_weight():
     for name in ("q_b_proj", "k_b_proj", "v_b_proj"):
         rank, *outputs = attention[name].shape
         assert (math.prod(outputs), rank) in kept, name
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """References in place of Hopper's kernels for few rows; lists the calls of these kernels."""
+    called = []
+
+    def replace(module, name, reference):
+        def compute(*args, interpret):
+            called.append(name)
+            return reference(*args)
+
+        monkeypatch.setattr(module, name, compute)
+
+    few, reference = fp8_grouped_matmul.gpu_few_rows, fp8_grouped_matmul.reference
+    replace(few, "product", reference.fp8_grouped_matmul)
+    replace(few, "swiglu", reference.fp8_grouped_swiglu)
+    replace(fp8_quantise.gpu, "fp8_quantise", fp8_quantise.reference.fp8_quantise)
+    return called
+
+
+def test_decoding_on_a_gpu_is_that_of_the_emulation(calls):
+    """Attention, with a cache, and experts: the program for Hopper, on weights held transposed, with references instead
+    of kernels.
+
+    Most widths end within a block, and one within half a block. Every block has its own scale, and some experts have
+    no token.
+    """
+    config = dataclasses.replace(
+        CONFIG,
+        **dict(hidden_size=384, moe_intermediate_size=320, q_lora_rank=160, n_routed_experts=16, num_experts_per_tok=2),
+    )
+    runtime = Runtime(dtype="bfloat16", precision="fp8", attention_form="absorbed", attention_impl="reference")
+    rng, block, texts = new_rng(), Block(config, runtime, is_moe=True), 5
+    normal = lambda a, factor: jnp.asarray(factor * rng.standard_normal(a.shape), a.dtype)
+    cached = jnp.asarray(rng.integers(1, 60, texts), jnp.int32)
+    x = normal(jax.ShapeDtypeStruct((texts, 1, 384), jnp.bfloat16), 1)
+    layers = jax.tree.map(lambda a: normal(a, 1), init_cache(config, runtime, texts, 64).moe)
+    inputs = x, TokenPositions(cached[:, None], cached=cached), LayerCache(layers, 0)
+    variables = jax.tree.map(lambda a: normal(a, 0.1), jax.eval_shape(block.init, jax.random.key(0), *inputs))
+
+    others, blocks, turned = flatten_dict(variables.pop("params")), {}, {}
+    for path in [p for p in others if p[-1].endswith(("_proj", "_mqa"))]:
+        shape, stack, contract = others.pop(path).shape, int("experts" in path), 1 + (path[-1] == "o_proj")
+        sizes = math.prod(shape[stack : stack + contract]), math.prod(shape[stack + contract :])
+        values = jnp.asarray(16 * rng.standard_normal(shape), jnp.float8_e4m3fn)
+        scales = np.exp(rng.standard_normal((*shape[:stack], *(-(-n // 128) for n in sizes)))) / 16 / sizes[0] ** 0.5
+        blocks[path] = values, jnp.asarray(scales, jnp.float32)
+        turned[path] = turn(*blocks[path], contract=contract)
+
+    def decode(name, weights, chosen, others):
+        values, scales = ({path: of_w[i] for path, of_w in weights.items()} for i in range(2))
+        held = {"params": others, SCALES: scales}
+        held = {**held, name: held.get(name, {}) | values}
+        run = jax.jit(functools.partial(block.apply, mutable=[CHOICES]))
+        (y, _), chosen = run(variables | chosen | {of: unflatten_dict(a) for of, a in held.items()}, *inputs)
+        return np.asarray(y, np.float64), chosen
+
+    expected, chosen = decode("params", blocks, {}, others)
+    assert not calls
+    with as_if_hopper():
+        got, _ = decode(TURNED, turned, chosen, others)
+    assert set(calls) == {"fp8_quantise", "product", "swiglu"}
+    assert np.linalg.norm(got - expected) < 1e-2 * np.linalg.norm(expected - np.asarray(x, np.float64))
