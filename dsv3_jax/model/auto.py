@@ -18,8 +18,8 @@ PAGE = 64
 """Tokens per page of a cache for the decoding kernels, of which the cache's length must be a multiple."""
 TPU_TILE = 128
 """The prefill kernel for TPUs requires multiples of this many tokens."""
-UNROLLED, UNROLLED_IN_DECODING = 8, 32
-"""Largest number of layers that are unrolled on a GPU: in training, and in steps of decoding."""
+UNROLLED = 8
+"""Largest number of layers that are unrolled on a GPU."""
 STEP_TOKENS = 8
 """Largest number of tokens per sequence of a step of decoding, with drafts."""
 SMALL = 1024 * 1024
@@ -72,13 +72,12 @@ def unrolls(layers: int, runtime: Runtime, *, tokens: int | None = None) -> bool
 
     A loop slices weights and stacks gradients, a tenth of a training step's time at V2-Lite's widths. Without one, XLA
     keeps all layers' weights in the runtime's dtype until the backward pass: on a mesh they would be all-gathered ones.
-    In decoding, XLA copies a layer's weights out of the stack before most products; a layer more compiles for a second.
+    In decoding, XLA copies a layer's weights out of the stack before most products, a sixth of a step at these widths.
 
-    tokens: of each sequence, with a cache; None without one.
+    tokens: of each sequence, with a cache; None without one. Prompts, whose products take long, aren't unrolled.
     """
-    if platform() != "gpu" or runtime.sharding != "single":
-        return False
-    return layers <= UNROLLED if tokens is None else layers <= UNROLLED_IN_DECODING and tokens <= STEP_TOKENS
+    few = tokens is None or tokens <= STEP_TOKENS
+    return platform() == "gpu" and runtime.sharding == "single" and layers <= UNROLLED and few
 
 
 def experts_impl(runtime: Runtime) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Runtime
 from dsv3_jax.config import PRESETS
-from dsv3_jax.model.auto import attention_impl, choices, experts_impl
+from dsv3_jax.model.auto import attention_impl, choices, experts_impl, unrolls
 from dsv3_jax.model.moe import ExpertWeights, experts
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.training.losses import forward_sums
@@ -142,3 +142,13 @@ def test_every_preset_equals_the_reference(name):
     variables = jax.jit(models[0].init)(jax.random.key(0), tokens[:, :4])
     ours, plain = (np.asarray(jax.jit(model.apply)(variables, tokens)) for model in models)
     np.testing.assert_allclose(ours, plain, rtol=0, atol=5e-5 * np.abs(plain).max())
+
+
+def test_few_layers_are_unrolled_in_training_and_decoding_on_one_gpu():
+    with as_if_hopper():
+        assert unrolls(8, BF16)
+        assert unrolls(8, BF16, tokens=2)
+        assert not unrolls(9, BF16)
+        assert not unrolls(8, BF16, tokens=64)  # a prompt
+        assert not unrolls(8, dataclasses.replace(BF16, sharding="fsdp"))
+    assert not unrolls(2, BF16)
