@@ -206,7 +206,7 @@ def test_unrolled_layers_decode_the_same(monkeypatch):
     results, loops = [], []
     for unrolled in (False, True):
         monkeypatch.setattr(transformer, "unrolls", lambda *_, unrolled=unrolled, **__: unrolled)
-        program = jax.jit(lambda v: model.apply(v, tokens, cache, method="decode")).lower(variables)  # noqa: B023
+        program = jax.jit(lambda v: model.apply(v, tokens, cache, method="decode")).lower(variables)
         loops.append(program.as_text().count("stablehlo.while"))
         results.append(program.compile()(variables))
     chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
