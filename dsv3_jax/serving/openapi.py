@@ -11,6 +11,7 @@ from dsv3_jax.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    TokenIds,
     TokenizeRequest,
     fields_of,
     nested_kind,
@@ -31,6 +32,15 @@ _ERRORS = {
     "429": "Too many requests are waiting",
     "503": "The server is stopping",
 }
+
+
+_KEYWORDS: dict[str, dict[str, Any]] = {
+    "choice": {"minItems": 1},
+    "guided_choice": {"minItems": 1},
+    "messages": {"minItems": 1},
+    "modalities": {"const": ["text"]},
+}
+"""What the server requires of a field that its type and bounds don't say."""
 
 
 def openapi() -> dict[str, Any]:
@@ -55,6 +65,7 @@ def _object(kind: Any) -> dict[str, Any]:
         for name, bound in (("minimum", field.metadata.get("least")), ("maximum", field.metadata.get("most"))):
             if bound is not None:
                 schema[name] = bound
+        schema.update(_KEYWORDS.get(field.name, {}))
     return {"type": "object", "properties": properties, "required": required}
 
 
@@ -68,6 +79,8 @@ def _schema(hint: Any) -> dict[str, Any]:
         return options[0] if len(options) == 1 else {"anyOf": options}
     if origin is Literal:
         return {"enum": list(args)}
+    if hint == TokenIds:
+        return {"type": "array", "items": {"type": "integer", "minimum": 0}}
     if origin is list:
         return {"type": "array", "items": _schema(args[0])}
     if origin is dict:

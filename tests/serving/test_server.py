@@ -440,3 +440,21 @@ def test_the_page_and_the_description(served):
     assert (
         "prompt" in paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]["required"]
     )
+
+
+def test_what_the_description_forbids_is_refused(served):
+    paths = served.client.get("/openapi.json").json()["paths"]
+    schema_of = lambda path: paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert schema_of("/detokenize")["tokens"]["items"]["minimum"] == 0
+    assert served.client.post("/detokenize", json={"tokens": [-1]}).status_code == 400
+    assert schema_of("/tokenize")["messages"]["anyOf"][0]["minItems"] == 1
+    assert served.client.post("/tokenize", json={"messages": []}).status_code == 400
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    structured = schema_of("/v1/chat/completions")["structured_outputs"]["anyOf"][0]["properties"]
+    assert structured["choice"]["anyOf"][0]["minItems"] == 1
+    more = {"structured_outputs": {"choice": []}}
+    assert served.client.post("/v1/chat/completions", json=chat | more).status_code == 400
+    assert schema_of("/v1/chat/completions")["modalities"]["anyOf"][0]["const"] == ["text"]
+    for modalities in ([], ["audio"]):
+        more = {"modalities": modalities}
+        assert served.client.post("/v1/chat/completions", json=chat | more).status_code == 400
