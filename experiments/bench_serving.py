@@ -182,7 +182,7 @@ def long_caches(config: ModelConfig) -> dict[str, Any]:
         packed = steps.Batch(every, none, one, none, rows([GREEDY] * batch, [0] * batch), tables).pack()
         given: Any = dict(length=jnp.full(batch + 1, cached, jnp.int32))
         arguments: Any = lambda packed=packed, given=given: (
-            *(engine._absorbed, variables, engine._pool),
+            *(engine._absorbed, engine._variables, engine._pool),
             *(dataclasses.replace(engine._slots, **jax.tree.map(jnp.array, given)), packed),
         )
 

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference import steps
+from dsv3_jax.inference.expert_stacks import experts_in_stacks
 from dsv3_jax.inference.paged_cache import SCRATCH, PagePool, init_pool, spread
 from dsv3_jax.inference.pages import PageAllocator
 from dsv3_jax.inference.request import Grammar, Request, Score, Stats, Step
@@ -123,7 +124,7 @@ class Engine:
         expanded = dataclasses.replace(model.runtime, attention_form="expanded", remat="none")
         absorbed = dataclasses.replace(expanded, attention_form="absorbed")
         self._expanded, self._absorbed = model.clone(runtime=expanded), model.clone(runtime=absorbed)
-        self._variables = variables
+        self._variables = experts_in_stacks(model, variables)
         self._ends = frozenset(c.eos_token_ids if end_ids is None else end_ids)
 
         def pool(pages: int) -> PagePool:
@@ -287,7 +288,7 @@ class Engine:
         with self._new:
             if self._running or self._waiting:
                 raise RuntimeError("the weights can't be replaced while texts are being generated")
-            self._variables = variables
+            self._variables = experts_in_stacks(self._absorbed, variables)
             self.pages.forget()
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:

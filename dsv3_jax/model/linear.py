@@ -185,6 +185,7 @@ def grouped_swiglu(
     group_sizes: jax.Array,
     *,
     implementation: str,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
     """Applies experts to the rows sent to them, (M, D) sorted by expert -> (M, D); see `pallas_kernels.grouped_matmul`.
 
@@ -192,12 +193,13 @@ def grouped_swiglu(
       gate, up: (G, D, F). down: (G, F, D).
       factors: (M, 1) float32, what each row's result is multiplied by.
       group_sizes: (G,) int32, rows of each expert.
+      first: () int32, the first expert's place, where the weights are of more experts.
     """
     if _in_blocks(weights := (gate, up, down)):
         return fp8.swiglu(x, *weights, group_sizes, keep=save_activation) * factors
     product = functools.partial(grouped_matmul.grouped_swiglu, implementation=implementation, keep=save_activation)
     gate, up, down = (cast(jax.Array, w).astype(x.dtype) for w in weights)
-    y: jax.Array = product(x, gate, up, down, factors, group_sizes)
+    y: jax.Array = product(x, gate, up, down, factors, group_sizes, first=first)
     return y
 
 

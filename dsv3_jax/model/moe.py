@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,11 @@ from dsv3_jax.runtime import Runtime
 
 EXPERT_PLACEMENT = "placement"
 """The Linen collection of the slots of redundant experts; see `inference.expert_placement`."""
+
+
+STACKS, LAYER = "stacks", "layer"
+"""The Linen collections of experts' weights that a loop over layers doesn't cut: those of all layers, at the paths of
+`params`, which then lacks them, and in each layer its number, `layer`. See `inference.expert_stacks`."""
 
 
 class ExpertWeights(NamedTuple):
@@ -50,16 +55,29 @@ def experts_reference(
 
 
 def experts_grouped(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights, rows: int, *, implementation: str
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w: ExpertWeights,
+    rows: int,
+    *,
+    implementation: str,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
-    """Sorts tokens by expert, applies grouped matmuls, and restores the order. No token is dropped."""
+    """Sorts tokens by expert, applies grouped matmuls, and restores the order. No token is dropped.
+
+    layer: () int32, which of the weights are meant if those of all layers are given, (L, E, ...).
+    """
     tokens, k = ids.shape
+    experts, first = w.gate_proj.shape[0 if layer is None else 1], 0 if layer is None else layer * w.gate_proj.shape[1]
+    if layer is not None:
+        w = ExpertWeights(*(jax.lax.collapse(cast(jax.Array, a), 0, 2) for a in w))
     order = jnp.argsort(ids.ravel())[:rows]  # of the N K (token, choice) pairs; those without an expert come last
-    sizes = jnp.bincount(ids.ravel(), length=w.gate_proj.shape[0]).astype(jnp.int32)
+    sizes = jnp.bincount(ids.ravel(), length=experts).astype(jnp.int32)
     place = jnp.full((tokens * k,), rows, order.dtype).at[order].set(jnp.arange(rows, dtype=order.dtype))
     maps = order // k, place.reshape(tokens, k)
     weights = spread(weights.reshape(-1, 1), order, place[:, None])
-    out = grouped_swiglu(spread(x, *maps), *w, weights, sizes, implementation=implementation)
+    out = grouped_swiglu(spread(x, *maps), *w, weights, sizes, implementation=implementation, first=first)
     return collect(out, *maps).astype(x.dtype)
 
 
@@ -108,6 +126,13 @@ class RoutedExperts(Module):
         c = self.config
         if self.runtime.redundant_experts:
             ids = self._slots(ids)
+        if self.has_variable(STACKS, "gate_proj"):
+            w = ExpertWeights(*(self.get_variable(STACKS, name) for name in ExpertWeights._fields))
+            compute = functools.partial(
+                experts_grouped, implementation="blocked", layer=self.get_variable(LAYER, "layer")
+            )
+            y = compute(flatten(x), flatten(ids), flatten(weights), w, ids.size).reshape(x.shape)
+            return y, no_exchange()[None, None]
         e, d, f = c.n_routed_experts + self.runtime.redundant_experts, c.hidden_size, c.moe_intermediate_size
         w = ExpertWeights(
             linear_weight(self, "gate_proj", (e, d, f), ("experts", "embed", "expert_ffn"), stack=1),

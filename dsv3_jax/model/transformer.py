@@ -19,7 +19,7 @@ from dsv3_jax.model.cache import Cache, LayerCache, LayersCache, TokenPositions
 from dsv3_jax.model.linear import SCALES, TURNED, weight
 from dsv3_jax.model.logits import Logits
 from dsv3_jax.model.module import LAYERS, Module, logical_axes
-from dsv3_jax.model.moe import EXPERT_PLACEMENT
+from dsv3_jax.model.moe import EXPERT_PLACEMENT, LAYER, STACKS
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.norm import norm_scale, rms_norm
 from dsv3_jax.model.remat import rematerialise
@@ -312,7 +312,8 @@ def _through(
     tokens = None if cache is None else x.shape[1]
     scanned = nn.scan(
         layer,
-        variable_axes={"params": 0, SCALES: 0, TURNED: 0, ROUTER: 0, EXPERT_PLACEMENT: 0, CHOICES: 0},
+        variable_axes=dict.fromkeys(("params", SCALES, TURNED, ROUTER, EXPERT_PLACEMENT, CHOICES, LAYER), 0),
+        variable_broadcast=STACKS,
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
         out_axes=0,

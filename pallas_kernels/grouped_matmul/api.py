@@ -44,7 +44,12 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, im
     return IMPLEMENTATIONS[implementation](lhs, rhs, group_sizes)
 
 
-def _check(lhs: jax.Array | jax.ShapeDtypeStruct, rhs: jax.Array, group_sizes: jax.Array, implementation: str) -> None:
+def _check(
+    lhs: jax.Array | jax.ShapeDtypeStruct,
+    rhs: jax.Array | jax.ShapeDtypeStruct,
+    group_sizes: jax.Array,
+    implementation: str,
+) -> None:
     """Raises ValueError as `grouped_matmul`, except for errors specific to a backend."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"no grouped matmul {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
@@ -66,6 +71,7 @@ def grouped_swiglu(
     *,
     implementation: str,
     keep: Callable[[jax.Array], jax.Array] = lambda a: a,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
     """Applies experts to groups of rows: factor * down(silu(gate(x)) * up(x)) with the three matrices of each group.
 
@@ -78,17 +84,20 @@ def grouped_swiglu(
         kernels (gate, up and SwiGLU in one), the others three grouped matmuls.
       keep: applied to the outputs of gate and up, (M, F) each, if they are separate arrays, to name them for a
         rematerialisation policy.
+      first: () int32, with "blocked": the first group's matrices, where there are those of more groups than sizes.
 
     Returns:
       (M, D) of the dtype of `x`. Rows after the last group are zero. Raises as `grouped_matmul`.
     """
     hidden = jax.ShapeDtypeStruct((len(x), gate.shape[-1]), x.dtype)
     for rows, matrices in ((x, gate), (x, up), (hidden, down)):
-        _check(rows, matrices, group_sizes, implementation)
+        groups = len(matrices) if isinstance(first, int) else len(group_sizes)
+        of_groups = jax.ShapeDtypeStruct((groups, *matrices.shape[1:]), matrices.dtype)
+        _check(rows, of_groups, group_sizes, implementation)
     if factors.shape != (len(x), 1):
         raise ValueError(f"grouped_swiglu needs factors ({len(x)}, 1), but got {factors.shape}")
     if implementation == "blocked":
-        return cpu.grouped_swiglu(x, gate, up, down, factors, group_sizes)
+        return cpu.grouped_swiglu(x, gate, up, down, factors, group_sizes, first)
     if implementation == "gpu" and gpu.few(len(x), len(gate)):
         require_hopper("grouped_matmul")
         return (gpu.grouped_swiglu(x, gate, up, down, group_sizes) * factors).astype(x.dtype)

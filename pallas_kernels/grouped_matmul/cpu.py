@@ -125,10 +125,16 @@ grouped_matmul.defvjp(_vjp_forward, _vjp_backward)
 
 @jax.custom_vjp
 def grouped_swiglu(
-    x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, factors: jax.Array, group_sizes: jax.Array
+    x: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    factors: jax.Array,
+    group_sizes: jax.Array,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
     """See `api.grouped_swiglu`: here a tile goes through all three products while it is in the cache."""
-    return _swiglu_forward(x, gate, up, down, factors, group_sizes, for_gradient=False)[0]
+    return _swiglu_forward(x, gate, up, down, factors, group_sizes, first, for_gradient=False)[0]
 
 
 def _swiglu_forward(
@@ -138,6 +144,7 @@ def _swiglu_forward(
     down: jax.Array,
     factors: jax.Array,
     group_sizes: jax.Array,
+    first: jax.Array | int,
     *,
     for_gradient: bool,
 ) -> tuple[jax.Array, ...]:
@@ -145,7 +152,7 @@ def _swiglu_forward(
 
     def group(g: jax.Array, out: Any) -> Any:
         def tile(at: jax.Array, mine: jax.Array, out: Any) -> Any:
-            w_gate, w_up, w_down, rows = gate[g], up[g], down[g], _rows(x, at, mine)
+            w_gate, w_up, w_down, rows = gate[first + g], up[first + g], down[first + g], _rows(x, at, mine)
             a, b = rows @ w_gate, rows @ w_up
             made = (swiglu(a, b, _rows(factors, at, mine)) @ w_down, a, b)[: len(out)]
             return tuple(_write(o, m, at, mine) for o, m in zip(out, made, strict=True))
@@ -158,17 +165,18 @@ def _swiglu_forward(
     return out
 
 
-def _swiglu_vjp_forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    y, a, b = _swiglu_forward(*arrays, for_gradient=True)
-    return y, (*arrays, a, b)
+def _swiglu_vjp_forward(*operands: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    y, a, b = _swiglu_forward(*operands, for_gradient=True)
+    return y, (*operands, a, b)
 
 
-def _swiglu_vjp_backward(residuals: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array | None, ...]:
-    x, gate, up, down, factors, group_sizes, a, b = residuals
+def _swiglu_vjp_backward(residuals: tuple[Any, ...], dy: jax.Array) -> tuple[jax.Array | None, ...]:
+    x, gate, up, down, factors, group_sizes, first, a, b = residuals
 
     def group(g: jax.Array, out: Any) -> Any:
         dx, dfactors, weights = out
-        w_gate, w_up, w_down = gate[g], up[g], down[g]
+        matrix = first + g
+        w_gate, w_up, w_down = gate[matrix], up[matrix], down[matrix]
 
         def tile(at: jax.Array, mine: jax.Array, out: Any) -> Any:
             dx, dfactors, dw_gate, dw_up, dw_down = out
@@ -182,12 +190,12 @@ def _swiglu_vjp_backward(residuals: tuple[jax.Array, ...], dy: jax.Array) -> tup
 
         start = (dx, dfactors, *map(_wide_zeros, (w_gate, w_up, w_down)))
         dx, dfactors, *sums = _over_tiles(g, len(x), group_sizes, tile, start)
-        store = lambda w, s: lax.dynamic_update_index_in_dim(w, s.astype(w.dtype), g, 0)
+        store = lambda w, s: lax.dynamic_update_index_in_dim(w, s.astype(w.dtype), matrix, 0)
         return dx, dfactors, tuple(map(store, weights, sums))
 
     empty = (jnp.zeros_like(x), jnp.zeros_like(factors), tuple(jnp.zeros_like(w) for w in (gate, up, down)))
     dx, dfactors, weights = _over_groups(group_sizes, group, empty)
-    return dx, *weights, dfactors, None
+    return dx, *weights, dfactors, None, None
 
 
 grouped_swiglu.defvjp(_swiglu_vjp_forward, _swiglu_vjp_backward)

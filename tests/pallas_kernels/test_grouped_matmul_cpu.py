@@ -46,6 +46,17 @@ def test_any_group_sizes(what, group_sizes, unused):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_experts_may_be_some_of_more():
+    with jax.enable_x64(True):
+        x, gate, up, down, factors, counts = problem([3, 0, 65], unused=1)
+        around = lambda w: jnp.concatenate([w[::-1] + 1, w, w + 2])  # those of the groups are the fourth to sixth
+        experts = lambda *a: grouped_swiglu(*a, counts, implementation="blocked", first=jnp.int32(3))
+        some = lambda x, gate, up, down, factors: experts(x, around(gate), around(up), around(down), factors)
+        alone = lambda *a: grouped_swiglu(*a, counts, implementation="blocked")
+        got, expected = (values_and_gradients(f, x, gate, up, down, factors) for f in (some, alone))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), got, expected)
+
+
 @pytest.mark.parametrize("what", ["product", "experts"])
 def test_gradients_of_bfloat16_matrices_are_summed_in_float32(what):
     """Over 128 tiles. What is left is the rounding of operands and of the sum, 2^-9 at most of each."""
