@@ -40,7 +40,7 @@ _KEYWORDS: dict[str, dict[str, Any]] = {
     "messages": {"minItems": 1},
     "modalities": {"const": ["text"]},
 }
-"""What the server requires of a field that its type and bounds don't say."""
+"""JSON schema of what a field must be besides its type and bounds."""
 
 
 def openapi() -> dict[str, Any]:
