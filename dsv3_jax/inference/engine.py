@@ -124,7 +124,7 @@ class Engine:
         expanded = dataclasses.replace(model.runtime, attention_form="expanded", remat="none")
         absorbed = dataclasses.replace(expanded, attention_form="absorbed")
         self._expanded, self._absorbed = model.clone(runtime=expanded), model.clone(runtime=absorbed)
-        self._variables = experts_in_stacks(model, variables)
+        self._variables = experts_in_stacks(self._absorbed, variables)
         self._ends = frozenset(c.eos_token_ids if end_ids is None else end_ids)
 
         def pool(pages: int) -> PagePool:
@@ -158,7 +158,8 @@ class Engine:
         by_kernel = kernels(model.runtime) is not None and self._mesh is None  # which doesn't read what a text hasn't
         self._decode_tables = _buckets(self._most_pages, 16 if by_kernel else 2)
         self._chunk_sizes = sorted({-(-config.prefill_chunk // 4), config.prefill_chunk})
-        self._piece_rows = sorted({-(-min(n, config.max_batch) // self._rows) * self._rows for n in (1, 4, 16)})
+        pieces = [-(-min(n, config.max_batch) // self._rows) * self._rows for n in (1, 4, 16)]
+        self._piece_rows, self._few_pieces = sorted(set(pieces)), pieces[1]
         self._batch: tuple[Any, steps.Packed] | None = None  # of the last step, and what it was made of
         self.speculation = Speculation(self.drafts, config.drafts_up_to)
         """Which steps have drafts; its `str` says so in words."""
@@ -480,7 +481,7 @@ class Engine:
         Many go together only where all rows of that program are used, and `room` tokens allow it.
         """
         todo = [r for r in self._running if r.in_prefill]
-        size, few = self._chunk_sizes[0], self._piece_rows[:2][-1]
+        size, few = self._chunk_sizes[0], self._few_pieces
         short = [r for r in todo if len(r.tokens) - r.prefilled <= size]
         most = max(n for n in self._piece_rows if n <= few or n <= min(len(short), room // size))
         return short[:most] if todo[:1] == short[:1] else todo[:1]

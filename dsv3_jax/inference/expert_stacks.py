@@ -32,6 +32,5 @@ def experts_in_stacks(model: DeepSeekV3, variables: Mapping[str, Any]) -> Mappin
     if not stacks or not as_they_are or not plain or experts_impl(runtime) != "blocked":
         return variables
     rest = {path: array for path, array in flat.items() if path not in stacks}
-    layers = jnp.arange(model.config.num_moe_layers, dtype=jnp.int32)
-    layer = {(*_EXPERTS, "layer"): layers}
+    layer = {(*_EXPERTS, "layer"): jnp.arange(model.config.num_moe_layers, dtype=jnp.int32)}
     return {**variables, "params": unflatten_dict(rest), STACKS: unflatten_dict(stacks), LAYER: unflatten_dict(layer)}

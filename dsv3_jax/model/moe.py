@@ -69,11 +69,13 @@ def experts_grouped(
     layer: () int32, which of the weights are meant if those of all layers are given, (L, E, ...).
     """
     tokens, k = ids.shape
-    experts, first = w.gate_proj.shape[0 if layer is None else 1], 0 if layer is None else layer * w.gate_proj.shape[1]
+    count: int = w.gate_proj.shape[-3]
+    first: jax.Array | int = 0
     if layer is not None:
+        first = layer * count
         w = ExpertWeights(*(jax.lax.collapse(cast(jax.Array, a), 0, 2) for a in w))
     order = jnp.argsort(ids.ravel())[:rows]  # of the N K (token, choice) pairs; those without an expert come last
-    sizes = jnp.bincount(ids.ravel(), length=experts).astype(jnp.int32)
+    sizes = jnp.bincount(ids.ravel(), length=count).astype(jnp.int32)
     place = jnp.full((tokens * k,), rows, order.dtype).at[order].set(jnp.arange(rows, dtype=order.dtype))
     maps = order // k, place.reshape(tokens, k)
     weights = spread(weights.reshape(-1, 1), order, place[:, None])
@@ -93,12 +95,18 @@ def experts(
 
 
 def experts_and_exchanges(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, w: ExpertWeights, config: ModelConfig, runtime: Runtime
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w: ExpertWeights,
+    config: ModelConfig,
+    runtime: Runtime,
+    layer: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`experts`, and `RouterStats.exchanges`."""
+    """`experts`, and `RouterStats.exchanges`. layer: as in `experts_grouped`."""
     compute, name = experts_reference, experts_impl(runtime)
     if name != "reference":
-        compute = functools.partial(experts_grouped, implementation=name)
+        compute = functools.partial(experts_grouped, implementation=name, layer=layer)
     if experts_are_spread(runtime):
         packing = PackedTiles() if runtime.precision == "fp8" else None
         return spread_experts(x, ids, weights, w, compute=compute, config=config, runtime=runtime, packing=packing)
@@ -128,11 +136,7 @@ class RoutedExperts(Module):
             ids = self._slots(ids)
         if self.has_variable(STACKS, "gate_proj"):
             w = ExpertWeights(*(self.get_variable(STACKS, name) for name in ExpertWeights._fields))
-            compute = functools.partial(
-                experts_grouped, implementation="blocked", layer=self.get_variable(LAYER, "layer")
-            )
-            y = compute(flatten(x), flatten(ids), flatten(weights), w, ids.size).reshape(x.shape)
-            return y, no_exchange()[None, None]
+            return experts_and_exchanges(x, ids, weights, w, c, self.runtime, self.get_variable(LAYER, "layer"))
         e, d, f = c.n_routed_experts + self.runtime.redundant_experts, c.hidden_size, c.moe_intermediate_size
         w = ExpertWeights(
             linear_weight(self, "gate_proj", (e, d, f), ("experts", "embed", "expert_ffn"), stack=1),
