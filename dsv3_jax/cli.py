@@ -129,6 +129,7 @@ def _train(arguments: list[str], command: str = "train") -> None:
         raise ConfigError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}")
     processes = Processes(known.coordinator, known.count, known.index)
     join(processes)  # before JAX is asked for its devices
+    threading.Thread(target=_start_devices, daemon=True).start()  # while the rest is imported
     known.run_dir = known.run_dir or Path("runs") / ("sft" if command == "sft" else preset)
     with contextlib.nullcontext(known.run_dir) if known.help else working_copy(known.run_dir) as directory:
         result = _train_in(directory, known, arguments, command)
@@ -140,6 +141,14 @@ def _train(arguments: list[str], command: str = "train") -> None:
         print(f"stopped and saved at step {result['step']}; continue with: {shlex.join(again)}")
         sys.exit(_INTERRUPTED)
     print(f"done: {shown}/report.md")
+
+
+def _start_devices() -> None:
+    """Initialises JAX's backends. An error is raised again where they are used."""
+    import jax
+
+    with contextlib.suppress(RuntimeError):
+        jax.devices()
 
 
 def _train_in(run_dir: Path, known: argparse.Namespace, arguments: list[str], command: str) -> dict[str, Any]:

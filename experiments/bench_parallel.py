@@ -298,7 +298,7 @@ class Throughput:
 
     def run(self, steps: int) -> tuple[float, float]:
         """Seconds of a step, the median of `steps` after two to warm up, and the last one's objective."""
-        state = self.placement.init(self.init, jax.random.key(0))
+        state = self.placement.jit_init(self.init)(jax.random.key(0))
         times = []
         for _ in range(2 + steps):
             before = time.perf_counter()
@@ -359,7 +359,7 @@ class Steps:
 
     def run(self) -> dict[str, dict[str, np.ndarray]]:
         """Metrics and gradients of each step, and variables and the optimizer's state after them: by kind and name."""
-        state = self.placement.init(self.init, jax.random.key(0))
+        state = self.placement.jit_init(self.init)(jax.random.key(0))
         losses, gradients = [], []
         for i in range(STEPS):
             state, metrics = self.compiled(state, self.placement.batch(np.arange(BATCH), packed_batch(i), BATCH))

@@ -49,7 +49,7 @@ def main() -> None:
         sample_tokens=0,
     )
     setup = Setup(config, load_tokenizer(None))
-    state, done = setup.placement.init(setup.init, jax.random.key(0)), 0
+    state, done = setup.init(jax.random.key(0)), 0
     times: dict[bool, list[float]] = {False: [], True: []}
     processor: dict[bool, list[float]] = {False: [], True: []}
     started = time.perf_counter()

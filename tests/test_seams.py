@@ -51,7 +51,7 @@ def test_a_weight(tmp_path):
     """It is declared in its layer, and then trained, sharded and saved like the others."""
     model = WithAdapter(DENSE, Runtime(sharding="fsdp"))
     placement = Placement(MeshShape(fsdp=8), model.runtime, parameter_axes(model))
-    state = placement.init(lambda key: init_state(model, optax.sgd(1.0), key), jax.random.key(0))
+    state = placement.jit_init(lambda key: init_state(model, optax.sgd(1.0), key))(jax.random.key(0))
     assert state.params["adapter"].sharding.spec == PartitionSpec(("fsdp",), None)
     before = np.asarray(state.params["adapter"])
     step = placement.jit_step(make_train_step(model, optax.sgd(1.0), PretrainingLoss(DENSE, SCHEDULE)), state)

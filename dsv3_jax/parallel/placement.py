@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
@@ -20,22 +21,22 @@ from dsv3_jax.runtime import Runtime
 
 
 @dataclasses.dataclass
-class OnMesh:
-    """A jitted function that is called with `mesh` set."""
+class Jitted:
+    """A jitted function that is traced and called with `mesh` set, if it has one."""
 
     jitted: Any
-    mesh: Mesh
+    mesh: Mesh | None
     _traced: Any = None
     _ahead: futures.Future[Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
-        with jax.set_mesh(self.mesh):
+        with self._on_mesh():
             call = self.jitted if self._ahead is None else self._ahead.result()
             return call(*arguments)
 
     def check(self, *arguments: Any) -> None:
         """Traces the function for (abstract) arguments, and raises the errors of a call."""
-        with jax.set_mesh(self.mesh):
+        with self._on_mesh():
             self._traced = self.jitted.trace(*arguments)
 
     def compile_ahead(self) -> None:
@@ -46,12 +47,15 @@ class OnMesh:
         traced, self._traced = self._traced, None
 
         def compiled() -> Any:
-            with jax.set_mesh(self.mesh):
+            with self._on_mesh():
                 return traced.lower().compile()
 
         pool = futures.ThreadPoolExecutor(1)
         self._ahead = pool.submit(compiled)
         pool.shutdown(wait=False)
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
 class Placement:
@@ -91,10 +95,11 @@ class Placement:
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self._batch = NamedSharding(self.mesh, PartitionSpec(self.sharding.axes("batch") or None))
 
-    def init(self, init: Callable[[jax.Array], Any], key: jax.Array) -> Any:
-        """Returns the pytree `init(key)`. Each device creates only its part."""
-        shardings = state_shardings(jax.eval_shape(init, key), self.mesh, self.sharding.rules, self._axes)
-        return jax.jit(init, out_shardings=shardings)(key)
+    def jit_init(self, init: Callable[[jax.Array], Any]) -> Jitted:
+        """Jits a function from a typed key to a pytree. Each device creates only its part."""
+        state = jax.eval_shape(init, jax.random.key(0))
+        shardings = state_shardings(state, self.mesh, self.sharding.rules, self._axes)
+        return Jitted(jax.jit(init, out_shardings=shardings), None)  # what it applies the model to isn't a batch
 
     def abstract(self, init: Callable[[jax.Array], Any], batch: dict[str, Any]) -> tuple[Any, Any]:
         """Returns shapes, dtypes and shardings of the state and of a batch, for `lower`.
@@ -114,9 +119,9 @@ class Placement:
                 raise ConfigError(f"mesh.{axis} is {self.mesh.shape[axis]}, but nothing of this model is cut over it")
         return jax.tree.map(place, state, shardings), jax.tree.map(lambda x: place(x, self._batch), batch)
 
-    def jit_step(self, step: Callable[..., Any], state: Any) -> OnMesh:
+    def jit_step(self, step: Callable[..., Any], state: Any) -> Jitted:
         """Jits a step for this mesh. The new state is sharded like `state`, and metrics are replicated."""
-        return OnMesh(self._jit(step, state), self.mesh)
+        return Jitted(self._jit(step, state), self.mesh)
 
     def lower(self, step: Callable[..., Any], state: Any, batch: Any) -> jax.stages.Lowered:
         """Lowers the function of `jit_step` for the abstract state and batch of `abstract`."""
@@ -128,9 +133,9 @@ class Placement:
         shardings = jax.tree.map(lambda x: x.sharding, state)
         return jax.jit(step, out_shardings=(shardings, self.replicated), donate_argnums=0)
 
-    def jit_evaluation(self, evaluate: Callable[..., Any]) -> OnMesh:
+    def jit_evaluation(self, evaluate: Callable[..., Any]) -> Jitted:
         """Jits a function whose result is replicated."""
-        return OnMesh(jax.jit(evaluate, out_shardings=self.replicated), self.mesh)
+        return Jitted(jax.jit(evaluate, out_shardings=self.replicated), self.mesh)
 
     @property
     def parts(self) -> int:

@@ -103,8 +103,7 @@ class Loop:
             state = setup.first_state(check_hashes=check_hashes)
             if config.init_from:
                 self.console.print(f"starting from the weights of {config.init_from}", soft_wrap=True)
-            self._save(state)  # that there always is one; and a disk without room is noticed now
-            self.checkpoints.wait()
+            self._save(state)  # that there always is one
         with jax.set_mesh(setup.placement.mesh):
             line = choices(config.runtime, config.model, config.data.sequence_length, training=True)
             self.console.print(line, soft_wrap=True)
@@ -127,6 +126,7 @@ class Loop:
                     with clock.spent_on("compilation"):
                         state, metrics = setup.train_step(state, *batch)
                         jax.block_until_ready(metrics)
+                    self.checkpoints.wait()  # a disk without room for the first is noticed now
                     self.console.print(f"first step after {time.perf_counter() - setup.started:.1f} s")
                 else:
                     state, metrics = setup.train_step(state, *batch)

@@ -66,11 +66,12 @@ def cut_evenly(sequences: int, least: int, unit: int) -> int:
 class Setup:
     """The parts of a run. Raises ConfigError for problems that the run would encounter later.
 
-    init: a state at step 0, from a typed key. abstract: its shapes, dtypes and shardings. train_step, evaluate, finite:
-    jitted on the mesh. data: the iterator of training batches. validation: batches as NumPy arrays.
+    init: a state at step 0, from a typed key. abstract: its shapes, dtypes and shardings. data: the iterator of
+    training batches. validation: batches as NumPy arrays. init, train_step, evaluate and finite are jitted.
 
-    With `ahead`, `train_step` is compiled in a thread from the moment that it and the data are known to be right, if
-    all batches have one shape, and in a job of one process.
+    With `ahead`, in a job of one process, `train_step` is compiled in a thread from the moment that it and the data are
+    known to be right, if all batches have one shape; and `init` before that, unless the run is to `resume` or starts
+    from other weights.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Setup:
         console: Console | None = None,
         *,
         ahead: bool = False,
+        resume: bool = False,
     ) -> None:
         self.started = time.perf_counter()
         self.config, self.tokenizer = config, tokenizer
@@ -88,10 +90,15 @@ class Setup:
         self.schedule = Schedule(config.schedule)
         loss = _loss(config, self.schedule)
         optimizer = make_optimizer(config.optimizer, self.schedule)
-        self.init = lambda key: init_state(self.model, optimizer, key)
+        ahead = ahead and jax.process_count() == 1
         self._optimizer, self._objective = optimizer, loss
         self.placement = Placement(config.mesh, config.runtime, parameter_axes(self.model))
-        self.abstract, _ = self.placement.abstract(self.init, {})
+        init = lambda key: init_state(self.model, optimizer, key)
+        self.abstract, _ = self.placement.abstract(init, {})
+        self.init = self.placement.jit_init(init)
+        if ahead and not resume and config.init_from is None:
+            self.init.check(jax.random.key(config.seed))
+            self.init.compile_ahead()
         sizes = [stage.batch_size for stage in self.schedule.ramp]
         self.cut = None
         if len(sizes) > 1 and self.placement.sharding.size("layers") == 1:
@@ -124,7 +131,7 @@ class Setup:
                 multiple_of=self.placement.parts,
                 opened=opened,
             )
-        if ahead and (self.cut or len(sizes) == 1) and jax.process_count() == 1:  # the rest is done meanwhile
+        if ahead and (self.cut or len(sizes) == 1):  # the rest is done meanwhile
             self.train_step.compile_ahead()
         if self.validation:
             size = len(self.validation[0]["tokens"])
@@ -143,7 +150,7 @@ class Setup:
         """
         config, key = self.config, jax.random.key(self.config.seed)
         if config.init_from is None:
-            state: TrainState = self.placement.init(self.init, key)
+            state: TrainState = self.init(key)
             return state
         return state_from(
             config.init_from,

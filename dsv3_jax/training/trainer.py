@@ -80,7 +80,7 @@ def _train(config: TrainConfig, directory: Path, resume: bool, check_hashes: boo
     config = dataclasses.replace(config, model=model)
     with clock.spent_on("start"):
         # A failure to read the data leaves no directory.
-        setup = Setup(config, tokenizer, tokenizer_path, console, ahead=True)
+        setup = Setup(config, tokenizer, tokenizer_path, console, ahead=True, resume=resume)
     all_processes_here()  # before one of them puts something into the directory that the others look at
 
     def begin() -> None:

@@ -57,7 +57,7 @@ def test_values_are_the_same_on_another_mesh(tmp_path, before, after):
             make_optimizer(config.optimizer, Schedule(config.schedule)),
         )
         placement = Placement(config.mesh, config.runtime, parameter_axes(model))
-        return placement.init(lambda key: init_state(model, optimizer, key), jax.random.key(seed))
+        return placement.jit_init(lambda key: init_state(model, optimizer, key))(jax.random.key(seed))
 
     saved, other = placed(*before, 0), placed(*after, 1)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)

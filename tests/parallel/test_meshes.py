@@ -51,7 +51,7 @@ def run(shape, microbatches=1, **runtime):
     model = DeepSeekV3(SHARDABLE, Runtime(**{"experts_impl": "ragged"} | runtime))
     placement = Placement(shape, model.runtime, parameter_axes(model), jax.devices()[: shape.devices])
     optimizer = optax.chain(KEEPS_GRADIENTS, make_optimizer(OptimizerConfig(), SCHEDULE))
-    state = placement.init(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    state = placement.jit_init(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
     step = placement.jit_step(
         make_train_step(model, optimizer, PretrainingLoss(model.config, SCHEDULE), microbatches=microbatches), state
     )

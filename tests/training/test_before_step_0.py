@@ -89,7 +89,7 @@ def test_a_ramp_compiles_one_step():
     """Batch sizes that neither two devices nor microbatches divide."""
     config = ramp(TWO, 3, 8)
     made = setup.Setup(config, load_tokenizer(config.data.tokenizer))
-    state = made.placement.init(made.init, jax.random.key(0))
+    state = made.init(jax.random.key(0))
     sizes = [stage.batch_size for stage in made.schedule.ramp]
     assert sizes[:3] == [3, 4, 4]
     assert sizes[-1] == 8
@@ -192,7 +192,7 @@ def test_a_diverged_state_is_not_saved_and_resume_finds_the_last_finite_one(tmp_
 
     # A checkpoint that isn't finite, as an earlier version would have left it.
     run = setup.Setup(config, trainer.load_tokenizer(None))
-    state = run.placement.init(run.init, jax.random.key(0))
+    state = run.init(jax.random.key(0))
     checkpoints = Checkpoints(directory / "checkpoints", 5)
     state, position, _ = checkpoints.restore(state)
     spoiled = state.replace(step=state.step + 2, opt_state=jax.tree.map(lambda x: x * jnp.nan, state.opt_state))

@@ -35,7 +35,7 @@ def gradient_of_a_step(shape="", microbatches=1, config=CONFIG, **runtime):
     placement = Placement(MeshShape.parse(shape), model.runtime, parameter_axes(model))
     schedule = Schedule(ScheduleConfig(steps=10, batch_size=SEQUENCES))
     optimizer = optax.chain(KEEPS_GRADIENTS, optax.sgd(0.0))
-    state = placement.init(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    state = placement.jit_init(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
     loss = PretrainingLoss(config, schedule)
     step = placement.jit_step(make_train_step(model, optimizer, loss, microbatches=microbatches), state)
     text = {name: np.asarray(x) for name, x in text_batch(SEQUENCES, LENGTH).items()}
