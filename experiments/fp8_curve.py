@@ -10,7 +10,7 @@ a curve; on a CPU float32 does.
 
 Every run saves what it has when its time is up, and goes on from there. The report (markdown, PNG, JSON) compares the
 losses of a step, smoothed by an exponential mean, with bfloat16's, as appendix B of the DeepSeek-V3 report does. It is
-of all runs in the folder, whichever call trained them, and is written when a call ends.
+of all runs in the folder, whichever call trained them and however far they are, and is written when a call ends.
 """
 
 from __future__ import annotations
@@ -148,27 +148,33 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
     return np.array(found)
 
 
+def relative(curve: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """By how many percent each value is above the base's, of as many steps as both have."""
+    steps = min(len(curve), len(base))
+    return 100 * (curve[:steps] / base[:steps] - 1)
+
+
 def write(out: Path, size: str, base: TrainConfig, curves: dict[str, dict[int, float]]) -> None:
-    """Writes fp8-curve-SIZE as .md, .png and .json: `curves` are the losses of each run by step."""
-    steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
-    smooth = {name: smoothed(np.array([curve[s] for s in steps])) for name, curve in curves.items()}
-    against = {name: 100 * (curve / smooth[BASE] - 1) for name, curve in smooth.items() if name != BASE}
-    warm = np.array(steps) > base.schedule.warmup_steps
-    rows = {
-        name: {
+    """Writes fp8-curve-SIZE as .md, .png and .json: `curves` are the losses of each run by step, from 1 on."""
+    losses = {name: np.array([curve[s + 1] for s in range(len(curve))]) for name, curve in curves.items()}
+    smooth = {name: smoothed(of_run) for name, of_run in losses.items()}
+    against = {name: relative(curve, smooth[BASE]) for name, curve in smooth.items() if name != BASE}
+    rows = {}
+    for name, far in against.items():
+        warm = far[base.schedule.warmup_steps :]
+        rows[name] = {
+            "steps": len(far),
             "last_percent": float(far[-1]),
-            "largest_percent_after_warmup": float(np.abs(far[warm]).max()),
-            "mean_absolute_percent_after_warmup": float(np.abs(far[warm]).mean()),
-            "mean_percent_after_warmup": float(far[warm].mean()),
+            "largest_percent_after_warmup": float(np.abs(warm).max()),
+            "mean_absolute_percent_after_warmup": float(np.abs(warm).mean()),
+            "mean_percent_after_warmup": float(warm.mean()),
             "last_smoothed_loss": float(smooth[name][-1]),
         }
-        for name, far in against.items()
-    }
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for name, curve in smooth.items():
-        left.plot(steps, curve, label=RUNS[name][0], linewidth=1)
+        left.plot(range(1, len(curve) + 1), curve, label=RUNS[name][0], linewidth=1)
     for name, far in against.items():
-        right.plot(steps, far, label=RUNS[name][0], linewidth=1)
+        right.plot(range(1, len(far) + 1), far, label=RUNS[name][0], linewidth=1)
     right.axhspan(-0.25, 0.25, alpha=0.15, color="grey")
     limit = max(1.0, *(r["largest_percent_after_warmup"] for r in rows.values()))
     right.set(xlabel="step", ylabel=f"loss relative to {RUNS[BASE][0]}'s, %", ylim=(-limit, limit))
@@ -190,23 +196,23 @@ def write(out: Path, size: str, base: TrainConfig, curves: dict[str, dict[int, f
         "base": BASE,
         "base_last_smoothed_loss": float(smooth[BASE][-1]),
     }
-    losses = {name: [round(curve[s], 5) for s in steps] for name, curve in curves.items()}
-    (out / f"{name}.json").write_text(json.dumps({**setting, "runs": rows, "steps": steps, "loss": losses}) + "\n")
+    loss = {run: np.round(of_run, 5).tolist() for run, of_run in losses.items()}
+    (out / f"{name}.json").write_text(json.dumps({**setting, "runs": rows, "loss": loss}) + "\n")
     lines = [
         f"# FP8 against bfloat16: loss curves ({size})",
         "",
         f"{setting['date']}, {setting['device']}, jax {setting['jax']}. {setting['parameters']:,} parameters, "
-        f"{steps[-1]:,} of {base.schedule.steps:,} steps, {tokens:,} tokens of `{setting['data']}` in all; one seed, "
+        f"{base.schedule.steps:,} steps, {tokens:,} tokens of `{setting['data']}`; one seed, "
         f"the same batches in the same order. Command: `python -m experiments.fp8_curve --size {size}`",
         "",
         f"Losses are smoothed over the steps (exponential mean, {SMOOTHING}) and compared with {RUNS[BASE][0]}'s, "
         f"whose last is {setting['base_last_smoothed_loss']:.4f} nats per byte. The DeepSeek-V3 report (section 3.3) "
         "states a relative error below 0.25%.",
         "",
-        "| run | last smoothed loss | difference at the end | mean after warm-up | mean magnitude | largest |",
-        "|---|---|---|---|---|---|",
+        "| run | steps | last smoothed loss | difference at the end | mean after warm-up | mean magnitude | largest |",
+        "|---|---:|---|---|---|---|---|",
         *(
-            f"| {RUNS[name][0]} | {r['last_smoothed_loss']:.4f} | {r['last_percent']:+.3f}% "
+            f"| {RUNS[name][0]} | {r['steps']:,} | {r['last_smoothed_loss']:.4f} | {r['last_percent']:+.3f}% "
             f"| {r['mean_percent_after_warmup']:+.3f}% | {r['mean_absolute_percent_after_warmup']:.3f}% "
             f"| {r['largest_percent_after_warmup']:.3f}% |"
             for name, r in rows.items()

@@ -13,6 +13,7 @@ come in parts, each in a plane of a float32 array; XLA adds the planes.
 from __future__ import annotations
 
 import functools
+import operator
 
 import jax
 import jax.experimental.pallas as pl
@@ -35,7 +36,6 @@ from pallas_kernels.row_blocks import (
 COLUMNS = 128
 """Columns of the matrices that a step fetches: of one, or half of each of two."""
 STAGES = 7
-_TILED = (plgpu.TilingTransform((TILE_ROWS, BLOCK)), plgpu.SwizzleTransform(128))
 
 type Matrices = tuple[jax.Array, jax.Array]
 """Values and scales, as in `api.fp8_grouped_matmul`."""
@@ -82,17 +82,21 @@ def _call(
     lhs, lhs_scales = jnp.pad(lhs, fill), jnp.pad(lhs_scales, fill).T  # a step's scales are fetched together
     # Runs of single rows are cut off at the end of an array, not of its rows: there, all strips must be whole.
     width = COLUMNS // 2 if columns % COLUMNS else COLUMNS // len(matrices)
+    # The matrix units keep 14 bits of a sum: as much of a step as they add up, the rest in float32. Halves cost some
+    # time, and a SwiGLU needs them: its error would be 1.1e-3.
+    piece = BLOCK // len(matrices)
+    tiled = plgpu.TilingTransform((TILE_ROWS, piece)), plgpu.SwizzleTransform(piece)
     workers = 2 if interpret else MULTIPROCESSORS
     shared = groups == 1 and len(lhs) <= FEW_ROWS
     parts = Parts(-(-columns // width), depth // BLOCK, workers) if shared else None
     planes = 1 if parts is None else parts.planes * len(matrices)
     dtype = jnp.bfloat16 if parts is None else jnp.float32
     out = plgpu.kernel(
-        functools.partial(_kernel, rows=rows, width=width, parts=parts),
+        functools.partial(_kernel, rows=rows, width=width, piece=piece, parts=parts),
         out_type=jax.ShapeDtypeStruct((planes, len(lhs), columns), dtype),
         scratch_types=dict(
-            x_smem=plgpu.SMEM((STAGES, FEW_ROWS, BLOCK), lhs.dtype, transforms=_TILED),
-            w_smem=plgpu.SMEM((STAGES, len(matrices), width, BLOCK), lhs.dtype, transforms=_TILED),
+            x_smem=plgpu.SMEM((STAGES, FEW_ROWS, BLOCK), lhs.dtype, transforms=tiled),
+            w_smem=plgpu.SMEM((STAGES, len(matrices), width, BLOCK), lhs.dtype, transforms=tiled),
             scale_smem=plgpu.SMEM((STAGES, FEW_ROWS), jnp.float32),
             out_smem=staging(FEW_ROWS, width, dtype)[:1],
             ready=plgpu.Barrier(num_arrivals=2 + len(matrices), num_barriers=STAGES),
@@ -152,7 +156,7 @@ class Parts:
         return lax.fori_loop(0, (end - 1) // self.steps - first + 1, one, carry)
 
 
-def _kernel(x_gmem, scale_gmem, *refs, x_smem, w_smem, scale_smem, out_smem, ready, free, rows, width, parts):
+def _kernel(x_gmem, scale_gmem, *refs, x_smem, w_smem, scale_smem, out_smem, ready, free, rows, width, piece, parts):
     *matrices, size_gmem, out_gmem = refs
     w_gmems, w_scale_gmems = matrices[::2], matrices[1::2]
     groups, columns, depth = w_gmems[0].shape
@@ -209,11 +213,15 @@ def _kernel(x_gmem, scale_gmem, *refs, x_smem, w_smem, scale_smem, out_smem, rea
                 row = plgpu.load(scale_smem.at[stage], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
                 def products(*refs):
-                    for w, ref in enumerate(refs):
-                        plgpu.wgmma(ref, x_smem.at[stage], w_smem.at[stage, w].transpose((1, 0)))
-                    return [ref[...] for ref in refs]
+                    for w, of_matrix in enumerate(refs):
+                        for n, ref in enumerate(of_matrix):
+                            along = pl.ds(n * piece, piece)
+                            matrix = w_smem.at[stage, w, :, along].transpose((1, 0))
+                            plgpu.wgmma(ref, x_smem.at[stage, :, along], matrix)
+                    return [functools.reduce(operator.add, [r[...] for r in of_matrix]) for of_matrix in refs]
 
-                sums = pl.run_scoped(products, *[plgpu.ACC((FEW_ROWS, width), jnp.float32) for _ in accs])
+                acc = plgpu.ACC((FEW_ROWS, width), jnp.float32)
+                sums = pl.run_scoped(products, *[(acc,) * (BLOCK // piece)] * len(accs))
                 plgpu.commit_smem()  # the rows' scales have been read, before copies overwrite them
                 plgpu.barrier_arrive(free.at[stage])
                 scaled = [
