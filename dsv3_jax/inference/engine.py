@@ -11,11 +11,11 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import os
 import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -236,7 +236,7 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Cancels a request and frees its pages. Does nothing if it has finished."""
+        """Cancels a request and frees its pages; its last step says so. Does nothing if it has finished."""
         request.cancelled = True
         with self._new:
             self._new.notify()
@@ -248,8 +248,10 @@ class Engine:
 
         Raises ConfigError as `submit` does, and RuntimeError for a text that failed.
         """
-        requests = [self.submit(prompt, sampling, max_new_tokens=max_new_tokens) for prompt in prompts]
+        requests: list[Request] = []
         try:
+            for prompt in prompts:
+                requests.append(self.submit(prompt, sampling, max_new_tokens=max_new_tokens))
             for request in requests:
                 tokens: list[int] = []
                 for step in request:
@@ -257,7 +259,7 @@ class Engine:
                         raise RuntimeError(step.error)
                     tokens += step.tokens
                 yield tokens
-        finally:  # also where the caller wants no more
+        finally:  # also where a prompt is refused, or the caller wants no more
             for request in requests:
                 self.cancel(request)
 
@@ -368,11 +370,13 @@ class Engine:
                 with self._on_mesh():
                     self._turn()
         except BaseException as error:
-            self.failure = f"{type(error).__name__}: {error}"
             traceback.print_exc()
-            for request in [r.request for r in self._running] + list(self._waiting):
+            with self._new:  # what is submitted from here on is refused
+                self.failure = f"{type(error).__name__}: {error}"
+                left = [r.request for r in self._running] + list(self._waiting)
+                self._running, self._waiting = [], collections.deque()
+            for request in left:
                 request.put(Step([], error=self.failure))
-            self._running, self._waiting = [], collections.deque()
 
     def _turn(self) -> None:
         """Runs one iteration of the loop."""
@@ -411,11 +415,15 @@ class Engine:
         return len(r.request.text) + r.pending >= r.request.max_new_tokens
 
     def _end_cancelled(self) -> None:
-        if any(request.cancelled for request in list(self._waiting)):
-            with self._new:
-                self._waiting = collections.deque(r for r in self._waiting if not r.cancelled)
+        with self._new:
+            cancelled = [request for request in self._waiting if request.cancelled]
+            for request in cancelled:
+                self._waiting.remove(request)
         for r in [r for r in self._running if r.request.cancelled]:
             self._release(r)
+            cancelled.append(r.request)
+        for request in cancelled:
+            request.put(Step([], finish_reason="cancelled"))
 
     def _admit(self) -> None:
         """Assigns slots and pages to waiting requests, in order."""
@@ -428,15 +436,15 @@ class Engine:
             if more is None:
                 self.pages.release(found)
                 return
-            with self._new:
-                self._waiting.popleft()
             hit = len(found) * PAGE
             if not request.text:
                 self.pages.count(len(tokens), hit)
                 request.cached = hit
             r = _Running(request, found + more, hit, self.speculation.of_text())
             r.slot = self._free_slots.pop()
-            self._running.append(r)
+            with self._new:  # at no moment is it in neither of them
+                self._waiting.popleft()
+                self._running.append(r)
 
     def _with_pages(self, ready: list[_Running]) -> list[_Running]:
         """Allocates further pages for texts that need them, preempting the most recent texts if there are none."""
@@ -465,13 +473,14 @@ class Engine:
         with self._new:
             self._waiting.appendleft(r.request)
 
-    def _release(self, r: _Running, *, forget: bool = False) -> None:
+    def _release(self, r: _Running, *, forget: bool = False) -> list[int]:
+        """Gives back what a text holds. Returns its pages that no other text holds."""
         if r.ended:
-            return
+            return []
         r.ended = True
         self._running.remove(r)
         self._free_slots.append(r.slot)
-        self.pages.release(r.pages, forget=forget)
+        return self.pages.release(r.pages, forget=forget)
 
     # Device programs.
 
@@ -677,9 +686,12 @@ class Engine:
         request.put(step)
 
     def _fail(self, r: _Running, message: str) -> None:
-        """Fails a request. Its pages are zeroed, since non-finite values would affect later holders."""
-        self._release(r, forget=True)
-        padded = r.pages + [SCRATCH] * (self._most_pages - len(r.pages))
+        """Fails a request. Its pages are zeroed, since non-finite values would affect later holders.
+
+        Those that other texts hold too aren't: they are the same prefix's, and needed.
+        """
+        pages = self._release(r, forget=True)
+        padded = pages + [SCRATCH] * (self._most_pages - len(pages))
         self._pool = steps.clear(self._pool, np.array(padded, np.int32))
         r.request.put(Step([], error=message))
 
@@ -717,12 +729,13 @@ def _mesh_of(variables: Any) -> Any:
 
 
 def _free_memory(devices: Collection[jax.Device]) -> int | None:
-    """Bytes, on the device that has the fewest: of a CPU a quarter of the machine's; None where devices don't tell."""
+    """Bytes, on the device that has the fewest: of a CPU a quarter of the machine's; None where that isn't known."""
     stats = [d.memory_stats() for d in devices]
     told = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s]
     if not told and all(d.platform == "cpu" for d in devices):
-        with contextlib.suppress(ValueError, OSError):
-            told = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4]
+        with contextlib.suppress(OSError):
+            lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+            told = [int(lines["MemAvailable"].split()[0]) * 1024 // 4]  # what is free, or a cache of files
     return min(told, default=None)
 
 

@@ -85,8 +85,8 @@ class PageAllocator:
                 self._known[key], self._key_of[page], self._content[page] = page, key, self._contents
             before = self._content[self._known[key]]
 
-    def release(self, pages: Sequence[int], *, forget: bool = False) -> None:
-        """Frees pages; with `forget`, their content won't be found again."""
+    def release(self, pages: Sequence[int], *, forget: bool = False) -> list[int]:
+        """Gives pages back; with `forget`, their content won't be found again. Returns those without other holders."""
         for page in reversed(pages):  # the end of a prompt goes before its beginning
             self._holders[page] -= 1
             assert self._holders[page] >= 0, f"page {page} was given back twice"
@@ -98,6 +98,7 @@ class PageAllocator:
                 else:
                     self._unused.pop(page, None)
                     self._free.append(page)
+        return [page for page in pages if not self._holders[page]]
 
     def forget(self) -> None:
         """Forgets all content, since it was computed with other weights."""

@@ -38,8 +38,8 @@ class Step:
     """Tokens of one request from one step of the engine.
 
     logprobs: of the tokens, if requested. prompt_logprobs: of the prompt's tokens, with the first step. cached_tokens:
-    number of prompt tokens found in the cache. finish_reason: "stop" or "length" with the last step. stop_token: the
-    token that ended the text, the last of `tokens`. error: with the last step, if the request failed.
+    number of prompt tokens found in the cache. finish_reason: with the last step, "stop", "length" or "cancelled".
+    stop_token: the token that ended the text, the last of `tokens`. error: with the last step, if the request failed.
     """
 
     tokens: list[int]

@@ -1,7 +1,7 @@
 """The architecture of DeepSeek-V3, one idea per file: attention, router, experts, blocks, MTP, and the whole model.
 
-Beside the equations are the seams that they call: `attend`, `cache`, `linear`, `logits`, `remat`. Nothing here names a
-backend, a mesh axis or the memory layout of a cache.
+Beside the equations are the seams that they call: `attend`, `cache`, `linear`, `logits`, `remat`. The equations don't
+name a backend, a mesh axis or the memory layout of a cache.
 
 Letters of shapes, in docstrings here and in the other packages:
 

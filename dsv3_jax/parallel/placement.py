@@ -87,6 +87,9 @@ class Placement:
                     f"mesh.{axis} is {size}, but runtime.sharding {runtime.sharding!r} cuts nothing over it, so that "
                     f"these devices would all do the same: it cuts over {', '.join(a for a in AXES if a in used)}"
                 )
+        if devices is None and shape.devices == 1 < jax.process_count():
+            processes = jax.process_count()
+            raise ConfigError(f"the mesh is one device, but the job has {processes} processes: give it all devices")
         if devices is None:
             devices = jax.local_devices()[:1] if shape.devices == 1 else jax.devices()
         self.mesh = make_mesh(shape, devices)

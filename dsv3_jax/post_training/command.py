@@ -110,6 +110,8 @@ def grpo_command(args: GRPOArgs, console: Console | None = None) -> None:
 def _grpo(args: GRPOArgs, console: Console) -> None:
     directory = args.run_dir
     reward = load_reward(args.reward)
+    if args.problems is not None and args.held_out is None:
+        raise ConfigError("--problems needs --held-out, other problems of the same kind: the default ones are sums")
     held_out = _problems(args.held_out, lambda: arithmetic_problems(256, args.grpo.seed + 1))
     prompts = {problem["prompt"] for problem in held_out}
     problems = _problems(args.problems, lambda: arithmetic_problems(4096, args.grpo.seed))

@@ -93,7 +93,7 @@ class Loop:
         return TrainResult(state, self.last | {"step": int(state.step), "stopped": not finished}, self.directory)
 
     def _begin(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> TrainState:
-        """Returns the initial state, saved or restored, and the log."""
+        """Returns the initial state, saved or restored."""
         config, setup = self.config, self.setup
         if resume:
             state = self._restore()
@@ -103,14 +103,18 @@ class Loop:
             state = setup.first_state(check_hashes=check_hashes)
             if config.init_from:
                 self.console.print(f"starting from the weights of {config.init_from}", soft_wrap=True)
-            self._save(state)  # that there always is one
+            self._save(state)  # that there always is one; it is written beside the compilation of the step
         with jax.set_mesh(setup.placement.mesh):
             line = choices(config.runtime, config.model, config.data.sequence_length, training=True)
             self.console.print(line, soft_wrap=True)
-        self.log = MetricsLog(
-            self.directory if self.primary else None, first_step=int(state.step), wandb_project=config.wandb_project
-        )
         return state
+
+    def _open_log(self, first: int) -> None:
+        """Opens the log when there is a checkpoint: without one, a directory with metrics isn't begun in again."""
+        with self.clock.spent_on("checkpoints"):
+            self.checkpoints.wait()  # a disk without room for the first is noticed now
+        directory = self.directory if self.primary else None
+        self.log = MetricsLog(directory, first_step=first, wandb_project=self.config.wandb_project)
 
     def _steps(self, state: TrainState, stopping: Callable[[], bool], show: _Show) -> TrainState:
         """Takes steps until the end of the schedule or a request to stop, and saves the state."""
@@ -126,7 +130,7 @@ class Loop:
                     with clock.spent_on("compilation"):
                         state, metrics = setup.train_step(state, *batch)
                         jax.block_until_ready(metrics)
-                    self.checkpoints.wait()  # a disk without room for the first is noticed now
+                    self._open_log(first)
                     self.console.print(f"first step after {time.perf_counter() - setup.started:.1f} s")
                 else:
                     state, metrics = setup.train_step(state, *batch)
@@ -267,7 +271,8 @@ class Loop:
 
     def _finish(self, state: TrainState, finished: bool) -> None:
         """Writes figure, sample and report; for a stopped run only the figure. All processes sample together."""
-        records = read_metrics(self.directory / METRICS) if self.primary else []
+        metrics = self.directory / METRICS
+        records = read_metrics(metrics) if self.primary and metrics.exists() else []
         if self.primary:
             (self.directory / "metrics.png").write_bytes(draw_runs({str(self.directory): records}))
         if not finished:

@@ -14,8 +14,6 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dsv3_jax.config import ConfigError
-
 _FLUSH_SECONDS = 10.0
 
 
@@ -26,8 +24,6 @@ class MetricsLog:
         """Opens a log that continues after `first_step`. Later lines, for steps to be repeated, are dropped.
 
         Without a directory nothing is written: only one of several processes keeps the log.
-
-        Raises ConfigError if Weights & Biases is asked for and not installed.
         """
         self.path = directory / "metrics.jsonl" if directory else None
         self._directory, self._wandb = directory, None
@@ -132,10 +128,8 @@ class _Events:
 
 
 def _wandb_run(project: str, directory: Path) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(f"wandb_project is {project!r}, but wandb isn't installed: pip install wandb") from None
+    import wandb
+
     name = directory.absolute().name
     return wandb.init(project=project, name=name, id=name, resume="allow", dir=str(directory))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,6 +86,12 @@ class Setup:
         resume: bool = False,
     ) -> None:
         self.started = time.perf_counter()
+        if config.wandb_project is not None:
+            try:
+                importlib.import_module("wandb")
+            except ImportError:
+                project = config.wandb_project
+                raise ConfigError(f"wandb_project is {project!r}, but it isn't installed: pip install wandb") from None
         self.config, self.tokenizer = config, tokenizer
         self.model = DeepSeekV3(config.model, config.runtime)
         self.schedule = Schedule(config.schedule)
@@ -131,7 +138,9 @@ class Setup:
                 multiple_of=self.placement.parts,
                 opened=opened,
             )
-        if ahead and (self.cut or len(sizes) == 1):  # the rest is done meanwhile
+        one_program = self.cut is not None or len(sizes) == 1
+        may_be_another = resume and self.placement.sharding.size("experts") > 1  # one with the run's `dispatch_slack`
+        if ahead and one_program and not may_be_another:  # the rest is done meanwhile
             self.train_step.compile_ahead()
         if self.validation:
             size = len(self.validation[0]["tokens"])

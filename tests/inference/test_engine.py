@@ -255,8 +255,13 @@ def test_end_tokens_cancellation_and_errors_of_one_request(checkpoints):
     other = e.submit(prompt, Sampling(temperature=0, ignore_eos=True), max_new_tokens=64)
     next(iter(request))
     e.cancel(request)
+    assert list(request)[-1].finish_reason == "cancelled"
     assert [t for s in other for t in s.tokens] == new
+    before = e.stats().tokens
+    with pytest.raises(ConfigError, match="outside the vocabulary"):
+        list(e.generate([prompt, [64]], Sampling(temperature=0, ignore_eos=True), max_new_tokens=64))
     assert_nothing_leaks(e)
+    assert e.stats().tokens - before < 64  # the first was cancelled
 
 
 @pytest.mark.slow
@@ -277,17 +282,39 @@ def test_over_a_mesh_pages_are_spread_and_texts_are_the_same():
     assert_nothing_leaks(e)
 
 
-def test_logits_that_arent_finite_end_their_request_alone(checkpoints):
-    model, variables = checkpoints("v3_base")
+def with_a_bad_token(checkpoint):
+    """The model, with an embedding of token 63 that is not a number."""
+    model, variables = checkpoint
     params = dict(variables["params"])
     params["embed_tokens"] = jnp.asarray(params["embed_tokens"]).at[63].set(jnp.nan)
+    return model, variables | {"params": params}
+
+
+def test_logits_that_arent_finite_end_their_request_alone(checkpoints):
     expected = EXPECTED["v3_base"]
     healthy = [i for i in range(8) if 63 not in expected["prompts"][i] + expected["new"][i]]
     assert healthy
-    e = engine((model, variables | {"params": params}), cache_tokens=FEW)
+    e = engine(with_a_bad_token(checkpoints("v3_base")), cache_tokens=FEW)
     bad = e.submit([5, 63, 7], GREEDY, max_new_tokens=64)
     good = [e.submit(expected["prompts"][i], GREEDY, max_new_tokens=64) for i in healthy]
     assert "not finite" in list(bad)[-1].error
     for i, request in zip(healthy, good, strict=True):
         assert [t for s in request for t in s.tokens] == expected["new"][i]
+    assert_nothing_leaks(e)
+
+
+def test_a_failed_text_leaves_the_prefix_that_it_shares(checkpoints):
+    """The pages of a prefix are those of a running text, too, which would read zeros."""
+    e = engine(with_a_bad_token(checkpoints("v3_base")))
+    prefix = [token for token in range(1, 63) for _ in (0, 1)][:64]
+
+    def scores(steps):
+        return [score for step in steps for _, score, _ in step.logprobs]
+
+    alone = scores(e.submit([*prefix, 5], GREEDY, max_new_tokens=60, logprobs=0))
+    running = iter(e.submit([*prefix, 5], GREEDY, max_new_tokens=60, logprobs=0))
+    first = next(running)
+    bad = list(e.submit([*prefix, 63], GREEDY, max_new_tokens=4))
+    assert "not finite" in bad[-1].error
+    np.testing.assert_allclose(scores([first, *running]), alone, atol=1e-5)
     assert_nothing_leaks(e)

@@ -91,7 +91,8 @@ def test_grpo_writes_a_run_and_goes_on(start, tmp_path):
 def test_grpo_refuses_what_cannot_be(start, tmp_path, capsys):
     for options, words in (
         (["--reward", "no.such"], "'no.such' can't be imported"),
-        (["--problems", str(tmp_path / "none")], "can't be read"),
+        (["--problems", "mine.jsonl"], "--problems needs --held-out"),
+        (["--problems", str(tmp_path / "none"), "--held-out", str(tmp_path / "none")], "can't be read"),
         (["--grpo.length", "4"], "length is 4"),
         (["--resume"], "holds no run to resume"),
     ):

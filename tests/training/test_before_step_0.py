@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,17 @@ def refused(config, directory):
         trainer.train(config, directory, console=Console(quiet=True))
     assert not directory.exists()
     return str(caught.value)
+
+
+def test_a_project_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    found = refused(dataclasses.replace(ONE, wandb_project="small"), tmp_path / "run")
+    assert "wandb_project is 'small', but it isn't installed: pip install wandb" in found
+
+
+def test_one_device_for_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert "one device, but the job has 2 processes" in refused(ONE, tmp_path / "run")
 
 
 def ramp(config, first, full, **changes):

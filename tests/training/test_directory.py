@@ -15,6 +15,7 @@ from tokenizers.trainers import BpeTrainer
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import load_tokenizer
+from dsv3_jax.training import checkpoints
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.directory import (
     check_config,
@@ -115,7 +116,7 @@ def test_a_run_that_is_killed_before_its_first_state_may_start_again(tmp_path, m
     """Its config is there before anything else: without it the directory would be taken for somebody else's."""
     config, directory = small_config("", "single"), tmp_path / "run"
 
-    def killed(checkpoints, folder, *_, **__):
+    def killed(_, folder, *__, **___):
         folder.mkdir()
         raise KeyboardInterrupt
 
@@ -123,6 +124,21 @@ def test_a_run_that_is_killed_before_its_first_state_may_start_again(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         train(config, directory)
     assert (directory / "checkpoints").is_dir()
+    assert not has_begun(directory)
+    check_directory(config, directory, resume=False)
+
+
+def test_a_run_whose_first_state_could_not_be_written_may_start_again(tmp_path, monkeypatch):
+    """The step is compiled meanwhile, but nothing is recorded before there is a checkpoint."""
+    config, directory = small_config("", "single"), tmp_path / "run"
+
+    async def fails(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._HashedPath, "finalize", fails)
+        with pytest.raises(checkpoints.CheckpointError, match="No space left"):
+            train(config, directory)
     assert not has_begun(directory)
     check_directory(config, directory, resume=False)
 
