@@ -11,6 +11,9 @@ a curve; on a CPU float32 does.
 Every run saves what it has when its time is up, and goes on from there. The report (markdown, PNG, JSON) compares the
 losses of a step, smoothed by an exponential mean, with bfloat16's, as appendix B of the DeepSeek-V3 report does. It is
 of all runs in the folder, whichever call trained them and however far they are, and is written when a call ends.
+
+Two runs drift apart, whatever first set them apart. So when all runs are done, losses and gradients of one held-out
+batch are compared at the same weights, too: those of bfloat16's checkpoints.
 """
 
 from __future__ import annotations
@@ -26,17 +29,24 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
+import optax
 import tyro
 
 from dsv3_jax.accounting.parameters import count_parameters
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.data import DataConfig
+from dsv3_jax.data import DataConfig, load_tokenizer
+from dsv3_jax.data.pipeline import prepared_tokenizer
 from dsv3_jax.runtime import Runtime
+from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.config import TrainConfig
+from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.metrics import read_metrics
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
+from dsv3_jax.training.setup import Setup
+from dsv3_jax.training.step import TrainState, make_train_step
 from dsv3_jax.training.trainer import train
 
 matplotlib.use("Agg")
@@ -79,6 +89,7 @@ def sizes() -> dict[str, TrainConfig]:
         data=DataConfig(sequence_length=128),
         schedule=ScheduleConfig(steps=400, batch_size=16, warmup_steps=40, **rates, **common),
         checkpoint_every=100,
+        keep_every=100,
         **quiet,
     )
     large = dataclasses.replace(
@@ -88,7 +99,7 @@ def sizes() -> dict[str, TrainConfig]:
     )
     schedule = ScheduleConfig(steps=800, batch_size=64, warmup_steps=80, **rates, **common)
     gpu = dataclasses.replace(
-        cpu, model=large, data=DataConfig(sequence_length=1024), schedule=schedule, checkpoint_every=200
+        cpu, model=large, data=DataConfig(sequence_length=1024), schedule=schedule, checkpoint_every=200, keep_every=200
     )
     return {"cpu": cpu, "gpu": gpu}
 
@@ -121,10 +132,11 @@ def main(
             train(dataclasses.replace(base, runtime=runtime, microbatches=halves), out / name, resume=started)
     curves = {name: read_losses(out / name / "metrics.jsonl") for name in RUNS}
     curves = {name: curve for name, curve in curves.items() if max(curve, default=0) > base.schedule.warmup_steps}
-    if BASE in curves and len(curves) > 1:
-        write(out, size, base, curves)
-        print((out / f"fp8-curve-{size}.md").read_text())
     left = [name for name in wanted if not (out / name / "report.md").exists()]
+    if BASE in curves and len(curves) > 1:
+        others = [name for name in curves if name not in (BASE, "control")]
+        write(out, size, base, curves, at_the_same_weights(base, out / BASE, others) if not left else {})
+        print((out / f"fp8-curve-{size}.md").read_text())
     print(f"to be continued by the same command: {', '.join(left)}" if left else "all runs are done")
 
 
@@ -154,8 +166,56 @@ def relative(curve: np.ndarray, base: np.ndarray) -> np.ndarray:
     return 100 * (curve[:steps] / base[:steps] - 1)
 
 
-def write(out: Path, size: str, base: TrainConfig, curves: dict[str, dict[int, float]]) -> None:
-    """Writes fp8-curve-SIZE as .md, .png and .json: `curves` are the losses of each run by step, from 1 on."""
+def at_the_same_weights(base: TrainConfig, run: Path, names: list[str]) -> dict[str, dict[int, tuple[float, float]]]:
+    """Compares losses and gradients of a held-out batch, at the weights of the base run's checkpoints, with the base's.
+
+    Returns, of each run in `names` and by the checkpoint's step, by how many percent its loss is above, and how far
+    its gradient is, in percent of the base's norm.
+    """
+    base = dataclasses.replace(base, runtime=RUNS[BASE][1])
+    tokenizer = prepared_tokenizer(base.data)
+    setup = Setup(base, load_tokenizer(tokenizer), tokenizer)
+    batch = {name: jnp.asarray(setup.validation[0][name]) for name in ("tokens", "targets")}
+    # In the place of an optimizer's state, the gradient.
+    gradient = optax.GradientTransformation(lambda p: p, lambda g, _, p: (jax.tree.map(jnp.zeros_like, p), g))
+
+    def of(runtime: Runtime):
+        step = make_train_step(
+            setup.model.clone(runtime=runtime), gradient, PretrainingLoss(base.model, setup.schedule)
+        )
+
+        def loss_and_gradient(state: TrainState):
+            after, metrics = step(dataclasses.replace(state, opt_state=state.params), batch)
+            return metrics["loss"], after.opt_state
+
+        return jax.jit(loss_and_gradient)
+
+    compute = {name: of(dataclasses.replace(RUNS[name][1], remat="paper")) for name in (BASE, *names)}
+    found: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in names}
+    checkpoints = Checkpoints(run / "checkpoints", base.keep_checkpoints, keep_every=base.keep_every)
+    for step in checkpoints.steps():
+        state = checkpoints.restore(setup.abstract, step).state
+        loss, grads = compute[BASE](state)
+        for name in names:
+            other, others = compute[name](state)
+            far = optax.global_norm(jax.tree.map(jnp.subtract, others, grads)) / optax.global_norm(grads)
+            found[name][step] = 100 * float(other / loss - 1), 100 * float(far)
+    checkpoints.close()
+    setup.data.stop()
+    return found
+
+
+def write(
+    out: Path,
+    size: str,
+    base: TrainConfig,
+    curves: dict[str, dict[int, float]],
+    same: dict[str, dict[int, tuple[float, float]]],
+) -> None:
+    """Writes fp8-curve-SIZE as .md, .png and .json.
+
+    curves: the losses of each run by step, from 1 on. same: see `at_the_same_weights`.
+    """
     losses = {name: np.array([curve[s + 1] for s in range(len(curve))]) for name, curve in curves.items()}
     smooth = {name: smoothed(of_run) for name, of_run in losses.items()}
     against = {name: relative(curve, smooth[BASE]) for name, curve in smooth.items() if name != BASE}
@@ -197,7 +257,7 @@ def write(out: Path, size: str, base: TrainConfig, curves: dict[str, dict[int, f
         "base_last_smoothed_loss": float(smooth[BASE][-1]),
     }
     loss = {run: np.round(of_run, 5).tolist() for run, of_run in losses.items()}
-    (out / f"{name}.json").write_text(json.dumps({**setting, "runs": rows, "loss": loss}) + "\n")
+    (out / f"{name}.json").write_text(json.dumps({**setting, "runs": rows, "same": same, "loss": loss}) + "\n")
     lines = [
         f"# FP8 against bfloat16: loss curves ({size})",
         "",
@@ -221,6 +281,18 @@ def write(out: Path, size: str, base: TrainConfig, curves: dict[str, dict[int, f
         f"![loss curves]({name}.png)",
         "",
     ]
+    if same:
+        steps = sorted(next(iter(same.values())))
+        of = lambda name, step: "{:+.3f}%, {:.1f}%".format(*same[name][step])
+        lines += [
+            f"The loss of a held-out batch, and the distance of its gradient from {RUNS[BASE][0]}'s in percent of its "
+            f"norm, at the weights of {RUNS[BASE][0]}'s checkpoints:",
+            "",
+            f"| at step | {' | '.join(RUNS[name][0] for name in same)} |",
+            "|---|" + "---|" * len(same),
+            *(f"| {step:,} | {' | '.join(of(name, step) for name in same)} |" for step in steps),
+            "",
+        ]
     (out / f"{name}.md").write_text("\n".join(lines))
 
 
