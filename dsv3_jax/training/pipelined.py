@@ -119,7 +119,8 @@ def pipelined_gradients(
             load = {k: v for k, v in expert_load(outputs).items() if k != SPARSE}
             return StepSums(objective, sums, load, exchanges(outputs))
 
-        last_stage = lambda x: of(cast(Any, apply)(x, inputs.further_tokens, method="last_stage", **inputs.where))
+        how = inputs.where | {"detach_mtp": loss.detach_mtp}
+        last_stage = lambda x: of(cast(Any, apply)(x, inputs.further_tokens, method="last_stage", **how))
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(last_stage, x))
         total = again(lambda x: lax.cond(stage == stages - 1, last_stage, lambda _: nothing, x))(x)
         here = of(Outputs(None, (), stats, ()))
