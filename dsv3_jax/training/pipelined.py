@@ -46,8 +46,10 @@ def pipelined_gradients(
       pieces: the batch with a leading axis of microbatches.
       whole: of the whole batch.
 
-    Raises ConfigError if there are fewer sparse layers than stages.
+    Raises ConfigError if there are fewer sparse layers than stages, or the batch says which experts its tokens go to.
     """
+    if "experts" in pieces:
+        raise ConfigError("a batch has 'experts', which the stages of a pipeline don't replay: leave mesh.stage at 1")
     config, stages = model.config, pipeline_stages(model)
     stored, axes = current_sharding(model.runtime).stored(), parameter_axes(model)
     # Inside the pipeline a stage's parameters are whole.
