@@ -254,6 +254,7 @@ def test_what_does_not_fit_says_so(capsys):
         ({"hardware": "a100"}, "unknown hardware 'a100'"),
         ({"mesh": "stage=16"}, "has 16 devices, but --devices is 2048"),
         ({"mesh": "pipe=2048"}, "isn't AXIS=SIZE"),
+        ({"mesh": "data=²"}, "isn't AXIS=SIZE"),
         ({"mesh": "expert=2048"}, "doesn't divide"),
         ({"batch": 3, "mesh": "data=2048"}, "doesn't divide"),
         ({"batch": 7, "devices": 4096, "length": 128}, "no mesh of 4096 devices"),
