@@ -585,16 +585,15 @@ def main() -> None:
     parser.add_argument("--total", type=float, default=200, help="seconds all may take")
     parser.add_argument("--group", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in GROUPS]:
+        raise SystemExit(f"no group {unknown[0]!r}: there are {', '.join(GROUPS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     lines = args.out / "kernels.jsonl"
     if args.group:
         run_group(args.group, lines)
         return
     lines.write_text("")
-    names = args.only.split(",")
-    for name in names:
-        if name not in GROUPS:
-            raise ValueError(f"no group {name!r}: there are {', '.join(GROUPS)}")
     end = time.perf_counter() + args.total
 
     def run(name: str) -> None:

@@ -193,6 +193,8 @@ def main(out: Path = Path("runs/bench_step"), sizes: str = "", steps: int = 10) 
     """
     cpu = jax.default_backend() == "cpu"
     chosen = sizes.split(",") if sizes else (["cpu"] if cpu else ["small", "medium", "large", "largest"])
+    if unknown := [name for name in chosen if name not in SIZES]:
+        raise SystemExit(f"no size {unknown[0]!r}: there are {', '.join(SIZES)}")
     out.mkdir(parents=True, exist_ok=True)
     runtime = Runtime.for_backend(jax.default_backend())
     copy = measure_copy()

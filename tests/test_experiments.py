@@ -4,6 +4,7 @@ import importlib
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.training.checkpoints import Checkpoints
-from experiments import bench_serving, chaos
+from experiments import bench_kernels, bench_serving, bench_step, chaos
 from experiments.small_run import result_name
 from tests.training.test_checkpoints import save
 
@@ -43,6 +44,15 @@ def test_chaos_counts_no_damaged_checkpoint_as_complete(tmp_path):
         shutil.copytree(tmp_path / "run", run)
         chaos.damage(run / "checkpoints/80", random.Random(seed))
         assert chaos.complete(run) == [40], seed
+
+
+def test_what_a_benchmark_does_not_have_is_said_before_it_writes(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="no size 'huge': there are"):
+        bench_step.main(tmp_path / "steps", sizes="huge")
+    monkeypatch.setattr(sys, "argv", ["bench_kernels", "--out", str(tmp_path / "kernels"), "--only", "sorts"])
+    with pytest.raises(SystemExit, match="no group 'sorts': there are"):
+        bench_kernels.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_trace_shares_a_run_out_among_its_operations():

@@ -65,7 +65,7 @@ def _products(jaxpr: Any, times: int, repeat: bool) -> Iterator[Product]:
             yield Product("grouped", _ragged_dot_flops(eqn), _bytes(eqn), times)
         elif name == "cond":
             branches = [list(_products(b.jaxpr, times, repeat)) for b in eqn.params["branches"]]
-            yield from max(branches, key=lambda found: sum(p.flops for p in found))
+            yield from max(branches, key=lambda found: sum(p.flops * p.times for p in found))
         else:
             trips = eqn.params["length"] if name == "scan" and repeat else 1
             for inner in jaxprs_in_params(eqn.params):

@@ -16,7 +16,7 @@ from dsv3_jax.model.cache import LayerCache, TokenPositions
 from dsv3_jax.model.module import Module
 from dsv3_jax.model.moe import FeedForward, MoE
 from dsv3_jax.model.norm import norm_scale, rms_norm
-from dsv3_jax.model.router import RouterStats
+from dsv3_jax.model.router import CHOICES, RouterStats
 from dsv3_jax.parallel.sharding import constrain
 
 
@@ -45,7 +45,9 @@ class Block(Module):
             h, stats = ffn(h) if self.is_moe else (ffn(h), None)
             return constrain(x + h, r, "batch", "sequence", None), (cache, stats)
 
-        if self.is_moe and cache is None and r.interleave > 1 and not self.is_initializing():
+        # Which experts a token chose is recorded, and replayed, for a whole batch.
+        whole = CHOICES in self.variables or self.is_mutable_collection(CHOICES)
+        if self.is_moe and cache is None and r.interleave > 1 and not whole:
             return _interleaved(block, x, where, r.interleave)
         return block(x, where, cache)
 

@@ -153,22 +153,24 @@ class DeepSeekV3(Module):
         """
         where = self.token_positions(tokens, positions, segments, order)
         hidden, _, stats = self._trunk(tokens, where, None)
-        shared = (hidden, self.lm_head)
-        before, head = jax.lax.stop_gradient(shared) if detach_mtp else shared
-        further, mtp_stats = self._predict_further(before, further_tokens, where, detach=detach_mtp)
-        mtp_logits = tuple(Logits(h, head, self.runtime) for h in further)
-        return Outputs(self._head(hidden), mtp_logits, stats, mtp_stats)
+        return self._outputs(hidden, stats, further_tokens, where, detach_mtp)
 
     def first_stage(self, tokens: jax.Array, **where: jax.Array | None) -> jax.Array:
         """The part of `forward` before the sparse layers, for the first pipeline stage: returns (B, T, D)."""
         x, layers = self._embed(tokens), self.config.num_dense_layers
         return _through(self.dense_layers, layers, x, self.token_positions(tokens, **where), None)[0] if layers else x
 
-    def last_stage(self, x: jax.Array, further_tokens: tuple[jax.Array, ...], **where: jax.Array | None) -> Outputs:
+    def last_stage(
+        self,
+        x: jax.Array,
+        further_tokens: tuple[jax.Array, ...],
+        *,
+        detach_mtp: bool = False,
+        **where: jax.Array | None,
+    ) -> Outputs:
         """The part of `forward` after the sparse layers, for the last pipeline stage: takes x (B, T, D)."""
         hidden = rms_norm(x, self.norm, self.config.rms_norm_eps)
-        further, stats = self._predict_further(hidden, further_tokens, self.token_positions(x[:, :, 0], **where))
-        return Outputs(self._head(hidden), tuple(self._head(h) for h in further), None, stats)
+        return self._outputs(hidden, None, further_tokens, self.token_positions(x[:, :, 0], **where), detach_mtp)
 
     def decode(self, tokens: jax.Array, cache: Cache, at: jax.Array | None = None) -> tuple[jax.Array, Cache]:
         """Computes logits of the next T >= 1 tokens of each sequence, which follow those in the cache.
@@ -252,6 +254,21 @@ class DeepSeekV3(Module):
         if cache is not None:
             cache = dataclasses.replace(cache, dense=dense, moe=moe, length=cache.length + tokens.shape[1])
         return rms_norm(x, self.norm, self.config.rms_norm_eps), cache, stats
+
+    def _outputs(
+        self,
+        hidden: jax.Array,
+        stats: RouterStats | None,
+        further_tokens: tuple[jax.Array, ...],
+        where: TokenPositions,
+        detach_mtp: bool,
+    ) -> Outputs:
+        """Logits and MTP predictions from hidden states (B, T, D) after the final norm."""
+        shared = (hidden, self.lm_head)
+        before, head = jax.lax.stop_gradient(shared) if detach_mtp else shared
+        further, mtp_stats = self._predict_further(before, further_tokens, where, detach=detach_mtp)
+        mtp_logits = tuple(Logits(h, head, self.runtime) for h in further)
+        return Outputs(self._head(hidden), mtp_logits, stats, mtp_stats)
 
     def _predict_further(
         self,

@@ -56,7 +56,7 @@ class MeshShape:
         sizes = {}
         for part in filter(None, text.split(",")):
             name, _, size = part.partition("=")
-            if name.strip() not in AXES or not size.strip().isdigit() or int(size) < 1 or name.strip() in sizes:
+            if name.strip() not in AXES or not size.strip().isdecimal() or int(size) < 1 or name.strip() in sizes:
                 raise ConfigError(f"mesh {text!r}: {part!r} isn't AXIS=SIZE, each axis once, of {', '.join(AXES)}")
             sizes[name.strip()] = int(size)
         return cls(**sizes)

@@ -73,8 +73,12 @@ def nodes_reached(config: ModelConfig, nodes: int) -> float:
 
 
 def traffic(plan: TrainingPlan) -> list[Traffic]:
-    """Traffic of each mesh axis that has any, on the busiest stage."""
-    m, c, sheet = plan.mesh, plan.config, plan.hardware
+    """Traffic of each mesh axis that has any, on the busiest stage.
+
+    `node` counts as part of `expert`: which of these devices share a node follows from the data sheet.
+    """
+    c, sheet = plan.config, plan.hardware
+    m = dataclasses.replace(plan.mesh, node=1, expert=plan.mesh.expert_parallel)
     busiest = max(stage_shares(plan), key=lambda s: s.dense + s.moe)
     fullest = max(stage_shares(plan), key=lambda s: sum(parameters_per_device(plan, s)))
     passes, tokens = plan.microbatches, plan.microbatch_tokens * plan.microbatches

@@ -93,10 +93,10 @@ def stage_shares(plan: TrainingPlan) -> list[StageShare]:
     total = c.num_hidden_layers + extra
     bounds = [round(i * total / n) for i in range(n + 1)]
     result = []
-    for first, last in itertools.pairwise(bounds):
+    for stage, (first, last) in enumerate(itertools.pairwise(bounds)):
         last = min(last, c.num_hidden_layers)
         dense = max(0, min(last, c.num_dense_layers) - first)
-        result.append(StageShare(dense, max(0, last - first) - dense, last == c.num_hidden_layers))
+        result.append(StageShare(dense, max(0, last - first) - dense, stage == n - 1))
     return result
 
 

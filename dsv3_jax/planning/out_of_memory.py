@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from dsv3_jax.accounting.hardware import hardware
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.auto import attention_impl
+from dsv3_jax.parallel.rules import rules_of
 from dsv3_jax.planning.memory import memory
 from dsv3_jax.planning.training_plan import TrainingPlan
 from dsv3_jax.training.config import TrainConfig
@@ -50,6 +51,8 @@ def memory_parts(config: TrainConfig) -> dict[str, float]:
         stored=jnp.dtype(runtime.param_dtype).itemsize,
         moment=jnp.dtype(config.optimizer.moments_dtype).itemsize,
         weight=0 if runtime.dtype == runtime.param_dtype else jnp.dtype(runtime.dtype).itemsize,
+        zero1=bool(rules_of(runtime).zero),
+        pipeline_schedule=runtime.pipeline,
         fused_attention="reference" not in attention,
         mtp=bool(config.model.num_nextn_predict_layers),
     )

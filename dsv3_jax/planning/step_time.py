@@ -73,7 +73,8 @@ def step_time(plan: TrainingPlan, efficiency: float | None = None) -> StepTime:
     """Predicts a step. `efficiency` overrides that of the hardware family."""
     m, sheet = plan.mesh, plan.hardware
     e = sheet.efficiency if efficiency is None else efficiency
-    blocks = [s.dense + s.moe + (1 if s.ends and plan.mtp and m.stage > 1 else 0) for s in stage_shares(plan)]
+    further = plan.config.num_nextn_predict_layers if plan.mtp and m.stage > 1 else 0
+    blocks = [s.dense + s.moe + (further if s.ends else 0) for s in stage_shares(plan)]
     imbalance = max(blocks) * m.stage / sum(blocks)
     tokens = plan.tokens / m.devices * imbalance  # a device's, counted as if it held all layers
 

@@ -97,7 +97,7 @@ def meshes(plan: TrainingPlan, devices: int) -> Iterator[TrainingPlan]:
 
     for tensor in small(8):
         for context in small(64) if plan.length >= 16384 else (1,):
-            for expert in [d for d in divisors if c.num_moe_layers and c.n_routed_experts % d == 0]:
+            for expert in [d for d in divisors if d == 1 or (c.num_moe_layers and c.n_routed_experts % d == 0)]:
                 for stage in small(min(32, c.num_hidden_layers)):
                     inner = tensor * context * expert * stage
                     if devices % inner:

@@ -46,8 +46,10 @@ def pipelined_gradients(
       pieces: the batch with a leading axis of microbatches.
       whole: of the whole batch.
 
-    Raises ConfigError if there are fewer sparse layers than stages.
+    Raises ConfigError if there are fewer sparse layers than stages, or the batch says which experts its tokens go to.
     """
+    if "experts" in pieces:
+        raise ConfigError("a batch has 'experts', which the stages of a pipeline don't replay: leave mesh.stage at 1")
     config, stages = model.config, pipeline_stages(model)
     stored, axes = current_sharding(model.runtime).stored(), parameter_axes(model)
     # Inside the pipeline a stage's parameters are whole.
@@ -119,7 +121,8 @@ def pipelined_gradients(
             load = {k: v for k, v in expert_load(outputs).items() if k != SPARSE}
             return StepSums(objective, sums, load, exchanges(outputs))
 
-        last_stage = lambda x: of(cast(Any, apply)(x, inputs.further_tokens, method="last_stage", **inputs.where))
+        how = inputs.where | {"detach_mtp": loss.detach_mtp}
+        last_stage = lambda x: of(cast(Any, apply)(x, inputs.further_tokens, method="last_stage", **how))
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(last_stage, x))
         total = again(lambda x: lax.cond(stage == stages - 1, last_stage, lambda _: nothing, x))(x)
         here = of(Outputs(None, (), stats, ()))

@@ -23,6 +23,12 @@ def test_a_scan_counts_as_often_as_it_runs():
     assert count_flops(f, a, repeat_loops=False) == 2 * 4**3
 
 
+def test_a_branch_counts_as_the_one_with_most_work():
+    a = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    loop = lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=7)[0]
+    assert count_flops(lambda x: jax.lax.cond(x[0, 0] > 0, loop, lambda x: x @ x @ x, x), a) == 7 * 2 * 4**3
+
+
 def test_a_while_loop_of_products_is_refused():
     a = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     with pytest.raises(ConfigError, match="while loop"):

@@ -158,15 +158,19 @@ def test_experts_drop_no_token(impl, routing):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()), rtol=1e-5)
 
 
-def test_choices_are_replayed_at_every_gate():
+@pytest.mark.parametrize("interleave", [1, 2])
+def test_choices_are_replayed_at_every_gate(interleave):
     """With other parameters the tokens go to the experts of before, by today's weights."""
     config = dataclasses.replace(BASE, num_hidden_layers=3, hidden_size=32, initializer_range=0.5)
-    model, rng = DeepSeekV3(config), new_rng()
+    model, rng = DeepSeekV3(config, Runtime(interleave=interleave)), new_rng()
     tokens = jnp.asarray(rng.integers(0, config.vocab_size, (2, 9)), jnp.int32)
     variables, others = (model.init(jax.random.key(seed), tokens) for seed in (0, 1))
     run = jax.jit(functools.partial(model.apply, method="forward", mutable=[CHOICES]))
     outputs, chosen = run(variables, tokens, (tokens,))
     assert set(chosen[CHOICES]) == {"moe_layers", "mtp_0"}
+    assert {ids.shape[-3:-1] for ids in jax.tree.leaves(chosen)} == {tokens.shape}
+    unrecorded = jax.jit(functools.partial(model.apply, method="forward"))(variables, tokens, (tokens,))
+    np.testing.assert_array_equal(unrecorded.stats.load, outputs.stats.load)
     replayed, again = run(variables | chosen, tokens, (tokens,))
     chex.assert_trees_all_equal(again, chosen)
     chex.assert_trees_all_equal(replayed.logits.array(), outputs.logits.array())

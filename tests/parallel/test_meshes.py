@@ -10,7 +10,7 @@ from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.runtime import Runtime
-from dsv3_jax.training.losses import PretrainingLoss
+from dsv3_jax.training.losses import PretrainingLoss, SFTLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.step import init_state, make_train_step
 from tests.configs import SCHEDULE, SHARDABLE
@@ -46,17 +46,15 @@ class Recorded(dict):
         )
 
 
-def run(shape, microbatches=1, **runtime):
-    """Gradients of the first step, and metrics and variables after three."""
+def run(shape, microbatches=1, loss=PretrainingLoss(SHARDABLE, SCHEDULE), steps=STEPS, **runtime):
+    """Gradients of the first step, and metrics and variables after all."""
     model = DeepSeekV3(SHARDABLE, Runtime(**{"experts_impl": "ragged"} | runtime))
     placement = Placement(shape, model.runtime, parameter_axes(model), jax.devices()[: shape.devices])
     optimizer = optax.chain(KEEPS_GRADIENTS, make_optimizer(OptimizerConfig(), SCHEDULE))
     state = placement.jit_init(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
-    step = placement.jit_step(
-        make_train_step(model, optimizer, PretrainingLoss(model.config, SCHEDULE), microbatches=microbatches), state
-    )
+    step = placement.jit_step(make_train_step(model, optimizer, loss, microbatches=microbatches), state)
     metrics, gradients = [], None
-    for i in range(STEPS):
+    for i in range(steps):
         state, m = step(state, placement.batch(np.arange(BATCH), make_batch(i), BATCH))
         m = {k: v for k, v in m.items() if not k.startswith("dispatch_")}  # one device has no such thing
         metrics.append(m)
@@ -124,3 +122,13 @@ def test_every_mesh_computes_the_same(one_device, shape, sharding, runtime):
     assert_close(Recorded(state.opt_state), Recorded(one_device[3].opt_state))
     cut = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.sharding.is_fully_replicated]
     assert cut or shape == "context=8"  # which cuts activations alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ["1f1b", "zero_bubble"])
+def test_fine_tuning_in_a_pipeline_keeps_the_gradient_of_mtp_in_its_modules(pipeline):
+    alone, in_pipeline = (
+        run(MeshShape(stage=stages), 2, SFTLoss(SHARDABLE), 1, sharding=sharding, pipeline=pipeline)[0]
+        for stages, sharding in ((1, "single"), (2, "pp_ep_dp"))
+    )
+    assert_close(in_pipeline, alone)

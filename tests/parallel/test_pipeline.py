@@ -36,7 +36,7 @@ def test_durations():
     assert np.isclose(bubble("zero_bubble", 16, 120), 30 / 390)
 
 
-def first_step(shape, config=SHARDABLE, microbatches=2):
+def first_step(shape, config=SHARDABLE, microbatches=2, further=()):
     model = DeepSeekV3(config, Runtime(sharding="pp_ep_dp"))
     placement = Placement(MeshShape.parse(shape), model.runtime, parameter_axes(model))
     optimizer = make_optimizer(OptimizerConfig(), SCHEDULE)
@@ -45,7 +45,7 @@ def first_step(shape, config=SHARDABLE, microbatches=2):
     step = make_train_step(model, optimizer, PretrainingLoss(model.config, SCHEDULE), microbatches=microbatches)
     batch = placement.batch(np.arange(BATCH), make_batch(), BATCH)
     with jax.set_mesh(placement.mesh):
-        return jax.eval_shape(step, state, batch)
+        return jax.eval_shape(step, state, batch | dict(further))
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,10 @@ def first_step(shape, config=SHARDABLE, microbatches=2):
 def test_what_a_pipeline_cannot_do_is_named(shape, changes, microbatches, message):
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         first_step(shape, dataclasses.replace(SHARDABLE, **changes), microbatches)
+
+
+def test_a_pipeline_refuses_to_replay_experts():
+    """Which it wouldn't: its stages choose their own."""
+    ids = {"choices": {"moe_layers": {"mlp": {"gate": {"ids": np.zeros((BATCH, 3, 16, 4), np.int32)}}}}}
+    with pytest.raises(ConfigError, match="a pipeline don't replay"):
+        first_step("stage=2,data=4", further={"experts": ids})

@@ -82,6 +82,16 @@ def test_stages_hold_every_block_once(mesh):
     assert [s.ends for s in layout] == [False] * (mesh.stage - 1) + [True]
 
 
+@pytest.mark.parametrize(("depths", "stages"), [(1, 12), (2, 6), (3, 12)])
+def test_one_stage_is_the_last(depths, stages):
+    """Also where the MTP modules, which count as blocks, leave it none of the others: no weight is held twice."""
+    config = dataclasses.replace(ModelConfig.preset("v3-mini"), num_nextn_predict_layers=depths)
+    plan, counted = plan_of(config, mesh=MeshShape(stage=stages)), count_parameters(config)
+    assert [s.ends for s in stage_shares(plan)] == [False] * (stages - 1) + [True]
+    held = sum(sum(parameters_per_device(plan, s)) for s in stage_shares(plan))
+    assert held == counted.total + counted.mtp_total
+
+
 def test_all_devices_together_hold_the_model():
     counted = count_parameters(V3)
     for mesh in (
@@ -143,6 +153,20 @@ def test_links_of_an_axis():
     assert rate(hardware("v5p"), MeshShape(fsdp=8, expert=64), "fsdp") == pytest.approx(200e9)
 
 
+def test_experts_over_nodes_are_as_far_apart_by_whatever_name():
+    alike = [traffic(plan_of(mesh=MeshShape(**sizes))) for sizes in ({"expert": 64}, {"node": 8, "expert": 8})]
+    assert alike[0] == alike[1] != []
+    assert traffic(plan_of(mesh=MeshShape(node=8))) == traffic(plan_of(mesh=MeshShape(expert=8))) != []
+
+
+def test_every_mtp_module_takes_time_on_the_last_stage():
+    deep = dataclasses.replace(V3, num_nextn_predict_layers=10)
+    plan = plan_of(deep, mesh=MeshShape(stage=2))
+    assert [(s.dense + s.moe) for s in stage_shares(plan)] == [36, 25]  # and 10 modules
+    ratio = step_time(plan).matmuls / step_time(dataclasses.replace(plan, mesh=MeshShape())).matmuls
+    assert ratio == pytest.approx(36 / 71)
+
+
 def test_time_shrinks_with_efficiency_and_adds_up():
     plan = plan_of(mesh=MeshShape(stage=4, expert=8, fsdp=2), batch=512)
     half, full = step_time(plan, 0.5), step_time(plan, 1.0)
@@ -190,6 +214,13 @@ def test_the_sweep_finds_meshes_like_the_reports():
     assert MeshShape(stage=16, data=2, expert=64) in [p.mesh for p in fastest]
 
 
+def test_the_sweep_takes_a_model_without_experts():
+    dense = dataclasses.replace(ModelConfig.preset("v3-mini"), first_k_dense_replace=12, num_nextn_predict_layers=0)
+    found = {p.mesh for p in meshes(plan_of(dense, batch=64, length=256, mtp=False), 8)}
+    assert {MeshShape(data=8), MeshShape(fsdp=8), MeshShape(stage=2, fsdp=2, tensor=2)} < found
+    assert {m.expert for m in found} == {1}
+
+
 def test_json(capsys):
     plan_command(PlanArgs(mesh="stage=16,data=2,expert=64", precision="fp8", pipeline_schedule="dualpipe", json=True))
     result = json.loads(capsys.readouterr().out)
@@ -223,6 +254,7 @@ def test_what_does_not_fit_says_so(capsys):
         ({"hardware": "a100"}, "unknown hardware 'a100'"),
         ({"mesh": "stage=16"}, "has 16 devices, but --devices is 2048"),
         ({"mesh": "pipe=2048"}, "isn't AXIS=SIZE"),
+        ({"mesh": "data=²"}, "isn't AXIS=SIZE"),
         ({"mesh": "expert=2048"}, "doesn't divide"),
         ({"batch": 3, "mesh": "data=2048"}, "doesn't divide"),
         ({"batch": 7, "devices": 4096, "length": 128}, "no mesh of 4096 devices"),

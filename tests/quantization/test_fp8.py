@@ -116,6 +116,12 @@ def test_not_finite(bad):
     assert not spoiled[:, 2:].any()
 
 
+def test_not_finite_in_float32():
+    """Where the scale would be infinite."""
+    with pytest.raises(ValueError, match="aren't all finite"):
+        quantise_blocks(np.array([[1e300]]))
+
+
 def test_power_of_two_scales_are_the_least_that_fit():
     for largest, expected in ((448.0, 1.0), (448.1, 2.0), (224.0, 0.5), (1.0, 2.0**-8)):
         _, scales = quantise_blocks(np.full((1, 1), largest, np.float32), power_of_two=True)
