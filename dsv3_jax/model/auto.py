@@ -70,13 +70,15 @@ def attention_impl(
 def unrolls(layers: int, runtime: Runtime, *, tokens: int | None = None) -> bool:
     """Whether a stack of layers is unrolled: on one GPU, if they are few enough to compile fast.
 
+    Not with `remat="block"`: XLA would merge what is recomputed with what was computed.
+
     A loop slices weights and stacks gradients, a tenth of a training step's time at V2-Lite's widths. Without one, XLA
     keeps all layers' weights in the runtime's dtype until the backward pass: on a mesh they would be all-gathered ones.
     In decoding, XLA copies a layer's weights out of the stack before most products, a sixth of a step at these widths.
 
     tokens: of each sequence, with a cache; None without one. Prompts, whose products take long, aren't unrolled.
     """
-    few = tokens is None or tokens <= STEP_TOKENS
+    few = runtime.remat != "block" if tokens is None else tokens <= STEP_TOKENS
     return platform() == "gpu" and runtime.sharding == "single" and layers <= UNROLLED and few
 
 

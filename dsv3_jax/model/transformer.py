@@ -103,12 +103,13 @@ class DeepSeekV3(Module):
         wide = jnp.promote_types(r.dtype, jnp.float32)
         self.embed_tokens = weight(self, "embed_tokens", (c.vocab_size, c.hidden_size), ("vocab", "embed"), dtype=wide)
         if c.num_dense_layers:
-            self.dense_layers = rematerialise(Block, r)(c, r, is_moe=False)
+            self.dense_layers = rematerialise(Block, r, in_loop=c.num_dense_layers > 1)(c, r, is_moe=False)
         if c.num_moe_layers:
-            self.moe_layers = rematerialise(Block, r)(c, r, is_moe=True)
+            self.moe_layers = rematerialise(Block, r, in_loop=c.num_moe_layers > 1)(c, r, is_moe=True)
         self.norm = norm_scale(self, "norm", c.hidden_size)
         self.lm_head = weight(self, "lm_head", (c.hidden_size, c.vocab_size), ("embed", "vocab"))
-        self.mtp = [rematerialise(MTPModule, r)(c, r, name=f"mtp_{k}") for k in range(c.num_nextn_predict_layers)]
+        module = rematerialise(MTPModule, r, in_loop=False)
+        self.mtp = [module(c, r, name=f"mtp_{k}") for k in range(c.num_nextn_predict_layers)]
 
     def __call__(
         self, tokens: jax.Array, *, positions: jax.Array | None = None, segments: jax.Array | None = None

@@ -149,6 +149,7 @@ def test_few_layers_are_unrolled_in_training_and_decoding_on_one_gpu():
         assert unrolls(8, BF16)
         assert unrolls(8, BF16, tokens=2)
         assert not unrolls(9, BF16)
+        assert not unrolls(8, dataclasses.replace(BF16, remat="block"))
         assert not unrolls(8, BF16, tokens=64)  # a prompt
         assert not unrolls(8, dataclasses.replace(BF16, sharding="fsdp"))
     assert not unrolls(2, BF16)

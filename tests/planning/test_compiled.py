@@ -86,6 +86,15 @@ def test_memory_and_flops_of_a_step(config, remat, batch, length):
     assert once == pytest.approx(costs(compiled).flops, rel=0.03 if config is not WIDE else 0.06)
 
 
+def test_recomputation_saves_memory_outside_loops_too():
+    """One layer of a kind is no loop, nor are MTP modules: XLA could merge what is recomputed with what was computed."""
+    config = dataclasses.replace(WIDE, num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=2)
+    none, block = (
+        compile_step(config, remat, 2, 512).memory_analysis().temp_size_in_bytes for remat in ("none", "block")
+    )
+    assert block < 0.7 * none
+
+
 @pytest.mark.slow
 def test_layers_counted_by_differences():
     """Three small programs give the costs of a deep one: its FLOPs grow by as much as the traced ones do."""
