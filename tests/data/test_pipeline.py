@@ -22,6 +22,8 @@ from dsv3_jax.data import (
     PrepareOptions,
     TrainIterator,
     load_tokenizer,
+    open_sources,
+    preparation,
     prepare,
     train_iterator,
     validation_batches,
@@ -294,6 +296,24 @@ def test_errors_name_what_would_be_right(tmp_path):
 def test_config_is_validated(field, value):
     with pytest.raises(ValueError, match=rf"data\.{field} is {value}"):
         DataConfig(**{field: value})
+
+
+def test_unfinished_work_in_the_cache_doesnt_hinder_the_same_texts_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    configs = []
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("hello")
+        configs.append(DataConfig(source=str(tmp_path / name), validation_fraction=0))
+    with monkeypatch.context() as patched:
+        patched.setattr(preparation._Job, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_sources(configs[0], TOKENIZER)
+    assert open_sources(configs[1], TOKENIZER)["data"].index["sources"][0]["documents"] == 1
 
 
 def test_load_tokenizer_default_is_bytes():
