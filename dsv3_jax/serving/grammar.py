@@ -43,15 +43,18 @@ class Grammar:
         """
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         if self._matcher.is_error():
-            raise GrammarError(one_line(f"the grammar can't be followed: {self._matcher.get_error()}"))
+            raise GrammarError(f"the grammar can't be followed: {self._error()}")
         mask = np.zeros(self._words, np.uint32)
         mask[: len(allowed)] = allowed[: self._words]
         return mask
 
     def accept(self, token: int) -> None:
-        """Advances by a token. Raises GrammarError if it isn't allowed."""
+        """Advances by a token. Raises GrammarError if it isn't allowed, or the grammar has become too complex."""
         if not self._matcher.consume_token(token):
-            raise GrammarError(one_line(f"token {token} isn't allowed here: {self._matcher.get_error()}"))
+            raise GrammarError(f"token {token} isn't allowed here: {self._error()}")
+
+    def _error(self) -> str:
+        return one_line(self._matcher.get_error().split("\n<state>")[0])  # without the library's own state
 
     @property
     def finished(self) -> bool:

@@ -384,8 +384,9 @@ class Choice:
                 if step.prompt_logprobs is not None:
                     self.prompt_scores = [TokenLogprob(*score) for score in step.prompt_logprobs]
                 self.cached = step.cached_tokens
+                before = self.generated
                 piece = self._piece(step, output)
-                self._timer.tokens(len(step.tokens))
+                self._timer.tokens(self.generated - before)
                 if piece.finish_reason:
                     finish = piece.finish_reason
                 yield piece
@@ -399,10 +400,10 @@ class Choice:
         """Returns the text of one step's tokens, up to a stop string or the end."""
         if step.error is not None:
             raise RequestError(step.error, status=500)
+        if not self._max_tokens:  # the one that was drawn is left out
+            return Piece(finish_reason="length")
         piece = Piece()
         for token, score in zip(step.tokens, step.logprobs or [None] * len(step.tokens), strict=True):
-            if not self._max_tokens:
-                break
             self.generated += 1
             last = step.finish_reason == "stop" and token == step.tokens[-1] and step.stop_token is not None
             if not last:

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from dsv3_jax.data import load_tokenizer
 from dsv3_jax.inference.generation_config import GenerationConfig
 from dsv3_jax.serving.chat import ChatTemplate
-from dsv3_jax.serving.server import Address, Server
+from dsv3_jax.serving.server import Address, Server, bind
 from dsv3_jax.serving.service import Limits, Service
 from dsv3_jax.serving.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 from tests.serving.scripted import ScriptedEngine
@@ -144,6 +144,16 @@ def test_scores_of_prompts_as_evaluation_harnesses_ask_for_them(served):
     streamed = served.chunks("/v1/completions", prompt="ab", echo=True, logprobs=0, max_tokens=2)
     assert [c["choices"][0]["text"] for c in streamed] == ["abH", "e"]
     assert [len(c["choices"][0]["logprobs"]["tokens"]) for c in streamed] == [4, 1]
+    held_back = served.chunks("/v1/completions", prompt="ab", echo=True, logprobs=0, max_tokens=4, stop=["Helm"])
+    assert [c["choices"][0]["text"] for c in held_back] == ["ab", "", "", "Hell"]
+    assert [i for c in held_back for i in c["choices"][0]["logprobs"]["text_offset"]] == [0, 0, 1, 2, 3, 4, 5]
+
+
+def test_of_no_tokens_none_is_counted_nor_ends_the_text():
+    served = Served("")  # an end token at once
+    (choice,) = served.complete(prompt="ab", max_tokens=0)["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
+    assert 'vllm:generation_tokens_total{engine="0",model_name="tiny"} 0.0' in served.client.get("/metrics").text
 
 
 def test_a_chat():
@@ -322,6 +332,10 @@ def test_who_may_ask():
     for key, status in ((None, 401), ("wrong", 401), ("secret", 200)):
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         assert served.client.get("/v1/models", headers=headers).status_code == status
+    served = Served(address=Address(api_key="clé"))
+    assert served.client.get("/v1/models", headers={"Authorization": "bearer clé".encode()}).status_code == 200
+    served = Served(address=Address(api_key=""))
+    assert served.client.get("/v1/models", headers={"Authorization": "Bearer any"}).status_code == 200
     open_ = Served()
     for headers, status in (
         ({"Origin": "http://testserver"}, 200),
@@ -334,6 +348,12 @@ def test_who_may_ask():
         assert answer.status_code == status
         assert "access-control-allow-origin" not in answer.headers
     assert Served(address=Address("0.0.0.0")).client.get("/health", headers={"Host": "x.example"}).status_code == 200
+
+
+@pytest.mark.parametrize("address", [Address(port=65536), Address(port=-1), Address("203.0.113.1")], ids=str)
+def test_an_impossible_address_is_named(address):
+    with pytest.raises(OSError, match=f"{address.host}:{address.port} can't be listened on: ."):
+        bind(address)
 
 
 def test_limits_and_draining(served):
@@ -401,6 +421,7 @@ def test_tokenizing(served):
     assert served.post("/detokenize", tokens=chat["tokens"]).json()["prompt"] == "<bos><user>Hi\n<assistant>"
     assert served.post("/detokenize", tokens=[272]).status_code == 400
     assert served.post("/tokenize").status_code == 400
+    assert served.post("/tokenize", messages=[USER], tools=[{}]).status_code == 400
     info = served.client.get("/tokenizer_info").json()
     assert (info["bos_token"], info["eos_token"], info["chat_template"]) == ("<bos>", "<eos>", TEMPLATE)
 

@@ -110,6 +110,7 @@ CALLS = [("weather", '{"city": "Paris"}'), ("time", "{}")]
         (V3, None, False, "", V3, []),
         (f'{CALLS_BEGIN}{CALL_BEGIN}f{SEPARATOR}{{"a', None, True, "", "", [("f", '{"a')]),
         (f"{CALLS_BEGIN}{CALL_BEGIN}function", False, True, "", f"{CALL_BEGIN}function", []),
+        (V3[: V3.find("ther\n")], False, True, "", V3[len(CALLS_BEGIN) : V3.find("ther\n")], []),
     ],
 )
 def test_parts_of_an_assistants_text(text, thinking, tools, reasoning, content, calls):
@@ -196,3 +197,6 @@ def test_what_no_grammar_can_follow_is_said_in_a_line(tokenizers):
         assert "\n" not in str(error.value)
     with pytest.raises(GrammarError, match="isn't allowed"):
         grammars.regex("a").accept(98)
+    with pytest.raises(GrammarError, match="too many expressions") as error:
+        follow(grammars.regex("(a?){2000}a{2000}"), b"aa")
+    assert len(str(error.value)) < 200
