@@ -100,6 +100,8 @@ def frequencies(sampling):
         (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0, 0]),
         (Sampling(top_p=0.8), np.array([0.5, 0.25, 0.15, 0, 0]) / 0.9),  # the fewest that reach 0.8
         (Sampling(top_p=0.5), [1, 0, 0, 0, 0]),
+        (Sampling(top_p=1e-50), [1, 0, 0, 0, 0]),  # 0 in float32
+        (Sampling(top_k=2**40, top_p=0.5), [1, 0, 0, 0, 0]),
         (Sampling(temperature=0), [1, 0, 0, 0, 0]),
     ],
     ids=str,
