@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from dsv3_jax.data import (
     validation_batches,
 )
 from dsv3_jax.data.shards import FORMAT, Prepared
+from dsv3_jax.data.workers import Workers
 from dsv3_jax.integrity import seal
 
 TOKENIZER = ByteTokenizer()
@@ -124,6 +126,12 @@ def test_a_mixture_takes_each_source_in_its_own_order(mixed):
 
 def iter_alone(source):
     return lambda index: source[index]
+
+
+def test_a_worker_that_ends_before_it_has_read_what_it_needs_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with Workers(1, bytes(2**22)) as workers, pytest.raises(ConfigError, match=r"ended early \(exit status 1\)"):
+        workers.submit("hex").result()
 
 
 def test_worker_processes_read_the_same(config):
