@@ -155,7 +155,9 @@ def _escape_slashes(expression: str) -> str:
     """Writes a regular expression between slashes, with unescaped slashes escaped, and without newlines."""
     parts, escaped = [], False
     for char in expression:
-        parts.append("\\/" if char == "/" and not escaped else "\\n" if char == "\n" else char)
+        if char in "/\n" and not escaped:
+            parts.append("\\")
+        parts.append("n" if char == "\n" else char)
         escaped = char == "\\" and not escaped
     return "".join(parts)
 

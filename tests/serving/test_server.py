@@ -11,6 +11,8 @@ from starlette.testclient import TestClient
 from dsv3_jax.data import load_tokenizer
 from dsv3_jax.inference.generation_config import GenerationConfig
 from dsv3_jax.serving.chat import ChatTemplate
+from dsv3_jax.serving.completions import Completion
+from dsv3_jax.serving.protocol import CompletionRequest
 from dsv3_jax.serving.server import Address, Server, bind
 from dsv3_jax.serving.service import Limits, Service
 from dsv3_jax.serving.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
@@ -264,6 +266,7 @@ USER = {"role": "user", "content": "Hi"}
         ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias has 'x'"),
         ("completions", {"prompt": "a", "logit_bias": {"3": 101}}, "logit_bias has '3'"),
         ("completions", {"prompt": "a", "suffix": "b"}, "suffix isn't supported"),
+        ("completions", {"prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs isn't supported: use echo"),
         ("completions", {"prompt": "a", "best_of": 3}, "best_of isn't supported"),
         ("completions", {"prompt": "a", "guided_regex": "["}, "the regex of the output can't be followed"),
         ("completions", {"prompt": "a", "stream_options": {"include_usage": 3}}, "stream_options.include_usage is 3"),
@@ -444,6 +447,19 @@ def test_metrics_have_the_names_that_dashboards_know(served):
     assert value("vllm:spec_decode_num_accepted_tokens_total") == 15
     assert value("vllm:spec_decode_num_accepted_tokens_per_pos_total", 'position="1"') == 6
     assert value("vllm:request_success_total", 'finished_reason="length"') == 1
+
+
+def test_a_text_that_nobody_reads_is_an_aborted_one():
+    served = Served()
+
+    async def leave():
+        answer = Completion(served.service, CompletionRequest(prompt="ab", n=2))
+        answer.start()
+        answer.close()
+
+    asyncio.run(leave())
+    aborted = 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="tiny"} 2.0'
+    assert aborted in served.client.get("/metrics").text
 
 
 def test_a_model_without_a_chat_template():

@@ -161,6 +161,7 @@ def test_grammars_allow_what_matches_and_nothing_else(name, tokenizers):
     assert not taken(grammars.json_schema(SCHEMA), '{"n": 3}')
     assert taken(grammars.json_object(), '{"a": [1, null]}')
     assert taken(grammars.regex(r"[a-c]{2}/\d\n"), "ab/7\n")
+    assert taken(grammars.regex("a/\\/\\\\\\\nb\n"), "a//\\\nb\n")
     assert not taken(grammars.regex("[a-c]{2}"), "ad")
     assert taken(grammars.choice(['yes "a"', "no"]), 'yes "a"')
     assert taken(grammars.json_schema(SCHEMA, thinking=True), 'hm { </thin </think>{"city":"","n":0}')
