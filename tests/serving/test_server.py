@@ -215,6 +215,16 @@ def test_tool_calls():
     assert choice["message"]["content"] == f"Well.{CALL}"
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+def test_of_several_tool_calls_the_first_alone_if_parallel_ones_arent_wanted(parallel):
+    one = CALL.removeprefix(CALLS_BEGIN).removesuffix(CALLS_END)
+    served = Served(f"{CALLS_BEGIN}{one}{one}{CALLS_END}")
+    served.engine.max_length = 2000
+    (choice,) = served.chat(tools=[TOOL], parallel_tool_calls=parallel)["choices"]
+    assert [c["function"]["name"] for c in choice["message"]["tool_calls"]] == ["weather"] * (2 if parallel else 1)
+    assert choice["finish_reason"] == "tool_calls"
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_required_tool_calls_follow_the_schema(choice):
     served = Served()
