@@ -85,7 +85,9 @@ class Namer:
             "tokens": [self._name(score.token) for score in scores],
             "token_logprobs": [_finite(score.logprob) for score in scores],
             "top_logprobs": [
-                None if score.logprob is None else {self._name(i): _finite(value) for i, value in score.top}
+                None  # the token itself is among them in any case, as in OpenAI
+                if score.logprob is None
+                else {self._name(i): _finite(value) for i, value in (*score.top, (score.token, score.logprob))}
                 for score in scores
             ],
             "text_offset": offsets,

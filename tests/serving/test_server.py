@@ -142,6 +142,9 @@ def test_scores_of_prompts_as_evaluation_harnesses_ask_for_them(served):
     none = served.complete(prompt="ab", echo=True, logprobs=0, max_tokens=0)
     assert none["choices"][0]["text"] == "ab"
     assert none["choices"][0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
+    assert none["choices"][0]["logprobs"]["top_logprobs"] == [None, {"a": -1.0}, {"b": -2.0}]
+    sampled = served.complete(prompt="a", logprobs=0, max_tokens=2)
+    assert sampled["choices"][0]["logprobs"]["top_logprobs"] == [{"H": -0.5}, {"e": -0.5}]
     assert none["usage"]["completion_tokens"] == 0
     streamed = served.chunks("/v1/completions", prompt="ab", echo=True, logprobs=0, max_tokens=2)
     assert [c["choices"][0]["text"] for c in streamed] == ["abH", "e"]
