@@ -144,7 +144,9 @@ class Grammars:
             raise GrammarError(one_line(str(error))) from None
         if matcher.is_error():
             raise GrammarError(one_line(" ".join(matcher.get_error().split())))
-        return Grammar(matcher, self._vocab_size)
+        made = Grammar(matcher, self._vocab_size)
+        made.mask()  # some show only now that they can't be followed
+        return made
 
 
 def _json(schema: Mapping[str, Any]) -> str:

@@ -192,6 +192,7 @@ def test_what_no_grammar_can_follow_is_said_in_a_line(tokenizers):
         (lambda: grammars.json_schema({"type": "objec"}), "objec"),
         (lambda: grammars.json_schema({"type": "object", "properties": 3}), "properties"),
         (lambda: grammars.json_schema(json.loads('{"$ref": "#/nowhere"}')), "nowhere"),
+        (lambda: grammars.json_schema({"$ref": "#"}), "can't be followed"),
     ):
         with pytest.raises(GrammarError, match=said) as error:
             make()
