@@ -6,6 +6,7 @@ None`, Literal, Any. `error` is the exception type to raise, called with the mes
 
 from __future__ import annotations
 
+import collections
 import json
 import reprlib
 import sys
@@ -46,8 +47,7 @@ def parse_json(text: bytes | str, what: str, error: Raise) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            ((twice, _),) = collections.Counter(name for name, _ in pairs).most_common(1)
             raise error(f"{what} names {show(twice)} twice: it must name it once")
         return found
 

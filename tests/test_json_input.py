@@ -1,6 +1,7 @@
 """JSON of others: what is refused, and that each refusal is one line naming file and field."""
 
 import json
+import time
 from typing import Any, Literal
 
 import hypothesis
@@ -38,6 +39,14 @@ def test_bad_json(text, message):
         parse_json(text, "f.json", Refused)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_a_name_that_comes_twice_among_many_is_found_at_once():
+    names = ", ".join(f'"{i}": 0' for i in range(30_000))
+    began = time.perf_counter()
+    with pytest.raises(Refused, match="'29999' twice"):
+        parse_json(f'{{{names}, "29999": 0}}', "f.json", Refused)
+    assert time.perf_counter() - began < 5
 
 
 def test_surrogate_pairs_and_files(tmp_path):

@@ -199,7 +199,8 @@ def _prepare_texts(
     settings = [FORMAT, tokenizer, options.text_field, options.validation_fraction, options.max_document_characters]
     key = xxhash.xxh3_128_hexdigest(json.dumps([content_hash(files), settings]).encode())
     workers = (os.cpu_count() or 1) if sum(file.size for file in files) > _INLINE else 0
-    return prepare([place], cache_directory() / key, options, workers=workers, console=console, files=files)
+    # Of the same texts in other places, which count as a different job, the tokens are the same.
+    return prepare([place], cache_directory() / key, options, workers=workers, console=console, files=files, anew=True)
 
 
 def _pack(prepared: Prepared, split: str, config: DataConfig) -> grain.MapDataset:

@@ -88,6 +88,7 @@ def prepare(
     chat: Callable[[], Conversation] | None = None,
     console: Console | None = None,
     files: Sequence[File] | None = None,
+    anew: bool = False,
 ) -> Prepared:
     """Tokenises sources into a directory, or continues what was interrupted there, with the same result.
 
@@ -98,6 +99,7 @@ def prepare(
       chat: makes a chat template, in each process; the sources are then JSONL files of conversations (`messages`).
       console: where progress and warnings go.
       files: of the sources, if they have been found already.
+      anew: whether to begin anew if a different job is unfinished there.
 
     Raises:
       ConfigError: the directory exists, a different job is unfinished there, a source can't be read, or too many
@@ -110,6 +112,7 @@ def prepare(
     files = find_files(sources, options.text_field) if files is None else files
     tokenizer = load_tokenizer(options.tokenizer)
     partial = destination.with_name(destination.name + ".partial")
+    job = _Job(list(sources), files, partial, options, tokenizer, chat, console or Console(quiet=True))
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / _LOCK).open("w") as lock:
         try:
@@ -121,8 +124,13 @@ def prepare(
         if (destination / INDEX).exists():  # another process has finished it while this one waited
             return Prepared.open(destination)
         partial.mkdir(exist_ok=True)
-        job = _Job(list(sources), files, partial, options, tokenizer, chat, console or Console(quiet=True))
-        job.run(workers)
+        job.load(anew)
+        try:
+            job.run(workers)
+        except ConfigError:
+            if not any(job.state["shards"].values()):  # there is nothing to go on with
+                shutil.rmtree(partial)
+            raise
         job.finish(destination)
     return Prepared.open(destination)
 
@@ -198,7 +206,6 @@ class _Job:
 
     def run(self, workers: int) -> None:
         """Does the remaining work."""
-        self._load()
         while True:
             self._stream(workers)
             self._check_share(at_end=True)
@@ -246,6 +253,9 @@ class _Job:
     def _submit_long(self, pool: Workers, batch: Batch) -> Iterator[tuple[Batch | _Piece, Future[Any]]]:
         long, limit = batch.long, self.options.max_document_characters
         assert long is not None
+        if self.tokenize.chat is not None:
+            yield batch, _failed("a conversation of 2 MiB or more, which is too long")
+            return
         try:
             digest, size, blank = _hash_long(long)
         except UnicodeDecodeError as error:
@@ -374,13 +384,15 @@ class _Job:
         beside.replace(self.partial / _PROGRESS)
         sync(self.partial)
 
-    def _load(self) -> None:
+    def load(self, anew: bool) -> None:
+        """Reads what is done already. Raises ConfigError for a different job, unless that is to begin `anew`."""
         path = self.partial / _PROGRESS
-        if not path.exists():
+        state = read_json(path, ConfigError) if path.exists() else None
+        differs = state is not None and state["job"] != json.loads(json.dumps(self.job))
+        if state is None or (differs and anew):
             self._clear()
             return
-        state = read_json(path, ConfigError)
-        if state["job"] != json.loads(json.dumps(self.job)):
+        if differs:
             raise ConfigError(
                 f"{self.partial} holds another unfinished preparation, of other files, options or tokenizer: remove it "
                 "or choose another place"

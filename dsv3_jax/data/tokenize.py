@@ -245,7 +245,7 @@ class Tokenize:
             raise
         except ValueError as error:
             raise _BadDocument(f"the chat template refuses it: {error}") from None
-        if not pieces:
+        if not any(map(len, pieces)):
             raise _BadDocument("no message of the assistant: there is nothing to learn")
         tokens = np.concatenate(pieces)
         bos = self.tokenizer.bos_id

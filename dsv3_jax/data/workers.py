@@ -5,6 +5,7 @@ multiprocessing would import the caller's script again, which would start a seco
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -64,7 +65,8 @@ class Workers:
         )
         self._processes.append(process)
         self._mine.process = process
-        send(process.stdin, self._target)
+        with contextlib.suppress(OSError):  # if it has ended already, `_ask` says so
+            send(process.stdin, self._target)
 
     def _ask(self, method: str, arguments: tuple[Any, ...]) -> Any:
         process = self._mine.process

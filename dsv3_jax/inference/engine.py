@@ -526,8 +526,9 @@ class Engine:
         for r, piece in zip(group, pieces, strict=True):
             r.prefilled += len(piece)
             if drawn is not None:
-                self.pages.publish(r.tokens, r.pages)
                 r.pending += 1
+                if not r.ended:
+                    self.pages.publish(r.tokens, r.pages)
         if drawn is not None:
             self._unread.append((group, drawn, 0))
         return rows * size
@@ -541,7 +542,7 @@ class Engine:
         for i, r in enumerate(group):
             if want[i]:
                 request = r.request
-                if not request.prompt_scores:
+                if not r.prefilled:  # also where it was preempted and begins again
                     request.prompt_scores = [(request.prompt[0], None, [])]
                 after = r.tokens[r.prefilled + 1 : r.prefilled + 1 + following.shape[1]]
                 request.prompt_scores += _scores(scores, i, after, request.prompt_logprobs or 0)
@@ -628,8 +629,11 @@ class Engine:
         for i, r in enumerate(ready):
             request, allowed = r.request, None
             if request.grammar is not None:
-                bits = np.ascontiguousarray(request.grammar.mask()).view(np.uint8)
-                allowed = np.unpackbits(bits, bitorder="little")[: self.vocab_size].astype(bool)
+                try:
+                    bits = np.ascontiguousarray(request.grammar.mask()).view(np.uint8)
+                    allowed = np.unpackbits(bits, bitorder="little")[: self.vocab_size].astype(bool)
+                except ValueError as error:  # its row is drawn all the same, and left out
+                    self._refuse(r, str(error))
             factor[i], bias[i] = edits_of(self.vocab_size, request.sampling, request.prompt, request.text, allowed)
         return Edits(factor, bias)
 
@@ -666,7 +670,10 @@ class Engine:
         for at, token in enumerate(tokens):
             request.text.append(token)
             if request.grammar is not None and not request.grammar.finished:
-                request.grammar.accept(token)
+                try:
+                    request.grammar.accept(token)
+                except ValueError as error:
+                    return self._refuse(r, str(error))
             if token in request.sampling.stop_token_ids or (token in self._ends and not request.sampling.ignore_eos):
                 finish, stop = "stop", token
             elif len(request.text) >= request.max_new_tokens:
@@ -684,6 +691,11 @@ class Engine:
             self.pages.publish([*request.prompt, *request.text][:-1], r.pages)
             self._release(r)
         request.put(step)
+
+    def _refuse(self, r: _Running, message: str) -> None:
+        """Ends a request whose grammar can't be followed any further."""
+        self._release(r)
+        r.request.put(Step([], error=message))
 
     def _fail(self, r: _Running, message: str) -> None:
         """Fails a request. Its pages are zeroed, since non-finite values would affect later holders.

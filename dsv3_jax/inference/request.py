@@ -17,7 +17,7 @@ Score = tuple[int, float | None, list[tuple[int, float]]]
 
 
 class Grammar(Protocol):
-    """A constraint on a text, token by token."""
+    """A constraint on a text, token by token. Where it can't go on, `mask` and `accept` raise ValueError."""
 
     @property
     def finished(self) -> bool:

@@ -105,8 +105,8 @@ def rows(samplings: Sequence[Sampling], seeds: Sequence[int]) -> Rows:
 
     return Rows(
         column((s.temperature for s in samplings), np.float32),
-        column((s.top_k or 0 for s in samplings), np.int32),
-        column((s.top_p for s in samplings), np.float32),
+        column((min(s.top_k or 0, 2**31 - 1) for s in samplings), np.int32),
+        column((max(s.top_p, 1e-9) for s in samplings), np.float32),  # as 0 it would leave no token
         column((s.min_p for s in samplings), np.float32),
         column((seed % 2**32 for seed in seeds), np.uint32),
     )

@@ -90,8 +90,10 @@ class AssistantText:
                 return Delta(reasoning=rest)
             case _State.ARGUMENTS:
                 return Delta(calls=[CallDelta(self.calls - 1, rest)] if rest else [])
-            case _State.HEADER | _State.NAME:
+            case _State.HEADER:
                 return Delta(content=CALL_BEGIN + self._header + rest)  # cut off before it was a call
+            case _State.NAME:
+                return Delta(content=CALL_BEGIN + FENCED + SEPARATOR + self._header + rest)
             case _State.BETWEEN_CALLS:
                 return Delta()
         return Delta(content=rest)

@@ -87,9 +87,12 @@ class ChatTemplate:
         Raises:
           ChatError: the template rejects the conversation.
         """
-        talk = [self._message(message) for message in messages]
-        if tools and not self._shows_tools:
-            talk = _with_system(talk, describe_tools(tools, fenced=self.fenced_arguments))
+        try:
+            talk = [self._message(message) for message in messages]
+            if tools and not self._shows_tools:
+                talk = _with_system(talk, describe_tools(tools, fenced=self.fenced_arguments))
+        except (LookupError, TypeError, AttributeError):
+            raise ChatError("tools or tool_calls aren't of OpenAI's form, each with a function and its name") from None
         if continue_final_message:
             if not talk or not isinstance(talk[-1].get("content"), str):
                 raise ChatError("continue_final_message is set, but the last message has no text to continue")

@@ -101,7 +101,11 @@ class ChatCompletion:
 
     def _delta(self, i: int, piece: Piece) -> Delta:
         delta = self._texts[i].add(piece.text)
-        return delta + self._texts[i].end() if piece.finish_reason else delta
+        if piece.finish_reason:
+            delta += self._texts[i].end()
+        if not self._request.parallel_tool_calls:
+            delta.calls = [call for call in delta.calls if call.index == 0]
+        return delta
 
     def _rest(self, i: int, piece: Piece) -> dict[str, Any]:
         """Returns the fields of a choice besides its text."""

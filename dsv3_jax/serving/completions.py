@@ -38,8 +38,7 @@ class Completion:
         self._usage.prompt = sum(map(len, prompts))
         self._echoed = self._echoes(prompts) if request.echo else [""] * len(prompts)
         # Of each choice: the text before the next token, for `text_offset`.
-        self._lengths = [Detokenizer(service.vocabulary, request.skip_special_tokens) for _ in self._choices]
-        self._offsets = [0] * len(self._choices)
+        self._before = [Detokenizer(service.vocabulary, request.skip_special_tokens) for _ in self._choices]
 
     def _prompts(self) -> list[list[int]]:
         prompt = self._request.prompt
@@ -100,8 +99,7 @@ class Completion:
             scores, text = [*choice.prompt_scores, *scores], self._echoed[i // self._request.n] + text
         logprobs = None
         if self._request.logprobs is not None:
-            logprobs = self._namer.completion(scores, self._offsets[i], self._lengths[i])
-            self._offsets[i] += len(text)
+            logprobs = self._namer.completion(scores, self._before[i])
         return {
             "index": i,
             "text": text,

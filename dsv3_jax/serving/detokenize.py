@@ -46,12 +46,16 @@ class Detokenizer:
         self._bytes = vocabulary.bytes
         self._hidden = vocabulary.hidden if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.length = 0
+        """Characters that `add` has returned."""
 
     def add(self, token: int) -> str:
         """Returns the text that this token completes."""
         if token in self._hidden or not 0 <= token < len(self._bytes):
             return ""
-        return self._decoder.decode(self._bytes[token])
+        text = self._decoder.decode(self._bytes[token])
+        self.length += len(text)
+        return text
 
     def end(self) -> str:
         """Returns the remaining text: U+FFFD for an incomplete character."""

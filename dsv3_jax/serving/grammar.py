@@ -43,15 +43,18 @@ class Grammar:
         """
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         if self._matcher.is_error():
-            raise GrammarError(one_line(f"the grammar can't be followed: {self._matcher.get_error()}"))
+            raise GrammarError(f"the grammar can't be followed: {self._error()}")
         mask = np.zeros(self._words, np.uint32)
         mask[: len(allowed)] = allowed[: self._words]
         return mask
 
     def accept(self, token: int) -> None:
-        """Advances by a token. Raises GrammarError if it isn't allowed."""
+        """Advances by a token. Raises GrammarError if it isn't allowed, or the grammar has become too complex."""
         if not self._matcher.consume_token(token):
-            raise GrammarError(one_line(f"token {token} isn't allowed here: {self._matcher.get_error()}"))
+            raise GrammarError(f"token {token} isn't allowed here: {self._error()}")
+
+    def _error(self) -> str:
+        return one_line(self._matcher.get_error().split("\n<state>")[0])  # without the library's own state
 
     @property
     def finished(self) -> bool:
@@ -141,7 +144,9 @@ class Grammars:
             raise GrammarError(one_line(str(error))) from None
         if matcher.is_error():
             raise GrammarError(one_line(" ".join(matcher.get_error().split())))
-        return Grammar(matcher, self._vocab_size)
+        made = Grammar(matcher, self._vocab_size)
+        made.mask()  # some show only now that they can't be followed
+        return made
 
 
 def _json(schema: Mapping[str, Any]) -> str:
@@ -152,7 +157,9 @@ def _escape_slashes(expression: str) -> str:
     """Writes a regular expression between slashes, with unescaped slashes escaped, and without newlines."""
     parts, escaped = [], False
     for char in expression:
-        parts.append("\\/" if char == "/" and not escaped else "\\n" if char == "\n" else char)
+        if char in "/\n" and not escaped:
+            parts.append("\\")
+        parts.append("n" if char == "\n" else char)
         escaped = char == "\\" and not escaped
     return "".join(parts)
 

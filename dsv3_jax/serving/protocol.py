@@ -304,8 +304,11 @@ def check_supported(request: CompletionRequest | ChatRequest) -> None:
     refused = []
     if request.best_of not in (None, request.n):
         refused.append(("best_of", "it must be n, or left out"))
-    if isinstance(request, CompletionRequest) and request.suffix:
-        refused.append(("suffix", "text can only be continued"))
+    if isinstance(request, CompletionRequest):
+        if request.suffix:
+            refused.append(("suffix", "text can only be continued"))
+        if request.prompt_logprobs is not None:
+            refused.append(("prompt_logprobs", "use echo and logprobs"))
     if isinstance(request, ChatRequest):
         if request.functions:
             refused.append(("functions", "use tools"))

@@ -75,17 +75,19 @@ class Namer:
         self._vocabulary = vocabulary
         self._name: Callable[[int], str] = (lambda token: f"token_id:{token}") if as_ids else vocabulary.name
 
-    def completion(self, scores: Sequence[TokenLogprob], offset: int, text: Detokenizer) -> dict[str, Any]:
-        """Builds the lists of `/v1/completions`. offset: of the first token in the answer; text: of earlier tokens."""
+    def completion(self, scores: Sequence[TokenLogprob], text: Detokenizer) -> dict[str, Any]:
+        """Builds the lists of `/v1/completions`. text: of earlier tokens in the answer."""
         offsets = []
         for score in scores:
-            offsets.append(offset)
-            offset += len(text.add(score.token))
+            offsets.append(text.length)
+            text.add(score.token)
         return {
             "tokens": [self._name(score.token) for score in scores],
             "token_logprobs": [_finite(score.logprob) for score in scores],
             "top_logprobs": [
-                None if score.logprob is None else {self._name(i): _finite(value) for i, value in score.top}
+                None  # the token itself is among them in any case, as in OpenAI
+                if score.logprob is None
+                else {self._name(i): _finite(value) for i, value in (*score.top, (score.token, score.logprob))}
                 for score in scores
             ],
             "text_offset": offsets,

@@ -52,6 +52,7 @@ class Address:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
+    """None or empty for a server that asks for none."""
     grace_seconds: float = 30.0
     """Seconds that running requests have to finish after SIGTERM."""
 
@@ -275,8 +276,9 @@ class _Guard:
         if length.isdigit() and int(length) > self._most:
             return _error(f"the request's body is larger than {self._most} bytes", 413)
         key = self._address.api_key
-        given = headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if key is not None and path not in _OPEN and not hmac.compare_digest(given, key.encode()):
+        given = headers.get("authorization", "").encode("latin-1")
+        given = given[7:] if given[:7].lower() == b"bearer " else given
+        if key and path not in _OPEN and not hmac.compare_digest(given, key.encode()):
             return _error("the API key is missing or wrong: send Authorization: Bearer KEY", 401)
         return None
 
@@ -342,9 +344,10 @@ def bind(address: Address) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((address.host, address.port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the latter of a port that is none
         bound.close()
-        raise OSError(f"{address.host}:{address.port} can't be listened on: {error.strerror}") from None
+        why = getattr(error, "strerror", error)
+        raise OSError(f"{address.host}:{address.port} can't be listened on: {why}") from None
     return bound
 
 

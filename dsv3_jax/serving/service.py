@@ -344,6 +344,7 @@ class Choice:
         self._service, self._prompt, self._options, self._max_tokens = service, prompt, options, max_tokens
         self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
         self._request: Any = None
+        self._finish = "abort"
         self.prompt_scores: list[TokenLogprob] = []
         """Scores of the prompt's tokens, available with the first piece."""
         self.generated = self.cached = 0
@@ -378,31 +379,30 @@ class Choice:
             include_stop=options.include_stop,
             skip_special_tokens=options.skip_special_tokens,
         )
-        finish = "abort"
         try:
             async for step in self._request:
                 if step.prompt_logprobs is not None:
                     self.prompt_scores = [TokenLogprob(*score) for score in step.prompt_logprobs]
                 self.cached = step.cached_tokens
+                before = self.generated
                 piece = self._piece(step, output)
-                self._timer.tokens(len(step.tokens))
+                self._timer.tokens(self.generated - before)
                 if piece.finish_reason:
-                    finish = piece.finish_reason
+                    self._finish = piece.finish_reason
                 yield piece
                 if piece.finish_reason:
                     return
         finally:
-            self._timer.end(finish)
             self.cancel()
 
     def _piece(self, step: Any, output: TextOutput) -> Piece:
         """Returns the text of one step's tokens, up to a stop string or the end."""
         if step.error is not None:
             raise RequestError(step.error, status=500)
+        if not self._max_tokens:  # the one that was drawn is left out
+            return Piece(finish_reason="length")
         piece = Piece()
         for token, score in zip(step.tokens, step.logprobs or [None] * len(step.tokens), strict=True):
-            if not self._max_tokens:
-                break
             self.generated += 1
             last = step.finish_reason == "stop" and token == step.tokens[-1] and step.stop_token is not None
             if not last:
@@ -424,6 +424,7 @@ class Choice:
         if self in self._service.running:
             self._service.running.discard(self)
             self._service.engine.cancel(self._request)
+            self._timer.end(self._finish)
 
 
 def start_all(choices: Sequence[Choice]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,14 @@ from dsv3_jax.data import (
     PrepareOptions,
     TrainIterator,
     load_tokenizer,
+    open_sources,
+    preparation,
     prepare,
     train_iterator,
     validation_batches,
 )
 from dsv3_jax.data.shards import FORMAT, Prepared
+from dsv3_jax.data.workers import Workers
 from dsv3_jax.integrity import seal
 
 TOKENIZER = ByteTokenizer()
@@ -122,6 +126,12 @@ def test_a_mixture_takes_each_source_in_its_own_order(mixed):
 
 def iter_alone(source):
     return lambda index: source[index]
+
+
+def test_a_worker_that_ends_before_it_has_read_what_it_needs_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with Workers(1, bytes(2**22)) as workers, pytest.raises(ConfigError, match=r"ended early \(exit status 1\)"):
+        workers.submit("hex").result()
 
 
 def test_worker_processes_read_the_same(config):
@@ -294,6 +304,24 @@ def test_errors_name_what_would_be_right(tmp_path):
 def test_config_is_validated(field, value):
     with pytest.raises(ValueError, match=rf"data\.{field} is {value}"):
         DataConfig(**{field: value})
+
+
+def test_unfinished_work_in_the_cache_doesnt_hinder_the_same_texts_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    configs = []
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("hello")
+        configs.append(DataConfig(source=str(tmp_path / name), validation_fraction=0))
+    with monkeypatch.context() as patched:
+        patched.setattr(preparation._Job, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_sources(configs[0], TOKENIZER)
+    assert open_sources(configs[1], TOKENIZER)["data"].index["sources"][0]["documents"] == 1
 
 
 def test_load_tokenizer_default_is_bytes():

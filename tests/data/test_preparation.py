@@ -26,6 +26,7 @@ from dsv3_jax.data import ByteTokenizer, PrepareOptions, load_tokenizer, prepare
 from dsv3_jax.data.shards import ShardWriter
 from dsv3_jax.data.sources import LongDocument, cut, find_files, json_text
 from dsv3_jax.data.tokenize import Tokenize
+from dsv3_jax.serving.chat import ChatTemplate
 
 BYTES = ByteTokenizer()
 DEEPSEEK = Path(__file__).parents[1] / "golden/tokenizers/deepseek"
@@ -318,6 +319,16 @@ def test_long_documents_are_tokenised_in_pieces_to_the_same_tokens(tmp_path, sho
     )
 
 
+def test_a_long_conversation_is_left_out_rather_than_learnt_as_text(tmp_path, short_is_long):
+    messages = [{"role": "user", "content": "a " * 200}, {"role": "assistant", "content": "b"}]
+    lines = [{"messages": messages[1:]}, {"messages": messages, "text": "a document"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = dataclasses.replace(EVERYTHING, max_bad_fraction=0.5)
+    made = prepare([str(tmp_path / "a.jsonl")], tmp_path / "made", options, chat=lambda: ChatTemplate(TEMPLATE, {}, ""))
+    assert made.index["sources"][0]["documents"] == 1
+    assert "a.jsonl, line 2: a conversation of" in made.index["rejected"][0]
+
+
 # The split ---------------------------------------------------------------------------------------------------
 
 
@@ -397,6 +408,18 @@ def test_another_unfinished_job_is_not_mixed_in(tmp_path, monkeypatch):
         prepare([str(tmp_path / "a.jsonl")], tmp_path / "made", dataclasses.replace(options, seed=1))
     made = prepare([str(tmp_path / "a.jsonl")], tmp_path / "made", dataclasses.replace(options, max_bad_fraction=1.0))
     assert texts(made) == [f"document {i}" for i in range(300)]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [(" ", {}, "holds no text"), ("a", {"fim_rate": 0.5}, "has no tokens for it"), (b"\xff", {}, "not UTF-8")],
+    ids=["blank", "fim", "bytes"],
+)
+def test_where_nothing_is_prepared_nothing_is_left(tmp_path, text, options, message):
+    (tmp_path / "a.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=message):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "made", dataclasses.replace(EVERYTHING, **options))
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 # FIM and the random split ------------------------------------------------------------------------------------
@@ -511,6 +534,17 @@ def test_of_chats_only_what_the_assistant_writes_is_predicted(tmp_path):
         "no message of the assistant: t",
         "no field 'messages', a list of",
     ]
+
+
+def test_a_conversation_of_no_tokens_is_left_out(tmp_path):
+    empty = {"messages": [{"role": "assistant", "content": ""}]}
+    lines = [empty, {"messages": [{"role": "assistant", "content": "a"}]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    bare = lambda: ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {}, "")
+    options = dataclasses.replace(EVERYTHING, max_bad_fraction=0.5)
+    made = prepare([str(tmp_path / "a.jsonl")], tmp_path / "made", options, chat=bare)
+    assert "line 1: no message of the assistant" in made.index["rejected"][0]
+    assert len(documents(made)) == 1
 
 
 def test_ids_outside_the_vocabulary_stop_and_failures_are_named():

@@ -318,3 +318,53 @@ def test_a_failed_text_leaves_the_prefix_that_it_shares(checkpoints):
     assert "not finite" in bad[-1].error
     np.testing.assert_allclose(scores([first, *running]), alone, atol=1e-5)
     assert_nothing_leaks(e)
+
+
+class UpTo:
+    """A grammar that fails as one that becomes too complex: of so many tokens it allows all."""
+
+    finished = False
+
+    def __init__(self, masks=99, accepted=99):
+        self.masks, self.accepted = masks, accepted
+
+    def mask(self):
+        self.masks -= 1
+        if self.masks < 0:
+            raise ValueError("too complex")
+        return np.array([0xFFFFFFFF] * 2, np.uint32)
+
+    def accept(self, token):
+        self.accepted -= 1
+        if self.accepted < 0:
+            raise ValueError("too complex")
+
+
+def test_a_grammar_that_fails_ends_its_request_alone(checkpoints):
+    expected = EXPECTED["v3_base"]
+    e = engine(checkpoints("v3_base"), cache_tokens=FEW)
+    others = [e.submit(prompt, GREEDY, max_new_tokens=64) for prompt in expected["prompts"]]
+    for grammar in (UpTo(masks=0), UpTo(masks=3), UpTo(accepted=0), UpTo(accepted=3)):
+        failed = e.submit(expected["prompts"][3], GREEDY, max_new_tokens=64, grammar=grammar)
+        assert list(failed)[-1].error == "too complex"
+    assert [[t for step in other for t in step.tokens] for other in others] == expected["new"]
+    assert_nothing_leaks(e)
+
+
+def test_a_prompt_that_loses_its_pages_is_scored_once(checkpoints, monkeypatch):
+    prompt = EXPECTED["v3_base"]["prompts"][3]
+    e = engine(checkpoints("v3_base"), prefill_chunk=17)
+    pieces, prefill_pieces = [], e._prefill_pieces
+
+    def preempt_after_the_first(group):
+        size = prefill_pieces(group)
+        pieces.append(group)
+        if len(pieces) == 1:
+            e._preempt(group[0])
+        return size
+
+    monkeypatch.setattr(e, "_prefill_pieces", preempt_after_the_first)
+    first = next(iter(e.submit(prompt, GREEDY, max_new_tokens=8, prompt_logprobs=0)))
+    assert len(pieces) > 2
+    assert [token for token, _, _ in first.prompt_logprobs] == prompt
+    assert_nothing_leaks(e)

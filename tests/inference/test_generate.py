@@ -100,6 +100,7 @@ def frequencies(sampling):
         (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0, 0]),
         (Sampling(top_p=0.8), np.array([0.5, 0.25, 0.15, 0, 0]) / 0.9),  # the fewest that reach 0.8
         (Sampling(top_p=0.5), [1, 0, 0, 0, 0]),
+        (Sampling(top_k=2**40, top_p=0.5), [1, 0, 0, 0, 0]),
         (Sampling(temperature=0), [1, 0, 0, 0, 0]),
     ],
     ids=str,
@@ -166,6 +167,10 @@ def test_a_batch_computes_no_more_than_it_wants():
     assert [text.count("while") + text.count("scan") > 0 for text in texts[:2]] == [False, False]  # no search
     assert "random" not in texts[0]
     assert not any("cond[" in text for text in texts)  # the host would wait for it
+
+
+def test_a_top_p_that_is_0_in_float32_leaves_the_most_likely_token():
+    np.testing.assert_array_equal(cut(jnp.array([[1.0, 3.0, 2.0]]), Sampling(top_p=1e-50)), [[-np.inf, 0, -np.inf]])
 
 
 def test_top_p_is_of_what_top_k_left():

@@ -98,6 +98,18 @@ def test_templates_that_are_none(tmp_path):
         read_chat_template(tmp_path, SPECIAL)
 
 
+@pytest.mark.parametrize("tools", [[{}], "x", 5, [{"function": {}}]], ids=str)
+def test_tools_that_are_none(tools):
+    with pytest.raises(ChatError, match="OpenAI's form"):
+        template("deepseek").render(USER, tools)
+
+
+@pytest.mark.parametrize("calls", [[{}], "x", [{"function": {"name": "f"}}]], ids=str)
+def test_calls_that_are_none(calls):
+    with pytest.raises(ChatError, match="OpenAI's form"):
+        template("chatml").render([*USER, {"role": "assistant", "tool_calls": calls}])
+
+
 def test_arguments_that_are_no_json():
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{"}}
     with pytest.raises(ChatError, match="must be JSON"):

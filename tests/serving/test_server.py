@@ -11,7 +11,9 @@ from starlette.testclient import TestClient
 from dsv3_jax.data import load_tokenizer
 from dsv3_jax.inference.generation_config import GenerationConfig
 from dsv3_jax.serving.chat import ChatTemplate
-from dsv3_jax.serving.server import Address, Server
+from dsv3_jax.serving.completions import Completion
+from dsv3_jax.serving.protocol import CompletionRequest
+from dsv3_jax.serving.server import Address, Server, bind
 from dsv3_jax.serving.service import Limits, Service
 from dsv3_jax.serving.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 from tests.serving.scripted import ScriptedEngine
@@ -140,10 +142,23 @@ def test_scores_of_prompts_as_evaluation_harnesses_ask_for_them(served):
     none = served.complete(prompt="ab", echo=True, logprobs=0, max_tokens=0)
     assert none["choices"][0]["text"] == "ab"
     assert none["choices"][0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
+    assert none["choices"][0]["logprobs"]["top_logprobs"] == [None, {"a": -1.0}, {"b": -2.0}]
+    sampled = served.complete(prompt="a", logprobs=0, max_tokens=2)
+    assert sampled["choices"][0]["logprobs"]["top_logprobs"] == [{"H": -0.5}, {"e": -0.5}]
     assert none["usage"]["completion_tokens"] == 0
     streamed = served.chunks("/v1/completions", prompt="ab", echo=True, logprobs=0, max_tokens=2)
     assert [c["choices"][0]["text"] for c in streamed] == ["abH", "e"]
     assert [len(c["choices"][0]["logprobs"]["tokens"]) for c in streamed] == [4, 1]
+    held_back = served.chunks("/v1/completions", prompt="ab", echo=True, logprobs=0, max_tokens=4, stop=["Helm"])
+    assert [c["choices"][0]["text"] for c in held_back] == ["ab", "", "", "Hell"]
+    assert [i for c in held_back for i in c["choices"][0]["logprobs"]["text_offset"]] == [0, 0, 1, 2, 3, 4, 5]
+
+
+def test_of_no_tokens_none_is_counted_nor_ends_the_text():
+    served = Served("")  # an end token at once
+    (choice,) = served.complete(prompt="ab", max_tokens=0)["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
+    assert 'vllm:generation_tokens_total{engine="0",model_name="tiny"} 0.0' in served.client.get("/metrics").text
 
 
 def test_a_chat():
@@ -203,6 +218,16 @@ def test_tool_calls():
     assert choice["message"]["content"] == f"Well.{CALL}"
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+def test_of_several_tool_calls_the_first_alone_if_parallel_ones_arent_wanted(parallel):
+    one = CALL.removeprefix(CALLS_BEGIN).removesuffix(CALLS_END)
+    served = Served(f"{CALLS_BEGIN}{one}{one}{CALLS_END}")
+    served.engine.max_length = 2000
+    (choice,) = served.chat(tools=[TOOL], parallel_tool_calls=parallel)["choices"]
+    assert [c["function"]["name"] for c in choice["message"]["tool_calls"]] == ["weather"] * (2 if parallel else 1)
+    assert choice["finish_reason"] == "tool_calls"
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_required_tool_calls_follow_the_schema(choice):
     served = Served()
@@ -254,6 +279,7 @@ USER = {"role": "user", "content": "Hi"}
         ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias has 'x'"),
         ("completions", {"prompt": "a", "logit_bias": {"3": 101}}, "logit_bias has '3'"),
         ("completions", {"prompt": "a", "suffix": "b"}, "suffix isn't supported"),
+        ("completions", {"prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs isn't supported: use echo"),
         ("completions", {"prompt": "a", "best_of": 3}, "best_of isn't supported"),
         ("completions", {"prompt": "a", "guided_regex": "["}, "the regex of the output can't be followed"),
         ("completions", {"prompt": "a", "stream_options": {"include_usage": 3}}, "stream_options.include_usage is 3"),
@@ -322,6 +348,10 @@ def test_who_may_ask():
     for key, status in ((None, 401), ("wrong", 401), ("secret", 200)):
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         assert served.client.get("/v1/models", headers=headers).status_code == status
+    served = Served(address=Address(api_key="clé"))
+    assert served.client.get("/v1/models", headers={"Authorization": "bearer clé".encode()}).status_code == 200
+    served = Served(address=Address(api_key=""))
+    assert served.client.get("/v1/models", headers={"Authorization": "Bearer any"}).status_code == 200
     open_ = Served()
     for headers, status in (
         ({"Origin": "http://testserver"}, 200),
@@ -334,6 +364,12 @@ def test_who_may_ask():
         assert answer.status_code == status
         assert "access-control-allow-origin" not in answer.headers
     assert Served(address=Address("0.0.0.0")).client.get("/health", headers={"Host": "x.example"}).status_code == 200
+
+
+@pytest.mark.parametrize("address", [Address(port=65536), Address(port=-1), Address("203.0.113.1")], ids=str)
+def test_an_impossible_address_is_named(address):
+    with pytest.raises(OSError, match=f"{address.host}:{address.port} can't be listened on: ."):
+        bind(address)
 
 
 def test_limits_and_draining(served):
@@ -401,6 +437,7 @@ def test_tokenizing(served):
     assert served.post("/detokenize", tokens=chat["tokens"]).json()["prompt"] == "<bos><user>Hi\n<assistant>"
     assert served.post("/detokenize", tokens=[272]).status_code == 400
     assert served.post("/tokenize").status_code == 400
+    assert served.post("/tokenize", messages=[USER], tools=[{}]).status_code == 400
     info = served.client.get("/tokenizer_info").json()
     assert (info["bos_token"], info["eos_token"], info["chat_template"]) == ("<bos>", "<eos>", TEMPLATE)
 
@@ -423,6 +460,19 @@ def test_metrics_have_the_names_that_dashboards_know(served):
     assert value("vllm:spec_decode_num_accepted_tokens_total") == 15
     assert value("vllm:spec_decode_num_accepted_tokens_per_pos_total", 'position="1"') == 6
     assert value("vllm:request_success_total", 'finished_reason="length"') == 1
+
+
+def test_a_text_that_nobody_reads_is_an_aborted_one():
+    served = Served()
+
+    async def leave():
+        answer = Completion(served.service, CompletionRequest(prompt="ab", n=2))
+        answer.start()
+        answer.close()
+
+    asyncio.run(leave())
+    aborted = 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="tiny"} 2.0'
+    assert aborted in served.client.get("/metrics").text
 
 
 def test_a_model_without_a_chat_template():

@@ -110,6 +110,7 @@ CALLS = [("weather", '{"city": "Paris"}'), ("time", "{}")]
         (V3, None, False, "", V3, []),
         (f'{CALLS_BEGIN}{CALL_BEGIN}f{SEPARATOR}{{"a', None, True, "", "", [("f", '{"a')]),
         (f"{CALLS_BEGIN}{CALL_BEGIN}function", False, True, "", f"{CALL_BEGIN}function", []),
+        (V3[: V3.find("ther\n")], False, True, "", V3[len(CALLS_BEGIN) : V3.find("ther\n")], []),
     ],
 )
 def test_parts_of_an_assistants_text(text, thinking, tools, reasoning, content, calls):
@@ -160,6 +161,7 @@ def test_grammars_allow_what_matches_and_nothing_else(name, tokenizers):
     assert not taken(grammars.json_schema(SCHEMA), '{"n": 3}')
     assert taken(grammars.json_object(), '{"a": [1, null]}')
     assert taken(grammars.regex(r"[a-c]{2}/\d\n"), "ab/7\n")
+    assert taken(grammars.regex("a/\\/\\\\\\\nb\n"), "a//\\\nb\n")
     assert not taken(grammars.regex("[a-c]{2}"), "ad")
     assert taken(grammars.choice(['yes "a"', "no"]), 'yes "a"')
     assert taken(grammars.json_schema(SCHEMA, thinking=True), 'hm { </thin </think>{"city":"","n":0}')
@@ -190,9 +192,13 @@ def test_what_no_grammar_can_follow_is_said_in_a_line(tokenizers):
         (lambda: grammars.json_schema({"type": "objec"}), "objec"),
         (lambda: grammars.json_schema({"type": "object", "properties": 3}), "properties"),
         (lambda: grammars.json_schema(json.loads('{"$ref": "#/nowhere"}')), "nowhere"),
+        (lambda: grammars.json_schema({"$ref": "#"}), "can't be followed"),
     ):
         with pytest.raises(GrammarError, match=said) as error:
             make()
         assert "\n" not in str(error.value)
     with pytest.raises(GrammarError, match="isn't allowed"):
         grammars.regex("a").accept(98)
+    with pytest.raises(GrammarError, match="too many expressions") as error:
+        follow(grammars.regex("(a?){2000}a{2000}"), b"aa")
+    assert len(str(error.value)) < 200
