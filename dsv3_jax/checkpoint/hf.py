@@ -92,18 +92,13 @@ class HFCheckpoint:
         self.copies = names.copies(self.config, self.layers)
         self._check_tensors(whole)
 
-    @property
-    def scale_leaves(self) -> dict[names.TreePath, Leaf]:
-        """Returns the leaves in FP8, by the path of their scale grids; both halves of kv_b_proj share one."""
-        return {leaf.scale_path: leaf for leaf in self.leaves.values() if self.dtype(leaf) == FP8 and not leaf.start}
-
     def dtype(self, leaf: Leaf) -> np.dtype:
         """Returns the dtype of the leaf's tensors in the files. Raises CheckpointError if they differ."""
         found = {self.files.tensors[name].dtype for name in leaf.names}
         if len(found) > 1:
             one = {d: next(n for n in leaf.names if self.files.tensors[n].dtype == d) for d in sorted(found)}
             examples = ", ".join(f"{n} is {d}" for d, n in one.items())
-            raise CheckpointError(f"tensors of one kind have several dtypes ({examples}): choose a target dtype")
+            raise CheckpointError(f"tensors of one kind have several dtypes ({examples}): cast them (--dtype bf16)")
         return np.dtype(np.float32) if leaf.kind.float32 else DTYPES[found.pop()]
 
     def scale_dtype(self, leaf: Leaf) -> np.dtype:
@@ -162,8 +157,8 @@ class HFCheckpoint:
 
     def check_scales(self) -> None:
         """Reads every scale. Raises CheckpointError if one isn't finite."""
-        for leaf in self.scale_leaves.values():
-            for name in leaf.names:
+        for name in {name for leaf in self.leaves.values() for name in leaf.names}:
+            if self.files.tensors[name].dtype == "F8_E4M3":
                 self.scales(name)
 
     def check_copies(self) -> None:

@@ -31,7 +31,7 @@ from dsv3_jax.post_training.rewards import Problem, Reward, arithmetic_problems,
 from dsv3_jax.runtime import Runtime
 from dsv3_jax.serving.chat import read_chat_template
 from dsv3_jax.training.checkpoints import Checkpoints
-from dsv3_jax.training.directory import CONFIG, LOCK, METRICS, locked, write_fields
+from dsv3_jax.training.directory import CONFIG, LOCK, METRICS, has_begun, locked, visible, write_fields
 from dsv3_jax.training.guard import stop_on_signal
 from dsv3_jax.training.metrics import MetricsLog, read_metrics
 from dsv3_jax.training.mirror import working_copy
@@ -172,11 +172,15 @@ class _Run:
         if args.resume:
             state = checkpoints.restore(state).state
         done = start = int(state.step) // (g.epochs * g.minibatches)
-        log = MetricsLog(args.run_dir, first_step=start)
+        log = None
         try:
             if not args.resume:
                 checkpoints.save(state, {})
-                log.write(0, self.evaluate(state))
+                first = self.evaluate(state)
+                checkpoints.wait()  # without a checkpoint, a directory with metrics isn't begun in again
+            log = MetricsLog(args.run_dir, first_step=start)
+            if not args.resume:
+                log.write(0, first)
             how: dict[str, Any] = dict(encode=self.encode, reference=self.variables, start=start)
             began = time.monotonic()
             with stop_on_signal() as stopping:
@@ -195,7 +199,8 @@ class _Run:
                     if stopping():
                         break
         finally:
-            log.close()
+            if log is not None:
+                log.close()
             checkpoints.close()
             self.engine.close()
         records = read_metrics(args.run_dir / METRICS)
@@ -254,14 +259,15 @@ def _config(args: GRPOArgs, model: ModelConfig) -> dict[str, Any]:
 
 def _check_directory(args: GRPOArgs, content: dict[str, Any]) -> None:
     """Raises ConfigError if the directory contains anything other than the run to resume."""
-    directory = args.run_dir
+    directory, config = args.run_dir, args.run_dir / CONFIG
     if not args.resume:
-        if directory.exists() and {p.name for p in directory.iterdir()} - {LOCK}:
+        saved_nothing = config.exists() and not has_begun(directory) and "grpo" in read_config(config)
+        if directory.exists() and visible(directory) - {LOCK} and not saved_nothing:
             raise ConfigError(f"{directory} is not empty: choose another --run-dir, or go on with --resume")
         return
-    if not (directory / CHECKPOINTS).is_dir():
+    if not has_begun(directory):
         raise ConfigError(f"{directory} holds no run to resume: start it without --resume")
-    before = read_config(directory / CONFIG)
+    before = read_config(config)
     now = json.loads(json.dumps(content))
     for name in sorted(set(before) - {"tokenizer_files", SEAL}):
         if before[name] != now.get(name):

@@ -37,7 +37,7 @@ def check_directory(config: TrainConfig, directory: Path, *, resume: bool) -> No
     if not path.exists():
         if resume:
             raise ConfigError(f"{directory} holds no run to resume: start it without --resume")
-        if directory.exists() and _visible(directory) - {LOCK}:
+        if directory.exists() and visible(directory) - {LOCK}:
             raise ConfigError(f"{directory} is not empty and holds no run: choose another --run-dir")
         return
     before = TrainConfig.from_json(path)
@@ -62,7 +62,7 @@ def has_begun(directory: Path) -> bool:
     """Whether `directory` contains a run with at least one checkpoint."""
     if not (directory / CONFIG).exists():
         return False
-    return _saved(directory) or bool(_visible(directory) - _AT_THE_START)
+    return _saved(directory) or bool(visible(directory) - _AT_THE_START)
 
 
 def _saved(directory: Path) -> bool:
@@ -70,7 +70,7 @@ def _saved(directory: Path) -> bool:
     return checkpoints.is_dir() and bool(complete_steps(checkpoints))
 
 
-def _visible(directory: Path) -> set[str]:
+def visible(directory: Path) -> set[str]:
     """Lists the names in a directory, except for those with a leading dot, which are unfinished files from a crash."""
     return {p.name for p in directory.iterdir() if not p.name.startswith(".")}
 

@@ -54,6 +54,7 @@ class Loop:
         self.guard = Guard(self.config.guard, share, self._event, self.config.schedule.warmup_steps)
         self.last: dict[str, Any] = {}
         self._heard = 0.0
+        self.taken = 0  # steps, also those that a rollback discards
 
     def run(self, resume: bool, tokenizer_path: str | Path | None, check_hashes: bool) -> TrainResult:
         """Takes the remaining steps, and saves a checkpoint of the last one; see `train`."""
@@ -87,7 +88,7 @@ class Loop:
                 self.log.close()
             if not lost:  # closing waits for the others
                 self.checkpoints.close()
-        self._say_summary(int(state.step) - first)
+        self._say_summary()
         finished = int(state.step) == config.schedule.steps
         self._finish(state, finished)
         return TrainResult(state, self.last | {"step": int(state.step), "stopped": not finished}, self.directory)
@@ -126,7 +127,7 @@ class Loop:
                 trace.before(done + 1)
                 with clock.spent_on("data"):
                     batch = setup.batch(done)
-                if done == first:
+                if self.log is None:  # the first, which a run that goes back may take again
                     with clock.spent_on("compilation"):
                         state, metrics = setup.train_step(state, *batch)
                         jax.block_until_ready(metrics)
@@ -135,7 +136,7 @@ class Loop:
                 else:
                     state, metrics = setup.train_step(state, *batch)
                 setup.throughput.add(setup.schedule.batch_size(done) * config.data.sequence_length)
-                done += 1
+                done, self.taken = done + 1, self.taken + 1
                 trace.after(done, state)
                 self._judge(state, batch, done, metrics)
                 self._record(state, done, metrics)
@@ -224,7 +225,7 @@ class Loop:
     def _roll_back(self, done: int) -> TrainState:
         """Restores the newest good checkpoint. The data continues after the spike."""
         good, limit = self.checkpoints.good, self.config.guard.max_rollbacks
-        if good is None or self.guard.rollbacks == limit:
+        if good is None or self.guard.rollbacks >= limit:
             self._stop(done, f"the loss spikes after {self.guard.rollbacks} rollbacks (guard.max_rollbacks is {limit})")
         with self.clock.spent_on("rollback"):
             self.checkpoints.wait()
@@ -260,9 +261,9 @@ class Loop:
             "try a lower schedule.peak_learning_rate or a longer warm-up"
         )
 
-    def _say_summary(self, steps: int) -> None:
+    def _say_summary(self) -> None:
         last, guard = self.last, self.guard
-        parts = [f"{steps} steps in {self.clock.wall:,.0f} s", str(self.clock)]
+        parts = [f"{self.taken} steps in {self.clock.wall:,.0f} s", str(self.clock)]
         parts += [f"{last['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in last else []
         parts += [f"MFU {last['mfu']:.1%}"] if "mfu" in last else []
         parts += [f"{guard.skipped} skipped"] if guard.skipped else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,11 +30,12 @@ from dsv3_jax.training.schedule import Schedule
 def progress(console: Console, first: int, steps: int, every: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
     """Yields `show(done, metrics)`: a bar on a terminal, otherwise a line every `every` steps."""
     if not console.is_terminal:
-        began = time.monotonic()
+        began, taken = time.monotonic(), itertools.count(1)  # more than `done - first` in a run that goes back
 
         def line(done: int, last: dict[str, Any]) -> None:
+            each = (time.monotonic() - began) / next(taken)
             if done % every == 0 or done == steps:
-                left = (time.monotonic() - began) / (done - first) * (steps - done)
+                left = each * (steps - done)
                 console.print(f"step {done}/{steps}  {summary(last)}  {datetime.timedelta(seconds=round(left))} left")
 
         yield line

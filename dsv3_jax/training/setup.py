@@ -150,7 +150,7 @@ class Setup:
             evaluate = make_eval_step(self.model, loss, microbatches=pieces)
             self.evaluate = self.placement.jit_evaluation(evaluate)
             self._check(self.evaluate.check, size, "validation")
-        self.throughput = Throughput(config.model, config.data.sequence_length)
+        self.throughput = Throughput(config.model, config.data.sequence_length, self.placement.mesh.size)
 
     def first_state(self, *, check_hashes: bool = True) -> TrainState:
         """Returns the state at step 0: from the seed, or with the weights in the config. Raises CheckpointError.

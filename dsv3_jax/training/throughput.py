@@ -18,9 +18,10 @@ from dsv3_jax.config import ModelConfig
 class Throughput:
     """Rates between two calls of `measure`. The first call, and the first after `restart`, only starts the clock."""
 
-    def __init__(self, config: ModelConfig, sequence_length: int) -> None:
+    def __init__(self, config: ModelConfig, sequence_length: int, devices: int) -> None:
+        """devices: number of devices that train, whose peaks add up."""
         self._flops_per_token = model_flops(config, sequence_length).total
-        self._tokens = 0
+        self._tokens, self._devices = 0, devices
         self._since: float | None = None
 
     def add(self, tokens: int) -> None:
@@ -42,7 +43,7 @@ class Throughput:
         metrics = {"tokens_per_second": rate, "model_flops_per_second": rate * self._flops_per_token}
         device = hardware_of(jax.devices()[0].device_kind)
         if device is not None:
-            metrics["mfu"] = metrics["model_flops_per_second"] / (device.peak("bf16") * jax.device_count())
+            metrics["mfu"] = metrics["model_flops_per_second"] / (device.peak("bf16") * self._devices)
         return metrics
 
 

@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
 from dsv3_jax import DeepSeekV3, ModelConfig
-from dsv3_jax.checkpoint import hf_config, load_pretrained, names
+from dsv3_jax.checkpoint import hf_config, load_pretrained, names, synthetic
 from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
-from dsv3_jax.checkpoint.files import TensorFiles
+from dsv3_jax.checkpoint.files import CheckpointError, TensorFiles
 from dsv3_jax.checkpoint.hf import HFCheckpoint
 from dsv3_jax.checkpoint.jobs import JOURNAL
 from dsv3_jax.checkpoint.store import Store
@@ -191,6 +191,26 @@ def test_casts(fp8, dtype, tmp_path):
     late = TensorFiles(convert(convert(fp8, tmp_path / "kept"), tmp_path / "late", dtype=dtype, verify=True))
     for name in expected:
         assert late.array(name).tobytes() == back.array(name).tobytes()
+
+
+def test_a_kind_in_several_dtypes_is_cast(tmp_path, monkeypatch):
+    """One expert isn't in FP8: a stack of them has one dtype only if all are cast to it."""
+    odd, entries = "model.layers.2.mlp.experts.1.up_proj.weight", synthetic._entries
+
+    def mixed(*arguments):
+        kept = [entry for entry in entries(*arguments) if entry[0] != odd + names.SCALE]
+        return [(name, "BF16" if name == odd else dtype, shape) for name, dtype, shape in kept]
+
+    monkeypatch.setattr(synthetic, "_entries", mixed)
+    write_random_checkpoint(tmp_path / "mixed", TINY, block=(16, 16))
+    with pytest.raises(CheckpointError, match=rf"several dtypes .{odd} is BF16, .* is F8_E4M3.: cast them"):
+        convert(tmp_path / "mixed", tmp_path / "kept")
+    expected = exact_weights(tmp_path / "mixed", (16, 16))
+    store = convert(tmp_path / "mixed", tmp_path / "store", dtype="float32", verify=True)
+    back = TensorFiles(convert(store, tmp_path / "back"))
+    assert set(back.tensors) == set(expected)
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(back.array(name), weight, err_msg=name)
 
 
 def test_nothing_passes_through_half_precision(tmp_path):

@@ -1,6 +1,7 @@
 """The commands `sft` and `grpo`: directories that other commands read, going on, and what is refused."""
 
 import dataclasses
+import errno
 import json
 
 import jax
@@ -10,14 +11,17 @@ from rich.console import Console
 
 from dsv3_jax import cli
 from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
+from dsv3_jax.checkpoint.files import CheckpointError
 from dsv3_jax.checkpoint.load import load_pretrained
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import DataConfig, PrepareOptions, load_tokenizer, prepare
 from dsv3_jax.inference.text import own_tokenizer
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.post_training import command
 from dsv3_jax.post_training.command import GRPOArgs, grpo_command
 from dsv3_jax.post_training.grpo import GRPOConfig
 from dsv3_jax.serving.chat import chat_template_beside, read_chat_template
+from dsv3_jax.training import checkpoints
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.directory import write_config
 from dsv3_jax.training.metrics import read_metrics
@@ -44,9 +48,9 @@ def start(tmp_path_factory):
     state = jax.jit(lambda: init_state(model, optimizer, jax.random.key(0)))()
     (directory / "run").mkdir()
     write_config(directory / "run", config, directory / "tokenizer")
-    checkpoints = Checkpoints(directory / "run/checkpoints", 1)
-    checkpoints.save(state, {})
-    checkpoints.close()
+    saved = Checkpoints(directory / "run/checkpoints", 1)
+    saved.save(state, {})
+    saved.close()
     return directory
 
 
@@ -86,6 +90,25 @@ def test_grpo_writes_a_run_and_goes_on(start, tmp_path):
     grpo_command(again, QUIET)
     assert read_metrics(args.run_dir / "metrics.jsonl") == records
     jax.tree.map(np.testing.assert_array_equal, load_pretrained(args.run_dir)[1], trained)
+
+
+def test_grpo_whose_first_state_could_not_be_written_may_start_again(start, tmp_path, monkeypatch):
+    args = GRPOArgs(str(start / "run"), tmp_path / "run", grpo=GRPO)
+    monkeypatch.setattr(command._Run, "evaluate", lambda *_: {})
+
+    async def fails(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._HashedPath, "finalize", fails)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="No space left"):
+            grpo_command(args, QUIET)
+    with pytest.raises(ConfigError, match="holds no run to resume: start it without"):
+        grpo_command(dataclasses.replace(args, resume=True), QUIET)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is not empty"):
+        grpo_command(dataclasses.replace(args, run_dir=tmp_path / "other"), QUIET)
 
 
 def test_grpo_refuses_what_cannot_be(start, tmp_path, capsys):

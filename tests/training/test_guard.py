@@ -1,10 +1,13 @@
 """Guards: what they see in metrics, and whole runs that skip, name a layer, and go back."""
 
 import dataclasses
+import functools
 import io
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,8 @@ import pytest
 from rich.console import Console
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.training import setup, trainer
+from dsv3_jax.training import loop, setup, trainer
+from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.diagnose import first_in_backward, first_in_forward
 from dsv3_jax.training.guard import Guard, GuardConfig
 from tests.conftest import new_rng
@@ -153,6 +157,37 @@ def test_a_layer_that_breaks_is_named_and_no_good_checkpoint_is_lost(precision, 
         trainer.train(config, tmp_path / "run", console=Console(file=said, width=1000))
     assert "step 8: its loss or gradient isn't finite: skipped" in said.getvalue()
     assert sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()) == [0, 6]
+
+
+def test_a_run_that_goes_back_before_the_step_it_went_on_from(tmp_path, monkeypatch):
+    """It went on from step 4, which wasn't good, and is sent back to step 2 after step 5."""
+    config = dataclasses.replace(small_config("", "single"), keep_checkpoints=9, log_every=1, validate_every=8)
+    directory = tmp_path / "run"
+    train = functools.partial(trainer.train, config, directory)
+    train(console=Console(quiet=True))
+    for step in (6, 8):
+        shutil.rmtree(directory / f"checkpoints/{step}")
+    opened, original = [], loop.MetricsLog
+    monkeypatch.setattr(loop, "MetricsLog", lambda *a, **k: opened.append(original(*a, **k)) or opened[-1])
+    monkeypatch.setattr(Checkpoints, "_newest_good", lambda _: 2)
+    monkeypatch.setattr(Guard, "off_course", property(lambda self: self.rollbacks == 0))
+    said = io.StringIO()
+    assert train(resume=True, console=Console(file=said, width=1000)).metrics["step"] == 8
+    said = said.getvalue()
+    assert [int(line[5]) for line in said.splitlines() if "/8" in line] == [5, 3, 4, 5, 6, 7, 8]
+    assert "step 2: rolled back from step 5" in said
+    assert "\n7 steps in " in said
+    assert (len(opened), said.count("first step after")) == (1, 1)
+
+
+def test_no_more_rollbacks_than_the_limit():
+    """Which may be lower when a run goes on than it was before."""
+    run = object.__new__(loop.Loop)
+    run.config = dataclasses.replace(small_config("", "single"), guard=GuardConfig(max_rollbacks=1))
+    run.guard, _ = judged()
+    run.guard.rollbacks, run.checkpoints = 2, SimpleNamespace(good=2, latest=lambda: 4)
+    with pytest.raises(trainer.TrainingError, match=r"spikes after 2 rollbacks .guard.max_rollbacks is 1"):
+        run._roll_back(5)
 
 
 @pytest.mark.slow

@@ -14,14 +14,14 @@ from dsv3_jax.training.config import TrainConfig
 
 
 def test_rates_and_their_share_of_the_peak(monkeypatch):
-    """Two H100s that train 4096 tokens in 2 s, at 6 FLOPs per token and weight that works for it."""
+    """Two H100s of four train 4096 tokens in 2 s, at 6 FLOPs per token and weight that works for it."""
     clock = iter([10.0, 12.0])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(
-        jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", platform="gpu")] * 2
+        jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", platform="gpu")] * 4
     )
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    rates = throughput.Throughput(ModelConfig.preset("v3-671b"), 4096)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    rates = throughput.Throughput(ModelConfig.preset("v3-671b"), 4096, 2)
     rates.add(1)
     assert rates.measure(jnp.zeros(())) == {}
     rates.add(4096)
