@@ -87,7 +87,7 @@ def test_memory_and_flops_of_a_step(config, remat, batch, length):
 
 
 def test_recomputation_saves_memory_outside_loops_too():
-    """One layer of a kind is no loop, nor are MTP modules: XLA could merge what is recomputed with what was computed."""
+    """One layer of a kind is no loop, nor are MTP modules: XLA could merge recomputation with what it repeats."""
     config = dataclasses.replace(WIDE, num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=2)
     none, block = (
         compile_step(config, remat, 2, 512).memory_analysis().temp_size_in_bytes for remat in ("none", "block")
