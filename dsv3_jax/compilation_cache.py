@@ -10,7 +10,7 @@ import jax
 _LARGEST = 8 << 30
 """Size of the cache in bytes, above which the least recently used programs are deleted."""
 _LEAST_SECONDS = 0.1
-"""Programs that compile faster aren't kept. JAX's default is 1, but an engine has hundreds of small ones."""
+"""Programs that compile faster aren't kept. JAX's default, 1, leaves out some that every run compiles."""
 
 
 def keep_compiled_programs() -> str:
