@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import queue
 from collections.abc import AsyncIterator, Iterator
@@ -93,8 +94,9 @@ class Request:
         """Delivers a step to the caller, from the engine's thread."""
         if self._loop is None:
             self._steps.put(step)
-        elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._steps.put_nowait, step)
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, perhaps at this moment
+                self._loop.call_soon_threadsafe(self._steps.put_nowait, step)
 
     def __iter__(self) -> Iterator[Step]:
         while True:

@@ -19,8 +19,8 @@ from pallas_kernels.devices import platform
 class Sampling:
     """Sampling parameters: greedy at temperature 0, otherwise sampling from the modified distribution.
 
-    Penalties and biases are applied first, then temperature, top-k, top-p on the remaining tokens, and min-p, as in
-    transformers and vLLM.
+    As in transformers, penalties and biases are applied first, then temperature, top-k, top-p on the remaining tokens,
+    and min-p.
     """
 
     temperature: float = 1.0

@@ -70,10 +70,9 @@ def attention_impl(
 def unrolls(layers: int, runtime: Runtime, *, tokens: int | None = None) -> bool:
     """Whether a stack of layers is unrolled: on one GPU, if they are few enough to compile fast.
 
-    Not with `remat="block"`: XLA would merge what is recomputed with what was computed.
-
     A loop slices weights and stacks gradients, a tenth of a training step's time at V2-Lite's widths. Without one, XLA
     keeps all layers' weights in the runtime's dtype until the backward pass: on a mesh they would be all-gathered ones.
+    It also merges what policy `paper` recomputes with what was computed; `block`, which is for memory, has the loop.
     In decoding, XLA copies a layer's weights out of the stack before most products, a sixth of a step at these widths.
 
     tokens: of each sequence, with a cache; None without one. Prompts, whose products take long, aren't unrolled.

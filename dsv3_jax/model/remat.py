@@ -30,15 +30,15 @@ def save_activation(x: jax.Array) -> jax.Array:
 
 
 def rematerialise(
-    module: Callable[..., nn.Module], runtime: Runtime, *, in_loop: bool = True
+    module: Callable[..., nn.Module], runtime: Runtime, *, alone: bool = False
 ) -> Callable[..., nn.Module]:
     """Applies the runtime's policy to `module`: `none`, `block` (save only inputs) or `paper` (`save_activation`).
 
-    in_loop: whether a loop of several turns applies it, forwards and then backwards. Elsewhere XLA would merge what is
-    recomputed with what was computed before, and keep it all.
+    alone: whether it is applied outside a loop over layers, where XLA would merge what is recomputed with what was
+    computed before, and so keep it.
     """
     if runtime.remat == "none":
         return module
     names = (_SAVED,) if runtime.precision == "fp8" else (_SAVED, RESIDUALS)
     policy = jax.checkpoint_policies.save_only_these_names(*names) if runtime.remat == "paper" else None
-    return nn.remat(module, policy=policy, prevent_cse=not in_loop)
+    return nn.remat(module, policy=policy, prevent_cse=alone)

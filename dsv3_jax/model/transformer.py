@@ -102,13 +102,14 @@ class DeepSeekV3(Module):
         # Looked up before it is rounded: so the gradient of a row, which may have many thousand addends, is float32.
         wide = jnp.promote_types(r.dtype, jnp.float32)
         self.embed_tokens = weight(self, "embed_tokens", (c.vocab_size, c.hidden_size), ("vocab", "embed"), dtype=wide)
+        alone = lambda layers: layers == 1 and not unrolls(1, r)  # what is unrolled saves time, not memory
         if c.num_dense_layers:
-            self.dense_layers = rematerialise(Block, r, in_loop=c.num_dense_layers > 1)(c, r, is_moe=False)
+            self.dense_layers = rematerialise(Block, r, alone=alone(c.num_dense_layers))(c, r, is_moe=False)
         if c.num_moe_layers:
-            self.moe_layers = rematerialise(Block, r, in_loop=c.num_moe_layers > 1)(c, r, is_moe=True)
+            self.moe_layers = rematerialise(Block, r, alone=alone(c.num_moe_layers))(c, r, is_moe=True)
         self.norm = norm_scale(self, "norm", c.hidden_size)
         self.lm_head = weight(self, "lm_head", (c.hidden_size, c.vocab_size), ("embed", "vocab"))
-        module = rematerialise(MTPModule, r, in_loop=False)
+        module = rematerialise(MTPModule, r, alone=True)
         self.mtp = [module(c, r, name=f"mtp_{k}") for k in range(c.num_nextn_predict_layers)]
 
     def __call__(

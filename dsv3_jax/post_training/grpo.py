@@ -172,7 +172,10 @@ def mean_reward(
     max_new_tokens: int,
     temperature: float = 0.0,
 ) -> float:
-    """Returns the mean reward over problems, one text each. Exceptions of the reward function count as 0."""
+    """Returns the mean reward over problems, one text each. Exceptions of the reward function count as 0.
+
+    Raises RuntimeError for a text that failed.
+    """
     safe, special = SafeReward(reward), tokenizer.special_ids()
     requests = [
         engine.submit(tokens, Sampling(temperature=temperature, seed=i), max_new_tokens=max_new_tokens)
@@ -180,7 +183,11 @@ def mean_reward(
     ]
     rewards = []
     for problem, request in zip(problems, requests, strict=True):
-        tokens = [t for step in request for t in step.tokens if t not in special]
+        tokens: list[int] = []
+        for step in request:
+            if step.error is not None:
+                raise RuntimeError(step.error)
+            tokens += [t for t in step.tokens if t not in special]
         rewards.append(safe(problem, tokenizer.decode(tokens)))
     return float(np.mean(rewards))
 

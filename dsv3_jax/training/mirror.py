@@ -210,9 +210,9 @@ class Mirror:
         """Copies when a checkpoint is complete, and every minute. What fails is tried again, with one message."""
         copied, failed = time.monotonic(), ""
         while not self._ended.wait(_POLL_SECONDS):
-            if not self._pending() and time.monotonic() < copied + COPY_SECONDS:
-                continue
             try:
+                if not self._pending() and time.monotonic() < copied + COPY_SECONDS:
+                    continue
                 self.copy()
                 if failed:
                     self._say(f"{self.remote.url} can be written again")
