@@ -102,7 +102,7 @@ class DeepSeekV3(Module):
         # Looked up before it is rounded: so the gradient of a row, which may have many thousand addends, is float32.
         wide = jnp.promote_types(r.dtype, jnp.float32)
         self.embed_tokens = weight(self, "embed_tokens", (c.vocab_size, c.hidden_size), ("vocab", "embed"), dtype=wide)
-        alone = lambda layers: layers == 1 and not unrolls(1, r)  # what is unrolled saves time, not memory
+        alone: Any = lambda layers: layers == 1 and not unrolls(1, r)  # what is unrolled saves time, not memory
         if c.num_dense_layers:
             self.dense_layers = rematerialise(Block, r, alone=alone(c.num_dense_layers))(c, r, is_moe=False)
         if c.num_moe_layers:
