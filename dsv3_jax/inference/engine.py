@@ -81,7 +81,7 @@ class _Running:
         self.request, self.pages, self.prefilled, self.slot = request, pages, found, -1
         self.tokens = [*request.prompt, *request.text]
         self.acceptance, self.pending = acceptance, 0
-        self.ended = False
+        self.ended, self.finite = False, True
 
     @property
     def in_prefill(self) -> bool:
@@ -473,14 +473,27 @@ class Engine:
         with self._new:
             self._waiting.appendleft(r.request)
 
-    def _release(self, r: _Running, *, forget: bool = False) -> list[int]:
-        """Gives back what a text holds. Returns its pages that no other text holds."""
+    def _release(self, r: _Running) -> None:
+        """Ends a text here. It keeps its pages until all of its steps have been read, which still write to them."""
         if r.ended:
-            return []
+            return
         r.ended = True
-        self._running.remove(r)
-        self._free_slots.append(r.slot)
-        return self.pages.release(r.pages, forget=forget)
+        with self._new:
+            self._running.remove(r)
+            self._free_slots.append(r.slot)
+            if not r.pending:
+                self._give_back(r)
+
+    def _give_back(self, r: _Running) -> None:
+        """Gives back a text's pages, zeroed if they may hold non-finite values, which would affect later holders.
+
+        Those that other texts hold too aren't zeroed: they are the same prefix's, and needed.
+        """
+        with self._new:  # `replace_variables` forgets pages from another thread
+            pages = self.pages.release(r.pages, forget=not r.finite)
+        if pages and (r.in_prefill or not r.finite):  # in prefill, nothing has been drawn that would tell
+            padded = pages + [SCRATCH] * (self._most_pages - len(pages))
+            self._pool = steps.clear(self._pool, np.array(padded, np.int32))
 
     # Device programs.
 
@@ -519,16 +532,16 @@ class Engine:
         hidden, logits = self._prefill(tokens, following, packed)
         drawn = None
         if last:
+            for r in group:
+                r.pending += 1
             edits = self._edits(group, rows) if constrained else None
             scored = any(r.request.logprobs is not None for r in group)
             drawn = self._draw(logits, packed, edits, self._kind(group), scored)
         self._score_prompts(group, hidden, following)
         for r, piece in zip(group, pieces, strict=True):
             r.prefilled += len(piece)
-            if drawn is not None:
-                r.pending += 1
-                if not r.ended:
-                    self.pages.publish(r.tokens, r.pages)
+            if last and not r.ended:
+                self.pages.publish(r.tokens, r.pages)
         if drawn is not None:
             self._unread.append((group, drawn, 0))
         return rows * size
@@ -553,6 +566,8 @@ class Engine:
         pages = [len(r.pages) for r in ready]
         table = next(s for s in self._decode_tables if s >= max(pages))
         scored = any(r.request.logprobs is not None for r in ready)
+        for r in ready:
+            r.pending += 1
         edits = self._edits(ready, batch) if any(r.request.constrained for r in ready) else None
         accepted = sum(r.acceptance.mean for r in ready if not r.request.constrained)
         drafts = self.speculation.choose(batch, len(ready), accepted)
@@ -563,8 +578,6 @@ class Engine:
         logits = self._decode(packed, drafts)
         drawn = self._draw(logits, packed, edits, self._kind(ready), scored)
         self._counts["steps"] += 1
-        for r in ready:
-            r.pending += 1
         self._unread.append((ready, drawn, drafts))
         return batch, table, drafts
 
@@ -647,7 +660,10 @@ class Engine:
             tokens, count, finite = result[:, :-2].tolist(), result[:, -2].tolist(), result[:, -1].tolist()
             for i, r in enumerate(ready):
                 r.pending -= 1
+                r.finite = r.finite and bool(finite[i])
                 if r.ended:
+                    if not r.pending:
+                        self._give_back(r)
                     continue
                 if not finite[i]:
                     self._fail(r, "the logits are not finite: the weights or an activation hold NaN or infinity")
@@ -698,13 +714,8 @@ class Engine:
         r.request.put(Step([], error=message))
 
     def _fail(self, r: _Running, message: str) -> None:
-        """Fails a request. Its pages are zeroed, since non-finite values would affect later holders.
-
-        Those that other texts hold too aren't: they are the same prefix's, and needed.
-        """
-        pages = self._release(r, forget=True)
-        padded = pages + [SCRATCH] * (self._most_pages - len(pages))
-        self._pool = steps.clear(self._pool, np.array(padded, np.int32))
+        """Fails a request."""
+        self._release(r)
         r.request.put(Step([], error=message))
 
 

@@ -86,7 +86,8 @@ class PageAllocator:
             before = self._content[self._known[key]]
 
     def release(self, pages: Sequence[int], *, forget: bool = False) -> list[int]:
-        """Gives pages back; with `forget`, their content won't be found again. Returns those without other holders."""
+        """Gives pages back; with `forget`, their content won't be found again. Returns those that are free."""
+        free = []
         for page in reversed(pages):  # the end of a prompt goes before its beginning
             self._holders[page] -= 1
             assert self._holders[page] >= 0, f"page {page} was given back twice"
@@ -98,7 +99,8 @@ class PageAllocator:
                 else:
                     self._unused.pop(page, None)
                     self._free.append(page)
-        return [page for page in pages if not self._holders[page]]
+                    free.append(page)
+        return free
 
     def forget(self) -> None:
         """Forgets all content, since it was computed with other weights."""

@@ -282,11 +282,11 @@ def test_over_a_mesh_pages_are_spread_and_texts_are_the_same():
     assert_nothing_leaks(e)
 
 
-def with_a_bad_token(checkpoint):
-    """The model, with an embedding of token 63 that is not a number."""
+def with_a_bad_token(checkpoint, token=63):
+    """The model, with an embedding of a token that is not a number."""
     model, variables = checkpoint
     params = dict(variables["params"])
-    params["embed_tokens"] = jnp.asarray(params["embed_tokens"]).at[63].set(jnp.nan)
+    params["embed_tokens"] = jnp.asarray(params["embed_tokens"]).at[token].set(jnp.nan)
     return model, variables | {"params": params}
 
 
@@ -317,6 +317,39 @@ def test_a_failed_text_leaves_the_prefix_that_it_shares(checkpoints):
     bad = list(e.submit([*prefix, 63], GREEDY, max_new_tokens=4))
     assert "not finite" in bad[-1].error
     np.testing.assert_allclose(scores([first, *running]), alone, atol=1e-5)
+    assert_nothing_leaks(e)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "preempted"])
+def test_a_text_that_ends_before_it_fails_leaves_no_bad_page(checkpoints, monkeypatch, how):
+    """Its values that aren't finite would be read by the next holder of the page."""
+    e = engine(with_a_bad_token(checkpoints("v3_base")), cache_tokens=FEW, prefill_chunk=17)
+    prefill_pieces = e._prefill_pieces
+
+    def end_after_the_first(group):
+        size = prefill_pieces(group)
+        monkeypatch.setattr(e, "_prefill_pieces", prefill_pieces)
+        if how == "preempted":
+            e._preempt(group[0])
+        e.cancel(group[0].request)
+        return size
+
+    monkeypatch.setattr(e, "_prefill_pieces", end_after_the_first)
+    assert list(e.submit([63] * 40, GREEDY, max_new_tokens=8))[-1].finish_reason == "cancelled"
+    assert list(e.submit([5, 7], GREEDY, max_new_tokens=1))[-1].error is None
+    assert_nothing_leaks(e)
+
+
+def test_a_text_that_stops_at_a_bad_token_leaves_no_bad_page(checkpoints):
+    """The step after that token, which is on its way then, writes values that aren't finite."""
+    expected = EXPECTED["v3_base"]
+    prompt, end = expected["prompts"][3], expected["new"][3][0]
+    assert end not in prompt
+    e = engine(with_a_bad_token(checkpoints("v3_base"), end), cache_tokens=FEW)
+    sampling = Sampling(temperature=0, stop_token_ids=(end,))
+    for _ in range(2):  # the second gets the page of the first
+        (step,) = e.submit(prompt, sampling, max_new_tokens=8)
+        assert (step.tokens, step.error) == ([end], None)
     assert_nothing_leaks(e)
 
 
