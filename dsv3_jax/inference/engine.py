@@ -250,8 +250,9 @@ class Engine:
         """
         requests: list[Request] = []
         try:
-            for prompt in prompts:
-                requests.append(self.submit(prompt, sampling, max_new_tokens=max_new_tokens))
+            with self._new:  # the engine sees them all at once
+                for prompt in prompts:
+                    requests.append(self.submit(prompt, sampling, max_new_tokens=max_new_tokens))
             for request in requests:
                 tokens: list[int] = []
                 for step in request:

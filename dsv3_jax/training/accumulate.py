@@ -140,10 +140,11 @@ def batch_sums(
     """Runs the model on a piece of the batch and applies the loss. `real`: see `model_inputs`."""
     inputs = model_inputs(model, piece, loss.batch_keys, real)
     outputs = forward(model, variables, inputs, loss.detach_mtp)
+    sent = exchanges(outputs)  # padding is sent, too
     if real is not None:
         outputs = only_of(outputs, real)
     with jax.named_scope("loss"):
-        return StepSums(*loss(outputs, inputs, whole), expert_load(outputs), exchanges(outputs))
+        return StepSums(*loss(outputs, inputs, whole), expert_load(outputs), sent)
 
 
 def sum_over_pieces(function: Any, pieces: tuple[dict[str, jax.Array], jax.Array], count: jax.Array | None) -> Any:

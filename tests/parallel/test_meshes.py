@@ -1,5 +1,7 @@
 """The same numbers on every mesh: loss, gradients and updated parameters of three steps equal one device's."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from dsv3_jax.model.transformer import DeepSeekV3, parameter_axes
 from dsv3_jax.parallel.mesh import MeshShape
 from dsv3_jax.parallel.placement import Placement
 from dsv3_jax.runtime import Runtime
-from dsv3_jax.training.losses import PretrainingLoss, SFTLoss
+from dsv3_jax.training.losses import IGNORE, PretrainingLoss, SFTLoss
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv3_jax.training.step import init_state, make_train_step
 from tests.configs import SCHEDULE, SHARDABLE
@@ -132,3 +134,19 @@ def test_fine_tuning_in_a_pipeline_keeps_the_gradient_of_mtp_in_its_modules(pipe
         for stages, sharding in ((1, "single"), (2, "pp_ep_dp"))
     )
     assert_close(in_pipeline, alone)
+
+
+def test_exchanges_of_padding_count_among_all():
+    """Of eight rows two are real, both on the first device; all tokens go to its experts, in rounds."""
+    runtime = Runtime(experts_impl="ragged", sharding="fsdp_ep", dispatch_slack=1.0)
+    model, shape = DeepSeekV3(SHARDABLE, runtime), MeshShape(expert=2)
+    placement = Placement(shape, runtime, parameter_axes(model), jax.devices()[:2])
+    optimizer = optax.sgd(0.0)
+    state = placement.jit_init(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
+    few = lambda bias: jnp.where(jnp.arange(bias.shape[-1]) < bias.shape[-1] // 2, bias + 10, bias)
+    state = dataclasses.replace(state, router=jax.tree.map(few, state.router))
+    step = placement.jit_step(make_train_step(model, optimizer, PretrainingLoss(SHARDABLE, SCHEDULE)), state)
+    batch = make_batch(0)
+    batch["targets"] = np.where(np.arange(BATCH)[:, None] < 2, batch["targets"], IGNORE)
+    _, metrics = step(state, placement.batch(np.arange(BATCH), batch, BATCH), jnp.int32(2))
+    assert 0 < metrics["dispatch_in_rounds"] <= 1
