@@ -137,7 +137,7 @@ def test_fine_tuning_in_a_pipeline_keeps_the_gradient_of_mtp_in_its_modules(pipe
 
 
 def test_exchanges_of_padding_count_among_all():
-    """Of eight rows two are real, both on the first device; all tokens go to its experts, in rounds."""
+    """Two of eight rows are real, both on the first device; all tokens go to its experts, in rounds."""
     runtime = Runtime(experts_impl="ragged", sharding="fsdp_ep", dispatch_slack=1.0)
     model, shape = DeepSeekV3(SHARDABLE, runtime), MeshShape(expert=2)
     placement = Placement(shape, runtime, parameter_axes(model), jax.devices()[:2])
