@@ -36,12 +36,13 @@ import optax
 import tyro
 
 from dsv3_jax.accounting.parameters import count_parameters
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.data import DataConfig, load_tokenizer
 from dsv3_jax.data.pipeline import prepared_tokenizer
 from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.config import TrainConfig
+from dsv3_jax.training.directory import CONFIG
 from dsv3_jax.training.losses import PretrainingLoss
 from dsv3_jax.training.metrics import read_metrics
 from dsv3_jax.training.schedule import Schedule, ScheduleConfig
@@ -123,6 +124,9 @@ def main(
     base, out, until = sizes()[size], out or Path("runs/fp8_curve") / size, time.monotonic() + 60 * minutes
     threading.Thread(target=_stop_at, args=(until,), daemon=True).start()
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, source=source))
+    for config in out.glob(f"*/{CONFIG}"):
+        if (other := TrainConfig.from_json(config).data.source) != source:
+            raise ConfigError(f"{config.parent} is a run on {other!r}, not {source!r}: choose another --out")
     wanted = runs or tuple(name for name in RUNS if name != ("control" if size == "cpu" else "float32"))
     for name in wanted:
         if not (out / name / "report.md").exists() and time.monotonic() < until:
@@ -297,4 +301,7 @@ def write(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
