@@ -1,7 +1,7 @@
 """Does FP8 train to the same loss? The same model, seed and data in float32, bfloat16, FP8 and FP8's two variants.
 
-On a GPU a second run in bfloat16, which sums its gradients over two halves of a batch, shows what chance alone makes of
-a curve; on a CPU float32 does.
+On a GPU a second run in bfloat16, which sums its gradients over twice as many parts of a batch, shows what chance alone
+makes of a curve; on a CPU float32 does.
 
     python -m experiments.fp8_curve --size cpu
     python -m experiments.fp8_curve --size gpu --minutes 9     # again, until it says that all runs are done
@@ -61,7 +61,7 @@ RUNS: dict[str, tuple[str, Runtime]] = {
         Runtime(dtype="bfloat16", precision="fp8", fp8_scales="block_gradients"),
     ),
     "tensor": ("FP8, one scale a tensor", Runtime(dtype="bfloat16", precision="fp8", fp8_scales="tensor")),
-    "control": ("bfloat16, gradients in two halves", Runtime(dtype="bfloat16")),
+    "control": ("bfloat16, gradients in twice as many parts", Runtime(dtype="bfloat16")),
     "float32": ("float32", Runtime()),
 }
 """Runs by the names of their folders: what reports call them, and their runtime."""
@@ -73,9 +73,15 @@ SMOOTHING = 0.9
 def sizes() -> dict[str, TrainConfig]:
     """The two runs: widths are multiples of 128, so that no tile is filled up."""
     base = TrainConfig.preset("tiny", "cpu")
-    # Lower than would be best, for runs to differ less by chance: two that round differently drift apart.
-    rates: dict[str, float] = dict(peak_learning_rate=3e-4, end_learning_rate=3e-5, tail_learning_rate=1e-5)
-    common: dict[str, float] = dict(constant_until=0.4, bias_update_speed=0.01)
+
+    # Few steps of large batches, at a lower rate than would be best: two runs that round differently drift apart, and
+    # the more so the more steps they take and the higher their rate is.
+    def schedule(batch: int, rate: float) -> ScheduleConfig:
+        return ScheduleConfig(
+            **dict(steps=100, batch_size=batch, warmup_steps=20, constant_until=0.4, bias_update_speed=0.01),
+            **dict(peak_learning_rate=rate, end_learning_rate=rate / 10, tail_learning_rate=rate / 10),
+        )
+
     quiet = dict(log_every=1, validate_every=10**6, validation_batches=1, sample_tokens=0)
     small = dataclasses.replace(
         base.model,
@@ -88,9 +94,9 @@ def sizes() -> dict[str, TrainConfig]:
         base,
         model=small,
         data=DataConfig(sequence_length=128),
-        schedule=ScheduleConfig(steps=400, batch_size=16, warmup_steps=40, **rates, **common),
-        checkpoint_every=100,
-        keep_every=100,
+        schedule=schedule(batch=64, rate=3e-4),
+        checkpoint_every=50,
+        keep_every=50,
         **quiet,
     )
     large = dataclasses.replace(
@@ -98,9 +104,12 @@ def sizes() -> dict[str, TrainConfig]:
         **dict(vocab_size=264, bos_token_id=256, eos_token_id=257, hidden_size=512, intermediate_size=1536),
         **dict(moe_intermediate_size=256, num_hidden_layers=10, num_nextn_predict_layers=0),
     )
-    schedule = ScheduleConfig(steps=800, batch_size=64, warmup_steps=80, **rates, **common)
     gpu = dataclasses.replace(
-        cpu, model=large, data=DataConfig(sequence_length=1024), schedule=schedule, checkpoint_every=200, keep_every=200
+        cpu,
+        model=large,
+        data=DataConfig(sequence_length=1024),
+        schedule=schedule(batch=512, rate=1e-4),
+        microbatches=8,
     )
     return {"cpu": cpu, "gpu": gpu}
 
@@ -132,8 +141,8 @@ def main(
         if not (out / name / "report.md").exists() and time.monotonic() < until:
             runtime = RUNS[name][1] if size == "cpu" else dataclasses.replace(RUNS[name][1], remat="paper")
             started = any((out / name / "checkpoints").glob("[0-9]*"))
-            halves = 2 if name == "control" else 1
-            train(dataclasses.replace(base, runtime=runtime, microbatches=halves), out / name, resume=started)
+            parts = base.microbatches * (2 if name == "control" else 1)
+            train(dataclasses.replace(base, runtime=runtime, microbatches=parts), out / name, resume=started)
     curves = {name: read_losses(out / name / "metrics.jsonl") for name in RUNS}
     curves = {name: curve for name, curve in curves.items() if max(curve, default=0) > base.schedule.warmup_steps}
     left = [name for name in wanted if not (out / name / "report.md").exists()]
