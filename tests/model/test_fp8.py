@@ -64,6 +64,7 @@ def fp8(variables):
 
 
 def distances(got, expected):
+    got, expected = jax.device_get((got, expected))  # which may be on other devices
     norm = lambda a: np.linalg.norm(np.asarray(a, np.float64))
     return jax.tree.map(lambda a, b: norm(a - b) / norm(b), got, expected)
 
