@@ -138,13 +138,15 @@ class Loop:
                 setup.throughput.add(setup.schedule.batch_size(done) * config.data.sequence_length)
                 done, self.taken = done + 1, self.taken + 1
                 trace.after(done, state)
-                self._judge(state, batch, done, metrics)
+                self.guard.watch(done, metrics)
+                self._stop_if_stuck(state, batch, done)
                 self._record(state, done, metrics)
                 show(done, self.last)
                 stop = self._asked_to_stop(stopping, done)
                 if setup.due(done, config.checkpoint_every) or stop:
                     with clock.spent_on("checkpoints"):
                         self.guard.settle()
+                        self._stop_if_stuck(state, batch, done)
                         self._save(state)
                 if stop:
                     break
@@ -152,12 +154,10 @@ class Loop:
                     state = self._roll_back(done)
                     done = int(state.step)
                 alive()
-        self.guard.settle()
         return state
 
-    def _judge(self, state: TrainState, batch: tuple[Any, ...], done: int, metrics: dict[str, Any]) -> None:
-        """Passes metrics to the guard. Raises TrainingError if too many steps in a row were skipped."""
-        self.guard.watch(done, metrics)
+    def _stop_if_stuck(self, state: TrainState, batch: tuple[Any, ...], done: int) -> None:
+        """Raises TrainingError if too many steps in a row were skipped."""
         if self.guard.stuck:
             where = self.setup.diagnose(state, batch)
             skipped = f"{self.guard.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite"
