@@ -169,6 +169,7 @@ class Loop:
         config, setup = self.config, self.setup
         if setup.due(done, config.log_every):
             extra = setup.throughput.measure(state.step) | self.clock.metrics() | setup.data.metrics()
+            self.guard.settle()  # or skips of the last steps would be missing
             self.last = self.log.write(done, metrics | extra | {"skipped": self.guard.skipped})
             self._choose_slack(done)
         if setup.validation and setup.due(done, config.validate_every):

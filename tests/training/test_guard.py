@@ -171,6 +171,13 @@ def test_a_run_whose_last_steps_are_skipped_does_not_end_as_if_well(tmp_path, mo
     assert not (tmp_path / "run/report.md").exists()
 
 
+def test_a_skipped_last_step_is_counted_in_the_metrics(tmp_path, monkeypatch):
+    config = small_config("", "single", num_hidden_layers=1, num_nextn_predict_layers=0)
+    spoil(monkeypatch, 6, lambda params: params | {"lm_head": jnp.full_like(params["lm_head"], 1e38)})
+    metrics = trainer.train(config, tmp_path / "run", console=Console(quiet=True)).metrics
+    assert metrics["skipped"] == 1
+
+
 def test_a_run_that_goes_back_before_the_step_it_went_on_from(tmp_path, monkeypatch):
     """It went on from step 4, which wasn't good, and is sent back to step 2 after step 5."""
     config = dataclasses.replace(small_config("", "single"), keep_checkpoints=9, log_every=1, validate_every=8)
