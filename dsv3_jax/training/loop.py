@@ -215,9 +215,7 @@ class Loop:
         slack = restored.run.get("dispatch_slack")
         if self.config.runtime.dispatch_slack is None and slack != self.setup.dispatch_slack:
             self.setup.use_slack(slack)
-        for other, why in passed_over.items():
-            aside = checkpoints.set_aside(other)
-            self.console.print(f"the checkpoint of step {other} is passed over and now {aside}: {why}", soft_wrap=True)
+        checkpoints.pass_over(passed_over, lambda line: self.console.print(line, soft_wrap=True))
         changes = self.config.changes(TrainConfig.from_json(self.directory / CONFIG)).values()
         changed = f" with another config ({'; '.join(changes)})" if changes else ""
         self.console.print(f"going on from the checkpoint of step {step}{changed}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 
 import jax
@@ -109,6 +110,30 @@ def test_grpo_whose_first_state_could_not_be_written_may_start_again(start, tmp_
     (tmp_path / "other/config.json").write_text("{}")
     with pytest.raises(ConfigError, match="is not empty"):
         grpo_command(dataclasses.replace(args, run_dir=tmp_path / "other"), QUIET)
+
+
+def test_grpo_passes_over_a_damaged_newest_checkpoint(start, tmp_path, monkeypatch):
+    args = GRPOArgs(str(start / "run"), tmp_path / "run", grpo=GRPO)
+    monkeypatch.setattr(command._Run, "evaluate", lambda *_: {"held_out_reward": 0.0})
+    begun = []
+
+    def rounds(model, state, *arguments, start, **options):
+        """Takes steps without a change, in place of sampling and training."""
+        begun.append(start)
+        for step in range(start + 1, GRPO.iterations + 1):
+            state = state.replace(step=jax.numpy.int32(step))
+            yield state, {"reward": float(step), "kl": 0.0, "length": 1.0}
+
+    monkeypatch.setattr(command, "grpo", rounds)
+    args = dataclasses.replace(args, checkpoint_every=1)
+    grpo_command(args, QUIET)
+    next((args.run_dir / "checkpoints/2/state").rglob("d/*")).write_bytes(b"damaged")
+    said = io.StringIO()
+    grpo_command(dataclasses.replace(args, resume=True), Console(file=said, width=1000))
+    assert "the checkpoint of step 2 is passed over and now" in said.getvalue()
+    assert "going on from the checkpoint of step 1" in said.getvalue()
+    assert begun == [0, 1]
+    assert [r["step"] for r in read_metrics(args.run_dir / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_grpo_refuses_what_cannot_be(start, tmp_path, capsys):
