@@ -176,10 +176,10 @@ class _Run:
         try:
             if not args.resume:
                 checkpoints.save(state, {})
-                first = self.evaluate(state)
-                checkpoints.wait()  # without a checkpoint, a directory with metrics isn't begun in again
-            log = MetricsLog(args.run_dir, first_step=start)
-            if not args.resume:
+            first = None if start else self.evaluate(state)  # also if a run was killed before it was written
+            checkpoints.wait()  # without a checkpoint, a directory with metrics isn't begun in again
+            log = MetricsLog(args.run_dir, first_step=start or -1)
+            if first is not None:
                 log.write(0, first)
             how: dict[str, Any] = dict(encode=self.encode, reference=self.variables, start=start)
             began = time.monotonic()

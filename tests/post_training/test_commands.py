@@ -112,20 +112,24 @@ def test_grpo_whose_first_state_could_not_be_written_may_start_again(start, tmp_
         grpo_command(dataclasses.replace(args, run_dir=tmp_path / "other"), QUIET)
 
 
-def test_grpo_passes_over_a_damaged_newest_checkpoint(start, tmp_path, monkeypatch):
-    args = GRPOArgs(str(start / "run"), tmp_path / "run", grpo=GRPO)
+@pytest.fixture
+def begun(monkeypatch):
+    """Replaces sampling and training by steps without a change, and lists the iterations at which they began."""
     monkeypatch.setattr(command._Run, "evaluate", lambda *_: {"held_out_reward": 0.0})
     begun = []
 
     def rounds(model, state, *arguments, start, **options):
-        """Takes steps without a change, in place of sampling and training."""
         begun.append(start)
         for step in range(start + 1, GRPO.iterations + 1):
             state = state.replace(step=jax.numpy.int32(step))
             yield state, {"reward": float(step), "kl": 0.0, "length": 1.0}
 
     monkeypatch.setattr(command, "grpo", rounds)
-    args = dataclasses.replace(args, checkpoint_every=1)
+    return begun
+
+
+def test_grpo_passes_over_a_damaged_newest_checkpoint(start, tmp_path, begun):
+    args = GRPOArgs(str(start / "run"), tmp_path / "run", grpo=GRPO, checkpoint_every=1)
     grpo_command(args, QUIET)
     next((args.run_dir / "checkpoints/2/state").rglob("d/*")).write_bytes(b"damaged")
     said = io.StringIO()
@@ -134,6 +138,22 @@ def test_grpo_passes_over_a_damaged_newest_checkpoint(start, tmp_path, monkeypat
     assert "going on from the checkpoint of step 1" in said.getvalue()
     assert begun == [0, 1]
     assert [r["step"] for r in read_metrics(args.run_dir / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_grpo_killed_in_its_first_evaluation_makes_it_when_it_goes_on(start, tmp_path, begun, monkeypatch):
+    args = GRPOArgs(str(start / "run"), tmp_path / "run", grpo=GRPO)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command._Run, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            grpo_command(args, QUIET)
+    for _ in range(2):  # the second time from the end
+        grpo_command(dataclasses.replace(args, resume=True), QUIET)
+        records = read_metrics(args.run_dir / "metrics.jsonl")
+        assert [(r["step"], "held_out_reward" in r) for r in records] == [(0, True), (1, False), (2, True)]
 
 
 def test_grpo_refuses_what_cannot_be(start, tmp_path, capsys):
