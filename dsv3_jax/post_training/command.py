@@ -194,9 +194,10 @@ class _Run:
                     log.write(done, metrics)
                     left = (time.monotonic() - began) / (done - start) * (g.iterations - done)
                     self.console.print(_line(done, g.iterations, metrics, left), soft_wrap=True)
-                    if done % args.checkpoint_every == 0 or done == g.iterations or stopping():
+                    stop = stopping()  # asked once: a signal that comes later is for the next iteration
+                    if done % args.checkpoint_every == 0 or done == g.iterations or stop:
                         checkpoints.save(state, {})
-                    if stopping():
+                    if stop:
                         break
         finally:
             if log is not None:

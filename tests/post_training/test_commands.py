@@ -1,8 +1,10 @@
 """The commands `sft` and `grpo`: directories that other commands read, going on, and what is refused."""
 
+import contextlib
 import dataclasses
 import errno
 import io
+import itertools
 import json
 
 import jax
@@ -154,6 +156,17 @@ def test_grpo_killed_in_its_first_evaluation_makes_it_when_it_goes_on(start, tmp
         grpo_command(dataclasses.replace(args, resume=True), QUIET)
         records = read_metrics(args.run_dir / "metrics.jsonl")
         assert [(r["step"], "held_out_reward" in r) for r in records] == [(0, True), (1, False), (2, True)]
+
+
+def test_grpo_never_stops_without_saving(start, tmp_path, begun, monkeypatch):
+    """The signal arrives just after the first iteration was found not to be one to stop at."""
+    answers = itertools.chain([False], itertools.repeat(True))
+    monkeypatch.setattr(command, "stop_on_signal", lambda: contextlib.nullcontext(lambda: next(answers)))
+    args = GRPOArgs(str(start / "run"), tmp_path / "run", grpo=dataclasses.replace(GRPO, iterations=4))
+    with pytest.raises(KeyboardInterrupt):
+        grpo_command(args, QUIET)
+    last = read_metrics(args.run_dir / "metrics.jsonl")[-1]["step"]
+    assert (args.run_dir / "checkpoints" / str(last)).is_dir()
 
 
 def test_grpo_refuses_what_cannot_be(start, tmp_path, capsys):
