@@ -173,9 +173,8 @@ class Loop:
             self.last = self.log.write(done, metrics | extra | {"skipped": self.guard.skipped})
             self._choose_slack(done)
         if setup.validation and setup.due(done, config.validate_every):
-            with self.clock.spent_on("validation"):
+            with self.clock.spent_on("validation"), setup.throughput.paused(state.step):
                 self.last |= self.log.write(done, setup.validate(state))
-            setup.throughput.restart()
         if time.monotonic() - self._heard > _HEARTBEAT_SECONDS:
             self._heard = time.monotonic()
             sign = {"step": done, "time": time.time(), "process": os.getpid(), "host": socket.gethostname()}
