@@ -90,6 +90,8 @@ class Loop:
                 self.checkpoints.close()
         self._say_summary()
         finished = int(state.step) == config.schedule.steps
+        if not self.taken:  # it was at its end already
+            self._recall()
         self._finish(state, finished)
         return TrainResult(state, self.last | {"step": int(state.step), "stopped": not finished}, self.directory)
 
@@ -267,6 +269,12 @@ class Loop:
         parts += [f"{guard.skipped} skipped"] if guard.skipped else []
         parts += [f"{guard.rollbacks} rollbacks"] if guard.rollbacks else []
         self.console.print("; ".join([*parts, f"newest checkpoint: step {self.checkpoints.latest()}"]), soft_wrap=True)
+
+    def _recall(self) -> None:
+        """Takes the last metrics from the log of the run before."""
+        metrics = self.directory / METRICS
+        for record in read_metrics(metrics) if metrics.exists() else []:
+            self.last |= {name: value for name, value in record.items() if name not in ("step", "event")}
 
     def _finish(self, state: TrainState, finished: bool) -> None:
         """Writes figure, sample and report; for a stopped run only the figure. All processes sample together."""

@@ -1,6 +1,7 @@
 """The rates that a run logs, against arithmetic by hand; and what of a config may change when a run goes on."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -51,8 +52,10 @@ def test_validation_takes_no_time_from_the_rates(monkeypatch):
 def test_a_run_that_validates_whenever_it_logs_has_rates(tmp_path):
     config = small_config("", "single", num_hidden_layers=1, num_nextn_predict_layers=0)
     config = dataclasses.replace(config, validate_every=2)
-    metrics = trainer.train(config, tmp_path / "run", console=Console(quiet=True)).metrics
+    train = functools.partial(trainer.train, config, tmp_path / "run", console=Console(quiet=True))
+    metrics = train().metrics
     assert metrics["tokens_per_second"] > 0
+    assert train(resume=True).metrics == metrics  # of a run that is at its end already
 
 
 def test_devices_have_sheets():
