@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import os
 import re
 import shlex
 import sys
@@ -43,6 +44,22 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, RuntimeError) and not _is_ours(error):
             raise  # a defect: its traceback is what helps
         _fail(" ".join(str(error).split()))
+
+
+def process() -> None:
+    """Runs one command in a process of its own, which ends at once if the command failed.
+
+    Otherwise the interpreter would first wait for threads, such as one that compiles the train step of a refused run;
+    and threads of a failed write would print their tracebacks after the line that says what happened.
+    """
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(stop.code if isinstance(stop.code, int) else 1)
+        raise
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,19 @@ def test_the_lock_file_has_the_pinned_versions_with_hashes():
 
 def normal(pin):
     return re.sub(r"[-_.]+", "-", pin)
+
+
+@pytest.mark.parametrize("way", ["installed", "module"])
+def test_a_refusal_ends_the_process_while_a_thread_is_at_work(way):
+    """As one does that compiles the train step of a run which is then refused."""
+    module, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["dsv3-jax"].split(":")
+    installed = f"import {module}, sys; sys.argv = ['dsv3-jax', 'fly']; sys.exit({module}.{function}())"
+    as_module = "import runpy, sys; sys.argv = ['', 'fly']; runpy.run_module('dsv3_jax', run_name='__main__')"
+    thread = "import concurrent.futures as c, time; c.ThreadPoolExecutor(1).submit(time.sleep, 100)"
+    code = f"{thread}; {installed if way == 'installed' else as_module}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=40)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: unknown command 'fly'")
 
 
 @pytest.mark.slow  # needs a package index

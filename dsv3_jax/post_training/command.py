@@ -32,7 +32,7 @@ from dsv3_jax.runtime import Runtime
 from dsv3_jax.serving.chat import read_chat_template
 from dsv3_jax.training.checkpoints import Checkpoints
 from dsv3_jax.training.directory import CONFIG, LOCK, METRICS, has_begun, locked, visible, write_fields
-from dsv3_jax.training.guard import stop_on_signal
+from dsv3_jax.training.guard import all_finite, name_not_finite, stop_on_signal
 from dsv3_jax.training.metrics import MetricsLog, read_metrics
 from dsv3_jax.training.mirror import working_copy
 from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -170,16 +170,16 @@ class _Run:
         begin = jax.jit(self.optimizer.init)(params)
         state = TrainState(jnp.zeros((), jnp.int32), params, router, begin, jax.random.key(g.seed))
         if args.resume:
-            state = checkpoints.restore(state).state
+            state = self.restored(checkpoints, state)
         done = start = int(state.step) // (g.epochs * g.minibatches)
         log = None
         try:
             if not args.resume:
                 checkpoints.save(state, {})
-                first = self.evaluate(state)
-                checkpoints.wait()  # without a checkpoint, a directory with metrics isn't begun in again
-            log = MetricsLog(args.run_dir, first_step=start)
-            if not args.resume:
+            first = None if start else self.evaluate(state)  # also if a run was killed before it was written
+            checkpoints.wait()  # without a checkpoint, a directory with metrics isn't begun in again
+            log = MetricsLog(args.run_dir, first_step=start or -1)
+            if first is not None:
                 log.write(0, first)
             how: dict[str, Any] = dict(encode=self.encode, reference=self.variables, start=start)
             began = time.monotonic()
@@ -194,9 +194,10 @@ class _Run:
                     log.write(done, metrics)
                     left = (time.monotonic() - began) / (done - start) * (g.iterations - done)
                     self.console.print(_line(done, g.iterations, metrics, left), soft_wrap=True)
-                    if done % args.checkpoint_every == 0 or done == g.iterations or stopping():
+                    stop = stopping()  # asked once: a signal that comes later is for the next iteration
+                    if done % args.checkpoint_every == 0 or done == g.iterations or stop:
                         checkpoints.save(state, {})
-                    if stopping():
+                    if stop:
                         break
         finally:
             if log is not None:
@@ -208,6 +209,14 @@ class _Run:
         (args.run_dir / "report.md").write_text(report(args, records))
         if done < g.iterations:
             raise KeyboardInterrupt
+
+    def restored(self, checkpoints: Checkpoints, like: TrainState) -> TrainState:
+        """Restores the newest valid and finite state. Newer checkpoints are set aside, with a message."""
+        finite = jax.jit(all_finite)
+        found, passed_over = checkpoints.restore_newest(like, lambda state: name_not_finite(state, finite(state)))
+        checkpoints.pass_over(passed_over, lambda line: self.console.print(line, soft_wrap=True))
+        self.console.print(f"going on from the checkpoint of step {int(found.state.step)}")
+        return found.state
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Mean rewards on the held-out problems, and the fraction of accepted MTP drafts."""

@@ -125,7 +125,8 @@ def grpo(
             if safe.errors - before == len(rollouts):
                 raise ConfigError(f"the reward function failed on every text of an iteration: {safe.last_error}")
             rewards = np.array([r.reward for r in rollouts]).reshape(config.prompts, config.samples)
-            batch = grpo_batch(rollouts, group_advantages(rewards).ravel(), config.length)
+            advantages = group_advantages(rewards)
+            batch = grpo_batch(rollouts, advantages.ravel(), config.length)
             batch["reference_logprobs"] = np.asarray(token_logprobs(model, reference, batch))
             if config.replay_experts and config.epochs * config.minibatches > 1:  # one step chooses them anyway
                 batch["experts"] = experts_of(model, state.variables, batch)
@@ -135,7 +136,7 @@ def grpo(
             record = {k: float(v) for k, v in metrics.items() if jnp.ndim(v) == 0}
             record |= {
                 "reward": float(rewards.mean()),
-                "groups_without_signal": float((rewards.std(1) < 1e-9).mean()),
+                "groups_without_signal": float((~advantages.any(1)).mean()),
                 "length": float(np.mean([len(r.tokens) for r in rollouts])),
                 "reward_errors": float(safe.errors - before),
             }

@@ -111,4 +111,5 @@ def group_advantages(rewards: Any) -> Any:
     rewards = np.asarray(rewards, np.float64)
     centred = rewards - rewards.mean(1, keepdims=True)
     spread = rewards.std(1, keepdims=True)
-    return np.where(spread > 1e-9, centred / np.maximum(spread, 1e-9), 0.0)
+    rounding = 1e-9 * np.maximum(1, np.abs(rewards).max(1, keepdims=True))
+    return np.where(spread > rounding, centred / np.maximum(spread, rounding), 0.0)

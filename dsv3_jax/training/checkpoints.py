@@ -234,6 +234,12 @@ class Checkpoints:
             self.good = self._newest_good()
         return target
 
+    def pass_over(self, why: dict[int, str], say: Callable[[str], None]) -> None:
+        """Sets aside the checkpoints that `restore_newest` found not to be valid, and says of each why."""
+        for step, reason in why.items():
+            aside = self.set_aside(step)
+            say(f"the checkpoint of step {step} is passed over and now {aside}: {reason}")
+
     def close(self) -> None:
         """Waits until everything is on disk, and stops the threads. Raises CheckpointError."""
         self._guard(self._manager.close, None)

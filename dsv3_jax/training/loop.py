@@ -90,6 +90,8 @@ class Loop:
                 self.checkpoints.close()
         self._say_summary()
         finished = int(state.step) == config.schedule.steps
+        if not self.taken:  # it was at its end already
+            self._recall()
         self._finish(state, finished)
         return TrainResult(state, self.last | {"step": int(state.step), "stopped": not finished}, self.directory)
 
@@ -138,13 +140,15 @@ class Loop:
                 setup.throughput.add(setup.schedule.batch_size(done) * config.data.sequence_length)
                 done, self.taken = done + 1, self.taken + 1
                 trace.after(done, state)
-                self._judge(state, batch, done, metrics)
+                self.guard.watch(done, metrics)
+                self._stop_if_stuck(state, batch, done)
                 self._record(state, done, metrics)
                 show(done, self.last)
                 stop = self._asked_to_stop(stopping, done)
                 if setup.due(done, config.checkpoint_every) or stop:
                     with clock.spent_on("checkpoints"):
                         self.guard.settle()
+                        self._stop_if_stuck(state, batch, done)
                         self._save(state)
                 if stop:
                     break
@@ -152,12 +156,10 @@ class Loop:
                     state = self._roll_back(done)
                     done = int(state.step)
                 alive()
-        self.guard.settle()
         return state
 
-    def _judge(self, state: TrainState, batch: tuple[Any, ...], done: int, metrics: dict[str, Any]) -> None:
-        """Passes metrics to the guard. Raises TrainingError if too many steps in a row were skipped."""
-        self.guard.watch(done, metrics)
+    def _stop_if_stuck(self, state: TrainState, batch: tuple[Any, ...], done: int) -> None:
+        """Raises TrainingError if too many steps in a row were skipped."""
         if self.guard.stuck:
             where = self.setup.diagnose(state, batch)
             skipped = f"{self.guard.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite"
@@ -169,12 +171,12 @@ class Loop:
         config, setup = self.config, self.setup
         if setup.due(done, config.log_every):
             extra = setup.throughput.measure(state.step) | self.clock.metrics() | setup.data.metrics()
+            self.guard.settle()  # or skips of the last steps would be missing
             self.last = self.log.write(done, metrics | extra | {"skipped": self.guard.skipped})
             self._choose_slack(done)
         if setup.validation and setup.due(done, config.validate_every):
-            with self.clock.spent_on("validation"):
+            with self.clock.spent_on("validation"), setup.throughput.paused(state.step):
                 self.last |= self.log.write(done, setup.validate(state))
-            setup.throughput.restart()
         if time.monotonic() - self._heard > _HEARTBEAT_SECONDS:
             self._heard = time.monotonic()
             sign = {"step": done, "time": time.time(), "process": os.getpid(), "host": socket.gethostname()}
@@ -214,9 +216,7 @@ class Loop:
         slack = restored.run.get("dispatch_slack")
         if self.config.runtime.dispatch_slack is None and slack != self.setup.dispatch_slack:
             self.setup.use_slack(slack)
-        for other, why in passed_over.items():
-            aside = checkpoints.set_aside(other)
-            self.console.print(f"the checkpoint of step {other} is passed over and now {aside}: {why}", soft_wrap=True)
+        checkpoints.pass_over(passed_over, lambda line: self.console.print(line, soft_wrap=True))
         changes = self.config.changes(TrainConfig.from_json(self.directory / CONFIG)).values()
         changed = f" with another config ({'; '.join(changes)})" if changes else ""
         self.console.print(f"going on from the checkpoint of step {step}{changed}", soft_wrap=True)
@@ -269,6 +269,12 @@ class Loop:
         parts += [f"{guard.skipped} skipped"] if guard.skipped else []
         parts += [f"{guard.rollbacks} rollbacks"] if guard.rollbacks else []
         self.console.print("; ".join([*parts, f"newest checkpoint: step {self.checkpoints.latest()}"]), soft_wrap=True)
+
+    def _recall(self) -> None:
+        """Takes the last metrics from the log of the run before."""
+        metrics = self.directory / METRICS
+        for record in read_metrics(metrics) if metrics.exists() else []:
+            self.last |= {name: value for name, value in record.items() if name not in ("step", "event")}
 
     def _finish(self, state: TrainState, finished: bool) -> None:
         """Writes figure, sample and report; for a stopped run only the figure. All processes sample together."""

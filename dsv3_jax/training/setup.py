@@ -94,6 +94,7 @@ class Setup:
                 raise ConfigError(f"wandb_project is {project!r}, but it isn't installed: pip install wandb") from None
         self.config, self.tokenizer = config, tokenizer
         self.model = DeepSeekV3(config.model, config.runtime)
+        self.sample_prompt, self.sample_tokens = self._sample_request()
         self.schedule = Schedule(config.schedule)
         loss = _loss(config, self.schedule)
         optimizer = make_optimizer(config.optimizer, self.schedule)
@@ -125,7 +126,6 @@ class Setup:
         else:
             for stage in self.schedule.ramp:
                 self._check(self.train_step.check, stage.batch_size, f"the batch from step {stage.start_step} on{ramp}")
-        self.sample_prompt, self.sample_tokens = self._sample_request()
         opened = open_sources(config.data, tokenizer, tokenizer_path, console)
         self.data = train_iterator(config.data, tokenizer, self.schedule.batch_size(0), opened=opened)
         self.validation = []

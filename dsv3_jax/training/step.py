@@ -73,8 +73,8 @@ def make_train_step(
       microbatches: number of pieces of the batch, which must divide B. Their gradients are accumulated, or they pass
         through the pipeline if the mesh has stages. The result is that of the whole batch: losses, loads and gradients
         are sums over the pieces.
-      skip_non_finite: whether a step whose objective or gradient isn't finite changes only `step`. The metric `skipped`
-        is then 1, else 0.
+      skip_non_finite: whether a step whose objective or gradient isn't finite changes only `step`, and the optimizer's
+        count of steps in the schedule. The metric `skipped` is then 1, else 0.
     """
 
     def train_step(state: TrainState, batch: Batch, sequences: jax.Array | None = None) -> tuple[TrainState, Metrics]:
@@ -105,7 +105,11 @@ def make_train_step(
             good = jnp.isfinite(metrics["objective"]) & jnp.isfinite(metrics["grad_norm"])
             metrics["skipped"] = jnp.where(good, 0, 1)
             before = (state.params, state.router, state.opt_state)
-            after = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+
+            def keep(new: Any, old: Any) -> Any:
+                return new if isinstance(new, optax.ScaleByScheduleState) else jnp.where(good, new, old)
+
+            after = jax.tree.map(keep, after, before, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
         return TrainState(state.step + 1, *after, state.rng), metrics
 
     return train_step

@@ -32,6 +32,15 @@ class Throughput:
         """Excludes the time until the next measurement, during which something other than training runs."""
         self._since = None
 
+    @contextlib.contextmanager
+    def paused(self, finished: jax.Array) -> Iterator[None]:
+        """Waits for `finished`, then excludes the time of a `with` block, which leaves nothing to compute behind."""
+        jax.block_until_ready(finished)
+        began = time.perf_counter()
+        yield
+        if self._since is not None:
+            self._since += time.perf_counter() - began
+
     def measure(self, finished: jax.Array) -> dict[str, Any]:
         """Waits for `finished`, then returns rates per second since the last measurement."""
         jax.block_until_ready(finished)

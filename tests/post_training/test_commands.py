@@ -1,7 +1,10 @@
 """The commands `sft` and `grpo`: directories that other commands read, going on, and what is refused."""
 
+import contextlib
 import dataclasses
 import errno
+import io
+import itertools
 import json
 
 import jax
@@ -109,6 +112,61 @@ def test_grpo_whose_first_state_could_not_be_written_may_start_again(start, tmp_
     (tmp_path / "other/config.json").write_text("{}")
     with pytest.raises(ConfigError, match="is not empty"):
         grpo_command(dataclasses.replace(args, run_dir=tmp_path / "other"), QUIET)
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Replaces sampling and training by steps without a change, and lists the iterations at which they began."""
+    monkeypatch.setattr(command._Run, "evaluate", lambda *_: {"held_out_reward": 0.0})
+    begun = []
+
+    def rounds(model, state, *arguments, start, **options):
+        begun.append(start)
+        for step in range(start + 1, GRPO.iterations + 1):
+            state = state.replace(step=jax.numpy.int32(step))
+            yield state, {"reward": float(step), "kl": 0.0, "length": 1.0}
+
+    monkeypatch.setattr(command, "grpo", rounds)
+    return begun
+
+
+def test_grpo_passes_over_a_damaged_newest_checkpoint(start, tmp_path, begun):
+    args = GRPOArgs(str(start / "run"), tmp_path / "run", grpo=GRPO, checkpoint_every=1)
+    grpo_command(args, QUIET)
+    next((args.run_dir / "checkpoints/2/state").rglob("d/*")).write_bytes(b"damaged")
+    said = io.StringIO()
+    grpo_command(dataclasses.replace(args, resume=True), Console(file=said, width=1000))
+    assert "the checkpoint of step 2 is passed over and now" in said.getvalue()
+    assert "going on from the checkpoint of step 1" in said.getvalue()
+    assert begun == [0, 1]
+    assert [r["step"] for r in read_metrics(args.run_dir / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_grpo_killed_in_its_first_evaluation_makes_it_when_it_goes_on(start, tmp_path, begun, monkeypatch):
+    args = GRPOArgs(str(start / "run"), tmp_path / "run", grpo=GRPO)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command._Run, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            grpo_command(args, QUIET)
+    for _ in range(2):  # the second time from the end
+        grpo_command(dataclasses.replace(args, resume=True), QUIET)
+        records = read_metrics(args.run_dir / "metrics.jsonl")
+        assert [(r["step"], "held_out_reward" in r) for r in records] == [(0, True), (1, False), (2, True)]
+
+
+def test_grpo_never_stops_without_saving(start, tmp_path, begun, monkeypatch):
+    """The signal arrives just after the first iteration was found not to be one to stop at."""
+    answers = itertools.chain([False], itertools.repeat(True))
+    monkeypatch.setattr(command, "stop_on_signal", lambda: contextlib.nullcontext(lambda: next(answers)))
+    args = GRPOArgs(str(start / "run"), tmp_path / "run", grpo=dataclasses.replace(GRPO, iterations=4))
+    with pytest.raises(KeyboardInterrupt):
+        grpo_command(args, QUIET)
+    last = read_metrics(args.run_dir / "metrics.jsonl")[-1]["step"]
+    assert (args.run_dir / "checkpoints" / str(last)).is_dir()
 
 
 def test_grpo_refuses_what_cannot_be(start, tmp_path, capsys):

@@ -83,6 +83,7 @@ def test_the_gradient_is_that_of_the_formula(normalise):
 def test_advantages():
     got = group_advantages([[1, 0, 0, 1], [0.5, 0.5, 0.5, 0.5]])
     np.testing.assert_allclose(got, [[1, -1, -1, 1], [0, 0, 0, 0]])
+    assert not group_advantages([[1e8 / 3] * 7]).any()  # whose mean isn't exactly that number
 
 
 def test_a_batch_trains_the_sampled_tokens_alone():

@@ -159,6 +159,25 @@ def test_a_layer_that_breaks_is_named_and_no_good_checkpoint_is_lost(precision, 
     assert sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()) == [0, 6]
 
 
+def test_a_run_whose_last_steps_are_skipped_does_not_end_as_if_well(tmp_path, monkeypatch):
+    """The parameters stay finite, the loss overflows; the run's last step is evaluated for its checkpoint alone."""
+    config = small_config("", "single", num_hidden_layers=1, num_nextn_predict_layers=0)
+    config = dataclasses.replace(config, guard=GuardConfig(max_skipped=3))
+
+    spoil(monkeypatch, 4, lambda params: params | {"lm_head": jnp.full_like(params["lm_head"], 1e38)})
+    with pytest.raises(trainer.TrainingError, match=r"3 steps in a row .* of the head .* stopped at step 8"):
+        trainer.train(config, tmp_path / "run", console=Console(quiet=True))
+    assert "8" not in [p.name for p in (tmp_path / "run/checkpoints").iterdir()]
+    assert not (tmp_path / "run/report.md").exists()
+
+
+def test_a_skipped_last_step_is_counted_in_the_metrics(tmp_path, monkeypatch):
+    config = small_config("", "single", num_hidden_layers=1, num_nextn_predict_layers=0)
+    spoil(monkeypatch, 6, lambda params: params | {"lm_head": jnp.full_like(params["lm_head"], 1e38)})
+    metrics = trainer.train(config, tmp_path / "run", console=Console(quiet=True)).metrics
+    assert metrics["skipped"] == 1
+
+
 def test_a_run_that_goes_back_before_the_step_it_went_on_from(tmp_path, monkeypatch):
     """It went on from step 4, which wasn't good, and is sent back to step 2 after step 5."""
     config = dataclasses.replace(small_config("", "single"), keep_checkpoints=9, log_every=1, validate_every=8)

@@ -296,3 +296,20 @@ def test_a_profile_reads_like_the_model():
     apart = ("plan_dispatch", "dispatch", "grouped_swiglu", "combine")  # in a shard_map, which is lowered apart
     for name in apart:
         assert f"/{name}/" in text, name
+
+
+def test_the_learning_rate_after_a_skipped_step_is_that_of_the_step():
+    """In a warm-up, where it rises at every step, as the metric says."""
+    schedule = Schedule(ScheduleConfig(steps=100, batch_size=2, warmup_steps=10))
+    model = DeepSeekV3(dataclasses.replace(SMALL, num_hidden_layers=1, num_nextn_predict_layers=0))
+    optimizer = optax.scale_by_learning_rate(schedule.learning_rate)
+    step = jax.jit(make_train_step(model, optimizer, PretrainingLoss(model.config, schedule)))
+    state = jax.jit(lambda: init_state(model, optimizer, jax.random.key(0)))()
+    batch = {"tokens": jnp.arange(8).reshape(2, 4), "targets": jnp.arange(1, 9).reshape(2, 4)}
+    broken = state.replace(params=state.params | {"lm_head": state.params["lm_head"] * jnp.nan})
+    after, metrics = step(broken, batch)
+    assert metrics["skipped"] == 1
+    trained, metrics = step(after.replace(params=state.params), batch)
+    assert metrics["skipped"] == 0
+    moved = optax.global_norm(jax.tree.map(jnp.subtract, trained.params, state.params))
+    np.testing.assert_allclose(moved, metrics["learning_rate"] * metrics["grad_norm"], rtol=1e-3)
