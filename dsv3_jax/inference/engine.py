@@ -572,6 +572,7 @@ class Engine:
         edits = self._edits(ready, batch) if any(r.request.constrained for r in ready) else None
         accepted = sum(r.acceptance.mean for r in ready if not r.request.constrained)
         drafts = self.speculation.choose(batch, len(ready), accepted)
+        drafts = drafts if all(r.request.takes_drafts for r in ready) else 0
         made_of = (list(ready), pages)
         if self._batch is None or self._batch[0] != made_of:  # else it is there already
             self._batch = made_of, self._put(self._batch_of(ready, batch, table))
@@ -665,6 +666,11 @@ class Engine:
                 if r.ended:
                     if not r.pending:
                         self._give_back(r)
+                    continue
+                if not finite[i] and drafts:
+                    # Perhaps of a draft alone, which would be rejected: attention reads its place as zero times NaN.
+                    r.request.takes_drafts = False
+                    self._preempt(r)
                     continue
                 if not finite[i]:
                     self._fail(r, "the logits are not finite: the weights or an activation hold NaN or infinity")

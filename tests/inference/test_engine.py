@@ -353,6 +353,24 @@ def test_a_text_that_stops_at_a_bad_token_leaves_no_bad_page(checkpoints):
     assert_nothing_leaks(e)
 
 
+def test_drafts_that_arent_finite_leave_the_text_as_without_drafts(checkpoints):
+    """Whatever isn't in the texts has an embedding that is not a number, so that a wrong draft spoils its step."""
+    model, variables = checkpoints("mtp_1")
+    expected = EXPECTED["mtp_1"]
+    prompts, new = expected["prompts"][:2], expected["new"][:2]
+    used = np.unique(np.concatenate([*prompts, *new]))
+    params = dict(variables["params"])
+    table = jnp.asarray(params["embed_tokens"])
+    params["embed_tokens"] = jnp.full_like(table, jnp.nan).at[used].set(table[used])
+    e = engine((model, variables | {"params": params}), drafts=3, drafts_up_to=8, cache_tokens=FEW)
+    for _ in range(2):  # the second time with the same pages
+        assert list(e.generate(prompts, GREEDY, max_new_tokens=64)) == new
+    assert e.stats().preemptions > 0
+    bad = min({*range(e.vocab_size)} - {*used.tolist()})
+    assert "not finite" in list(e.submit([*prompts[0], bad], GREEDY, max_new_tokens=8))[-1].error
+    assert_nothing_leaks(e)
+
+
 class UpTo:
     """A grammar that fails as one that becomes too complex: of so many tokens it allows all."""
 
