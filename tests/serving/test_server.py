@@ -131,6 +131,16 @@ def test_prompts_of_every_form_and_n(served):
             assert "".join(c["choices"][0]["text"] for c in chunks if c["choices"][0]["index"] == i) == "Hel"
 
 
+def test_without_max_tokens_a_completion_has_16_or_what_fits():
+    served = Served("x" * 50)  # 200 tokens at most
+    for prompt, expected in (("a", 16), ("a" * 189, 10), (["a", "a" * 198], 17)):
+        answer = served.complete(prompt=prompt)
+        assert answer["usage"]["completion_tokens"] == expected
+        assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+    answer = served.post("/v1/completions", prompt="a" * 189, max_tokens=16)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_tokens")
+
+
 def test_scores_of_prompts_as_evaluation_harnesses_ask_for_them(served):
     (choice,) = served.complete(prompt=[97, 0xE4, 98], echo=True, logprobs=1, max_tokens=1)["choices"]
     assert choice["text"] == "a\ufffdbH"
