@@ -770,9 +770,12 @@ def _free_memory(devices: Collection[jax.Device]) -> int | None:
 
 
 def _buckets(most: int, factor: int) -> list[int]:
-    """Sizes that programs are compiled for: powers of the factor, and the largest."""
+    """Sizes that programs are compiled for: the largest, and powers of the factor below, but not one by an eighth.
+
+    A length of a power of two takes one more page than that.
+    """
     sizes, size = [], 1
-    while size < most:
+    while size + size // 8 < most:
         sizes.append(size)
         size *= factor
     return [*sizes, most]

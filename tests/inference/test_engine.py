@@ -11,6 +11,7 @@ import pytest
 
 from dsv3_jax.checkpoint import load_pretrained
 from dsv3_jax.config import ConfigError
+from dsv3_jax.inference import engine as engine_module
 from dsv3_jax.inference import steps
 from dsv3_jax.inference.engine import Engine, EngineConfig
 from dsv3_jax.inference.sampling import Sampling
@@ -78,6 +79,14 @@ def test_a_batch_is_continued_as_by_transformers(checkpoints, name, sizes):
         assert stats.accepted_tokens == sum(stats.accepted_per_position)
         assert stats.accepted_tokens > 0
     assert_nothing_leaks(e)
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(1, [1]), (3, [1, 2, 3]), (5, [1, 2, 4, 5]), (32, [1, 2, 4, 8, 16, 32]), (33, [1, 2, 4, 8, 16, 33])],
+)
+def test_no_program_is_compiled_for_nearly_the_largest_size(most, sizes):
+    assert engine_module._buckets(most, 2) == sizes
 
 
 @pytest.mark.slow
