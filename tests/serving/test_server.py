@@ -438,6 +438,24 @@ def test_a_client_that_goes_away_ends_its_text_and_is_no_defect():
     assert served.service.running == set()
 
 
+def test_a_client_that_goes_away_before_the_stream_begins_ends_its_text():
+    """As if the connection were still full of an earlier answer: sending waits, and is cancelled there."""
+    served = Served(pause=60)
+    messages = [{"type": "http.request", "body": b'{"prompt": "ab", "stream": true}'}, {"type": "http.disconnect"}]
+    headers = [(b"host", b"testserver")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        await asyncio.sleep(60)
+
+    asyncio.run(served.server.app(scope, receive, send))
+    assert len(served.engine.cancelled) == 1
+    assert served.service.running == set()
+
+
 def test_tokenizing(served):
     answer = served.post("/tokenize", prompt="<eos>é", return_token_strs=True).json()
     assert answer["tokens"] == [256, 257, 0xC3, 0xA9]
