@@ -572,6 +572,7 @@ class Engine:
         edits = self._edits(ready, batch) if any(r.request.constrained for r in ready) else None
         accepted = sum(r.acceptance.mean for r in ready if not r.request.constrained)
         drafts = self.speculation.choose(batch, len(ready), accepted)
+        drafts = drafts if all(r.request.takes_drafts for r in ready) else 0
         made_of = (list(ready), pages)
         if self._batch is None or self._batch[0] != made_of:  # else it is there already
             self._batch = made_of, self._put(self._batch_of(ready, batch, table))
@@ -665,6 +666,11 @@ class Engine:
                 if r.ended:
                     if not r.pending:
                         self._give_back(r)
+                    continue
+                if not finite[i] and drafts:
+                    # Perhaps of a draft alone, which would be rejected: attention reads its place as zero times NaN.
+                    r.request.takes_drafts = False
+                    self._preempt(r)
                     continue
                 if not finite[i]:
                     self._fail(r, "the logits are not finite: the weights or an activation hold NaN or infinity")
@@ -764,9 +770,12 @@ def _free_memory(devices: Collection[jax.Device]) -> int | None:
 
 
 def _buckets(most: int, factor: int) -> list[int]:
-    """Sizes that programs are compiled for: powers of the factor, and the largest."""
+    """Sizes that programs are compiled for: the largest, and powers of the factor below, but not one by an eighth.
+
+    A length of a power of two takes one more page than that.
+    """
     sizes, size = [], 1
-    while size < most:
+    while size + size // 8 < most:
         sizes.append(size)
         size *= factor
     return [*sizes, most]

@@ -79,6 +79,8 @@ class Request:
         self.cached: int = 0
         self.prompt_scores: list[Score] = []
         self.was_scored = False
+        self.takes_drafts = True
+        """False once a step with drafts wasn't finite: the text restarts without, which shows if its tokens are."""
         try:
             self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
             self._steps: Any = asyncio.Queue[Step]()

@@ -70,7 +70,7 @@ class Drawn:
     """Results of a step.
 
     result: (B, k + 3) int32, one array, which the host reads at once: k + 1 tokens, how many of them hold, and whether
-    the logits were finite. scores: of the tokens; None unless asked for.
+    all logits were finite, of rejected drafts too. scores: of the tokens; None unless asked for.
     """
 
     result: jax.Array

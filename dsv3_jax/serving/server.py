@@ -97,7 +97,7 @@ class Server:
         answer = await asyncio.to_thread(make, self.service, parsed)
         answer.start()
         if parsed.stream:
-            return StreamingResponse(_closing(answer), media_type="text/event-stream", headers=_NO_BUFFER)
+            return _Stream(answer)
         try:
             return JSONResponse(await _while_connected(request, answer.whole()))
         finally:
@@ -172,15 +172,26 @@ class Server:
 _NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-async def _closing(answer: Any) -> AsyncIterator[str]:
-    """Yields the events of an answer, the last one an error if it fails. Cancels unfinished texts at the end."""
+class _Stream(StreamingResponse):
+    """The events of an answer, the last one an error if it fails. Cancels unfinished texts at the end."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__(_events(answer), media_type="text/event-stream", headers=_NO_BUFFER)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # also of one whose events were never asked for
+            self._answer.close()
+
+
+async def _events(answer: Any) -> AsyncIterator[str]:
     try:
         async for line in answer.events():
             yield line
     except RequestError as error:
         yield event(_body(str(error), error.status)) + DONE
-    finally:
-        answer.close()
 
 
 async def _while_connected(request: Request, work: Awaitable[Any]) -> Any:

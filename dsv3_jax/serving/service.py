@@ -64,6 +64,7 @@ class Options:
 
     sampling: Sampling
     max_tokens: int | None
+    default_tokens: int | None
     stops: list[str]
     include_stop: bool
     skip_special_tokens: bool
@@ -199,7 +200,7 @@ class Service:
         """Returns the options for generating a request's texts.
 
         Args:
-          default_tokens: default number of tokens; None for as many as there is room for.
+          default_tokens: default number of tokens, or as many as there is room for; None for the latter.
           limit: the token limit under another name, which overrides `max_tokens`.
           grammar: overrides the grammar of the request.
 
@@ -236,10 +237,10 @@ class Service:
             )
         except ConfigError as error:
             raise RequestError(str(error)) from None
-        limits = [limit, request.max_tokens, default_tokens]
         return Options(
             sampling,
-            next((value for value in limits if value is not None), None),
+            request.max_tokens if limit is None else limit,
+            default_tokens,
             request.stops,
             request.include_stop_str_in_output,
             request.skip_special_tokens,
@@ -296,7 +297,8 @@ class Service:
         if seed is not None:
             sampling = dataclasses.replace(options.sampling, seed=(seed + seed_offset) % 2**63)
             options = dataclasses.replace(options, sampling=sampling)
-        count = room if options.max_tokens is None else options.max_tokens
+        default = room if options.default_tokens is None else min(options.default_tokens, room)
+        count = default if options.max_tokens is None else options.max_tokens
         return Choice(self, prompt, options, count, logprobs, prompt_logprobs)
 
     def decode(self, ids: Sequence[int]) -> str:

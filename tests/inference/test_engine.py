@@ -11,6 +11,7 @@ import pytest
 
 from dsv3_jax.checkpoint import load_pretrained
 from dsv3_jax.config import ConfigError
+from dsv3_jax.inference import engine as engine_module
 from dsv3_jax.inference import steps
 from dsv3_jax.inference.engine import Engine, EngineConfig
 from dsv3_jax.inference.sampling import Sampling
@@ -78,6 +79,14 @@ def test_a_batch_is_continued_as_by_transformers(checkpoints, name, sizes):
         assert stats.accepted_tokens == sum(stats.accepted_per_position)
         assert stats.accepted_tokens > 0
     assert_nothing_leaks(e)
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(1, [1]), (3, [1, 2, 3]), (5, [1, 2, 4, 5]), (32, [1, 2, 4, 8, 16, 32]), (33, [1, 2, 4, 8, 16, 33])],
+)
+def test_no_program_is_compiled_for_nearly_the_largest_size(most, sizes):
+    assert engine_module._buckets(most, 2) == sizes
 
 
 @pytest.mark.slow
@@ -350,6 +359,24 @@ def test_a_text_that_stops_at_a_bad_token_leaves_no_bad_page(checkpoints):
     for _ in range(2):  # the second gets the page of the first
         (step,) = e.submit(prompt, sampling, max_new_tokens=8)
         assert (step.tokens, step.error) == ([end], None)
+    assert_nothing_leaks(e)
+
+
+def test_drafts_that_arent_finite_leave_the_text_as_without_drafts(checkpoints):
+    """Whatever isn't in the texts has an embedding that is not a number, so that a wrong draft spoils its step."""
+    model, variables = checkpoints("mtp_1")
+    expected = EXPECTED["mtp_1"]
+    prompts, new = expected["prompts"][:2], expected["new"][:2]
+    used = np.unique(np.concatenate([*prompts, *new]))
+    params = dict(variables["params"])
+    table = jnp.asarray(params["embed_tokens"])
+    params["embed_tokens"] = jnp.full_like(table, jnp.nan).at[used].set(table[used])
+    e = engine((model, variables | {"params": params}), drafts=3, drafts_up_to=8, cache_tokens=FEW)
+    for _ in range(2):  # the second time with the same pages
+        assert list(e.generate(prompts, GREEDY, max_new_tokens=64)) == new
+    assert e.stats().preemptions > 0
+    bad = min({*range(e.vocab_size)} - {*used.tolist()})
+    assert "not finite" in list(e.submit([*prompts[0], bad], GREEDY, max_new_tokens=8))[-1].error
     assert_nothing_leaks(e)
 
 

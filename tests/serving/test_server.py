@@ -131,6 +131,16 @@ def test_prompts_of_every_form_and_n(served):
             assert "".join(c["choices"][0]["text"] for c in chunks if c["choices"][0]["index"] == i) == "Hel"
 
 
+def test_without_max_tokens_a_completion_has_16_or_what_fits():
+    served = Served("x" * 50)  # 200 tokens at most
+    for prompt, expected in (("a", 16), ("a" * 189, 10), (["a", "a" * 198], 17)):
+        answer = served.complete(prompt=prompt)
+        assert answer["usage"]["completion_tokens"] == expected
+        assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+    answer = served.post("/v1/completions", prompt="a" * 189, max_tokens=16)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_tokens")
+
+
 def test_scores_of_prompts_as_evaluation_harnesses_ask_for_them(served):
     (choice,) = served.complete(prompt=[97, 0xE4, 98], echo=True, logprobs=1, max_tokens=1)["choices"]
     assert choice["text"] == "a\ufffdbH"
@@ -424,6 +434,24 @@ def test_a_client_that_goes_away_ends_its_text_and_is_no_defect():
 
     asyncio.run(served.server.app(scope, receive, send))  # raises nothing, which a log would show
     assert sent[0]["status"] == 499
+    assert len(served.engine.cancelled) == 1
+    assert served.service.running == set()
+
+
+def test_a_client_that_goes_away_before_the_stream_begins_ends_its_text():
+    """As if the connection were still full of an earlier answer: sending waits, and is cancelled there."""
+    served = Served(pause=60)
+    messages = [{"type": "http.request", "body": b'{"prompt": "ab", "stream": true}'}, {"type": "http.disconnect"}]
+    headers = [(b"host", b"testserver")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        await asyncio.sleep(60)
+
+    asyncio.run(served.server.app(scope, receive, send))
     assert len(served.engine.cancelled) == 1
     assert served.service.running == set()
 
