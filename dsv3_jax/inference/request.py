@@ -1,11 +1,17 @@
-"""Requests to the engine and their results."""
+"""Requests to the engine and their results.
+
+A result goes from the engine's thread to its caller's. To wake an event loop takes longer than all else that is done
+for a token, so one call brings all results that are there, and a caller who is behind gets several steps as one.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import queue
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Protocol
 
@@ -56,6 +62,40 @@ class Step:
         """Whether this is the last step."""
         return self.finish_reason is not None or self.error is not None
 
+    def __add__(self, later: Step) -> Step:
+        """Returns both as one step."""
+        return dataclasses.replace(
+            later,
+            tokens=self.tokens + later.tokens,
+            logprobs=self.logprobs if later.logprobs is None else (self.logprobs or []) + later.logprobs,
+            prompt_logprobs=self.prompt_logprobs if later.prompt_logprobs is None else later.prompt_logprobs,
+        )
+
+
+class _Mailbox:
+    """Steps on their way from an engine's thread to the queues of one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._steps: collections.deque[tuple[asyncio.Queue[Step], Step]] = collections.deque()
+        self._called = False
+
+    def put(self, to: asyncio.Queue[Step], step: Step) -> None:
+        self._steps.append((to, step))
+        if not self._called and (loop := self._loop()) is not None:
+            self._called = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed, perhaps at this moment
+                loop.call_soon_threadsafe(self._hand_over)
+
+    def _hand_over(self) -> None:
+        self._called = False  # before the last look, so that a step that comes now is either seen or calls again
+        while self._steps:
+            to, step = self._steps.popleft()
+            to.put_nowait(step)
+
+
+_mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = weakref.WeakKeyDictionary()
+
 
 class Request:
     """A request. Iterate over its steps with `for` or, if it was submitted in an event loop, `async for`."""
@@ -81,11 +121,11 @@ class Request:
         self.was_scored = False
         self.takes_drafts = True
         """False once a step with drafts wasn't finite: the text restarts without, which shows if its tokens are."""
-        try:
-            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-            self._steps: Any = asyncio.Queue[Step]()
-        except RuntimeError:
-            self._loop, self._steps = None, queue.SimpleQueue[Step]()
+        self._mailbox: _Mailbox | None = None
+        self._steps: Any = queue.SimpleQueue[Step]()
+        with contextlib.suppress(RuntimeError):  # there is no event loop
+            loop = asyncio.get_running_loop()
+            self._mailbox, self._steps = _mailboxes.setdefault(loop, _Mailbox(loop)), asyncio.Queue[Step]()
 
     @property
     def constrained(self) -> bool:
@@ -94,11 +134,10 @@ class Request:
 
     def put(self, step: Step) -> None:
         """Delivers a step to the caller, from the engine's thread."""
-        if self._loop is None:
+        if self._mailbox is None:
             self._steps.put(step)
         else:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, perhaps at this moment
-                self._loop.call_soon_threadsafe(self._steps.put_nowait, step)
+            self._mailbox.put(self._steps, step)
 
     def __iter__(self) -> Iterator[Step]:
         while True:
@@ -110,6 +149,13 @@ class Request:
     async def __aiter__(self) -> AsyncIterator[Step]:
         while True:
             step = await self._steps.get()
+            while not self._steps.empty():
+                later = self._steps.get_nowait()
+                if later.error is not None:  # the tokens before are good
+                    yield step
+                    step = later
+                else:
+                    step += later
             yield step
             if step.ended:
                 return
