@@ -149,7 +149,9 @@ class Setup:
             pieces = cut_evenly(size, least, unit if size % unit == 0 else self.placement.parts)
             evaluate = make_eval_step(self.model, loss, microbatches=pieces)
             self.evaluate = self.placement.jit_evaluation(evaluate)
-            self._check(self.evaluate.check, size, "validation")
+            # Elsewhere no size is wrong, and tracing it would slow down the lowering of the train step beside it.
+            if self.placement.mesh.size * config.runtime.interleave > 1:
+                self._check(self.evaluate.check, size, "validation")
         self.throughput = Throughput(config.model, config.data.sequence_length, self.placement.mesh.size)
 
     def first_state(self, *, check_hashes: bool = True) -> TrainState:
