@@ -182,6 +182,7 @@ def _kernel(name: str, keys: Keys, where: TokenPositions, runtime: Runtime, scal
         raise ConfigError(f"runtime.attention_impl {name!r} has no {form} form: there are {', '.join(choices)}")
     how: dict[str, Any] = dict(scale=scale, implementation=choices[name])
     if form == "expanded":
+        how["for_gradient"] = runtime.remat != "none"  # in training
         prefill = lambda arrays, segments: mla_prefill(*arrays, segments=segments, **how)
         if where.order is not None:
             order = where.order

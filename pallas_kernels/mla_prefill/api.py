@@ -34,6 +34,7 @@ def mla_prefill(
     scale: float,
     segments: jax.Array | None = None,
     implementation: str,
+    for_gradient: bool = False,
 ) -> jax.Array:
     """Causal attention of the expanded form (report eq. 9 and 10). Differentiable in the five arrays.
 
@@ -52,6 +53,7 @@ def mla_prefill(
         multiples of 128, P up to 64; fastest if N and V are multiples of 128 and P is 64, otherwise padded) or, for
         comparison, "splash" (TPU, bfloat16, T and S multiples of 128). "tpu_interpret" and "splash_interpret" run these
         on a CPU, slowly.
+      for_gradient: with "gpu", that gradients are wanted: where they are cuDNN's, the result is, too.
 
     Returns:
       (B, T, H, V) of `v`'s dtype.
@@ -90,4 +92,7 @@ def mla_prefill(
         raise ValueError(f"mla_prefill by splash takes multiples of 128 tokens and keys, but got {tokens} and {keys}")
     if implementation in ("tpu", "splash"):
         require_tpu("mla_prefill")
-    return IMPLEMENTATIONS[implementation](q_nope, q_rope, k_nope, k_rope, v, scale=scale, segments=segments)
+    compute = IMPLEMENTATIONS[implementation]
+    if implementation == "gpu":
+        compute = functools.partial(compute, for_gradient=for_gradient)
+    return compute(q_nope, q_rope, k_nope, k_rope, v, scale=scale, segments=segments)

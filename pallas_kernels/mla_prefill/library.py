@@ -37,18 +37,22 @@ def gpu(
     *,
     scale: float,
     segments: jax.Array | None = None,
+    for_gradient: bool = False,
 ) -> jax.Array:
     """The fastest on Hopper that takes the arguments, by measurements on an H100. Differentiable.
 
     tokamax; but for the gradients of long sequences, one per row, cuDNN; where a library isn't at hand, the other;
     else `blockwise`.
+
+    for_gradient: as in `api.mla_prefill`. A rematerialised layer is traced by itself, with the forward pass that it
+    doesn't use, and tokamax takes seconds to import and trace.
     """
     a = q_nope, q_rope, k_nope, k_rope, v
     tokens, keys = q_nope.shape[1], k_nope.shape[1]
     by_cudnn = segments is None and tokens == keys and has_cudnn(*a)
     if v.dtype == jnp.bfloat16 and importlib.util.find_spec("tokamax"):
         if by_cudnn and tokens >= LONG:
-            return _tokamax_with_gradients_by_cudnn(a, scale)
+            return cudnn(*a, scale=scale) if for_gradient else _tokamax_with_gradients_by_cudnn(a, scale)
         return tokamax(*a, scale=scale, segments=segments)
     if by_cudnn:
         return cudnn(*a, scale=scale)

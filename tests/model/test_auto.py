@@ -17,6 +17,7 @@ from dsv3_jax.model.moe import ExpertWeights, experts
 from dsv3_jax.parallel.mesh import MeshShape, make_mesh
 from dsv3_jax.training.losses import forward_sums
 from pallas_kernels.ahead_of_time import as_if_hopper
+from pallas_kernels.mla_prefill import library
 from tests.conftest import new_rng
 
 V3, BF16 = ModelConfig.preset("v3-671b"), Runtime(dtype="bfloat16")
@@ -153,3 +154,21 @@ def test_few_layers_are_unrolled_in_training_and_decoding_on_one_gpu():
         assert not unrolls(8, BF16, tokens=64)  # a prompt
         assert not unrolls(8, dataclasses.replace(BF16, sharding="fsdp"))
     assert not unrolls(2, BF16)
+
+
+def test_training_of_long_rows_asks_cudnn_alone(monkeypatch):
+    """Also where layers are traced by themselves; tokamax takes seconds to import and trace."""
+    config = dataclasses.replace(SMALL, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, num_hidden_layers=2)
+    model = DeepSeekV3(config, Runtime(dtype="bfloat16", remat="paper", experts_impl="ragged"))
+    monkeypatch.setattr(library.fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(library.fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(library, "tokamax", None)  # not to be called
+    tokens = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+    variables = jax.eval_shape(DeepSeekV3(config).init, jax.random.key(0), tokens)
+
+    def loss(variables, tokens):
+        return model.apply(variables, tokens, (), method="forward").logits.cross_entropy(tokens)[0].sum()
+
+    with as_if_hopper():
+        assert "dot_product_attention_fwd" in str(jax.make_jaxpr(jax.grad(loss))(variables, tokens))
+        assert "dot_product_attention_fwd" in str(jax.make_jaxpr(loss)(variables, tokens))
