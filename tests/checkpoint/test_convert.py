@@ -213,6 +213,22 @@ def test_a_kind_in_several_dtypes_is_cast(tmp_path, monkeypatch):
         np.testing.assert_array_equal(back.array(name), weight, err_msg=name)
 
 
+@pytest.mark.parametrize("other", ["BF16", "U8"])
+def test_scales_of_a_kind_in_several_dtypes_are_cast(other, tmp_path, monkeypatch):
+    """A stack of grids would be cast to one dtype: bytes that are exponents would become scales themselves."""
+    odd, entries = "model.layers.2.mlp.experts.1.up_proj.weight" + names.SCALE, synthetic._entries
+
+    def mixed(*arguments):
+        return [(name, other if name == odd else dtype, shape) for name, dtype, shape in entries(*arguments)]
+
+    monkeypatch.setattr(synthetic, "_entries", mixed)
+    write_random_checkpoint(tmp_path / "mixed", TINY, block=(16, 16))
+    for dtype in ("keep", "fp8"):
+        with pytest.raises(CheckpointError, match=rf"several dtypes .*{odd} is {other}.*: cast them"):
+            convert(tmp_path / "mixed", tmp_path / dtype, dtype=dtype)
+    convert(tmp_path / "mixed", tmp_path / "cast", dtype="bf16", verify=True)
+
+
 def test_nothing_passes_through_half_precision(tmp_path):
     """Numbers below float16's range survive (peers' converters flush them), and a large bias keeps its last bits."""
     write_random_checkpoint(tmp_path / "source", TINY, block=None)
