@@ -337,7 +337,7 @@ def converted_fields(
         written["dtype" if "dtype" in written else "torch_dtype"] = dtype
     if block is None:
         written.pop("quantization_config", None)
-    elif "quantization_config" not in written:
+    elif written.get("quantization_config") is None:
         written["quantization_config"] = {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",

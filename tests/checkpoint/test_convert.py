@@ -266,6 +266,14 @@ def test_requantised_to_fp8(late, tmp_path):
         assert (np.abs(after - before) <= np.maximum(np.abs(before) * 2**-4, scale * 2**-10) * 1.001).all()
 
 
+def test_fp8_blocks_are_described_where_config_json_said_null(tmp_path):
+    write_random_checkpoint(tmp_path / "source", TINY, block=None)
+    file = tmp_path / "source/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": None}))
+    store = convert(tmp_path / "source", tmp_path / "store", dtype="fp8")
+    assert HFCheckpoint(convert(store, tmp_path / "back")).block == (128, 128)
+
+
 def test_ragged_blocks_of_576_rows():
     """kv_a_proj_with_mqa: 576 rows in blocks of 128, never of 576 / 5."""
     values = np.full((576, 8), 1.0, np.float32).astype(ml_dtypes.float8_e4m3fn)
