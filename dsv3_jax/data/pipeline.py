@@ -390,6 +390,10 @@ def validation_batches(
     """
     opened = opened or open_sources(config, tokenizer)
     names = holds_out(opened)
+    if not names:
+        raise ConfigError(
+            f"{', '.join(config.parts().values())} holds out no documents for validation: raise validation_fraction"
+        )
     sources = [_pack(opened[name], "validation", config) for name in names]
     shares = {name: weight for name, _, weight in map(_part, config.sources)}
     if not any(shares.get(name) for name in names):

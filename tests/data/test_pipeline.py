@@ -278,6 +278,12 @@ def test_small_validation_gives_what_there_is(config):
     assert_same(only, concatenate(everything))
 
 
+def test_without_documents_held_out_there_is_no_validation(config):
+    nothing = dataclasses.replace(config, validation_fraction=0)
+    with pytest.raises(ConfigError, match="holds out no documents for validation"):
+        validation_batches(nothing, TOKENIZER, 1, 1)
+
+
 def test_the_default_corpus_trains_and_validates():
     config = DataConfig(sequence_length=256)
     assert next(train_iterator(config, TOKENIZER, 16))["tokens"].max() < TOKENIZER.vocab_size
