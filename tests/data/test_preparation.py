@@ -159,7 +159,7 @@ def test_parquet_columns_that_are_no_text_are_named(tmp_path):
             prepared_texts(tmp_path / "n.parquet", tmp_path, dataclasses.replace(EVERYTHING, text_field=field))
     array = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
     pq.write_table(pa.table({"text": array}), tmp_path / "a.parquet")
-    with refused("text", r"a\.parquet, row 1: column 'text' holds text that is not UTF-8"):
+    with refused("text", r"a\.parquet, row 1: not UTF-8 \(byte 0\)"):
         prepared_texts(tmp_path / "a.parquet", tmp_path)
 
 
@@ -181,6 +181,19 @@ def test_a_share_of_bad_lines_is_left_out_counted_and_named(tmp_path):
     strict = PrepareOptions(max_bad_fraction=0.0005)
     with pytest.raises(ConfigError, match=r"line 8: not JSON.* \(2 of .*more than max_bad_fraction, 0\.0005\)"):
         prepared_texts(tmp_path / "a.jsonl", tmp_path, strict)
+
+
+def test_a_share_of_bad_rows_is_left_out_too(tmp_path):
+    binary = pa.array([b"first", b"caf\xe9", b"last"])
+    for kind in (pa.string(), pa.large_string()):
+        columns = pa.table(
+            {"text": binary.cast(pa.large_binary() if kind == pa.large_string() else pa.binary()).view(kind)}
+        )
+        pq.write_table(columns, tmp_path / f"{kind}.parquet")
+        lenient = dataclasses.replace(EVERYTHING, max_bad_fraction=0.5)
+        found, made = prepared_texts(tmp_path / f"{kind}.parquet", tmp_path, lenient)
+        assert found == ["first", "last"]
+        assert [m.rpartition("/")[2] for m in made.index["rejected"]] == [f"{kind}.parquet, row 2: not UTF-8 (byte 3)"]
 
 
 def test_lone_surrogates_are_replaced(tmp_path):
