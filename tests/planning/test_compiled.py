@@ -11,10 +11,12 @@ from dsv3_jax.accounting.hardware import hardware
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.mesh import MeshShape
+from dsv3_jax.planning import aot
 from dsv3_jax.planning.aot import aot_plan
 from dsv3_jax.planning.compiled import costs, costs_of_all_layers, device_bytes
 from dsv3_jax.planning.memory import memory
 from dsv3_jax.planning.options import PlanArgs
+from dsv3_jax.planning.plan import plan_command
 from dsv3_jax.planning.training_plan import TrainingPlan
 from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import PretrainingLoss
@@ -116,6 +118,14 @@ def test_layers_counted_by_differences():
 def test_what_cannot_be_compiled_is_said(options, message):
     with pytest.raises(ConfigError, match=message):
         aot_plan(PlanArgs(**options), ModelConfig.preset("tiny"))
+
+
+def test_mtp_can_be_left_out(monkeypatch, capsys):
+    planned = []
+    monkeypatch.setattr(aot, "aot_plan", lambda args, config: planned.append(config) or {})
+    plan_command(PlanArgs(preset="tiny", aot="v5e:2x2", mtp=False, json=True))
+    plan_command(PlanArgs(preset="tiny", aot="v5e:2x2", json=True))
+    assert [config.num_nextn_predict_layers for config in planned] == [0, 1]
 
 
 @pytest.mark.slow
