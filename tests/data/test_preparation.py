@@ -332,6 +332,14 @@ def test_long_documents_are_tokenised_in_pieces_to_the_same_tokens(tmp_path, sho
     )
 
 
+def test_bytes_of_long_documents_that_are_no_text_are_named_without_a_wrong_place(tmp_path, short_is_long):
+    (tmp_path / "a.txt").write_bytes(b"word " * 4000 + b"\xff")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "' + b"word " * 4000 + b'\xff"}\n{"text": "good"}\n')
+    made = prepare([str(tmp_path)], tmp_path.parent / "m", dataclasses.replace(EVERYTHING, max_bad_fraction=1.0))
+    assert texts(made) == ["good"]
+    assert [m.rpartition("/")[2] for m in made.index["rejected"]] == ["a.txt: not UTF-8", "b.jsonl, line 1: not UTF-8"]
+
+
 def test_a_long_conversation_is_left_out_rather_than_learnt_as_text(tmp_path, short_is_long):
     messages = [{"role": "user", "content": "a " * 200}, {"role": "assistant", "content": "b"}]
     lines = [{"messages": messages[1:]}, {"messages": messages, "text": "a document"}]
