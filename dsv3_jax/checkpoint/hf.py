@@ -334,7 +334,7 @@ def converted_fields(
     """
     written = hf_config.with_layers(fields, config)
     if dtype is not None:
-        written["dtype" if "dtype" in written else "torch_dtype"] = dtype
+        written |= dict.fromkeys([n for n in ("dtype", "torch_dtype") if n in written] or ["torch_dtype"], dtype)
     if block is None:
         written.pop("quantization_config", None)
     elif written.get("quantization_config") is None:

@@ -25,7 +25,7 @@ from dsv3_jax import DeepSeekV3, ModelConfig
 from dsv3_jax.checkpoint import hf_config, load_pretrained, names, synthetic
 from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
 from dsv3_jax.checkpoint.files import CheckpointError, TensorFiles
-from dsv3_jax.checkpoint.hf import HFCheckpoint
+from dsv3_jax.checkpoint.hf import HFCheckpoint, converted_fields
 from dsv3_jax.checkpoint.jobs import JOURNAL
 from dsv3_jax.checkpoint.store import Store
 from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
@@ -191,6 +191,13 @@ def test_casts(fp8, dtype, tmp_path):
     late = TensorFiles(convert(convert(fp8, tmp_path / "kept"), tmp_path / "late", dtype=dtype, verify=True))
     for name in expected:
         assert late.array(name).tobytes() == back.array(name).tobytes()
+
+
+@pytest.mark.parametrize("given", [["dtype"], ["torch_dtype"], ["dtype", "torch_dtype"], []])
+def test_config_json_of_a_cast_says_its_dtype_under_each_name(given):
+    fields = TINY.to_hf() | dict.fromkeys(given, "bfloat16")
+    written = converted_fields(fields, TINY, "float32", None)
+    assert {k: v for k, v in written.items() if "dtype" in k} == dict.fromkeys(given or ["torch_dtype"], "float32")
 
 
 def test_a_kind_in_several_dtypes_is_cast(tmp_path, monkeypatch):
