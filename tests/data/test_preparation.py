@@ -568,6 +568,20 @@ def test_a_conversation_of_no_tokens_is_left_out(tmp_path):
     assert len(documents(made)) == 1
 
 
+def test_content_that_is_no_text_is_left_out_rather_than_learnt_as_python(tmp_path):
+    contents = [[{"type": "text", "text": "parts"}], 5, {"text": "a"}, "text", None]
+    lines = [
+        {"messages": [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": c}]} for c in contents
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    template = lambda: ChatTemplate("{% for m in messages %}<{{ m.content }}>{% endfor %}", {}, "")
+    options = dataclasses.replace(EVERYTHING, max_bad_fraction=0.7)
+    made = prepare([str(tmp_path / "a.jsonl")], tmp_path / "made", options, chat=template)
+    assert [load_tokenizer().decode(d) for d in documents(made)] == ["<x><text>", "<x><>"]
+    assert len(made.index["rejected"]) == 3
+    assert "line 2: message 1: content is 5, not text" in made.index["rejected"][1]
+
+
 def test_ids_outside_the_vocabulary_stop_and_failures_are_named():
     class Strange(ByteTokenizer):
         def encode(self, text):
