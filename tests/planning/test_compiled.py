@@ -112,6 +112,11 @@ def test_layers_counted_by_differences():
     [
         ({"aot": "v5p:2x2x2", "mesh": "fsdp=4", "length": 512}, "mesh fsdp=4 has 4 devices, but there are 8"),
         ({"aot": "v9:2x2"}, "unknown hardware 'v9'"),
+        (
+            {"aot": "v5p:2x2x1", "precision": "fp8"},
+            "precision is fp8: .* with precision bf16 and pipeline_schedule 1f1b only",
+        ),
+        ({"aot": "v5p:2x2x1", "pipeline_schedule": "dualpipe"}, "pipeline_schedule is dualpipe: .* only"),
         ({"aot": "v5p:2x2x1", "batch": 5, "microbatch_size": 2, "length": 512}, "doesn't divide"),
     ],
 )
