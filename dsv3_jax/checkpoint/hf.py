@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,20 @@ class HFCheckpoint:
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """Returns the dtype of the leaf's tensors in the files. Raises CheckpointError if they differ."""
-        found = {self.files.tensors[name].dtype for name in leaf.names}
-        if len(found) > 1:
-            one = {d: next(n for n in leaf.names if self.files.tensors[n].dtype == d) for d in sorted(found)}
-            examples = ", ".join(f"{n} is {d}" for d, n in one.items())
-            raise CheckpointError(f"tensors of one kind have several dtypes ({examples}): cast them (--dtype bf16)")
-        return np.dtype(np.float32) if leaf.kind.float32 else DTYPES[found.pop()]
+        found = self._common_dtype(leaf.names)
+        return np.dtype(np.float32) if leaf.kind.float32 else found
 
     def scale_dtype(self, leaf: Leaf) -> np.dtype:
-        """Returns the dtype of the leaf's scale grids in the files."""
-        return DTYPES[self.files.tensors[leaf.names[0] + SCALE].dtype]
+        """Returns the dtype of the leaf's scale grids in the files. Raises CheckpointError if they differ."""
+        return self._common_dtype([name + SCALE for name in leaf.names])
+
+    def _common_dtype(self, of: Sequence[str]) -> np.dtype:
+        found = {self.files.tensors[name].dtype for name in of}
+        if len(found) > 1:
+            one = {d: next(n for n in of if self.files.tensors[n].dtype == d) for d in sorted(found)}
+            examples = ", ".join(f"{n} is {d}" for d, n in one.items())
+            raise CheckpointError(f"tensors of one kind have several dtypes ({examples}): cast them (--dtype bf16)")
+        return DTYPES[found.pop()]
 
     def read(self, leaf: Leaf, region: Region, dtype: np.dtype | None = None) -> np.ndarray:
         """A box of a leaf, with the model's axes, in the file's order in memory.
@@ -329,10 +334,10 @@ def converted_fields(
     """
     written = hf_config.with_layers(fields, config)
     if dtype is not None:
-        written["dtype" if "dtype" in written else "torch_dtype"] = dtype
+        written |= dict.fromkeys([n for n in ("dtype", "torch_dtype") if n in written] or ["torch_dtype"], dtype)
     if block is None:
         written.pop("quantization_config", None)
-    elif "quantization_config" not in written:
+    elif written.get("quantization_config") is None:
         written["quantization_config"] = {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",

@@ -306,8 +306,12 @@ def with_layers(fields: Mapping[str, Any], config: ModelConfig) -> dict[str, Any
 
 
 def power_of_two_scales(fields: Mapping[str, Any]) -> bool:
-    """Whether config.json says that the scales of FP8 blocks are powers of two ("ue8m0", DeepSeek-V3.1)."""
-    return (fields.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
+    """Whether config.json says that the scales of FP8 blocks are powers of two ("ue8m0", DeepSeek-V3.1).
+
+    Raises ConfigError if `quantization_config` isn't an object.
+    """
+    quantised = check_type(fields.get("quantization_config"), dict | None, "quantization_config", ConfigError)
+    return bool(quantised) and quantised.get("scale_fmt") == "ue8m0"
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from dsv3_jax.data.preparation import PrepareOptions, prepare
 from dsv3_jax.data.shards import FORMAT, INDEX, Prepared
 from dsv3_jax.data.sources import content_hash, find_files
 from dsv3_jax.data.tokenizer import Tokenizer, identity
+from dsv3_jax.data.tokenizer_files import BYTES, load_tokenizer
 from dsv3_jax.data.workers import Workers
 from dsv3_jax.json_input import check_type, field
 
@@ -188,6 +189,10 @@ def holds_out(opened: dict[str, Prepared]) -> list[str]:
 def _prepare_texts(
     place: str, config: DataConfig, tokenizer: str, tokenizer_path: str | Path | None, console: Console | None
 ) -> Prepared:
+    if identity(load_tokenizer(tokenizer_path)) != tokenizer:
+        raise ConfigError(
+            f"data.tokenizer is {tokenizer_path or BYTES}, not the tokenizer that was given: set it to that one's path"
+        )
     options = PrepareOptions(
         tokenizer=None if tokenizer_path is None else str(tokenizer_path),
         text_field=config.text_field,
@@ -200,7 +205,9 @@ def _prepare_texts(
     key = xxhash.xxh3_128_hexdigest(json.dumps([content_hash(files), settings]).encode())
     workers = (os.cpu_count() or 1) if sum(file.size for file in files) > _INLINE else 0
     # Of the same texts in other places, which count as a different job, the tokens are the same.
-    return prepare([place], cache_directory() / key, options, workers=workers, console=console, files=files, anew=True)
+    made = prepare([place], cache_directory() / key, options, workers=workers, console=console, files=files, anew=True)
+    made.check_tokenizer(tokenizer)
+    return made
 
 
 def _pack(prepared: Prepared, split: str, config: DataConfig) -> grain.MapDataset:
@@ -390,6 +397,10 @@ def validation_batches(
     """
     opened = opened or open_sources(config, tokenizer)
     names = holds_out(opened)
+    if not names:
+        raise ConfigError(
+            f"{', '.join(config.parts().values())} holds out no documents for validation: raise validation_fraction"
+        )
     sources = [_pack(opened[name], "validation", config) for name in names]
     shares = {name: weight for name, _, weight in map(_part, config.sources)}
     if not any(shares.get(name) for name in names):

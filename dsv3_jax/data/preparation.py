@@ -258,8 +258,8 @@ class _Job:
             return
         try:
             digest, size, blank = _hash_long(long)
-        except UnicodeDecodeError as error:
-            yield batch, _failed(f"not UTF-8 (byte {error.start})")
+        except UnicodeDecodeError:  # it counts bytes from the beginning of a piece
+            yield batch, _failed("not UTF-8")
             return
         except ValueError as error:
             yield batch, _failed(str(error))

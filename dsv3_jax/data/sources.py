@@ -380,9 +380,11 @@ def _parquet(path: Path, text_field: str, skip: int) -> Iterator[Record]:
                         row += 1
                         if row <= skip or not value.is_valid:
                             continue
-                        yield Record(_piecewise(value.as_py()), False, row, row, done)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}, row {row}: column {text_field!r} holds text that is not UTF-8: {error}") from None
+                        try:
+                            text: str | LongDocument | bytes = _piecewise(value.as_py())
+                        except UnicodeDecodeError:  # as bytes it is refused alone, like a line of JSON
+                            text = value.cast(pa.large_binary()).as_py()
+                        yield Record(text, False, row, row, done)
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"can't read {path} as parquet (after row {row}): {one_line(str(error).strip())}") from None
 

@@ -225,6 +225,9 @@ class Tokenize:
         messages = value.get("messages") if isinstance(value, dict) else None
         if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
             raise _BadDocument("no field 'messages', a list of objects with role and content")
+        for i, message in enumerate(messages):
+            if not isinstance(content := message.get("content"), str | None):
+                raise _BadDocument(f"message {i}: content is {show(content)}, not text")
         render = functools.partial(self._conversation.render, tools=value.get("tools"))
         pieces: list[np.ndarray] = []
         done = ""

@@ -33,7 +33,8 @@ def aot_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
 
     Without a mesh, the step is that of one chip.
 
-    Raises ConfigError if mesh, topology, batch and microbatch don't fit together.
+    Raises ConfigError if mesh, topology, batch and microbatch don't fit together, or for another precision or pipeline
+    schedule than those that are compiled.
     """
     import jax
     import jax.numpy as jnp
@@ -52,6 +53,11 @@ def aot_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
     from dsv3_jax.training.schedule import Schedule, ScheduleConfig
     from dsv3_jax.training.step import init_state, make_train_step
 
+    for name, compiled_with in (("precision", "bf16"), ("pipeline_schedule", "1f1b")):
+        if (value := getattr(args, name)) != compiled_with:
+            raise ConfigError(
+                f"{name} is {value}: --aot compiles steps with precision bf16 and pipeline_schedule 1f1b only"
+            )
     topology, mesh = args.aot or "", MeshShape.parse(args.mesh)
     sheet = hardware(topology.split(":")[0].removeprefix("tpu"))
     devices = list(topology_devices(topology))

@@ -21,6 +21,8 @@ def plan_command(args: PlanArgs) -> None:
         print(jsonlib.dumps(rows, indent=2) if args.json else published.markdown())
         return
     config = ModelConfig.preset(args.preset) if args.config is None else ModelConfig.from_hf(args.config)
+    if not args.mtp:
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
     if args.aot is not None:
         from dsv3_jax.planning.aot import aot_plan
 
@@ -51,7 +53,6 @@ def training_plan(args: PlanArgs, config: ModelConfig) -> dict[str, Any]:
         raise ConfigError(f"{args.devices} devices don't make whole nodes of {sheet.domain} {sheet.title}")
     if args.devices > sheet.domain and sheet.torus_axes and args.devices % sheet.domain:
         raise ConfigError(f"{args.devices} devices don't make whole pods of {sheet.domain} {sheet.title}")
-    config = dataclasses.replace(config, num_nextn_predict_layers=config.num_nextn_predict_layers if args.mtp else 0)
     base = TrainingPlan(
         config,
         sheet,

@@ -25,7 +25,7 @@ from dsv3_jax import DeepSeekV3, ModelConfig
 from dsv3_jax.checkpoint import hf_config, load_pretrained, names, synthetic
 from dsv3_jax.checkpoint.convert import ConvertArgs, convert_command
 from dsv3_jax.checkpoint.files import CheckpointError, TensorFiles
-from dsv3_jax.checkpoint.hf import HFCheckpoint
+from dsv3_jax.checkpoint.hf import HFCheckpoint, converted_fields
 from dsv3_jax.checkpoint.jobs import JOURNAL
 from dsv3_jax.checkpoint.store import Store
 from dsv3_jax.checkpoint.synthetic import write_random_checkpoint
@@ -193,6 +193,13 @@ def test_casts(fp8, dtype, tmp_path):
         assert late.array(name).tobytes() == back.array(name).tobytes()
 
 
+@pytest.mark.parametrize("given", [["dtype"], ["torch_dtype"], ["dtype", "torch_dtype"], []])
+def test_config_json_of_a_cast_says_its_dtype_under_each_name(given):
+    fields = TINY.to_hf() | dict.fromkeys(given, "bfloat16")
+    written = converted_fields(fields, TINY, "float32", None)
+    assert {k: v for k, v in written.items() if "dtype" in k} == dict.fromkeys(given or ["torch_dtype"], "float32")
+
+
 def test_a_kind_in_several_dtypes_is_cast(tmp_path, monkeypatch):
     """One expert isn't in FP8: a stack of them has one dtype only if all are cast to it."""
     odd, entries = "model.layers.2.mlp.experts.1.up_proj.weight", synthetic._entries
@@ -211,6 +218,22 @@ def test_a_kind_in_several_dtypes_is_cast(tmp_path, monkeypatch):
     assert set(back.tensors) == set(expected)
     for name, weight in expected.items():
         np.testing.assert_array_equal(back.array(name), weight, err_msg=name)
+
+
+@pytest.mark.parametrize("other", ["BF16", "U8"])
+def test_scales_of_a_kind_in_several_dtypes_are_cast(other, tmp_path, monkeypatch):
+    """A stack of grids would be cast to one dtype: bytes that are exponents would become scales themselves."""
+    odd, entries = "model.layers.2.mlp.experts.1.up_proj.weight" + names.SCALE, synthetic._entries
+
+    def mixed(*arguments):
+        return [(name, other if name == odd else dtype, shape) for name, dtype, shape in entries(*arguments)]
+
+    monkeypatch.setattr(synthetic, "_entries", mixed)
+    write_random_checkpoint(tmp_path / "mixed", TINY, block=(16, 16))
+    for dtype in ("keep", "fp8"):
+        with pytest.raises(CheckpointError, match=rf"several dtypes .*{odd} is {other}.*: cast them"):
+            convert(tmp_path / "mixed", tmp_path / dtype, dtype=dtype)
+    convert(tmp_path / "mixed", tmp_path / "cast", dtype="bf16", verify=True)
 
 
 def test_nothing_passes_through_half_precision(tmp_path):
@@ -248,6 +271,14 @@ def test_requantised_to_fp8(late, tmp_path):
         after = dequantise_blocks(new.array(name), new.array(name + names.SCALE))
         scale = np.abs(before).max() / 448
         assert (np.abs(after - before) <= np.maximum(np.abs(before) * 2**-4, scale * 2**-10) * 1.001).all()
+
+
+def test_fp8_blocks_are_described_where_config_json_said_null(tmp_path):
+    write_random_checkpoint(tmp_path / "source", TINY, block=None)
+    file = tmp_path / "source/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": None}))
+    store = convert(tmp_path / "source", tmp_path / "store", dtype="fp8")
+    assert HFCheckpoint(convert(store, tmp_path / "back")).block == (128, 128)
 
 
 def test_ragged_blocks_of_576_rows():

@@ -201,3 +201,11 @@ def test_checkpoints_without_such_blocks_are_refused(tmp_path):
         write_random_checkpoint(tmp_path / name, dataclasses.replace(CONFIG, num_nextn_predict_layers=0), block=block)
         with pytest.raises(ConfigError, match="holds no matrix in FP8 blocks of 128 x 128"):
             load_pretrained(tmp_path / name, dtype="fp8")
+
+
+def test_a_quantization_config_that_is_no_object_is_named(tmp_path):
+    write_random_checkpoint(tmp_path / "odd", CONFIG)
+    file = tmp_path / "odd/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": "fp8"}))
+    with pytest.raises(ConfigError, match="quantization_config is 'fp8': it must be an object"):
+        load_pretrained(tmp_path / "odd", dtype="fp8")

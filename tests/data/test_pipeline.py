@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import models
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import (
@@ -278,6 +280,12 @@ def test_small_validation_gives_what_there_is(config):
     assert_same(only, concatenate(everything))
 
 
+def test_without_documents_held_out_there_is_no_validation(config):
+    nothing = dataclasses.replace(config, validation_fraction=0)
+    with pytest.raises(ConfigError, match="holds out no documents for validation"):
+        validation_batches(nothing, TOKENIZER, 1, 1)
+
+
 def test_the_default_corpus_trains_and_validates():
     config = DataConfig(sequence_length=256)
     assert next(train_iterator(config, TOKENIZER, 16))["tokens"].max() < TOKENIZER.vocab_size
@@ -295,6 +303,26 @@ def test_errors_name_what_would_be_right(tmp_path):
         train_iterator(DataConfig(source=str(tmp_path), sequence_length=9000), TOKENIZER, 1)
     with pytest.raises(ValueError, match="batch_size is 0"):
         train_iterator(config, TOKENIZER, 1).next_batch(0)
+
+
+def test_texts_are_never_prepared_with_another_tokenizer_than_the_one_given(tmp_path, monkeypatch):
+    """The cache would take bytes for the tokens of the tokenizer that was given, also later."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = RustTokenizer(models.WordLevel({"<eos>": 0, "hello": 1}, unk_token="<eos>"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("hello")
+    config = DataConfig(source=str(tmp_path / "a.txt"), validation_fraction=0)
+    path = str(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer is bytes, not the tokenizer that was given"):
+        open_sources(config, load_tokenizer(path))
+    for opened in (
+        open_sources(config, load_tokenizer(path), path),
+        open_sources(dataclasses.replace(config, tokenizer=path), load_tokenizer(path)),
+    ):
+        (document,) = opened["data"].split("training").read(0, [(0, opened["data"].split("training").tokens)])
+        assert document.tolist() == [0, 1]
+    with pytest.raises(ConfigError, match="not the tokenizer that was given"):
+        open_sources(dataclasses.replace(config, tokenizer=path), TOKENIZER)
 
 
 @pytest.mark.parametrize(

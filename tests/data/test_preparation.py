@@ -159,7 +159,7 @@ def test_parquet_columns_that_are_no_text_are_named(tmp_path):
             prepared_texts(tmp_path / "n.parquet", tmp_path, dataclasses.replace(EVERYTHING, text_field=field))
     array = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
     pq.write_table(pa.table({"text": array}), tmp_path / "a.parquet")
-    with refused("text", r"a\.parquet, row 1: column 'text' holds text that is not UTF-8"):
+    with refused("text", r"a\.parquet, row 1: not UTF-8 \(byte 0\)"):
         prepared_texts(tmp_path / "a.parquet", tmp_path)
 
 
@@ -181,6 +181,19 @@ def test_a_share_of_bad_lines_is_left_out_counted_and_named(tmp_path):
     strict = PrepareOptions(max_bad_fraction=0.0005)
     with pytest.raises(ConfigError, match=r"line 8: not JSON.* \(2 of .*more than max_bad_fraction, 0\.0005\)"):
         prepared_texts(tmp_path / "a.jsonl", tmp_path, strict)
+
+
+def test_a_share_of_bad_rows_is_left_out_too(tmp_path):
+    binary = pa.array([b"first", b"caf\xe9", b"last"])
+    for kind in (pa.string(), pa.large_string()):
+        columns = pa.table(
+            {"text": binary.cast(pa.large_binary() if kind == pa.large_string() else pa.binary()).view(kind)}
+        )
+        pq.write_table(columns, tmp_path / f"{kind}.parquet")
+        lenient = dataclasses.replace(EVERYTHING, max_bad_fraction=0.5)
+        found, made = prepared_texts(tmp_path / f"{kind}.parquet", tmp_path, lenient)
+        assert found == ["first", "last"]
+        assert [m.rpartition("/")[2] for m in made.index["rejected"]] == [f"{kind}.parquet, row 2: not UTF-8 (byte 3)"]
 
 
 def test_lone_surrogates_are_replaced(tmp_path):
@@ -317,6 +330,14 @@ def test_long_documents_are_tokenised_in_pieces_to_the_same_tokens(tmp_path, sho
     assert (
         "".join(texts(prepare([str(tmp_path / "b.txt")], tmp_path.parent / "cut", cut_up), tokenizer=tokenizer)) == long
     )
+
+
+def test_bytes_of_long_documents_that_are_no_text_are_named_without_a_wrong_place(tmp_path, short_is_long):
+    (tmp_path / "a.txt").write_bytes(b"word " * 4000 + b"\xff")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "' + b"word " * 4000 + b'\xff"}\n{"text": "good"}\n')
+    made = prepare([str(tmp_path)], tmp_path.parent / "m", dataclasses.replace(EVERYTHING, max_bad_fraction=1.0))
+    assert texts(made) == ["good"]
+    assert [m.rpartition("/")[2] for m in made.index["rejected"]] == ["a.txt: not UTF-8", "b.jsonl, line 1: not UTF-8"]
 
 
 def test_a_long_conversation_is_left_out_rather_than_learnt_as_text(tmp_path, short_is_long):
@@ -545,6 +566,20 @@ def test_a_conversation_of_no_tokens_is_left_out(tmp_path):
     made = prepare([str(tmp_path / "a.jsonl")], tmp_path / "made", options, chat=bare)
     assert "line 1: no message of the assistant" in made.index["rejected"][0]
     assert len(documents(made)) == 1
+
+
+def test_content_that_is_no_text_is_left_out_rather_than_learnt_as_python(tmp_path):
+    contents = [[{"type": "text", "text": "parts"}], 5, {"text": "a"}, "text", None]
+    lines = [
+        {"messages": [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": c}]} for c in contents
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    template = lambda: ChatTemplate("{% for m in messages %}<{{ m.content }}>{% endfor %}", {}, "")
+    options = dataclasses.replace(EVERYTHING, max_bad_fraction=0.7)
+    made = prepare([str(tmp_path / "a.jsonl")], tmp_path / "made", options, chat=template)
+    assert [load_tokenizer().decode(d) for d in documents(made)] == ["<x><text>", "<x><>"]
+    assert len(made.index["rejected"]) == 3
+    assert "line 2: message 1: content is 5, not text" in made.index["rejected"][1]
 
 
 def test_ids_outside_the_vocabulary_stop_and_failures_are_named():

@@ -11,10 +11,12 @@ from dsv3_jax.accounting.hardware import hardware
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.mesh import MeshShape
+from dsv3_jax.planning import aot
 from dsv3_jax.planning.aot import aot_plan
 from dsv3_jax.planning.compiled import costs, costs_of_all_layers, device_bytes
 from dsv3_jax.planning.memory import memory
 from dsv3_jax.planning.options import PlanArgs
+from dsv3_jax.planning.plan import plan_command
 from dsv3_jax.planning.training_plan import TrainingPlan
 from dsv3_jax.runtime import Runtime
 from dsv3_jax.training.losses import PretrainingLoss
@@ -110,12 +112,25 @@ def test_layers_counted_by_differences():
     [
         ({"aot": "v5p:2x2x2", "mesh": "fsdp=4", "length": 512}, "mesh fsdp=4 has 4 devices, but there are 8"),
         ({"aot": "v9:2x2"}, "unknown hardware 'v9'"),
+        (
+            {"aot": "v5p:2x2x1", "precision": "fp8"},
+            "precision is fp8: .* with precision bf16 and pipeline_schedule 1f1b only",
+        ),
+        ({"aot": "v5p:2x2x1", "pipeline_schedule": "dualpipe"}, "pipeline_schedule is dualpipe: .* only"),
         ({"aot": "v5p:2x2x1", "batch": 5, "microbatch_size": 2, "length": 512}, "doesn't divide"),
     ],
 )
 def test_what_cannot_be_compiled_is_said(options, message):
     with pytest.raises(ConfigError, match=message):
         aot_plan(PlanArgs(**options), ModelConfig.preset("tiny"))
+
+
+def test_mtp_can_be_left_out(monkeypatch, capsys):
+    planned = []
+    monkeypatch.setattr(aot, "aot_plan", lambda args, config: planned.append(config) or {})
+    plan_command(PlanArgs(preset="tiny", aot="v5e:2x2", mtp=False, json=True))
+    plan_command(PlanArgs(preset="tiny", aot="v5e:2x2", json=True))
+    assert [config.num_nextn_predict_layers for config in planned] == [0, 1]
 
 
 @pytest.mark.slow
