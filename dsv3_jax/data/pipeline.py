@@ -164,7 +164,7 @@ def open_sources(
     Raises:
       ConfigError: the data can't be read, or was prepared with another tokenizer.
     """
-    mine, opened = identity(tokenizer), {}
+    mine, opened, checked = identity(tokenizer), {}, False
     for name, place in config.parts().items():
         path = Path(place)
         if path.is_dir() and (path / INDEX).is_file():
@@ -172,6 +172,11 @@ def open_sources(
             opened[name].check_tokenizer(mine)
         else:
             found = tokenizer_path or prepared_tokenizer(config)
+            if not checked and identity(load_tokenizer(found)) != mine:
+                raise ConfigError(
+                    f"data.tokenizer is {found or BYTES}, not the tokenizer that was given: set it to that one's path"
+                )
+            checked = True  # once, since a large one takes a while to load
             opened[name] = _prepare_texts(place, config, mine, found, console)
     return opened
 
@@ -189,10 +194,6 @@ def holds_out(opened: dict[str, Prepared]) -> list[str]:
 def _prepare_texts(
     place: str, config: DataConfig, tokenizer: str, tokenizer_path: str | Path | None, console: Console | None
 ) -> Prepared:
-    if identity(load_tokenizer(tokenizer_path)) != tokenizer:
-        raise ConfigError(
-            f"data.tokenizer is {tokenizer_path or BYTES}, not the tokenizer that was given: set it to that one's path"
-        )
     options = PrepareOptions(
         tokenizer=None if tokenizer_path is None else str(tokenizer_path),
         text_field=config.text_field,
